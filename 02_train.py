@@ -1,0 +1,334 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 02 · Pretrain a GPT
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/02_train.ipynb)
+#
+# From random weights to a model of language, in raw JAX: parameters are a plain dict, the model is a function, the training
+# step is one compiled program.
+#
+# **At the end you have** a checkpoint in `runs/NAME/checkpoints` that survives crashes and resumes bit for bit, curves of
+# loss and throughput, and samples of what the model writes.
+#
+# **Hardware and time:** the preset follows the device. Two CPU cores: some minutes (`cpu_demo`). One Colab TPU v5e or v6e, or
+# one GPU: hours; the plan below says what to expect before anything is spent.
+
+# %% [markdown]
+# ## Set-up
+
+# %%
+# @title Get the code (in Colab; elsewhere you have it)
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
+    if not os.path.exists("rawchat"):
+        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True)
+    os.chdir("rawchat")
+    sys.path.insert(0, os.getcwd())
+from lib.notebook import setup
+
+setup()
+
+# %%
+import json
+import math
+import time
+
+import jax
+import numpy as np
+
+from lib import checkpoint, data, evals, generate, model, train
+from lib.config import PRESETS, Config
+from lib.files import UserError, choose, update_json
+from lib.metrics import Metrics, column, read_jsonl, trace_window
+from lib.notebook import device_report, flags, open_run, parse_overrides, pick_preset, secret, set_aside, show, subplots
+from lib.params import count_params, named_specs
+from lib.tokenizer import FILE, load_tokenizer
+
+# %% tags=["parameters"]
+# @title Parameters
+# @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last
+run = ""  # @param {type:"string"}
+# @markdown Starting point for every size and rate; auto picks one for the device
+preset = "auto"  # @param ["auto", "cpu_demo", "colab_v5e", "colab_v6e", "gpu", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
+# @markdown Layers; width, batch, horizon and rates follow (0: the preset's)
+depth = 0  # @param {type:"integer"}
+# @markdown Optimizer steps (0: what the preset or the scaling rules say)
+num_steps = 0  # @param {type:"integer"}
+# @markdown Any other Config field by name, such as: optimizer=adamw mlp=swiglu matrix_lr=0.01
+overrides = ""  # @param {type:"string"}
+# @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files
+source = "stdlib"  # @param ["stdlib", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
+# @markdown Training shards to download of a source from the Hub (climbmix: about 100 MB each)
+shards = 8  # @param {type:"integer"}
+# @markdown How documents fill rows: bestfit wastes nearly nothing, reference is nanochat's, stream cuts anywhere
+packing = "bestfit"  # @param ["bestfit", "reference", "stream"]
+# @markdown When the run was trained before: continue it, start it afresh (the old one is set aside), or stop
+if_exists = "continue"  # @param ["continue", "fresh", "stop"]
+# @markdown Steps between validations, samples and checkpoints (0: ten validations, two samples, four checkpoints in all)
+eval_every = 0  # @param {type:"integer"}
+sample_every = 0  # @param {type:"integer"}
+save_every = 0  # @param {type:"integer"}
+# @markdown Bytes of validation text that a validation reads
+eval_bytes = 200000  # @param {type:"integer"}
+# @markdown Checkpoints kept besides the best one
+keep = 2  # @param {type:"integer"}
+# @markdown Where checkpoints go: empty for the run folder, or a Drive path, gs:// or s3:// address that outlives this machine
+checkpoints = ""  # @param {type:"string"}
+# @markdown Hugging Face Hub repository (USER/NAME) for the final checkpoint, with the secret HF_TOKEN; empty uploads nothing
+push_to = ""  # @param {type:"string"}
+# @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
+writers = "console"  # @param {type:"string"}
+# @markdown Profile these steps, like 10:12 (open runs/NAME/trace in TensorBoard); empty for none
+trace = ""  # @param {type:"string"}
+
+# %%
+globals().update(flags(globals()))
+folder = open_run(run, needs=FILE)
+tokenizer = load_tokenizer(folder)
+started = time.time()
+
+# %% [markdown]
+# ## The device
+
+# %%
+device = device_report()
+chosen, why = (preset, "asked for") if preset != "auto" else pick_preset(device)
+print(f"preset {chosen}: {why}")
+
+# %% [markdown]
+# ## The plan
+#
+# One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; anything can be overridden by name.
+
+# %%
+asked = dict(vocab_size=tokenizer.vocab_size) | ({"depth": depth} if depth else {}) | ({"num_steps": num_steps} if num_steps else {})
+config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
+saved = checkpoint.latest(checkpoints or folder / "checkpoints")
+if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
+    raise UserError(f"{folder} was trained before: pass if_exists=continue or fresh, or another run")
+if saved and if_exists == "fresh":
+    print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json', 'plots')}")
+    saved = None
+settings = dict(source=source, packing=packing, shards=shards)
+if saved:
+    meta = checkpoint.read_meta(saved)
+    now, then = config.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}, meta["config"] | meta["settings"]
+    then |= {"tokenizer": meta["tokenizer"]}
+    changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
+    if changed:
+        raise UserError(f"{folder} was trained with other settings ({'; '.join(changed[:3])}): set them back to continue, "
+                        "pass if_exists=fresh to start anew, or take another run name")
+
+counts = count_params(config)
+flops = config.flops_per_token * config.total_batch_size * config.num_steps
+print("parameters  " + "  ".join(f"{name} {n:,}" for name, n in counts.items() if n))
+print(f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads ({config.n_kv_head} kv) of {config.head_dim}, "
+      f"windows {config.window_pattern}, rows of {config.sequence_len} tokens, {config.dtype} on float32 masters")
+print(f"attention   {config.attention_name}")
+print(f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens "
+      f"({config.accumulate} x {config.microbatch} rows) = {config.num_steps * config.total_batch_size:,} tokens, "
+      f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter")
+print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
+memory = train.estimate_memory(config)
+print("memory      " + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
+      + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there")
+if device["flops"]:
+    print(f"time        {flops / device['flops'] / 0.4 / 3600:.2f} h at 40 % MFU on one of these")
+else:
+    print("time        known after the first steps: this device's peak is not in the table")
+
+# %% [markdown]
+# ## The data
+#
+# Documents are tokenised in processes of their own and cached; rows of one length are packed from them, each beginning
+# with `<|bos|>`. Below is the beginning of the first row, as the model will see it.
+
+# %%
+train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
+validation = data.tokens_of(data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer)
+rows = config.total_batch_size // config.sequence_len
+
+
+def val_batches():
+    return data.batches(validation, config.microbatch, config.sequence_len, packing=packing, loop=False)
+
+
+def train_batches(cursor):
+    return data.prefetch(data.batches(train_tokens, rows, config.sequence_len, packing=packing, cursor=cursor,
+                                      seed=config.seed), jax.device_put)
+
+
+first_inputs, _, first_cursor = next(data.batches(train_tokens, rows, config.sequence_len, packing=packing, seed=config.seed))
+print(tokenizer.decode(first_inputs[0][:120].tolist()))
+print("\npacking of the first batch: " + ", ".join(f"{share:.2%} {what}" for what, share in data.waste(first_cursor).items()))
+
+# %% [markdown]
+# ## The parameters
+
+# %%
+for name, spec in named_specs(config):
+    print(f"{name:24} {str(spec.shape):24} {' '.join(map(str, spec.axes)):32} {spec.group}")
+
+# %% [markdown]
+# ## The first step
+#
+# Compiling is the slow part of it, once; the compiler also says exactly how much memory the step needs.
+
+# %%
+template = train.state_template(config)
+batch_template = jax.ShapeDtypeStruct((rows, config.sequence_len), np.int32)
+clock = time.perf_counter()
+step_fn = train.make_train_step(config).lower(template, batch_template, batch_template).compile()
+compile_seconds = time.perf_counter() - clock
+used = step_fn.memory_analysis()
+peak_memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+print(f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB "
+      f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)")
+
+cursor = None
+if saved:
+    state, meta = checkpoint.restore(saved, template)
+    cursor = meta["cursor"]
+    print(f"continuing {saved} at step {int(state.step)} of {config.num_steps}")
+else:
+    state = train.init_state(config)
+config.save(folder / "config.json")
+
+# %% [markdown]
+# ## The loop
+#
+# The numbers of a step are read after the next one was sent to the device, so that it never waits.
+
+# %%
+every = dict(eval=eval_every or max(1, config.num_steps // 10), sample=sample_every or max(1, config.num_steps // 2),
+             save=save_every or max(1, config.num_steps // 4))
+prompts = ["def ", "import ", "# The ", "class "] if source == "stdlib" else ["The ", "Once upon a time", "In the year", "I think"]
+prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
+done = int(state.step)
+trace_start, trace_stop = map(int, trace.split(":")) if trace else (1, 0)
+samples, val_bpb, seconds = [], None, 0.0
+
+
+def write_samples(params):
+    new = generate.generate(params, config, prompt_ids, 48, temperature=0.8, top_k=50, seed=config.seed,
+                            stop=(tokenizer.bos,))
+    return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
+
+
+with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], resumed=done if saved else None,
+              config=config.to_dict()) as metrics,
+      checkpoint.Saver(checkpoints or folder / "checkpoints", keep=keep, size=checkpoint.nbytes(state)) as saver,
+      checkpoint.interruptible() as signal, trace_window(folder, trace_start, trace_stop) as tick):
+    last = config.num_steps
+    pause = lambda n: signal.stop or n == last or any(n % every[k] == 0 for k in every) or n in (trace_start - 1, trace_stop)
+    tick(done + 1, state)
+    try:
+        for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
+            values, n = step.metrics, step.step
+            if device["flops"]:
+                values["mfu"] = values["tokens_per_s"] * config.flops_per_token / device["flops"]
+            seconds += values["step_time"]
+            if step.state is not None:
+                state = step.state
+                if n % every["eval"] == 0 or n == last:
+                    measured = evals.bits_per_byte(state.params, config, val_batches(), tokenizer.token_bytes)
+                    val_bpb = values["val_bpb"] = measured["bpb"]
+                    values["val_loss"] = measured["loss"]
+                if n % every["sample"] == 0 or n == last:
+                    samples = write_samples(state.params)
+                    print("\n".join(f"\nstep {n}: {s}" for s in samples))
+                if n % every["save"] == 0 or n == last or signal.stop:
+                    saver.save(n, state, dict(config=config.to_dict(), cursor=step.cursor, settings=settings,
+                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=val_bpb)
+                tick(n + 1, state)
+            metrics.log(n, values)
+            if signal.stop and step.state is not None:
+                break
+    except UserError as e:
+        saver.wait()
+        raise UserError(f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})") from e
+if int(state.step) < config.num_steps:
+    raise UserError(f"stopped at step {int(state.step)} and saved: run again with the same settings to go on")
+
+# %% [markdown]
+# ## Curves
+
+# %%
+rows_logged = read_jsonl(folder / "metrics.jsonl")
+figure, axes = subplots(1, 3, size=(4.6, 3.2))
+steps_done, losses = column(rows_logged, "loss")
+axes[0].plot(steps_done, losses, color="C0", alpha=0.35, linewidth=0.8)
+smooth = np.convolve(losses, np.ones(k := max(1, len(losses) // 30)) / k, mode="valid")
+axes[0].plot(steps_done[len(losses) - len(smooth):], smooth, color="C0", label="training")
+axes[0].plot(*column(rows_logged, "val_loss"), "o-", color="C1", markersize=3, label="validation (per token of text)")
+axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
+axes[0].legend()
+axes[1].plot(*column(rows_logged, "lr"), color="C2")
+axes[1].set(title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None))
+axes[2].plot(*column(rows_logged, "tokens_per_s"), color="C3", linewidth=0.8)
+axes[2].set(title="throughput", xlabel="step", ylabel="tokens/s", ylim=(0, None))
+show(figure, folder / "plots" / "training.png")
+
+# %% [markdown]
+# ## Samples
+
+# %%
+samples = samples or write_samples(state.params)
+print("\n\n".join(samples))
+
+# %% [markdown]
+# ## Checks
+
+# %%
+_, throughput = column(rows_logged, "tokens_per_s")
+speed = float(np.median(throughput[1:] or throughput))
+back, _ = checkpoint.restore(checkpoint.latest(checkpoints or folder / "checkpoints"), template)
+same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state)))
+probe = np.asarray(first_inputs[:1])
+changed = np.where(np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size)
+logits = [model.forward(state.params, config, p)[0][0, : probe.shape[1] // 2] for p in (probe, changed)]
+checks = {
+    f"first loss {losses[0]:.2f} is near ln(vocabulary) = {math.log(config.vocab_size):.2f}": abs(losses[0] - math.log(config.vocab_size)) < 0.5,
+    f"loss went down to {losses[-1]:.2f}": losses[-1] < losses[0],
+    "the saved checkpoint equals the state bit for bit": same,
+    "later tokens do not change earlier predictions": bool(np.array_equal(*map(np.asarray, logits))),
+}
+for what, good in checks.items():
+    print("ok  " if good else "FAIL", what)
+
+# %% [markdown]
+# ## Results
+
+# %%
+results = dict(preset=chosen, source=source, params=counts["total"], steps=config.num_steps,
+               train_tokens=config.num_steps * config.total_batch_size, train_tokens_per_s=round(speed),
+               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"],
+               jax=jax.__version__)
+if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
+    results |= dict(val_bpb=val_bpb, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
+                    packing_waste=data.waste(step.cursor))
+results = update_json(folder / "results.json", **results)
+print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
+if push_to:
+    checkpoint.check_hub(push_to, token := secret("HF_TOKEN"))
+    print(checkpoint.upload_to_hub(checkpoint.latest(folder / "checkpoints"), push_to, token).result())
+
+# %% [markdown]
+# ## Where to go next
+#
+# `04_eval_chat` measures this checkpoint in bits per byte and lets you write with it. To train longer or larger, set `depth`,
+# `num_steps` or `source` above and take a new run name; to go on after an interruption, run all cells again.

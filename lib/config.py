@@ -1,0 +1,299 @@
+"""The one configuration object: frozen, static under jit, and derived from one dial."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from lib.attention import check_attention
+from lib.files import UserError, choose, write_atomic
+
+MLPS = ("relu2", "gelu", "swiglu")
+REMATS = ("none", "dots", "layer")
+DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZER_NAMES = ("muon", "adamw")
+SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12  # leading channels of the residual stream that feed these gates
+REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes the model and its training. Changing a field recompiles; nothing else does.
+
+    Sizes are counts, `*_lr` are base rates before width and batch scaling, batch and horizon are in tokens.
+    Every bad combination raises UserError here, before anything is compiled.
+    """
+
+    # shape
+    vocab_size: int = 32768
+    sequence_len: int = 2048
+    n_layer: int = 12
+    n_embd: int = 768
+    n_head: int = 6
+    n_kv_head: int = 6
+    head_dim: int = 128
+    mlp: str = "relu2"  # relu2 | gelu | swiglu
+    mlp_dim: int = 3072
+    window_pattern: str = "SSSL"  # tiled over layers: S sees about a quarter of the sequence, L all; the last layer is L
+    # parts
+    rope_base: float = 100_000.0
+    qk_norm: bool = True  # RMSNorm on queries and keys after rotation
+    qk_scale: float = 1.2  # on both, sharpening attention; 1.0 for none
+    softcap: float = 15.0  # logits become softcap * tanh(logits / softcap); 0 for none
+    resid_scales: bool = True  # learned per-layer scale of the residual stream
+    x0_scales: bool = True  # learned per-layer re-injection of the embedding
+    value_embeds: bool = True  # gated token embeddings added to the values of every other layer
+    smear: bool = True  # gated mixing of the previous token's embedding
+    backout: bool = True  # subtract a share of the middle layer's output before the head
+    tied_head: bool = False
+    # computation
+    attention: str = "auto"  # a key of lib.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
+    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
+    remat: str = "none"  # what backward recomputes: none | dots (all but matrix products) | layer (everything in it)
+    loss_chunk: int = 2048  # tokens whose logits exist at one time
+    scan_layers: bool = True  # one compiled body per group of equal layers; False unrolls: slower to compile
+    microbatch: int = 4  # rows per forward pass and device; gradients accumulate to total_batch_size
+    # training
+    optimizer: str = "muon"
+    total_batch_size: int = REFERENCE_BATCH  # tokens per optimizer step
+    num_steps: int = 2520
+    tokens_per_param: float = 12.0  # planned horizon: training tokens per parameter of the blocks and the head
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    adamw_lr: float = 0.001  # the matrices' rate when optimizer is adamw
+    weight_decay: float = 0.28
+    reference_tokens: float = 0.0  # horizon of the depth-12 model that weight decay is scaled against; 0 for no scaling
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_frac: float = 0.05
+    seed: int = 42
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            v = getattr(self, f.name)
+            if f.type is float and isinstance(v, int) and not isinstance(v, bool):
+                object.__setattr__(self, f.name, float(v))
+            elif not isinstance(v, f.type) or (f.type is int and isinstance(v, bool)):
+                raise UserError(f"config field {f.name} must be {f.type.__name__}, got {v!r}")
+        for kind, options in dict(mlp=MLPS, remat=REMATS, compute_dtype=DTYPES, optimizer=OPTIMIZER_NAMES).items():
+            choose(kind, getattr(self, kind), options)
+        for name in ("vocab_size sequence_len n_layer n_embd n_head n_kv_head head_dim mlp_dim loss_chunk microbatch "
+                     "total_batch_size num_steps").split():
+            if getattr(self, name) < 1:
+                raise UserError(f"config field {name} must be at least 1, got {getattr(self, name)}")
+        if self.n_head % self.n_kv_head:
+            good = max(k for k in range(1, self.n_kv_head + 1) if self.n_head % k == 0)
+            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: use n_kv_head={good}")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even for rotary embeddings: use {self.head_dim + 1}")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise UserError(f"window_pattern={self.window_pattern!r} must be letters S (short) and L (long), like SSSL")
+        least = max(SMEAR_CHANNELS * self.smear, VALUE_GATE_CHANNELS * self.value_embeds)
+        if self.n_embd < least:
+            raise UserError(f"n_embd={self.n_embd} is below the {least} channels that the gates read: raise it, "
+                            "or set smear=false and value_embeds=false")
+        row = self.microbatch * self.sequence_len
+        if self.total_batch_size % row:
+            near = max(1, round(self.total_batch_size / row)) * row
+            raise UserError(f"total_batch_size={self.total_batch_size} tokens is not a multiple of microbatch x "
+                            f"sequence_len = {row}: use total_batch_size={near}")
+        if self.attention != "auto":
+            check_attention(self.attention, sequence_len=self.sequence_len, head_dim=self.head_dim,
+                            n_head=self.n_head, n_kv_head=self.n_kv_head)
+
+    # ---- derived -------------------------------------------------------------------------------------------------
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding tables: vocab_size rounded up to a multiple of 64; logits are cropped back."""
+        return -(-self.vocab_size // 64) * 64
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, how many keys before itself a query sees; a long layer's is sequence_len."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        pattern = self.window_pattern.upper()
+        kinds = [pattern[i % len(pattern)] for i in range(self.n_layer - 1)] + ["L"]
+        return tuple(self.sequence_len if k == "L" else short for k in kinds)
+
+    @property
+    def value_layers(self) -> tuple[int, ...]:
+        """The layers whose values get token embeddings: every other one, the last included."""
+        return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2) if self.value_embeds else ()
+
+    @property
+    def batch_lr_scale(self) -> float:
+        """Square-root learning-rate scaling with the batch, 1 at REFERENCE_BATCH."""
+        return math.sqrt(self.total_batch_size / REFERENCE_BATCH)
+
+    @property
+    def scaling_params(self) -> int:
+        """Parameters of the block matrices and the head: what the horizon is measured in."""
+        attention = 2 * self.n_embd * (self.n_head + self.n_kv_head) * self.head_dim
+        mlp = (3 if self.mlp == "swiglu" else 2) * self.n_embd * self.mlp_dim
+        gates = len(self.value_layers) * VALUE_GATE_CHANNELS * self.n_kv_head
+        return self.n_layer * (attention + mlp) + gates + self.n_embd * self.padded_vocab
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token: 6 per multiplying parameter plus 12 N H min(window, T) of attention per layer.
+
+        The convention of PaLM's appendix B with windows: scores within the window counted whole, causality not deducted.
+        """
+        scores = sum(12 * self.n_head * self.head_dim * min(w, self.sequence_len) for w in self.windows)
+        return 6 * (self.scaling_params + SMEAR_CHANNELS * self.smear) + scores
+
+    @property
+    def target_tokens(self) -> int:
+        """Training tokens that tokens_per_param asks for."""
+        return int(self.tokens_per_param * self.scaling_params)
+
+    @property
+    def scaled_weight_decay(self) -> float:
+        """Matrix weight decay for this batch and horizon: 0.28 sqrt(B/2^19) D_ref/D with the default base."""
+        scale = self.reference_tokens / self.target_tokens if self.reference_tokens else 1.0
+        return self.weight_decay * self.batch_lr_scale * scale
+
+    @property
+    def dtype(self):
+        """The dtype that activations are computed in."""
+        if self.compute_dtype != "auto":
+            return jax.numpy.dtype(self.compute_dtype)
+        return jax.numpy.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+    @property
+    def attention_name(self) -> str:
+        """The key of ATTENTION in use, with auto decided by the default backend."""
+        if self.attention != "auto":
+            return self.attention
+        return {"tpu": "splash", "cpu": "einsum"}.get(jax.default_backend(), "jax")
+
+    @property
+    def accumulate(self) -> int:
+        """Microbatches per optimizer step on one device."""
+        return self.total_batch_size // (self.microbatch * self.sequence_len)
+
+    # ---- one dial ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_depth(cls, depth: int, *, aspect_ratio: int = 64, target_flops: float = 0.0, **overrides) -> "Config":
+        """All sizes, horizon, batch and decay from the number of layers; anything can be overridden by name.
+
+        Width is depth * aspect_ratio rounded up to whole heads. Horizon D = tokens_per_param * (block matrices + head),
+        or as many steps as `target_flops` buys. Batch = 2^round(log2(2^19 (D / D_12)^0.383)), D_12 being the same
+        rule at depth 12 (the reference's scaling rules; checked against its numbers at depths 4 to 26).
+        """
+        if depth < 1:
+            raise UserError(f"depth must be at least 1, got {depth}")
+        shape = _shape(depth, aspect_ratio, **_known(overrides))
+        probe = cls(**shape | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1))
+        at_12 = _shape(12, aspect_ratio, **{k: v for k, v in overrides.items() if k not in _SIZES})
+        at_12 = cls(**at_12 | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1))
+        tokens, reference = probe.target_tokens, at_12.target_tokens
+        config = dict(shape, reference_tokens=float(reference))
+        if "total_batch_size" not in overrides:
+            batch = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383))
+            row = probe.sequence_len * overrides.get("microbatch", 1)
+            config["total_batch_size"] = batch if batch % row == 0 else max(1, round(batch / row)) * row
+        if "microbatch" not in overrides:
+            rows = config["total_batch_size"] // probe.sequence_len
+            config["microbatch"] = max(b for b in range(1, min(rows, cls.microbatch) + 1) if rows % b == 0) if rows else 1
+        if "num_steps" not in overrides:
+            per_step = config["total_batch_size"]
+            config["num_steps"] = max(1, round(target_flops / (probe.flops_per_token * per_step)) if target_flops
+                                      else tokens // per_step)
+        return cls(**config)
+
+    @classmethod
+    def from_heads(cls, n_head: int, *, aspect_ratio: int = 64, **overrides) -> "Config":
+        """The same dial from the other side: n_embd = n_head * head_dim, depth = n_embd / aspect_ratio."""
+        if n_head < 1:
+            raise UserError(f"n_head must be at least 1, got {n_head}")
+        width = n_head * overrides.get("head_dim", cls.head_dim)
+        depth = max(1, round(width / aspect_ratio))
+        return cls.from_depth(depth, aspect_ratio=aspect_ratio, **dict(n_embd=width, n_head=n_head) | overrides)
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "Config":
+        """A named starting point from PRESETS, with overrides by field name."""
+        return cls.from_depth(**dict(choose("preset", name, PRESETS)) | overrides)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict) -> "Config":
+        return cls(**_known(d))
+
+    def replace(self, **changes) -> "Config":
+        return dataclasses.replace(self, **_known(changes))
+
+    def save(self, path):
+        """Write as JSON, or as YAML when the name ends in .yaml or .yml."""
+        if str(path).endswith((".yaml", ".yml")):
+            import yaml
+
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        else:
+            text = json.dumps(self.to_dict(), indent=1) + "\n"
+        write_atomic(path, text)
+
+    @classmethod
+    def load(cls, path) -> "Config":
+        """Read what `save` wrote."""
+        try:
+            text = Path(path).read_text()
+            if str(path).endswith((".yaml", ".yml")):
+                import yaml
+
+                return cls.from_dict(yaml.safe_load(text))
+            return cls.from_dict(json.loads(text))
+        except FileNotFoundError:
+            raise UserError(f"no config at {path}: give the path of a config.json or config.yaml") from None
+        except (ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"{path} is not a rawchat config ({e}): write one with Config.save") from None
+
+
+_SIZES = {"n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "total_batch_size", "microbatch", "num_steps"}
+
+
+def _known(d: dict) -> dict:
+    names = [f.name for f in dataclasses.fields(Config)]
+    for name in d:
+        choose("config field", name, names)
+    return d
+
+
+def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
+    """Field values for a depth: width in whole heads, as many kv heads as heads, mlp four times as wide."""
+    head_dim = overrides.get("head_dim", Config.head_dim)
+    n_embd = overrides.get("n_embd", -(-depth * aspect_ratio // head_dim) * head_dim)
+    n_head = overrides.get("n_head", max(1, n_embd // head_dim))
+    # SwiGLU has three matrices: two thirds of the hidden width keeps the parameter count (Shazeer 2020)
+    mlp_dim = -(-n_embd * 8 // 3 // 128) * 128 if overrides.get("mlp") == "swiglu" else 4 * n_embd
+    derived = dict(n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, mlp_dim=mlp_dim,
+                   sequence_len=Config.sequence_len)
+    return derived | overrides
+
+
+PRESETS = {
+    # two laptop cores, minutes: short context, small vocabulary, tiny batch
+    "cpu_demo": dict(depth=4, vocab_size=4096, sequence_len=256, total_batch_size=4096, microbatch=16, num_steps=500,
+                     scan_layers=False, loss_chunk=4096, warmup_steps=20),
+    # one v5e chip, 16 GB: MXU 128 x 128
+    "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4, remat="dots"),
+    # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches
+    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, remat="dots"),
+    "gpu": dict(depth=12, microbatch=8, remat="dots"),
+    "nanochat_d12": dict(depth=12),
+    "nanochat_d20": dict(depth=20, remat="dots"),
+    "nanochat_d24": dict(depth=24, remat="dots"),
+}

@@ -1,0 +1,300 @@
+"""Metrics: one `log(step, values)` to many writers, and a profiler window.
+
+metrics.jsonl in the run folder is always written: one object per line with step, time (Unix seconds) and the values.
+JSON has no NaN and no infinity: they stand there as the strings "NaN", "Infinity", "-Infinity", and `read_jsonl` turns
+them back.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import socket
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lib.files import UserError, choose, first_line, write_atomic
+
+MAX_PENDING = 100_000  # jsonl lines kept in memory while the disk is full
+
+
+class Run(NamedTuple):
+    """What a writer may want to know about the run."""
+
+    folder: Path
+    total_steps: int
+    resumed: int | None  # the step it goes on from; None for a new run
+    config: dict
+
+
+class Metrics:
+    """Writes metrics.jsonl in `run_dir` and to the named writers; a context manager.
+
+    writers: names from WRITERS. One that can't start is a UserError, before anything is computed; one that fails
+    later is switched off with one warning, and training goes on.
+    resumed: the step a resumed run goes on from: lines beyond it are dropped, so that no step is there twice. None
+    starts metrics.jsonl anew. config: JSON-able settings, shown by wandb. On several hosts process 0 writes.
+    """
+
+    def __init__(self, run_dir, total_steps: int, writers: Sequence[str] = ("console",), *,
+                 resumed: int | None = None, config: dict | None = None):
+        self._writers = {}
+        if jax.process_index():
+            return
+        run = Run(Path(run_dir), total_steps, resumed, config or {})
+        for name in dict.fromkeys([*writers, "jsonl"]):
+            if writer := choose("metrics writer", name, WRITERS)(run):
+                self._writers[name] = writer
+
+    def log(self, step: int, values: dict) -> dict:
+        """Send {name: number or scalar array} to all writers and return it as Python numbers; None values are left out.
+
+        This waits for device arrays: call it after the next step was dispatched.
+        """
+        host = jax.device_get(values)
+        values = {k: getattr(host[k], "item", lambda: host[k])() for k in values if host[k] is not None}
+        for name in list(self._writers):
+            self._guard(name, self._writers[name][0], step, values)
+        return values
+
+    def close(self):
+        for name in list(self._writers):
+            self._guard(name, self._writers[name][1])
+        self._writers = {}
+
+    def _guard(self, name, function, *args):
+        try:
+            function(*args)
+        except Exception as e:
+            del self._writers[name]
+            warnings.warn(f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes on",
+                          stacklevel=3)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+# ---- writers: run -> (write(step, values), close()) ------------------------------------------------------------------
+
+
+SHOWN = {"loss": "loss {:.4f}", "val_bpb": "val bpb {:.4f}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "MFU {:.1%}"}
+
+
+def _console(run: Run):
+    """A progress bar in a terminal or notebook; elsewhere (a log file) about fifty lines per run."""
+    from tqdm.auto import tqdm
+
+    kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
+    every, first, shown = max(1, run.total_steps // 50), None, {}
+    bar = tqdm(total=run.total_steps, initial=run.resumed or 0, unit="step", dynamic_ncols=True, mininterval=0.5,
+               disable=not (kernel or sys.stderr.isatty()))
+
+    def write(step, values):
+        nonlocal first
+        now = time.monotonic()
+        first = first or (step, now)  # what came before was compiling, and tells nothing about the rest
+        shown.update((key, SHOWN[key].format(values[key])) for key in SHOWN if key in values)
+        text = "  ".join(shown[key] for key in SHOWN if key in shown)
+        if not bar.disable:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(step - bar.n)
+        elif step % every == 0 or step in (first[0], run.total_steps) or "loss" not in values:
+            left = (now - first[1]) / max(1, step - first[0]) * (run.total_steps - step)
+            eta = f"  ETA {tqdm.format_interval(left)}" if step > first[0] else ""
+            print(f"step {step}/{run.total_steps}  {text}{eta}", flush=True)
+
+    return write, bar.close
+
+
+def _jsonl(run: Run):
+    """Appends a line per log. When the disk is full, lines wait in memory and are written once there is room."""
+    path = run.folder / "metrics.jsonl"
+    rows = [] if run.resumed is None or not path.exists() else read_jsonl(path)
+    write_atomic(path, "".join(_line(row) for row in rows if row["step"] <= run.resumed))
+    size, pending = path.stat().st_size, []
+
+    def flush():
+        nonlocal size
+        data = "".join(pending).encode()
+        try:
+            with open(path, "ab") as f:
+                f.write(data)
+        except OSError:
+            os.truncate(path, size)  # no half lines
+            raise
+        size += len(data)
+        pending.clear()
+
+    def write(step, values):
+        full = bool(pending)
+        pending.append(_line({"step": step, "time": round(time.time(), 3)} | values))
+        del pending[:-MAX_PENDING]
+        try:
+            flush()
+        except OSError as e:
+            if not full:
+                warnings.warn(f"cannot write {path} ({e.strerror}): metrics are kept in memory until there is room; "
+                              "training goes on", stacklevel=4)
+
+    return write, lambda: pending and flush()
+
+
+def _tensorboard(run: Run):
+    """Event files in run/tensorboard, from tensorboard's parts: its own writer would import a TensorFlow it finds."""
+    try:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+    except ImportError:
+        raise UserError("the tensorboard writer needs a package: pip install tensorboard") from None
+    folder = run.folder / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    events = RecordWriter(open(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", "wb"))
+
+    def send(step, **what):
+        events.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+        events.flush()
+
+    send(0, file_version="brain.Event:2")
+    send((run.resumed or 0) + 1, session_log=SessionLog(status=SessionLog.START))  # hides what came beyond, if resumed
+
+    def write(step, values):
+        send(step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+
+    return write, events.close
+
+
+def _wandb(run: Run, mode: str):
+    """A Weights & Biases run named after the run folder; joins the sweep's run when one is active."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("the wandb writer needs a package: pip install wandb, or use wandb:off") from None
+    id_file = run.folder / "wandb_id.txt"
+    if run.resumed is None or not id_file.exists():
+        write_atomic(id_file, uuid.uuid4().hex[:8])
+    try:
+        active = wandb.run or wandb.init(project="rawchat", name=run.folder.name, dir=run.folder, mode=mode,
+                                         config=run.config, id=id_file.read_text(), resume="allow")
+    except Exception as e:
+        raise UserError(f"wandb cannot start ({first_line(e)}): run `wandb login`, check the network, "
+                        "or use wandb:offline or wandb:off") from e
+    active.define_metric("*", step_metric="step")  # its own counter could not go back to an earlier checkpoint's step
+    return lambda step, values: active.log({"step": step} | values), active.finish
+
+
+def _otlp(run: Run):
+    """OpenTelemetry gauges, the latest value of each sent every five seconds from a thread of its own.
+
+    The OpenTelemetry package itself takes the address from OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318 without).
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+        from opentelemetry.sdk.resources import Resource
+    except ImportError:
+        raise UserError("the otlp writer needs packages: pip install opentelemetry-sdk "
+                        "opentelemetry-exporter-otlp-proto-http") from None
+    reader = PeriodicExportingMetricReader(OTLPMetricExporter(timeout=5), export_interval_millis=5000)
+    provider = MeterProvider([reader], Resource.create({"service.name": "rawchat", "run": run.folder.name}))
+    gauge = functools.cache(provider.get_meter("rawchat").create_gauge)
+    log, said = logging.getLogger(OTLPMetricExporter.__module__), []
+    log.addFilter(once := lambda record: not said and not said.append(record))  # a dead collector is told of once
+
+    def write(step, values):
+        for key, value in ({"step": step} | values).items():
+            if math.isfinite(value):
+                gauge(key).set(value)
+
+    def close():
+        provider.shutdown()
+        log.removeFilter(once)
+
+    return write, close
+
+
+WRITERS = {
+    "console": _console,
+    "jsonl": _jsonl,
+    "tensorboard": _tensorboard,
+    "wandb:online": functools.partial(_wandb, mode="online"),
+    "wandb:offline": functools.partial(_wandb, mode="offline"),
+    "wandb:off": lambda run: None,
+    "otlp": _otlp,
+}
+
+
+# ---- reading back ----------------------------------------------------------------------------------------------------
+
+
+def _line(row: dict) -> str:
+    row = {k: v if not isinstance(v, float) or math.isfinite(v) else json.dumps(v) for k, v in row.items()}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read_jsonl(path) -> list[dict]:
+    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other damage is a UserError."""
+    special = {json.dumps(v): v for v in (math.nan, math.inf, -math.inf)}
+    rows = []
+    lines = Path(path).read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"step": row["step"]} | {k: special.get(v, v) for k, v in row.items()})
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            raise UserError(f"{path} line {number} is not a metrics row: remove it, or start a new run") from None
+    return rows
+
+
+def column(rows: list[dict], name: str) -> tuple[list, list]:
+    """(steps, values) of the rows that have `name`, for plotting."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+# ---- profiling -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def trace_window(run_dir, start: int, stop: int):
+    """Yield `tick(step, state)`, to be called before each step is dispatched: steps start..stop are profiled.
+
+    The trace lands in run_dir/trace (`tensorboard --logdir run_dir/trace`, Profile). `state` is waited for before the
+    window opens and closes, so that it holds whole steps. stop < start profiles nothing.
+    """
+    active = False
+
+    def switch(state=None):
+        nonlocal active, stop
+        active = not active
+        try:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(Path(run_dir) / "trace")) if active else jax.profiler.stop_trace()
+        except Exception as e:
+            active, stop = False, start - 1
+            warnings.warn(f"no profiler trace ({first_line(e)}); training goes on", stacklevel=3)
+
+    def tick(step, state=None):
+        if active != (start <= step <= stop):
+            switch(state)
+
+    try:
+        yield tick
+    finally:
+        if active:
+            switch()

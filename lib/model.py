@@ -1,0 +1,356 @@
+"""The transformer: one forward for training, prefill and decoding, and a loss that never holds all logits."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lib.attention import ATTENTION, RESIDUAL_NAME
+from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
+from lib.params import init_params, param_specs  # noqa: F401  (part of this module's public surface)
+
+# what remat="dots" keeps: every matrix product's output that backward needs, so that it recomputes only cheap
+# elementwise work (norms, rotations, activations) and never a matmul or the attention kernel
+SAVED = ("q", "k", "v", RESIDUAL_NAME, "x_attn", "mlp_in", "mlp_gate", "x_mlp")
+
+
+def rms_norm(x):
+    """x / rms(x) over the last axis, without weights; eps is float32's machine epsilon, as in PyTorch's rms_norm."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps)
+    return (x32 * scale).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(spec: str, x, w):
+    """einsum of activations with a weight, its weight gradient written so that XLA transposes the smaller operand.
+
+    Autodiff's order costs a transposed copy of the mlp's wide activations on CPU, a tenth of the step; elsewhere the two are equal.
+    """
+    return jnp.einsum(spec, x, w)
+
+
+def _project_forward(spec, x, w):
+    return jnp.einsum(spec, x, w), (x, w)
+
+
+def _project_backward(spec, saved, g):
+    x, w = saved
+    xs, ws, ys = spec.replace("->", ",").split(",")
+    pair = (f"{xs},{ys}->{ws}", x, g) if x.size <= g.size else (f"{ys},{xs}->{ws}", g, x)
+    return jnp.einsum(f"{ys},{ws}->{xs}", g, w), jnp.einsum(*pair)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def rope_tables(positions, config: Config):
+    """cos and signed sin of shape (*positions.shape, 1, 2, H/2), float32."""
+    half = config.head_dim // 2
+    frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.stack([jnp.cos(angle)] * 2, axis=-2), jnp.stack([jnp.sin(angle), -jnp.sin(angle)], axis=-2)
+
+
+def rotate(x_BTNH, cos, sin):
+    """Rotary embedding over split halves, by minus the angle (nanochat's sign; Su et al. 2021)."""
+    x = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1).astype(jnp.float32)
+    return (x * cos + x[..., ::-1, :] * sin).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+
+
+def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, window: int):
+    """Attention of new queries over a cache whose slot s holds position s; slots after a query's position are masked."""
+    B, T, N, H = q_BTNH.shape
+    q = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
+    s = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=jnp.float32) / math.sqrt(H)
+    slot = jnp.arange(k_BSKH.shape[1])
+    distance = positions_BT[:, :, None] - slot
+    visible = (distance >= 0) & (distance <= window)
+    p = jax.nn.softmax(jnp.where(visible[:, None, None], s, -jnp.inf), axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", p, v_BSKH).reshape(B, T, N, H)
+
+
+def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
+    """One layer's attention; `kv` is None, or (k cache, v cache, positions) and then the new cache is returned too."""
+    with jax.named_scope("qkv"):
+        q_BTNH = checkpoint_name(project("BTD,DNH->BTNH", h_BTD, w["wq"]), "q")
+        k_BTKH = checkpoint_name(project("BTD,DKH->BTKH", h_BTD, w["wk"]), "k")
+        v_BTKH = checkpoint_name(project("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
+    if ve_BTKH is not None:
+        with jax.named_scope("value_embed"):
+            gate_BTK = 3 * jax.nn.sigmoid(jnp.einsum("BTC,CK->BTK", h_BTD[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
+            v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTKH
+    with jax.named_scope("rope"):
+        q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
+        if config.qk_norm:
+            q_BTNH, k_BTKH = rms_norm(q_BTNH), rms_norm(k_BTKH)
+        q_BTNH, k_BTKH = q_BTNH * config.qk_scale, k_BTKH * config.qk_scale
+    with jax.named_scope("attention"):
+        if kv is None:
+            visible = window if window < config.sequence_len else None
+            o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible)
+        else:
+            k_BSKH, v_BSKH, positions_BT = kv
+            row = jnp.arange(len(positions_BT))[:, None]
+            k_BSKH = k_BSKH.at[row, positions_BT].set(k_BTKH.astype(k_BSKH.dtype))
+            v_BSKH = v_BSKH.at[row, positions_BT].set(v_BTKH.astype(v_BSKH.dtype))
+            kv = (k_BSKH, v_BSKH)
+            o_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, window)
+    with jax.named_scope("attention_out"):
+        return project("BTNH,NHD->BTD", o_BTNH, w["wo"]), kv
+
+
+def _mlp(h_BTD, w, config: Config):
+    a_BTF = checkpoint_name(project("BTD,DF->BTF", h_BTD, w["w_in"]), "mlp_in")
+    if config.mlp == "relu2":
+        a_BTF = jnp.square(jax.nn.relu(a_BTF))
+    elif config.mlp == "gelu":
+        a_BTF = jax.nn.gelu(a_BTF)
+    else:
+        a_BTF = jax.nn.silu(checkpoint_name(project("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate")) * a_BTF
+    return project("BTF,FD->BTD", a_BTF, w["w_out"])
+
+
+def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: int, kv=None):
+    """One layer: residual and x0 scales, attention, mlp. Weights of this layer only; returns (x, new kv)."""
+    w = {name: a if a.ndim < 2 else a.astype(x_BTD.dtype) for name, a in w.items()}
+    dtype = x_BTD.dtype
+    if config.resid_scales:
+        x_BTD = w["resid_scale"].astype(dtype) * x_BTD
+    if config.x0_scales:
+        x_BTD = x_BTD + w["x0_scale"].astype(dtype) * x0_BTD
+    ve_BTKH = None if ve_table is None else ve_table[tokens_BT].astype(dtype)
+    with jax.named_scope("attn"):
+        out_BTD, kv = _attention(rms_norm(x_BTD), w, config, rope, window, ve_BTKH, kv)
+        x_BTD = checkpoint_name(x_BTD + out_BTD, "x_attn")
+    with jax.named_scope("mlp"):
+        x_BTD = checkpoint_name(x_BTD + _mlp(rms_norm(x_BTD), w, config), "x_mlp")
+    return x_BTD, kv
+
+
+def unstack(params, config: Config):
+    """The same parameters with blocks as a list of one dict per layer and value_embeds as {layer: table}.
+
+    Split, not indexed: its gradient is one concatenation rather than a padded sum per layer.
+    """
+    split = lambda a: [p[0] for p in jnp.split(a, a.shape[0])]
+    parts = {name: split(a) for name, a in params["blocks"].items()}
+    gates = dict(zip(config.value_layers, parts.pop("value_gate", [])))
+    blocks = [{name: p[i] for name, p in parts.items()} for i in range(config.n_layer)]
+    for i, gate in gates.items():
+        blocks[i]["value_gate"] = gate
+    tables = dict(zip(config.value_layers, split(params["value_embeds"]))) if config.value_embeds else {}
+    return params | {"blocks": blocks, "value_embeds": tables}
+
+
+def group_size(config: Config) -> tuple[int, int]:
+    """(layers per scanned group, groups): the longest run of equal groups from layer 0; what is left is unrolled."""
+    period = math.lcm(len(config.window_pattern), 2 if config.value_embeds else 1)
+    groups = config.n_layer // period
+    if groups and config.windows[: groups * period] != config.windows[:period] * groups:
+        groups -= 1  # the last layer is always long, whatever the pattern says
+    return period, groups if config.scan_layers and groups > 1 else 0
+
+
+def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
+    """All layers without a cache; returns the last output and that of the middle layer (for backout)."""
+    middle = config.n_layer // 2
+
+    def layer(carry, w, table, window):
+        block = partial(_block, config=config, rope=rope, window=window)
+        if config.remat == "layer":
+            block = jax.checkpoint(block)
+        elif config.remat == "dots":
+            block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+        return block(carry, x0_BTD, w, table, tokens_BT)[0]
+
+    period, groups = group_size(config)
+    kept = jnp.zeros_like(x_BTD) if config.backout else None
+    first = groups * period
+    blocks, tables = params["blocks"], params.get("value_embeds")
+    if groups:
+        per_group = len([i for i in config.value_layers if i < period])
+        fold = lambda a, n: a[: groups * n].reshape(groups, n, *a.shape[1:])
+        count = lambda name: per_group if name == "value_gate" else period
+        xs = {name: fold(a, count(name)) for name, a in blocks.items()}, \
+            fold(tables, per_group) if config.value_embeds else None, jnp.arange(groups)
+
+        def group(carry, xs):
+            x, kept = carry
+            w, table, g = xs
+            for j in range(period):
+                nth = sum(i < j for i in config.value_layers)
+                has = j in config.value_layers
+                wj = {name: a[nth if name == "value_gate" else j] for name, a in w.items()
+                      if name != "value_gate" or has}
+                x = layer(x, wj, table[nth] if has else None, config.windows[j])
+                if config.backout and j == middle % period:
+                    kept = jnp.where(g == middle // period, x, kept)
+            return (x, kept), None
+
+        (x_BTD, kept), _ = jax.lax.scan(group, (x_BTD, kept), xs)
+    if first < config.n_layer:
+        if not isinstance(blocks, list):
+            params = unstack(params, config)
+        for i in range(first, config.n_layer):
+            with jax.named_scope(f"layer{i}"):
+                x_BTD = layer(x_BTD, params["blocks"][i], params["value_embeds"].get(i), config.windows[i])
+            if i == middle:
+                kept = x_BTD
+    return x_BTD, kept
+
+
+def hidden(params, config: Config, tokens_BT, cache=None):
+    """The final normed residual stream (B, T, D) that the head reads, and the cache with these tokens added."""
+    with jax.named_scope("embed"):
+        embed = lambda ids: rms_norm(params["embed"][ids].astype(config.dtype))
+        x_BTD = embed(tokens_BT)
+        if config.smear:
+            if cache is None:
+                before_BTD = jnp.pad(x_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+            else:  # before the first position there is nothing: its last token is -1
+                last = cache["last"][:, None]
+                before_BTD = jnp.concatenate([jnp.where(last[..., None] >= 0, embed(last), 0), x_BTD[:, :-1]], axis=1)
+            gate_BT = jax.nn.sigmoid(x_BTD[..., :SMEAR_CHANNELS] @ params["smear"]["gate"].astype(config.dtype))
+            x_BTD = x_BTD + (params["smear"]["scale"].astype(config.dtype) * gate_BT)[..., None] * before_BTD
+    x0_BTD = x_BTD
+    B, T = tokens_BT.shape
+    if cache is None:
+        rope = rope_tables(jnp.arange(T), config)
+        x_BTD, kept = _layers(x_BTD, x0_BTD, params, tokens_BT, config, rope)
+    else:
+        if not isinstance(params["blocks"], list):
+            params = unstack(params, config)
+        positions_BT = cache["length"][:, None] + jnp.arange(T)
+        rope = rope_tables(positions_BT, config)
+        keys, values, kept = [], [], None
+        for i, (w, k, v) in enumerate(zip(params["blocks"], cache["k"], cache["v"])):
+            x_BTD, (k, v) = _block(x_BTD, x0_BTD, w, params["value_embeds"].get(i), tokens_BT, config, rope,
+                                   config.windows[i], (k, v, positions_BT))
+            keys.append(k), values.append(v)
+            kept = x_BTD if i == config.n_layer // 2 else kept
+        cache = {"k": keys, "v": values, "length": cache["length"] + T, "last": tokens_BT[:, -1]}
+    if config.backout:
+        x_BTD = x_BTD - params["backout"].astype(x_BTD.dtype) * kept
+    return rms_norm(x_BTD), cache
+
+
+def init_cache(config: Config, batch: int, length: int):
+    """An empty cache for `batch` rows of up to `length` tokens: per layer k and v (B, S, K, H), lengths, last tokens.
+
+    A row's cache may be cut back or corrected by setting its `length` and `last` (the token before the next one).
+    """
+    zeros = lambda: [jnp.zeros((batch, length, config.n_kv_head, config.head_dim), config.dtype)
+                     for _ in range(config.n_layer)]
+    return {"k": zeros(), "v": zeros(), "length": jnp.zeros(batch, jnp.int32), "last": jnp.full(batch, -1, jnp.int32)}
+
+
+def _head(params, config: Config):
+    return params["embed"].T if config.tied_head else params["head"]
+
+
+def _logits(x, head, config: Config):
+    """Float32 logits over the true vocabulary, soft-capped."""
+    logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)[..., : config.vocab_size]
+    return config.softcap * jnp.tanh(logits / config.softcap) if config.softcap else logits
+
+
+def logits(params, config: Config, x_BTD):
+    """What the head makes of `hidden`'s output: float32 (..., V)."""
+    with jax.named_scope("head"):
+        return _logits(x_BTD, _head(params, config), config)
+
+
+def forward(params, config: Config, tokens_BT, cache=None):
+    """Logits (B, T, V) in float32 after `tokens_BT`, and the updated cache (None without one).
+
+    Without a cache this is the training forward over whole rows. With one (see `init_cache`) the tokens continue each
+    row: many at once to prefill, one at a time to decode.
+    """
+    x_BTD, cache = hidden(params, config, tokens_BT, cache)
+    return logits(params, config, x_BTD), cache
+
+
+def _chunks(x_BTD, targets_BT, chunk: int):
+    """Rows of tokens (M, C, D) and targets (M, C), padded with ignored ones to whole chunks."""
+    x, t = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
+    chunk = min(chunk, len(t))
+    short = -len(t) % chunk
+    if short:
+        x, t = jnp.pad(x, ((0, short), (0, 0))), jnp.pad(t, (0, short), constant_values=-1)
+    return x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
+
+
+def _chunk_loss(x, head, t, config: Config):
+    """Per-token loss (C,) of one chunk, with what its gradient needs: logits and their log-sum-exp."""
+    logits = _logits(x, head, config)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, jnp.maximum(t, 0)[:, None], axis=-1)[:, 0]
+    return jnp.where(t >= 0, lse - picked, 0.0), logits, lse
+
+
+def token_losses(params, config: Config, tokens_BT, targets_BT):
+    """Cross-entropy in nats per token (B, T) in float32, 0 where the target is negative; not meant for gradients."""
+    x_BTD, _ = hidden(params, config, tokens_BT)
+    x, t = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = _head(params, config).astype(x.dtype)
+    losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0], (x, t))
+    return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def summed_loss(x_BTD, head_DV, targets_BT, config: Config):
+    """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a time."""
+    x, t = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = head_DV.astype(x.dtype)
+    return jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0].sum(), (x, t)).sum()
+
+
+def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
+    """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale them."""
+    x, t = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = head_DV.astype(x.dtype)
+
+    def chunk(head_grad, xt):
+        x, t = xt
+        loss, logits, lse = _chunk_loss(x, head, t, config)
+        hit = jnp.arange(config.vocab_size) == t[:, None]  # compared, not scattered: stays in the fusion
+        d = jnp.exp(logits - lse[:, None]) - hit
+        if config.softcap:
+            d = d * (1 - jnp.square(logits / config.softcap))
+        d = jnp.where(t[:, None] >= 0, d, 0).astype(x.dtype)
+        d = jnp.pad(d, ((0, 0), (0, config.padded_vocab - config.vocab_size)))
+        head_grad += jnp.einsum("CD,CV->DV", x, d, preferred_element_type=jnp.float32)
+        return head_grad, (loss.sum(), jnp.einsum("CV,DV->CD", d, head))
+
+    zero = jnp.zeros(head_DV.shape, jnp.float32)
+    if len(t) == 1:
+        head_grad, (losses, x_grad) = chunk(zero, (x[0], t[0]))
+    else:
+        head_grad, (losses, x_grad) = jax.lax.scan(chunk, zero, (x, t))
+    x_grad = x_grad.reshape(-1, x.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
+    return losses.sum(), (x_grad, head_grad)
+
+
+def _summed_loss_backward(config, saved, g):
+    x_grad, head_grad = saved
+    return (g * x_grad).astype(x_grad.dtype), g * head_grad, None
+
+
+summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
+
+
+def loss_sums(params, config: Config, tokens_BT, targets_BT):
+    """(sum of losses, number of targets >= 0): what gradient accumulation adds up."""
+    x_BTD, _ = hidden(params, config, tokens_BT)
+    with jax.named_scope("loss"):
+        total = summed_loss(x_BTD, _head(params, config), targets_BT, config)
+    return total, jnp.sum(targets_BT >= 0)
+
+
+def loss_fn(params, config: Config, tokens_BT, targets_BT):
+    """Mean cross-entropy in nats over targets >= 0 (0 when there are none), and {"loss_sum", "count"}."""
+    total, count = loss_sums(params, config, tokens_BT, targets_BT)
+    return total / jnp.maximum(count, 1), {"loss_sum": total, "count": count}

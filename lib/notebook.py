@@ -1,0 +1,313 @@
+"""What a notebook needs around its story: flags, set-up, plots, the device report, secrets, the run folder."""
+
+import ast
+import dataclasses
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Optional
+
+from lib.files import UserError, choose, newest_run, replacing, write_atomic, writing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ---- where we are ----------------------------------------------------------------------------------------------------
+
+
+def _shell():
+    """The IPython shell of the kernel this runs in, or None in a script or a terminal."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell if hasattr(shell, "kernel") else None
+
+
+def in_notebook() -> bool:
+    """True in a Jupyter or Colab kernel (one driven by nbclient too), False in a script or a terminal."""
+    return _shell() is not None
+
+
+def in_colab() -> bool:
+    """True in a Colab kernel; a script that it starts with `!python` is just a script."""
+    return in_notebook() and "google.colab" in sys.modules
+
+
+def setup():
+    """Once per notebook, first of all: in Colab, install what it lacks; keep compiled programs in .cache/jax, where the
+    next run finds them; show of a UserError only its sentence (a script exits with code 2 then)."""
+    if in_colab():
+        install_missing()
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if shell := _shell():
+        shell.set_custom_exc((UserError,), lambda shell, kind, error, trace, tb_offset=None:
+                             shell._showtraceback(kind, error, [f"Error: {error}"]))
+    else:
+        sys.excepthook = _excepthook
+
+
+def install_missing():
+    """pip install the dependencies in pyproject.toml that are not there, never replacing the jax, libtpu and numpy that are."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    held = [f"{d.name}=={d.version}" for d in importlib.metadata.distributions()
+            if re.match("jax|libtpu|numpy|ml.dtypes", d.name)]
+    constraints = ROOT / ".cache" / "constraints.txt"
+    write_atomic(constraints, "\n".join(held))
+    pip = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints, *wanted],
+                         capture_output=True, text=True)
+    if pip.returncode:
+        raise UserError(f"pip could not install what is missing here: {pip.stderr.strip().splitlines()[-1]}")
+    importlib.invalidate_caches()
+
+
+def _excepthook(kind, error, trace):
+    if not issubclass(kind, UserError):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"Error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+class Param(NamedTuple):
+    name: str
+    value: object
+    hint: object  # the type that the command line parses
+    help: str
+
+
+def parameters(source: str) -> list[Param]:
+    """The variables of the one cell tagged `parameters` in a notebook's percent-format source.
+
+    Each is `name = literal  # @param …` on one line, the annotation being Colab's: a list of choices (open-ended with
+    allow-input), a {type:"…"}, or both. Comment lines right above it (`# @markdown …` shows in Colab too) are its help.
+    """
+    cells = [c for c in re.split(r"(?m)^(?=# %%)", source) if re.match(r'# %%.*tags=\[.*"parameters".*\]', c)]
+    if len(cells) != 1:
+        raise ValueError(f"a notebook has one cell tagged parameters, this one has {len(cells)}")
+    params, about = [], []
+    for line in cells[0].splitlines()[1:]:
+        if comment := re.match(r"# (?:@markdown )?(?!@)(.+)", line):
+            about.append(comment[1].strip())
+            continue
+        if match := re.match(r"(\w+) = (.+?) *# ?@param *(\[.*?\])? *(\{.*\})?", line):
+            name, value, choices, form = match.groups(default="")
+            value, choices = ast.literal_eval(value), tuple(ast.literal_eval(choices or "[]"))
+            kind = re.search(r"type: *[\"'](\w+)", form)
+            if choices and "allow-input" in form:
+                about.append(f"({', '.join(str(c) for c in choices if c != '')}, or your own)")
+            hint = Literal[choices] if choices and "allow-input" not in form else (
+                {"integer": int, "number": float, "boolean": bool}.get(kind and kind[1],
+                                                                     str if value is None else type(value)))
+            params.append(Param(name, value, Optional[hint] if value is None else hint, " ".join(about)))
+        elif line.strip() and not line.startswith("#"):
+            raise ValueError(f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}")
+        about = []
+    return params
+
+
+def flags(namespace: dict, args: list[str] | None = None) -> dict:
+    """The parameters cell's variables as set by command-line flags; {} in a notebook, where the cell itself is the form.
+
+    Right after the parameters cell: `globals().update(flags(globals()))`. The cell's values are the defaults, `--help`
+    lists every flag, and a wrong one ends the script with code 2 and the names nearest to it.
+    """
+    if in_notebook() or "__file__" not in namespace:
+        return {}
+    import tyro
+
+    path = Path(namespace["__file__"])
+    source = path.read_text()
+    fields = [(p.name, Annotated[p.hint, tyro.conf.arg(help=p.help)], p.value) for p in parameters(source)]
+    title = re.search(r"(?m)^# # (.+)", source)
+    return vars(tyro.cli(dataclasses.make_dataclass("Flags", fields), prog=path.name, args=args,
+                         description=title[1] if title else None))
+
+
+def parse_overrides(text: str, cls) -> dict:
+    """Fields of the dataclass `cls` from "name=value name=value", each value parsed as its field's type."""
+    types = {f.name: f.type for f in dataclasses.fields(cls)}
+    words = dict(pair.partition("=")[::2] for pair in text.replace(",", " ").split())
+    values = {}
+    for name, word in words.items():
+        kind = choose("config field", name, types)
+        try:
+            values[name] = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+        except (ValueError, KeyError):
+            raise UserError(f"override {name}={word}: {name} is of type {kind.__name__}") from None
+    return values
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}  # which notebook leaves what in a run folder
+
+
+def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
+    """The folder runs/NAME, made if missing; with `needs` it must hold that file or folder already.
+
+    An empty name stands for the run whose `needs` changed last.
+    """
+    if not name and needs:
+        return newest_run(runs_dir, holding=needs)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"run name {name!r} cannot name a folder: use letters, digits, . _ and -")
+    run = Path(runs_dir) / name
+    if needs and not (run / needs).exists():
+        raise UserError(f"{run} has no {needs}: run {MAKERS[needs]}.py --run {name} first")
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def set_aside(run: Path, *names: str) -> Path:
+    """Move what a fresh start would overwrite into RUN/old-N and return that folder: nothing trained is ever lost."""
+    old = next(p for n in itertools.count(1) if not (p := run / f"old-{n}").exists())
+    old.mkdir()
+    for name in names:
+        if (run / name).exists():
+            (run / name).rename(old / name)
+    return old
+
+
+RESULTS = {  # results.json key: (label, format); others are printed as they are
+    "bytes_per_token": ("tokenizer compression, bytes/token", ".2f"),
+    "params": ("parameters", ",d"),
+    "steps": ("steps", ",d"),
+    "train_tokens_per_s": ("training tokens/s", ",.0f"),
+    "val_bpb": ("validation bits per byte", ".4f"),
+    "gzip_bpb": ("  gzip -9 on the same bytes", ".4f"),
+    "xz_bpb": ("  xz -9 on the same bytes", ".4f"),
+}
+
+
+def results_table(run) -> str:
+    """The figures and samples in RUN/results.json as text."""
+    path = Path(run) / "results.json"
+    if not path.exists():
+        raise UserError(f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py with --run {Path(run).name} first")
+    results = json.loads(path.read_text())
+    rows = [(label, format(results[key], spec)) for key, (label, spec) in RESULTS.items()
+            if results.get(key) is not None]
+    rows += [(k, f"{v:.6g}" if isinstance(v, float) else str(v)) for k, v in results.items()
+             if k not in RESULTS and isinstance(v, (int, float, str))]
+    wide = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{wide}}  {value:>14}" for label, value in rows]
+    return "\n".join(lines + [f"\nsample: {sample}" for sample in results.get("samples", [])])
+
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+def secret(name: str) -> str | None:
+    """A token from Colab's secrets, else from the environment, else None; one printed line says which."""
+    if in_colab():
+        from google.colab import userdata
+
+        try:
+            value = userdata.get(name)
+            print(f"{name}: from Colab's secrets")
+            return value
+        except Exception as e:  # not granted, not there, or no browser behind this kernel: each has its own class
+            print(f"{name}: not in Colab's secrets ({type(e).__name__})")
+    value = os.environ.get(name) or None
+    print(f"{name}: {'from the environment' if value else 'not set, going on without'}")
+    return value
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.titlesize": "medium", "legend.frameon": False, "font.size": 9, "lines.linewidth": 1.3,
+         "figure.constrained_layout.use": True, "savefig.dpi": 130}
+
+
+def subplots(rows=1, cols=1, size=(4.5, 3), **kwargs):
+    """(figure, axes) in the house style, `size` in inches per axes; needs no display and no pyplot state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size[0] * cols, size[1] * rows))
+        return figure, figure.subplots(rows, cols, **kwargs)
+
+
+def show(figure, path):
+    """Write a matplotlib figure to `path` (format from its suffix), and show it inline in a notebook."""
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=STYLE["savefig.dpi"])
+    if in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(path)))
+    else:
+        print(f"plot: {path}")
+
+
+# ---- the device ------------------------------------------------------------------------------------------------------
+
+
+class Chip(NamedTuple):
+    """Published figures of one chip: dense bfloat16 FLOP/s (T4: float16), memory bytes/s, memory bytes."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+CHIPS = {  # by a part of jax's device_kind, the first that matches
+    "v6 lite": Chip("TPU v6e", 918e12, 1600e9, 32e9),
+    "v6e": Chip("TPU v6e", 918e12, 1600e9, 32e9),
+    "v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9),
+    "v5e": Chip("TPU v5e", 197e12, 819e9, 16e9),
+    "v5": Chip("TPU v5p", 459e12, 2765e9, 95e9),
+    "v4": Chip("TPU v4", 275e12, 1228e9, 32e9),
+    "H200": Chip("H200", 989e12, 4800e9, 141e9),
+    "H100": Chip("H100 SXM", 989e12, 3350e9, 80e9),
+    "A100": Chip("A100", 312e12, 2000e9, 80e9),
+    "T4": Chip("T4", 65e12, 320e9, 16e9),
+}
+
+
+def chip(device_kind: str) -> Chip | None:
+    """The CHIPS entry for jax's `device_kind`, None for a CPU or a chip not in the table."""
+    return next((c for part, c in CHIPS.items() if part in device_kind), None)
+
+
+def device_report() -> dict:
+    """Print what this runs on and return it: platform, kind, count, memory (bytes per device or of the machine),
+    flops (peak bfloat16 FLOP/s per device, None when unknown)."""
+    import jax
+
+    device = jax.devices()[0]
+    known = chip(device.device_kind)
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit") or (known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    flops = known.flops if known else None
+    peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
+    cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
+    print(f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), {memory / 2**30:.1f} GiB, {peak}\n"
+          f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} process(es)")
+    return dict(platform=device.platform, kind=device.device_kind, count=jax.device_count(), memory=memory, flops=flops)
+
+
+def pick_preset(device: dict) -> tuple[str, str]:
+    """(preset for this device, the reason in words), from `device_report`."""
+    if device["platform"] == "cpu":
+        return "cpu_demo", "no accelerator here, so the one that two cores finish in minutes"
+    if device["platform"] == "tpu":
+        v6 = "v6" in device["kind"].lower()
+        return ("colab_v6e", "head width 256 fills this TPU's 256 x 256 matrix unit") if v6 else (
+            "colab_v5e", "sized for a TPU with 16 GB and 128 x 128 matrix units")
+    return "gpu", "one GPU, cuDNN flash attention"
