@@ -61,7 +61,7 @@ from lib.tokenizer import FILE, Tokenizer, load_tokenizer
 # @markdown Name of the run: everything goes to runs/NAME
 run = "default"  # @param {type:"string"}
 # @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files
-source = "stdlib"  # @param ["stdlib", "climbmix", "fineweb_edu", "tinystories"] {"allow-input":true}
+source = "stdlib"  # @param ["stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {"allow-input":true}
 # @markdown Number of token ids, the nine special tokens included
 vocab_size = 32768  # @param {type:"integer"}
 # @markdown Training shards to read of a source on the Hub, about 100 MB each

@@ -51,7 +51,7 @@ import jax
 import numpy as np
 
 from lib import checkpoint, data, evals, generate, model, train
-from lib.config import PRESETS, Config
+from lib.config import Config
 from lib.files import UserError, choose, update_json
 from lib.metrics import Metrics, column, read_jsonl, trace_window
 from lib.notebook import device_report, flags, open_run, parse_overrides, pick_preset, secret, set_aside, show, subplots
@@ -71,16 +71,18 @@ num_steps = 0  # @param {type:"integer"}
 # @markdown Any other Config field by name, such as: optimizer=adamw mlp=swiglu matrix_lr=0.01
 overrides = ""  # @param {type:"string"}
 # @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files
-source = "stdlib"  # @param ["stdlib", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
+source = "stdlib"  # @param ["stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
 # @markdown Training shards to download of a source from the Hub (climbmix: about 100 MB each)
 shards = 8  # @param {type:"integer"}
 # @markdown How documents fill rows: bestfit wastes nearly nothing, reference is nanochat's, stream cuts anywhere
 packing = "bestfit"  # @param ["bestfit", "reference", "stream"]
 # @markdown When the run was trained before: continue it, start it afresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
-# @markdown Steps between validations, samples and checkpoints (0: ten validations, two samples, four checkpoints in all)
+# @markdown Steps between validations (0: ten of them in all)
 eval_every = 0  # @param {type:"integer"}
+# @markdown Steps between samples (0: two of them in all)
 sample_every = 0  # @param {type:"integer"}
+# @markdown Steps between checkpoints (0: four of them in all)
 save_every = 0  # @param {type:"integer"}
 # @markdown Bytes of validation text that a validation reads
 eval_bytes = 200000  # @param {type:"integer"}
@@ -117,10 +119,15 @@ print(f"preset {chosen}: {why}")
 # %%
 asked = dict(vocab_size=tokenizer.vocab_size) | ({"depth": depth} if depth else {}) | ({"num_steps": num_steps} if num_steps else {})
 config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
-saved = checkpoint.latest(checkpoints or folder / "checkpoints")
+store = checkpoints or folder / "checkpoints"
+saved = checkpoint.latest(store)
+if push_to:
+    checkpoint.check_hub(push_to, hub_token := secret("HF_TOKEN"))
 if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
     raise UserError(f"{folder} was trained before: pass if_exists=continue or fresh, or another run")
 if saved and if_exists == "fresh":
+    if checkpoints:
+        raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
     print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json', 'plots')}")
     saved = None
 settings = dict(source=source, packing=packing, shards=shards)
@@ -231,7 +238,7 @@ def write_samples(params):
 
 with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], resumed=done if saved else None,
               config=config.to_dict()) as metrics,
-      checkpoint.Saver(checkpoints or folder / "checkpoints", keep=keep, size=checkpoint.nbytes(state)) as saver,
+      checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
       checkpoint.interruptible() as signal, trace_window(folder, trace_start, trace_stop) as tick):
     last = config.num_steps
     pause = lambda n: signal.stop or n == last or any(n % every[k] == 0 for k in every) or n in (trace_start - 1, trace_stop)
@@ -242,6 +249,7 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
             if device["flops"]:
                 values["mfu"] = values["tokens_per_s"] * config.flops_per_token / device["flops"]
             seconds += values["step_time"]
+            stop = signal.stop and step.state is not None
             if step.state is not None:
                 state = step.state
                 if n % every["eval"] == 0 or n == last:
@@ -251,12 +259,12 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                 if n % every["sample"] == 0 or n == last:
                     samples = write_samples(state.params)
                     print("\n".join(f"\nstep {n}: {s}" for s in samples))
-                if n % every["save"] == 0 or n == last or signal.stop:
+                if n % every["save"] == 0 or n == last or stop:
                     saver.save(n, state, dict(config=config.to_dict(), cursor=step.cursor, settings=settings,
-                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=val_bpb)
+                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values.get("val_bpb"))
                 tick(n + 1, state)
             metrics.log(n, values)
-            if signal.stop and step.state is not None:
+            if stop:
                 break
     except UserError as e:
         saver.wait()
@@ -296,7 +304,7 @@ print("\n\n".join(samples))
 # %%
 _, throughput = column(rows_logged, "tokens_per_s")
 speed = float(np.median(throughput[1:] or throughput))
-back, _ = checkpoint.restore(checkpoint.latest(checkpoints or folder / "checkpoints"), template)
+back, _ = checkpoint.restore(checkpoint.latest(store), template)
 same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state)))
 probe = np.asarray(first_inputs[:1])
 changed = np.where(np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size)
@@ -324,8 +332,7 @@ if done < config.num_steps:  # a finished run that is only looked at again keeps
 results = update_json(folder / "results.json", **results)
 print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
 if push_to:
-    checkpoint.check_hub(push_to, token := secret("HF_TOKEN"))
-    print(checkpoint.upload_to_hub(checkpoint.latest(folder / "checkpoints"), push_to, token).result())
+    print(checkpoint.upload_to_hub(checkpoint.latest(store), push_to, hub_token).result())
 
 # %% [markdown]
 # ## Where to go next

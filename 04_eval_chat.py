@@ -90,6 +90,8 @@ device = device_report()
 
 # %%
 path = {"": folder, "best": checkpoint.best(folder / "checkpoints")}.get(ckpt, ckpt)
+if path is None:
+    raise UserError(f"no checkpoint in {folder} was validated, so none is best: leave ckpt empty for the newest")
 meta = checkpoint.read_meta(path)
 config = Config.from_dict(meta["config"])
 if meta["tokenizer"] != tokenizer.fingerprint:

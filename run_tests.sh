@@ -5,7 +5,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
 
 case ${1:-} in
-    --help | -h) echo "usage: bash run_tests.sh [--setup-only | ARGUMENTS FOR PYTEST, such as -k optim or tests/test_data.py]"; exit ;;
+    --help | -h)
+        echo "usage: bash run_tests.sh [--setup-only | ARGUMENTS FOR PYTEST, such as -k optim or tests/test_data.py]"
+        exit ;;
 esac
 setup dev
 [ "${1:-}" != --setup-only ] || exit 0

@@ -20,7 +20,8 @@ find_device() {
     device=cpu why="no TPU on the PCI bus, no GPU listed by nvidia-smi"
     for pci in /sys/bus/pci/devices/*; do
         case $(cat "$pci/vendor" "$pci/device" 2>/dev/null | tr '\n' ' ') in
-            "0x1ae0 0x0027 " | "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | "0x1ae0 0x006f " | "0x1ae0 0x0076 ")
+            "0x1ae0 0x0027 " | "0x1ae0 0x005e " | "0x1ae0 0x0062 " | "0x1ae0 0x0063 " | "0x1ae0 0x006f " | \
+                "0x1ae0 0x0076 ")
                 device=tpu why="a TPU is on the PCI bus" ;;
         esac
     done
@@ -43,7 +44,8 @@ setup() {
         echo "set-up: making .venv with $("$base" --version)"
         "$base" -m venv .venv || fail "could not make .venv with $base: is the disk full, or this folder not writable?"
     fi
-    $python -c "$supported" || fail ".venv has $($python --version), rawchat needs 3.11 to 3.13: delete .venv, then run this again"
+    $python -c "$supported" ||
+        fail ".venv has $($python --version), rawchat needs 3.11 to 3.13: delete .venv, then run this again"
     wanted="$(cksum < pyproject.toml) [$extras]"
     grep -qsxF "$wanted" .venv/rawchat-installed && { echo "set-up: .venv is up to date"; return; }
     echo "set-up: installing rawchat${extras:+[$extras]} into .venv (log: $log)"

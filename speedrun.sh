@@ -12,8 +12,8 @@ Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures
 
   --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_v5e, colab_v6e, gpu, nanochat_d12,
                   nanochat_d20, nanochat_d24; default: the one for the device found
-  --source WHAT   text to train on: stdlib (default; needs no network), climbmix, fineweb_edu, tinystories, or your own
-                  files: a path or glob of .txt, .md, .py, .jsonl or .parquet
+  --source WHAT   text to train on: stdlib (default; needs no network), stdlib_with_tests, climbmix, fineweb_edu,
+                  tinystories, or your own files: a path or glob of .txt, .md, .py, .jsonl or .parquet
   --run NAME      everything goes to runs/NAME (default: speedrun)
   --continue      take up runs/NAME where it stopped (the default); refused when it was made with other settings
   --fresh         start anew; what is in runs/NAME is moved to runs/NAME.old-1 and so on
@@ -36,8 +36,11 @@ while [ $# -gt 0 ]; do
         *) code=2 fail "unknown argument $1: see bash speedrun.sh --help" ;;
     esac
 done
-[ -z "$fresh$continue" ] || [ "$fresh$continue" = yes ] || code=2 fail "--fresh and --continue exclude each other: pass one"
-case $run in '' | .* | *[!A-Za-z0-9._-]*) code=2 fail "--run '$run' cannot name a folder: use letters, digits, . _ and -" ;; esac
+[ -z "$fresh$continue" ] || [ "$fresh$continue" = yes ] ||
+    code=2 fail "--fresh and --continue exclude each other: pass one"
+case $run in '' | [.-]* | *[!A-Za-z0-9._-]*)
+    code=2 fail "--run '$run' cannot name a folder: use letters, digits, . _ and -" ;;
+esac
 
 setup
 [ "$device" = cpu ] && export JAX_PLATFORMS=cpu
@@ -67,7 +70,8 @@ fi
 
 stage() {
     echo; echo "== $*"
-    $python "$@" || fail "$1 stopped. Run this again to go on from there, with --fresh to start anew, or with --run OTHER beside it"
+    $python "$@" || fail "$1 stopped. Run this again to go on from there, with --fresh to start anew," \
+                         "or with --run OTHER beside it"
 }
 stage 01_tokenizer.py --run "$run" --source "$source" --vocab-size "$vocab_size"
 stage 02_train.py --run "$run" --source "$source" --preset "$preset" "$@"

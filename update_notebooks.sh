@@ -9,9 +9,11 @@ exec $python - "$@" <<'END'
 import sys
 from pathlib import Path
 
-import jupytext
-import nbformat
-
+try:
+    import jupytext
+    import nbformat
+except ImportError:
+    sys.exit("jupytext and nbformat are missing: run bash run_tests.sh --setup-only first")
 if sys.argv[1:] not in ([], ["--check"]):
     sys.exit("usage: bash update_notebooks.sh [--check]")
 METADATA = {  # what makes Colab offer a TPU, and every front end a Python kernel

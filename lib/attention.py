@@ -3,7 +3,8 @@
 Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training and prefill (S = T).
 Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i - window <= j <= i; window None means all of the
 past. Query head n reads key/value head n // (N/K). Softmax is in float32 whatever the inputs are.
-Kernels (splash, pallas) are opaque to the partitioner: over several devices, call them inside `jax.shard_map`.
+Kernels (splash, pallas) are opaque to the partitioner: over several devices, call them in `jax.shard_map` with
+`check_vma=False`.
 """
 
 import contextlib
@@ -80,31 +81,74 @@ def _block(T: int, limit: int) -> int:
 
 
 def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | None = None):
-    """Attention in einsums, each block of queries against only the keys it can see.
+    """Attention in einsums, each block of queries against only the blocks of keys it can see.
 
-    block: queries per block, default an eighth of T but at least 128 (fastest on CPU at T = 512 and 2048).
+    block: positions per block, default an eighth of T but at least 128 (fastest on CPU at T = 512 and 2048).
     """
     window = _checked("einsum", q_BTNH, k_BSKH, window)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    block = block or max(128, T // 8)
-    # heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order
-    q_BKGTH = (q_BTNH * (1 / math.sqrt(H))).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    outs = []
+    # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order. The queries of a group
+    # share their keys, so they are just more rows (R = T G, position by position) of the same matrices.
+    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
+    o_BKRH = _blocked(q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), window, block or max(128, T // 8))
+    return o_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block):
+    return _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block)[0]
+
+
+def _blocked_scores(q_BKRH, k_BKSH, window, block):
+    """For each block of queries: its rows, its keys (as slices) and the scores of all pairs, MASKED where not visible."""
+    T, H = k_BKSH.shape[2:]
+    G = q_BKRH.shape[2] // T
     for start in range(0, T, block):
-        end, first = min(start + block, T), 0 if window is None else max(0, start - window)
-        distance = np.arange(start, end)[:, None] - np.arange(first, end)
+        end, first = min(start + block, T), 0 if window is None else max(0, start - window) // block * block
+        rows, keys = slice(start * G, end * G), slice(first, end)
+        distance = np.repeat(np.arange(start, end), G)[:, None] - np.arange(first, end)
         visible = (distance >= 0) & (distance <= (T if window is None else window))
-        s = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH[:, :, :, start:end], k_BKSH[:, :, first:end],
-                       preferred_element_type=jnp.float32)
-        s = jnp.where(visible, s, MASKED)
-        p = jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True)))
-        # dividing after the product with v touches H numbers per query instead of S, forward and backward
-        o = jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v_BSKH.dtype), v_BKSH[:, :, first:end],
-                       preferred_element_type=jnp.float32) / p.sum(-1, keepdims=True)
-        outs.append(o.astype(q_BTNH.dtype))
-    return jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) / math.sqrt(H)
+        yield rows, keys, jnp.where(visible, s_BKRS, MASKED)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
+    outs, lses = [], []
+    for _, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
+        top = s_BKRS.max(-1, keepdims=True)
+        p_BKRS = jnp.exp(s_BKRS - top)
+        total = p_BKRS.sum(-1, keepdims=True)
+        outs.append(_product("BKRS,BKSH->BKRH", p_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, keys]) / total)
+        lses.append(top + jnp.log(total))
+    o_BKRH = checkpoint_name(jnp.concatenate(outs, 2).astype(q_BKRH.dtype), RESIDUAL_NAME)
+    lse_BKR1 = checkpoint_name(jnp.concatenate(lses, 2), RESIDUAL_NAME)
+    return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1)
+
+
+def _blocked_backward(window, block, residuals, do_BKRH):
+    """Recomputing the probabilities is faster on CPU than reading them back, and holds none of them."""
+    q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
+    delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
+    dq, dk, dv = [], [], []
+    for rows, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
+        q, k, v, do = q_BKRH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], do_BKRH[:, :, rows]
+        p_BKRS = jnp.exp(s_BKRS - lse_BKR1[:, :, rows])
+        ds_BKRS = p_BKRS * (_product("BKRH,BKSH->BKRS", do, v) - delta_BKR1[:, :, rows]) / math.sqrt(q.shape[-1])
+        ds_BKRS = ds_BKRS.astype(q.dtype)
+        dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
+        for parts, new in ((dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
+                           (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do))):
+            parts.append(0.0)  # this block of queries is the first to see the last of these blocks of keys
+            for j in range(keys.start // block, len(parts)):
+                parts[j] += new[:, :, j * block - keys.start:][:, :, :block]
+    return tuple(jnp.concatenate(x, 2).astype(like.dtype) for x, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH)))
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
 def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):

@@ -246,7 +246,7 @@ def _line(row: dict) -> str:
 
 
 def read_jsonl(path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other damage is a UserError."""
+    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other damage a UserError."""
     special = {json.dumps(v): v for v in (math.nan, math.inf, -math.inf)}
     rows = []
     lines = Path(path).read_bytes().splitlines(keepends=True)

@@ -13,7 +13,7 @@ from lib.params import init_params, param_specs  # noqa: F401  (part of this mod
 
 # what remat="dots" keeps: every matrix product's output that backward needs, so that it recomputes only cheap
 # elementwise work (norms, rotations, activations) and never a matmul or the attention kernel
-SAVED = ("q", "k", "v", RESIDUAL_NAME, "x_attn", "mlp_in", "mlp_gate", "x_mlp")
+SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
 def rms_norm(x):
@@ -44,6 +44,19 @@ def _project_backward(spec, saved, g):
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+@jax.custom_vjp
+def fence(tree):
+    """Identity whose gradients must all be there before any is used.
+
+    Around a layer it makes backward finish the layer's weight gradients before it goes on to the layer below. Left alone, XLA's
+    TPU scheduler puts them off and keeps the wide activations of several layers alive for them.
+    """
+    return tree
+
+
+fence.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
 def rope_tables(positions, config: Config):
@@ -115,7 +128,7 @@ def _mlp(h_BTD, w, config: Config):
 
 def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: int, kv=None):
     """One layer: residual and x0 scales, attention, mlp. Weights of this layer only; returns (x, new kv)."""
-    w = {name: a if a.ndim < 2 else a.astype(x_BTD.dtype) for name, a in w.items()}
+    x_BTD, w = fence((x_BTD, w))
     dtype = x_BTD.dtype
     if config.resid_scales:
         x_BTD = w["resid_scale"].astype(dtype) * x_BTD
@@ -126,7 +139,7 @@ def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: 
         out_BTD, kv = _attention(rms_norm(x_BTD), w, config, rope, window, ve_BTKH, kv)
         x_BTD = checkpoint_name(x_BTD + out_BTD, "x_attn")
     with jax.named_scope("mlp"):
-        x_BTD = checkpoint_name(x_BTD + _mlp(rms_norm(x_BTD), w, config), "x_mlp")
+        x_BTD = x_BTD + _mlp(rms_norm(x_BTD), w, config)
     return x_BTD, kv
 
 
@@ -217,6 +230,9 @@ def hidden(params, config: Config, tokens_BT, cache=None):
             x_BTD = x_BTD + (params["smear"]["scale"].astype(config.dtype) * gate_BT)[..., None] * before_BTD
     x0_BTD = x_BTD
     B, T = tokens_BT.shape
+    # once for all layers, so that their stacked gradients are held in the compute dtype too
+    matrices = lambda a: a.astype(config.dtype) if a.ndim > 1 else a
+    params = params | {"blocks": jax.tree.map(matrices, params["blocks"])}
     if cache is None:
         rope = rope_tables(jnp.arange(T), config)
         x_BTD, kept = _layers(x_BTD, x0_BTD, params, tokens_BT, config, rope)

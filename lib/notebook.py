@@ -56,7 +56,7 @@ def setup():
 
 
 def install_missing():
-    """pip install the dependencies in pyproject.toml that are not there, never replacing the jax, libtpu and numpy that are."""
+    """pip install what pyproject.toml asks for and is not there, never replacing the jax, libtpu and numpy that are."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     held = [f"{d.name}=={d.version}" for d in importlib.metadata.distributions()
             if re.match("jax|libtpu|numpy|ml.dtypes", d.name)]
@@ -117,7 +117,7 @@ def parameters(source: str) -> list[Param]:
 
 
 def flags(namespace: dict, args: list[str] | None = None) -> dict:
-    """The parameters cell's variables as set by command-line flags; {} in a notebook, where the cell itself is the form.
+    """The parameters cell's variables as set by command-line flags; {} in a notebook: there the cell itself is the form.
 
     Right after the parameters cell: `globals().update(flags(globals()))`. The cell's values are the defaults, `--help`
     lists every flag, and a wrong one ends the script with code 2 and the names nearest to it.
@@ -195,7 +195,7 @@ def results_table(run) -> str:
     """The figures and samples in RUN/results.json as text."""
     path = Path(run) / "results.json"
     if not path.exists():
-        raise UserError(f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py with --run {Path(run).name} first")
+        raise UserError(f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py --run {Path(run).name} first")
     results = json.loads(path.read_text())
     rows = [(label, format(results[key], spec)) for key, (label, spec) in RESULTS.items()
             if results.get(key) is not None]
@@ -292,8 +292,8 @@ def device_report() -> dict:
 
     device = jax.devices()[0]
     known = chip(device.device_kind)
-    stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit") or (known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    memory = (device.memory_stats() or {}).get("bytes_limit") or (
+        known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     flops = known.flops if known else None
     peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""

@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+import time
 import types
 import warnings
 
@@ -223,7 +224,10 @@ def test_wandb_offline_for_real(tmp_path):
     with Metrics(tmp_path, 2, ["wandb:offline"], config={"depth": 2}) as m:
         m.log(1, {"our_loss": 1.5})
     (data,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert b"our_loss" in data.read_bytes()
+    deadline = time.monotonic() + 20  # wandb's finish() may return before its service process has written the file
+    while b"our_loss" not in data.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_otlp_gauges_arrive(tmp_path, collector):

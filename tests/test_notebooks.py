@@ -1,4 +1,4 @@
-"""The notebooks as users meet them: run top to bottom in a Colab-like kernel, run as scripts, and in step with their .py."""
+"""The notebooks as users meet them: run in a Colab-like kernel, run as scripts, and in step with their .py."""
 
 import json
 import os
@@ -23,10 +23,11 @@ NOTEBOOKS = sorted(ROOT.glob("0*.py"))
 CORPUS = f"{sysconfig.get_path('stdlib')}/[a-c]*.py"
 TINY = ("total_batch_size=256 microbatch=4 sequence_len=64 n_embd=64 n_head=2 n_kv_head=1 head_dim=32 mlp_dim=128 "
         "warmup_steps=1")
-# Smallest settings that still run every cell; the notebooks run in this order in one folder, each on the last one's products.
+# Smallest settings that still run every cell; the notebooks run in this order, each on what the last one left.
 SMOKE = {
     "01_tokenizer": dict(run="smoke", source=CORPUS, vocab_size=512),
-    "02_train": dict(run="smoke", source=CORPUS, preset="cpu_demo", depth=2, num_steps=4, overrides=TINY, eval_bytes=4000),
+    "02_train": dict(run="smoke", source=CORPUS, preset="cpu_demo", depth=2, num_steps=4, overrides=TINY,
+                     eval_bytes=4000, eval_every=4, sample_every=4, save_every=2),
     "04_eval_chat": dict(run="smoke", eval_bytes=4000, max_tokens=4, num_samples=1),
 }
 PRODUCTS = {
@@ -76,7 +77,7 @@ def test_choices_are_the_real_ones(source):
 
 @pytest.fixture(scope="module")
 def colab(tmp_path_factory):
-    """(working folder, environment) of a Colab runtime in which the repository's address leads to a copy of this tree."""
+    """(working folder, environment) of a Colab runtime in which the repository's address leads to this tree."""
     origin, content = tmp_path_factory.mktemp("origin"), tmp_path_factory.mktemp("content")
     shutil.copytree(ROOT / "lib", origin / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", origin)
@@ -84,7 +85,9 @@ def colab(tmp_path_factory):
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
         subprocess.run([*git, *command], check=True)
     return content, os.environ | {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
-                                  "GIT_CONFIG_VALUE_0": repository(), "JAX_PLATFORMS": "cpu"}
+                                  "GIT_CONFIG_VALUE_0": repository(), "JAX_PLATFORMS": "cpu",
+                                  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+                                  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
 @each_notebook
@@ -134,7 +137,7 @@ def test_help_lists_every_flag_and_a_wrong_one_ends_it(source, tmp_path, capsys)
     assert done.returncode == 0, done.stderr
     for p in parameters(source.read_text()):
         assert re.search(rf"--(no-)?{p.name.replace('_', '-')}\b", done.stdout)
-        assert p.help.split(" ")[0] in done.stdout
+        assert p.help and p.help.split(" ")[0] in done.stdout
     assert not list(tmp_path.iterdir())  # asking for help makes nothing
 
     name = parameters(source.read_text())[0].name

@@ -1,0 +1,65 @@
+"""The plan of the house: lower layers of lib never import higher ones, and none reads flags or the environment."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LAYERS = [  # each imports only from the lines above its own
+    {"files"},
+    {"attention", "metrics", "tokenizer"},
+    {"config"},
+    {"params"},
+    {"optim"},
+    {"data", "model"},
+    {"checkpoint", "generate", "train"},
+    {"evals", "interop", "notebook", "preflight"},
+]
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+MODULES = sorted((Path(__file__).parents[1] / "lib").glob("[a-z]*.py"))
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+
+
+def walk(node, in_function=False):
+    """(node, whether it runs only when called) for all code of a module except under `if __name__ == "__main__"`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "__name__" in ast.dump(child.test):
+            continue
+        inner = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield child, in_function
+        yield from walk(child, inner)
+
+
+def imports(path):
+    """(module, whether it is imported only when a function is called) of every import outside main."""
+    for node, in_function in walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: import from lib by its full name"
+            names = [f"lib.{a.name}" for a in node.names] if node.module == "lib" else [node.module]
+            yield from ((name, in_function) for name in names)
+
+
+@each_module
+def test_imports_only_lower_layers(path):
+    assert path.stem in LAYER, f"give {path.stem} its place in LAYERS above"
+    for name, _ in imports(path):
+        if name.startswith("lib."):
+            assert LAYER[name.split(".")[1]] < LAYER[path.stem], f"{path.stem} imports {name}"
+
+
+@each_module
+def test_heavy_imports_wait_until_used(path):
+    heavy = {"wandb", "tensorboard", "matplotlib", "huggingface_hub", "pyarrow", "fsspec", "opentelemetry", "tyro"}
+    assert heavy & {name.split(".")[0] for name, in_function in imports(path) if not in_function} == set()
+
+
+@each_module
+def test_no_flags_and_no_environment(path):
+    if path.stem in ("notebook", "preflight"):  # the place where they belong; libtpu can only be told through it
+        return
+    assert {"argparse", "tyro"} & {name.split(".")[0] for name, _ in imports(path)} == set()
+    for node, _ in walk(ast.parse(path.read_text())):
+        where = f"{path.name}:{getattr(node, 'lineno', '')}"
+        assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "argv")), where

@@ -1,0 +1,207 @@
+"""lib/notebook.py: flags, the run folder, errors, results, plots, secrets, devices."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib import notebook
+from lib.config import PRESETS, Config
+from lib.files import UserError
+
+ROOT = Path(__file__).parents[1]
+SOURCE = '''# %% [markdown]
+# # A title
+# %% tags=["parameters"]
+# @title Parameters
+# @markdown Layers; all else
+# @markdown follows
+depth = 4  # @param {type:"integer"}
+rate = 1  # @param {type:"number"}
+minutes = None  # @param {type:"number"}
+name = "it's # fine"  # @param {type:"string"}
+mode = "a"  # @param ["a", "b"]
+data = ""  # @param ["", "x"] {allow-input: true}
+size = 2  # @param [1, 2] {type:"raw"}
+log = False  # @param {type:"boolean"}
+# %%
+other = 3
+'''
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "09_test.py"
+    path.write_text(SOURCE)
+    return {"__file__": str(path)}
+
+
+def test_flags_default_to_the_cell(script):
+    assert notebook.flags(script, []) == dict(depth=4, rate=1, minutes=None, name="it's # fine", mode="a", data="",
+                                              size=2, log=False)
+
+
+@pytest.mark.parametrize("args, expected", [
+    ("--depth 6 --log", dict(depth=6, log=True)),
+    ("--depth=6 --no-log", dict(depth=6, log=False)),
+    ("--rate 0.5 --minutes 2", dict(rate=0.5, minutes=2.0)),
+    ("--mode b --data my/*.txt --size 1", dict(mode="b", data="my/*.txt", size=1)),
+])
+def test_flags_are_parsed_by_type(script, args, expected):
+    got = notebook.flags(script, args.split())
+    assert {k: got[k] for k in expected} == expected
+    assert all(type(got[k]) is type(v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("args, says", [
+    ("--dpeth 6", "--depth"), ("--mode c", "('a', 'b')"), ("--depth six", "six"), ("--size 3", "'3'"), ("6", "6")])
+def test_wrong_flags_say_what_is_wrong(script, args, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        notebook.flags(script, args.split())
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_notebook_parses_nothing():
+    assert notebook.flags({}, ["--depth", "6"]) == {}
+
+
+@pytest.mark.parametrize("source, says", [
+    (SOURCE.replace('tags=["parameters"]', ""), "has 0"),
+    (SOURCE + SOURCE, "has 2"),
+    (SOURCE.replace("log = False  # @param", "log = False  #"), "log = False"),
+])
+def test_a_broken_parameters_cell_is_refused(source, says):
+    with pytest.raises(ValueError, match=says):
+        notebook.parameters(source)
+
+
+def test_overrides():
+    assert notebook.parse_overrides("n_layer=3 tied_head=true, matrix_lr=1e-2 mlp=gelu", Config) == dict(
+        n_layer=3, tied_head=True, matrix_lr=0.01, mlp="gelu")
+    with pytest.raises(UserError, match="unknown config field 'n_layers'.*n_layer"):
+        notebook.parse_overrides("n_layers=3", Config)
+    with pytest.raises(UserError, match="n_layer=x: n_layer is of type int"):
+        notebook.parse_overrides("n_layer=x", Config)
+
+
+def test_open_run(tmp_path):
+    run = notebook.open_run("a.b-1", runs_dir=tmp_path)
+    assert run == tmp_path / "a.b-1" and run.is_dir()
+    for bad in ("", "../x", "a/b", ".hidden", "a b"):
+        with pytest.raises(UserError, match="cannot name a folder"):
+            notebook.open_run(bad, runs_dir=tmp_path)
+    with pytest.raises(UserError, match="no tokenizer.json: run 01_tokenizer.py --run a.b-1 first"):
+        notebook.open_run("a.b-1", needs="tokenizer.json", runs_dir=tmp_path)
+    with pytest.raises(UserError, match="no run with tokenizer.json"):
+        notebook.open_run("", needs="tokenizer.json", runs_dir=tmp_path)
+    (run / "tokenizer.json").write_text("{}")
+    assert notebook.open_run("", needs="tokenizer.json", runs_dir=tmp_path) == run
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        notebook.open_run("file", runs_dir=tmp_path)
+
+
+def test_set_aside_loses_nothing(tmp_path):
+    for n in (1, 2):
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "config.json").write_text(str(n))
+        old = notebook.set_aside(tmp_path, "checkpoints", "config.json", "never-there")
+        assert old == tmp_path / f"old-{n}"
+        assert (old / "config.json").read_text() == str(n) and (old / "checkpoints").is_dir()
+    assert {p.name for p in tmp_path.iterdir()} == {"old-1", "old-2"}
+
+
+def test_results_table(tmp_path):
+    with pytest.raises(UserError, match="no .*results.json: run 01_tokenizer.py"):
+        notebook.results_table(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(dict(
+        params=1234567, val_bpb=1.23456, gzip_bpb=2.5, train_tokens_per_s=None, more=7, nested={"a": 1},
+        samples=["def f"])))
+    table = notebook.results_table(tmp_path)
+    for line in (r"parameters +1,234,567\n", r"validation bits per byte +1.2346\n", r"gzip -9 .* 2.5000\n",
+                 r"more +7\n", "def f"):
+        assert re.search(line, table), line
+    assert "nested" not in table and "None" not in table
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("TPU v6 lite", "TPU v6e"), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v5p", "TPU v5p"),
+    ("TPU v4", "TPU v4"), ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4")])
+def test_chips_are_found_by_jax_names(kind, name):
+    assert notebook.chip(kind).name == name
+
+
+@pytest.mark.parametrize("platform, kind, preset", [
+    ("cpu", "cpu", "cpu_demo"), ("tpu", "TPU v6 lite", "colab_v6e"), ("tpu", "TPU v5 lite", "colab_v5e"),
+    ("gpu", "NVIDIA H200", "gpu")])
+def test_every_device_gets_a_preset_and_a_reason(platform, kind, preset):
+    picked, why = notebook.pick_preset(dict(platform=platform, kind=kind))
+    assert picked == preset and picked in PRESETS and why
+
+
+def test_device_report(capsys):
+    device = notebook.device_report()
+    assert device["platform"] == "cpu" and device["flops"] is None and device["memory"] > 2**28
+    assert "no MFU" in capsys.readouterr().out
+
+
+def test_plots_are_files_in_a_script(tmp_path, capsys):
+    figure, (left, right) = notebook.subplots(1, 2)
+    left.plot([1, 2])
+    notebook.show(figure, tmp_path / "plots" / "x.png")
+    assert (tmp_path / "plots" / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert "x.png" in capsys.readouterr().out
+
+
+def test_secret(monkeypatch, capsys):
+    monkeypatch.setenv("RAWCHAT_TEST", "value")
+    assert notebook.secret("RAWCHAT_TEST") == "value"
+    monkeypatch.delenv("RAWCHAT_TEST")
+    assert notebook.secret("RAWCHAT_TEST") is None
+    assert capsys.readouterr().out == "RAWCHAT_TEST: from the environment\nRAWCHAT_TEST: not set, going on without\n"
+
+
+@pytest.mark.parametrize("error, code, says", [
+    ("UserError('do this')", 2, "Error: do this\n"), ("ValueError('a bug')", 1, "Traceback")])
+def test_user_errors_print_one_sentence(error, code, says):
+    program = f"from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise {error}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.startswith(says)
+
+
+def test_user_errors_show_one_sentence_in_a_kernel():
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    cell = "from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise UserError('do this')"
+    cells = [nbformat.v4.new_code_cell(cell), nbformat.v4.new_code_cell("print('still going')")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    with pytest.raises(CellExecutionError):  # so that "Run all" stops here
+        NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(ROOT)}}).execute()
+    error, = (o for o in cells[0].outputs if o.output_type == "error")
+    assert error.traceback == ["Error: do this"] and cells[1].outputs == []
+
+
+def test_colab_keeps_its_own_jax(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["jax>=0.7.2", "rustbpe"]\n')
+    reply = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or reply)
+    notebook.install_missing()
+    assert ran[0][-2:] == ["jax>=0.7.2", "rustbpe"]
+    held = Path(ran[0][ran[0].index("--constraint") + 1]).read_text().splitlines()
+    import jax
+    import numpy
+
+    assert {f"jax=={jax.__version__}", f"numpy=={numpy.__version__}"} <= set(held)
+
+    reply = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network\n")
+    with pytest.raises(UserError, match="could not install what is missing here: ERROR: no network"):
+        notebook.install_missing()
