@@ -128,7 +128,7 @@ if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "s
 if saved and if_exists == "fresh":
     if checkpoints:
         raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
-    print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json', 'plots')}")
+    print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json')}")
     saved = None
 settings = dict(source=source, packing=packing, shards=shards)
 if saved:

@@ -43,7 +43,8 @@ case $run in '' | [.-]* | *[!A-Za-z0-9._-]*)
 esac
 
 setup
-[ "$device" = cpu ] && export JAX_PLATFORMS=cpu
+# a step allocates half a gigabyte anew: in huge pages that saves a tenth of its time
+[ "$device" = cpu ] && export JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 python=.venv/bin/python folder=runs/$run
 read -r preset vocab_size why < <($python -c '
 import contextlib, sys

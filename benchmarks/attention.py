@@ -45,13 +45,13 @@ def main(tpu: str = "", batch: tuple[int, ...] = (), length: int = 0, heads: int
         from jax.experimental import topologies
 
         bounds = tuple(int(n) for n in (tpu.split(":")[1] + "x1x1").split("x")[:3])
-        device = topologies.get_topology_desc(platform="tpu", topology_name=tpu, chips_per_host_bounds=bounds).devices[0]
+        device = topologies.get_topology_desc(tpu, "tpu", chips_per_host_bounds=bounds).devices[0]
     else:
         device = jax.devices()[0]
     print("peak: arguments, results and temporaries of forward + backward; saved: what backward keeps of forward;\n"
           "moved: bytes read and written as XLA counts them (a kernel's operands once)")
-    if on_cpu:
-        print("splash and pallas are left out: on a CPU they run in an interpreter, whose time says nothing")
+    if not tpu and device.platform != "tpu":
+        print("splash and pallas are left out: they are TPU kernels, and the time of their interpreter says nothing")
     rows = []
     for b in batch:
         for w in (window, None):
@@ -72,10 +72,10 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
     place = jax.sharding.SingleDeviceSharding(device)
     args = [jax.ShapeDtypeStruct((B, T, n, H), dtype, sharding=place) for n in (N, K, K, N)]
     print(f"\n{device.device_kind} {jnp.dtype(dtype).name} B={B} T={T} N={N} K={K} H={H} window={window}")
-    print(f"{'':8}{'min ms':>9}{'median':>9}{'compile s':>11}{'peak MiB':>10}{'saved MiB':>11}{'moved MiB':>11}")
+    print(f"{'':8}{'min ms':>9}{'median':>9}{'compile s':>11}{'peak MiB':>11}{'saved MiB':>11}{'moved MiB':>11}")
     programs, rows = {}, []
     for name, attend in ATTENTION.items():
-        if on_cpu and name in ("splash", "pallas"):
+        if name in ("splash", "pallas") and not (deviceless or device.platform == "tpu"):
             continue
 
         def step(q, k, v, do):
@@ -83,7 +83,7 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
             return o, *vjp(do)
 
         start = time.perf_counter()
-        with compiled_kernels() if not on_cpu else jax.named_scope(name):
+        with compiled_kernels():
             residuals = jax.eval_shape(lambda *qkv: jax.vjp(lambda *x: attend(*x, window), *qkv)[1], *args[:3])
             compiled = jax.jit(step).lower(*args).compile()
         memory = compiled.memory_analysis()
@@ -108,7 +108,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
             row |= dict(min_ms=ordered[0], median_ms=ordered[len(ordered) // 2])
     for r in rows:
         ms = "".join(f"{r[key]:9.2f}" if key in r else f"{'':9}" for key in ("min_ms", "median_ms"))
-        print(f"{r['name']:8}{ms}{r['compile_s']:11.1f}{r['peak_mib']:10.1f}{r['saved_mib']:11.1f}{r['moved_mib']:11.1f}")
+        sizes = "".join(f"{r[key]:11.1f}" for key in ("compile_s", "peak_mib", "saved_mib", "moved_mib"))
+        print(f"{r['name']:8}{ms}{sizes}")
     return rows
 
 

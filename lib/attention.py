@@ -1,8 +1,8 @@
 """Causal attention with windows and grouped heads: four implementations of one function.
 
-Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training and prefill (S = T).
-Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i - window <= j <= i; window None means all of the
-past. Query head n reads key/value head n // (N/K). Softmax is in float32 whatever the inputs are.
+Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training and prefill, where
+S = T. Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i - window <= j <= i; window None means all
+of the past. Query head n reads key/value head n // (N/K). Softmax is in float32 whatever the inputs are.
 Kernels (splash, pallas) are opaque to the partitioner: over several devices, call them in `jax.shard_map` with
 `check_vma=False`.
 """
@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
 from lib.files import UserError, choose
 
-RESIDUAL_NAME = "attention_residuals"  # checkpoint_name of what the kernels' backward needs beside q, k, v: o and lse
+RESIDUAL_NAME = "attention_residuals"  # checkpoint_name of what backward needs beside q, k, v: o and its log-sum-exp
 MASKED = -1e30  # a score that can't be seen: finite, so that a block without a visible key gives no inf - inf
 KERNEL_TILE = 128  # lanes of a TPU register: kernels work on whole tiles of the sequence
 VMEM_BYTES = 64 * 2**20  # what our backward kernel may use of a core's on-chip memory: 128 MiB on v5e and v6e
@@ -69,7 +72,13 @@ def _checked(name, q_BTNH, k_BSKH, window):
 def _use_interpreter(interpret: bool | None) -> bool:
     if interpret is None:
         interpret = _interpret.get()
-    return jax.default_backend() == "cpu" if interpret is None else interpret
+    if interpret is None:
+        backend = jax.default_backend()
+        if backend not in ("cpu", "tpu"):
+            raise UserError(f"attention=splash and attention=pallas are TPU kernels, and this is a {backend}: "
+                            "use attention=jax")
+        interpret = backend == "cpu"
+    return interpret
 
 
 def _block(T: int, limit: int) -> int:
@@ -101,7 +110,7 @@ def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block):
 
 
 def _blocked_scores(q_BKRH, k_BKSH, window, block):
-    """For each block of queries: its rows, its keys (as slices) and the scores of all pairs, MASKED where not visible."""
+    """For each block of queries: its rows and its keys, as slices, and all their scores, MASKED where not visible."""
     T, H = k_BKSH.shape[2:]
     G = q_BKRH.shape[2] // T
     for start in range(0, T, block):
@@ -109,7 +118,7 @@ def _blocked_scores(q_BKRH, k_BKSH, window, block):
         rows, keys = slice(start * G, end * G), slice(first, end)
         distance = np.repeat(np.arange(start, end), G)[:, None] - np.arange(first, end)
         visible = (distance >= 0) & (distance <= (T if window is None else window))
-        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) / math.sqrt(H)
+        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) * (1 / math.sqrt(H))
         yield rows, keys, jnp.where(visible, s_BKRS, MASKED)
 
 
@@ -132,13 +141,14 @@ def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
 def _blocked_backward(window, block, residuals, do_BKRH):
     """Recomputing the probabilities is faster on CPU than reading them back, and holds none of them."""
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
+    scale = 1 / math.sqrt(q_BKRH.shape[-1])
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
     dq, dk, dv = [], [], []
     for rows, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
         q, k, v, do = q_BKRH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], do_BKRH[:, :, rows]
         p_BKRS = jnp.exp(s_BKRS - lse_BKR1[:, :, rows])
-        ds_BKRS = p_BKRS * (_product("BKRH,BKSH->BKRS", do, v) - delta_BKR1[:, :, rows]) / math.sqrt(q.shape[-1])
-        ds_BKRS = ds_BKRS.astype(q.dtype)
+        dp_BKRS = _product("BKRH,BKSH->BKRS", do, v)
+        ds_BKRS = (scale * p_BKRS * (dp_BKRS - delta_BKR1[:, :, rows])).astype(q.dtype)
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
         for parts, new in ((dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
                            (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do))):
@@ -183,8 +193,6 @@ def splash(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = 10
 
 @functools.lru_cache
 def _splash_kernel(T, N, window, block, interpret):
-    from jax.experimental.pallas.ops.tpu import splash_attention as sa
-
     mask = sa.CausalMask((T, T)) if window is None else sa.LocalMask((T, T), (window, 0), 0)
     sizes = sa.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
                           use_fused_bwd_kernel=True)
@@ -202,7 +210,7 @@ def _splash_kernel(T, N, window, block, interpret):
 
 
 def pallas(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = 512, interpret: bool | None = None):
-    """Our own TPU flash attention. block: queries and keys per block, at most."""
+    """Our own TPU flash attention. block: queries and keys per block, at most. A v4's 16 MiB hold T x H up to 2^18."""
     window = _checked("pallas", q_BTNH, k_BSKH, window)
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     block = _block(q_BTNH.shape[1], block)
@@ -215,9 +223,6 @@ def _flash(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
 
 
 def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     G, blocks, reach = N // K, T // block, _reach(T, window, block)
     query = pl.BlockSpec((None, None, block, H), lambda b, kv, g, i, step: (b, kv * G + g, i, 0))
@@ -235,15 +240,11 @@ def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
         interpret=interpret,
         name="flash_forward",
     )(q_BNTH, k_BKSH, v_BKSH)
-    o_BNTH = checkpoint_name(o_BNTH, RESIDUAL_NAME)
-    lse_BNT = checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME)
+    o_BNTH, lse_BNT = checkpoint_name(o_BNTH, RESIDUAL_NAME), checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME)
     return o_BNTH, (q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT)
 
 
 def _flash_backward(window, block, interpret, residuals, do_BNTH):
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
     q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT = residuals
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     G, blocks, reach = N // K, T // block, _reach(T, window, block)
@@ -261,9 +262,8 @@ def _flash_backward(window, block, interpret, residuals, do_BNTH):
         out_specs=[dq, dkv, dkv],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKSH, v_BKSH)],
         scratch_shapes=[pltpu.VMEM((T, H), jnp.float32)] * 3,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 3,
-            vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 3,
+                                             vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="flash_backward",
     )(q_BNTH, k_BKSH, v_BKSH, do_BNTH, lse_BNT[:, :, None], delta_BNT[:, :, None])
@@ -284,7 +284,7 @@ def _dot(a, b, contract):
 
 def _scores(q_QH, k_SH, i, j, window):
     """Scaled scores s_SQ of key block j and query block i; MASKED where a key can't be seen."""
-    s_SQ = _dot(k_SH, q_QH, (1, 1)) / math.sqrt(q_QH.shape[1])
+    s_SQ = _dot(k_SH, q_QH, (1, 1)) * (1 / math.sqrt(q_QH.shape[1]))
     key, query = (jax.lax.broadcasted_iota(jnp.int32, s_SQ.shape, axis) for axis in (0, 1))
     distance = (i - j) * s_SQ.shape[0] + query - key
     visible = distance >= 0 if window is None else (distance >= 0) & (distance <= window)
@@ -292,8 +292,6 @@ def _scores(q_QH, k_SH, i, j, window):
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach):
-    from jax.experimental import pallas as pl
-
     i, step = pl.program_id(3), pl.program_id(4)
     j = i - reach + step
 
@@ -322,8 +320,6 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_r
 def _backward_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
                      dq_acc, dk_acc, dv_acc, *, window, blocks):
     """All three gradients in one pass: p is recomputed once, whole heads accumulate on chip."""
-    from jax.experimental import pallas as pl
-
     g, j, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     i, block = j + step, q_ref.shape[0]
     last = (j == blocks - 1) & (step == pl.num_programs(4) - 1)

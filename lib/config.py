@@ -285,9 +285,10 @@ def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
 
 
 PRESETS = {
-    # two laptop cores, minutes: short context, small vocabulary, tiny batch
-    "cpu_demo": dict(depth=4, vocab_size=4096, sequence_len=256, total_batch_size=4096, microbatch=16, num_steps=500,
-                     scan_layers=False, loss_chunk=4096, warmup_steps=20),
+    # two laptop cores, minutes: narrow, short context, small vocabulary; rates for a run a hundred times shorter than usual
+    "cpu_demo": dict(depth=4, vocab_size=4096, sequence_len=256, n_embd=128, n_head=2, n_kv_head=2, head_dim=64,
+                     total_batch_size=4096, microbatch=16, num_steps=800, scan_layers=False, loss_chunk=1024,
+                     matrix_lr=0.2, embedding_lr=3.0, unembedding_lr=0.08, warmup_steps=20),
     # one v5e chip, 16 GB: MXU 128 x 128
     "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4, remat="dots"),
     # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches

@@ -59,7 +59,7 @@ def train_step(state: TrainState, inputs_ABT, targets_ABT, config: Config):
         grads = jax.tree.map(lambda g: g / n, grads)
         updates, opt_state = make_optimizer(config, config.num_steps).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss / n, "grad_norm": optax.global_norm(grads), "count": count}
+    metrics = {"loss": loss / n, "grad_norm": jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))), "count": count}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parents[1]
 PARITY = Path(__file__).parent / "parity"
 
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax-tests"))
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

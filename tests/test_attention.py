@@ -43,7 +43,7 @@ def with_gradients(attend):
 CASES = {  # T, N, K, window
     "all_heads": (256, 2, 2, None),
     "groups_window_off_blocks": (384, 4, 2, 100),
-    "one_kv_head_window_of_a_block": (384, 2, 1, 128),
+    "one_kv_head_window_just_over_a_block": (384, 2, 1, 129),
     "window_beyond_the_sequence": (256, 2, 1, 300),
     "sequence_off_blocks": (200, 4, 2, 70),
 }
@@ -77,15 +77,15 @@ def test_window_counts_keys_before_the_query(name):
 @pytest.mark.parametrize("name", ATTENTION)
 def test_bfloat16(name):
     args = inputs(1, 256, 4, 2, 32, jnp.bfloat16)
-    got = with_gradients(lambda q, k, v: ATTENTION[name](q, k, v, 100))(*args)
-    want = with_gradients(lambda q, k, v: reference(q, k, v, 100))(*(x.astype(jnp.float32) for x in args))
+    got = with_gradients(lambda q, k, v: ATTENTION[name](q, k, v, 128, **BLOCKS[name]))(*args)
+    want = with_gradients(lambda q, k, v: reference(q, k, v, 128))(*(x.astype(jnp.float32) for x in args))
     for what, a, b in zip(("o", "dq", "dk", "dv"), got, want):
         assert a.dtype == jnp.bfloat16
         error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
         assert error < 0.01, (what, error)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["einsum", *KERNELS])
 def test_residuals_can_be_saved_by_name(name):
     q, k, v, _ = inputs(1, 256, 2, 1, 16)
 
@@ -95,7 +95,8 @@ def test_residuals_can_be_saved_by_name(name):
         return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], q, k, v))]
 
     without, saved = residuals(), residuals(RESIDUAL_NAME)
-    assert set(saved) - set(without) == {(1, 2, 256, 16), (1, 2, 256)}  # o and its log-sum-exp
+    o_and_lse = {(1, 1, 512, 16), (1, 1, 512, 1)} if name == "einsum" else {(1, 2, 256, 16), (1, 2, 256)}
+    assert set(saved) - set(without) == o_and_lse
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -152,6 +153,13 @@ def test_what_cannot_be_done_is_said(name, change, says):
         check_attention(possible, **sizes, window=512)
     with pytest.raises(UserError, match=says):
         check_attention(name, **sizes | change)
+
+
+def test_tpu_kernels_are_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for name in KERNELS:
+        with pytest.raises(UserError, match="use attention=jax"):
+            ATTENTION[name](*inputs(1, 128, 2, 1, 8)[:3])
 
 
 def test_cached_decoding_is_refused():

@@ -139,7 +139,7 @@ with checkpoint.interruptible() as flag, checkpoint.Saver(folder + "/checkpoints
 
 
 def start(folder, stop_at):
-    code = SCRIPT.format(root=str(ROOT), cache=str(ROOT / ".cache" / "jax-tests"))
+    code = SCRIPT.format(root=str(ROOT), cache=str(ROOT / ".cache" / "jax"))
     return subprocess.Popen([sys.executable, "-c", code, str(folder), str(stop_at)], stdout=subprocess.PIPE, text=True,
                             env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
