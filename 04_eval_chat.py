@@ -133,7 +133,7 @@ bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len
 
 figure, axis = subplots(size=(9, 4.5))
 axis.set_axis_off()
-x = y = 0
+x = y = wide = 0
 for token, cost in zip(ids[1:], bits):
     for piece in tokenizer.decode([token]).replace("\t", "    ").splitlines(keepends=True):
         text = piece.rstrip("\r\n")
@@ -143,8 +143,9 @@ for token, cost in zip(ids[1:], bits):
             axis.text(x, -y, text, family="monospace", fontsize=7, va="top", parse_math=False,
                       bbox=dict(facecolor=(1, 0.3, 0.2, min(cost / 16, 0.8)) if cost > 4 else (0.2, 0.5, 1, 0.3 - cost / 16),
                                 edgecolor="none", pad=0.6))
+        wide = max(wide, x + len(text))
         x, y = (0, y + 1) if piece != text else (x + len(text), y)
-axis.set(xlim=(0, 112), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average")
+axis.set(xlim=(0, wide), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average")
 show(figure, folder / "plots" / "surprise.png")
 
 # %% [markdown]
