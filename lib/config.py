@@ -53,7 +53,7 @@ class Config:
     # computation
     attention: str = "auto"  # a key of lib.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
-    remat: str = "none"  # what backward recomputes: none | dots (all but matrix products) | layer (everything in it)
+    remat: str = "none"  # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all of it)
     loss_chunk: int = 2048  # tokens whose logits exist at one time
     scan_layers: bool = True  # one compiled body per group of equal layers; False unrolls: slower to compile
     microbatch: int = 4  # rows per forward pass and device; gradients accumulate to total_batch_size
@@ -290,9 +290,9 @@ PRESETS = {
                      total_batch_size=4096, microbatch=16, num_steps=800, scan_layers=False, loss_chunk=1024,
                      matrix_lr=0.2, embedding_lr=3.0, unembedding_lr=0.08, warmup_steps=20),
     # one v5e chip, 16 GB: MXU 128 x 128
-    "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4, remat="dots"),
+    "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4),
     # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches
-    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, remat="dots"),
+    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4),
     "gpu": dict(depth=12, microbatch=8, remat="dots"),
     "nanochat_d12": dict(depth=12),
     "nanochat_d20": dict(depth=20, remat="dots"),
