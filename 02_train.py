@@ -52,7 +52,7 @@ import numpy as np
 
 from lib import checkpoint, data, evals, generate, model, train
 from lib.config import Config
-from lib.files import UserError, choose, update_json
+from lib.files import UserError, choose, is_remote, update_json
 from lib.metrics import Metrics, column, read_jsonl, trace_window
 from lib.notebook import device_report, flags, open_run, parse_overrides, pick_preset, secret, set_aside, show, subplots
 from lib.params import count_params, named_specs
@@ -63,7 +63,7 @@ from lib.tokenizer import FILE, load_tokenizer
 # @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last
 run = ""  # @param {type:"string"}
 # @markdown Starting point for every size and rate; auto picks one for the device
-preset = "auto"  # @param ["auto", "cpu_demo", "colab_v5e", "colab_v6e", "gpu", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
+preset = "auto"  # @param ["auto", "cpu_demo", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
 # @markdown Layers; width, batch, horizon and rates follow (0: the preset's)
 depth = 0  # @param {type:"integer"}
 # @markdown Optimizer steps (0: what the preset or the scaling rules say)
@@ -90,7 +90,7 @@ eval_bytes = 200000  # @param {type:"integer"}
 keep = 2  # @param {type:"integer"}
 # @markdown Where checkpoints go: empty for the run folder, or a Drive path, gs:// or s3:// address that outlives this machine
 checkpoints = ""  # @param {type:"string"}
-# @markdown Hugging Face Hub repository (USER/NAME) for the final checkpoint, with the secret HF_TOKEN; empty uploads nothing
+# @markdown Hugging Face Hub repository (USER/NAME) that every checkpoint is uploaded to, in the background, with the secret HF_TOKEN; empty uploads nothing
 push_to = ""  # @param {type:"string"}
 # @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
 writers = "console"  # @param {type:"string"}
@@ -122,7 +122,10 @@ config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
 store = checkpoints or folder / "checkpoints"
 saved = checkpoint.latest(store)
 if push_to:
+    if is_remote(store):
+        raise UserError(f"push_to uploads local checkpoints, and these go to {store}: leave one of the two empty")
     checkpoint.check_hub(push_to, hub_token := secret("HF_TOKEN"))
+    tokenizer.push_to_hub(push_to, hub_token)
 if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
     raise UserError(f"{folder} was trained before: pass if_exists=continue or fresh, or another run")
 if saved and if_exists == "fresh":
@@ -262,6 +265,8 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                 if n % every["save"] == 0 or n == last or stop:
                     saver.save(n, state, dict(config=config.to_dict(), cursor=step.cursor, settings=settings,
                                               tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values.get("val_bpb"))
+                    if push_to:
+                        upload = checkpoint.upload_to_hub(saver.wait(), push_to, hub_token)
                 tick(n + 1, state)
             metrics.log(n, values)
             if stop:
@@ -331,8 +336,8 @@ if done < config.num_steps:  # a finished run that is only looked at again keeps
                     packing_waste=data.waste(step.cursor))
 results = update_json(folder / "results.json", **results)
 print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
-if push_to:
-    print(checkpoint.upload_to_hub(checkpoint.latest(store), push_to, hub_token).result())
+if push_to and int(state.step) > done:
+    print(f"last checkpoint uploaded: {upload.result()}")
 
 # %% [markdown]
 # ## Where to go next

@@ -52,7 +52,7 @@ from lib.config import Config
 from lib.files import UserError, update_json
 from lib.notebook import device_report, flags, open_run, results_table, show, subplots
 from lib.params import count_params, templates
-from lib.tokenizer import load_tokenizer
+from lib.tokenizer import FILE, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -81,8 +81,9 @@ num_samples = 2  # @param {type:"integer"}
 
 # %%
 globals().update(flags(globals()))
-folder = open_run(run, needs="checkpoints" if ckpt in ("", "best") else "tokenizer.json")
-tokenizer = load_tokenizer(folder)
+hub = ckpt.startswith("hf://")
+folder = open_run(run or ckpt.rpartition("/")[2]) if hub else open_run(run, "checkpoints" if ckpt in ("", "best") else FILE)
+tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}" if hub else folder)
 device = device_report()
 
 # %% [markdown]
@@ -95,7 +96,7 @@ if path is None:
 meta = checkpoint.read_meta(path)
 config = Config.from_dict(meta["config"])
 if meta["tokenizer"] != tokenizer.fingerprint:
-    raise UserError(f"{path} was trained with another tokenizer than {folder / 'tokenizer.json'}: name the run it belongs to")
+    raise UserError(f"{path} was trained with another tokenizer than the one at hand: name the run it belongs to")
 params, _ = checkpoint.restore(path, templates(config), only="params")
 params = jax.device_put(params)
 source = source or meta["settings"]["source"]

@@ -10,8 +10,8 @@ usage: bash speedrun.sh [OPTIONS] [-- FLAGS FOR 02_train.py]
 
 Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures and samples it (04), and prints a table.
 
-  --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_v5e, colab_v6e, gpu, nanochat_d12,
-                  nanochat_d20, nanochat_d24; default: the one for the device found
+  --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_v5e, colab_v6e, gpu, gpt2_like,
+                  llama_like, nanochat_d12, nanochat_d20, nanochat_d24; default: the one for the device found
   --source WHAT   text to train on: stdlib (default; needs no network), stdlib_with_tests, climbmix, fineweb_edu,
                   tinystories, or your own files: a path or glob of .txt, .md, .py, .jsonl or .parquet
   --run NAME      everything goes to runs/NAME (default: speedrun)

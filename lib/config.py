@@ -284,6 +284,8 @@ def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
     return derived | overrides
 
 
+_PLAIN = dict(window_pattern="L", qk_norm=False, qk_scale=1.0, softcap=0.0, resid_scales=False, x0_scales=False,
+              value_embeds=False, smear=False, backout=False, optimizer="adamw")
 PRESETS = {
     # two laptop cores, minutes: narrow, short context, small vocabulary; rates for a run a hundred times shorter than usual
     "cpu_demo": dict(depth=4, vocab_size=4096, sequence_len=256, n_embd=128, n_head=2, n_kv_head=2, head_dim=64,
@@ -294,6 +296,9 @@ PRESETS = {
     # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches
     "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4),
     "gpu": dict(depth=12, microbatch=8, remat="dots"),
+    # what nanochat's parts are measured against: the plain recipes of GPT-2 and of Llama, in this house's frame
+    "gpt2_like": dict(depth=12, mlp="gelu", tied_head=True, **_PLAIN),
+    "llama_like": dict(depth=12, mlp="swiglu", n_kv_head=2, **_PLAIN),
     "nanochat_d12": dict(depth=12),
     "nanochat_d20": dict(depth=20, remat="dots"),
     "nanochat_d24": dict(depth=24, remat="dots"),

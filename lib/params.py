@@ -49,7 +49,9 @@ def param_specs(c: Config) -> dict:
     if c.value_embeds:
         blocks["value_gate"] = Spec((Lv, VALUE_GATE_CHANNELS, K), ("layer", None, "kv_heads"), ("uniform", 0.0, 0.02),
                                     "matrix")
-    specs = {"embed": Spec((V, D), ("vocab", "embed"), ("normal", 0.8), "embed"), "blocks": blocks}
+    # a tied table is a head first: what it embeds is normed at once, so its scale and rate can be the head's
+    embed = (("normal", 0.02), "head") if c.tied_head else (("normal", 0.8), "embed")
+    specs = {"embed": Spec((V, D), ("vocab", "embed"), *embed), "blocks": blocks}
     if not c.tied_head:
         specs["head"] = Spec((D, V), ("embed", "vocab"), ("normal", 0.001), "head")
     if c.value_embeds:

@@ -113,26 +113,27 @@ def steps(step_fn: Callable, state: TrainState, batches: Iterator, config: Confi
     batches: yields (inputs_BT, targets_BT, cursor after this batch). pause(n): whether the caller wants the state after
     n steps (to evaluate, sample or save); that step is waited for. Metrics: loss (nats/token), grad_norm, lr (multiplier),
     tokens_per_s, step_time (s).
-    Raises UserError when the loss is not finite, or `explode` nats above its running mean after warm-up; no state with such a loss
-    is ever yielded, so a good checkpoint is never overwritten by a broken one.
+    Raises UserError when the loss or gradient is not finite, or when after warm-up the loss's running mean is `explode` nats
+    above its lowest; the state of such a step is never yielded, so a good checkpoint is never overwritten by a broken one.
     """
     done = int(state.step)
-    usual = None
+    usual, best = None, math.inf
     waiting = None
     clock = time.perf_counter()
 
     def read(n, metrics):
-        nonlocal clock, usual
+        nonlocal clock, usual, best
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         now = time.perf_counter()
         elapsed, clock = now - clock, now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(f"training diverged: loss {loss}, gradient norm {grad_norm} at step {n}; "
                             "resume from the last checkpoint with lower learning rates or a longer warm-up")
-        if usual is not None and n > config.warmup_steps and loss > usual + explode:
-            raise UserError(f"training exploded: loss {loss:.2f} at step {n} after a running mean of {usual:.2f}; "
+        usual = loss if usual is None else 0.9 * usual + 0.1 * loss  # one odd batch moves it little
+        best = min(best, usual)
+        if n > config.warmup_steps and usual > best + explode:
+            raise UserError(f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come down to {best:.2f}; "
                             "resume from the last checkpoint with lower learning rates or a longer warm-up")
-        usual = loss if usual is None else 0.9 * usual + 0.1 * loss
         lr = float(lr_multiplier(n - 1, config.num_steps, config.warmup_steps, config.warmdown_ratio,
                                  config.final_lr_frac))
         return dict(loss=loss, grad_norm=grad_norm, lr=lr, step_time=elapsed,

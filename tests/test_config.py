@@ -43,11 +43,13 @@ def test_presets_are_valid_and_take_overrides(name):
     assert Config.from_dict(c.to_dict()) == c
 
 
-def test_every_part_of_the_model_is_used_by_some_preset_or_switchable():
+def test_every_part_of_the_model_is_used_by_some_preset():
     configs = [Config.preset(name) for name in PRESETS]
-    assert {c.value_embeds for c in configs} == {True, False}
-    assert {c.n_head == c.n_kv_head for c in configs} == {True, False}
-    assert {c.head_dim for c in configs} >= {128, 256}
+    for part in ("qk_norm", "resid_scales", "x0_scales", "value_embeds", "smear", "backout", "tied_head"):
+        assert {getattr(c, part) for c in configs} == {True, False}, part
+    assert {c.mlp for c in configs} == {"relu2", "gelu", "swiglu"} and {c.optimizer for c in configs} == {"muon", "adamw"}
+    assert {c.n_head == c.n_kv_head for c in configs} == {True, False} and {c.window_pattern for c in configs} == {"SSSL", "L"}
+    assert {c.head_dim for c in configs} >= {128, 256} and {c.softcap for c in configs} == {0.0, 15.0}
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml"])
