@@ -54,7 +54,7 @@ from lib import checkpoint, data, evals, generate, model, train
 from lib.config import Config
 from lib.files import UserError, choose, is_remote, update_json
 from lib.metrics import Metrics, column, read_jsonl, trace_window
-from lib.notebook import device_report, flags, open_run, parse_overrides, pick_preset, secret, set_aside, show, subplots
+from lib.notebook import device_report, flags, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show, subplots
 from lib.params import count_params, named_specs
 from lib.tokenizer import FILE, load_tokenizer
 
@@ -101,7 +101,7 @@ trace = ""  # @param {type:"string"}
 globals().update(flags(globals()))
 folder = open_run(run, needs=FILE)
 tokenizer = load_tokenizer(folder)
-started = time.time()
+trace_start, trace_stop = parse_steps(trace)
 
 # %% [markdown]
 # ## The device
@@ -229,7 +229,6 @@ every = dict(eval=eval_every or max(1, config.num_steps // 10), sample=sample_ev
 prompts = ["def ", "import ", "# The ", "class "] if source == "stdlib" else ["The ", "Once upon a time", "In the year", "I think"]
 prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
 done = int(state.step)
-trace_start, trace_stop = map(int, trace.split(":")) if trace else (1, 0)
 samples, val_bpb, seconds = [], None, 0.0
 
 

@@ -82,8 +82,12 @@ num_samples = 2  # @param {type:"integer"}
 # %%
 globals().update(flags(globals()))
 hub = ckpt.startswith("hf://")
-folder = open_run(run or ckpt.rpartition("/")[2]) if hub else open_run(run, "checkpoints" if ckpt in ("", "best") else FILE)
-tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}" if hub else folder)
+if hub:
+    tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}")
+    folder = open_run(run or ckpt.rpartition("/")[2])
+else:
+    folder = open_run(run, "checkpoints" if ckpt in ("", "best") else FILE)
+    tokenizer = load_tokenizer(folder)
 device = device_report()
 
 # %% [markdown]

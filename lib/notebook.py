@@ -148,6 +148,15 @@ def parse_overrides(text: str, cls) -> dict:
     return values
 
 
+def parse_steps(text: str) -> tuple[int, int]:
+    """(first, last) of a range of steps like "10:12"; an empty text is an empty range."""
+    if not text:
+        return 1, 0
+    if not (match := re.fullmatch(r"(\d+):(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"trace={text!r} is not a range of steps: write first:last, like 10:12")
+    return int(match[1]), int(match[2])
+
+
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}  # which notebook leaves what in a run folder

@@ -84,13 +84,16 @@ def _jitted_step(config: Config):
 def estimate_memory(config: Config) -> dict[str, int]:
     """Bytes that a step holds at its peak, by part, from shapes alone; the compiled step knows better.
 
-    Activations are what backward keeps of one microbatch: everything (none), matrix products (dots) or layer inputs (layer).
+    Activations are what backward keeps of one microbatch, in each layer everything (none), matrix products (dots) or the input
+    (layer), and with the last two the one layer that it is recomputing. LOG.md has the error against the compiler.
     """
     n = 4 * count_params(config)["total"]
     moments = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state)))
     D, F, heads = config.n_embd, config.mlp_dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    matmuls = 2 * D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
-    kept = {"none": 2 * (matmuls + D + F), "dots": matmuls, "layer": D}[config.remat] * config.n_layer + 4 * D
+    products = D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
+    whole = 2 * (products + D + F)
+    kept = {"none": whole, "dots": products, "layer": D}[config.remat] * config.n_layer + 4 * D
+    kept += whole * (config.remat != "none")
     tokens = config.microbatch * config.sequence_len
     logits = 3 * min(config.loss_chunk, tokens) * config.padded_vocab * 4
     return dict(parameters=n, optimizer=moments, gradients=n * (2 if config.accumulate > 1 else 1),

@@ -205,3 +205,10 @@ def test_colab_keeps_its_own_jax(monkeypatch, tmp_path):
     reply = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network\n")
     with pytest.raises(UserError, match="could not install what is missing here: ERROR: no network"):
         notebook.install_missing()
+
+
+def test_ranges_of_steps():
+    assert notebook.parse_steps("") == (1, 0) and notebook.parse_steps("10:12") == (10, 12)
+    for bad in ("abc", "12:10", "0:3", "5", "-1:2"):
+        with pytest.raises(UserError, match="first:last"):
+            notebook.parse_steps(bad)

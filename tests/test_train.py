@@ -97,6 +97,17 @@ def test_a_broken_loss_stops_before_its_state_is_given_away(poison):
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+def test_one_odd_batch_is_no_explosion():
+    real = train.make_train_step(TINY)
+
+    def step_fn(state, x, y):
+        state, metrics = real(state, x, y)
+        return state, metrics | ({"loss": metrics["loss"] + 11} if int(state.step) == 12 else {})
+
+    steps = list(train.steps(step_fn, train.init_state(TINY), batches(), TINY))
+    assert len(steps) == TINY.num_steps and steps[11].metrics["loss"] > 12
+
+
 def test_memory_estimate_counts_what_is_stored():
     state = train.init_state(TINY)
     estimate = train.estimate_memory(TINY)
