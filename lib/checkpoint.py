@@ -20,15 +20,20 @@ import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lib.config import Config
 from lib.files import (UserError, choose, filesystem, first_line, is_remote, join, reaching, replacing, sha256,
                        writing)
+from lib.params import templates
+from lib.tokenizer import Tokenizer, load_tokenizer
 
+STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}  # training stage: its folder in a run, in order
 KIND, FORMAT = "rawchat checkpoint", 1
 NAME = re.compile(r"step_\d{8,}")
 
@@ -470,3 +475,47 @@ def interruptible():
     finally:
         for s, previous in old.items():
             signal.signal(s, signal.SIG_DFL if previous is None else previous)
+
+
+# ---- a model to use ----------------------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """A trained model with all that is needed to use it."""
+
+    params: dict
+    config: Config
+    tokenizer: Tokenizer
+    meta: dict  # of the checkpoint: step, metric, settings...
+    stage: str  # which of STAGES made it; "base" where the path does not say
+    path: str
+
+
+def load_model(folder, ckpt: str = "", stage: str = "") -> Model:
+    """The model of a run folder, ready on the device.
+
+    stage: one of STAGES; empty takes the furthest one that the run has. ckpt: empty for the stage's newest checkpoint, "best" for the one of
+    lowest validation loss, or a checkpoint's own path or address (gs://…, hf://USER/NAME); the tokenizer is the run's, for hf:// the repository's.
+    """
+    folder = Path(folder)
+    if ckpt in ("", "best"):
+        has = [s for s, name in STAGES.items() if latest(folder / name)]
+        if not has:
+            raise UserError(f"no checkpoint in {folder}: train one with 02_train.py --run {folder.name} first")
+        if stage and choose("stage", stage, STAGES) not in has:
+            raise UserError(f"{folder} has no {stage} checkpoint, only {', '.join(has)}: run that stage first")
+        stage = stage or has[-1]
+        store = folder / STAGES[stage]
+        path = best(store) if ckpt == "best" else latest(store)
+        if path is None:
+            raise UserError(f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest")
+    else:
+        path, parent = ckpt, str(ckpt).rstrip("/").split("/")[-2:][0]
+        stage = stage or next((s for s, name in STAGES.items() if name == parent), "base")
+    tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}" if ckpt.startswith("hf://") else folder)
+    meta = read_meta(path)
+    config = Config.from_dict(meta["config"])
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with another tokenizer than {folder} has: name the run it belongs to")
+    params, _ = restore(path, templates(config), only="params")
+    return Model(jax.device_put(params), config, tokenizer, meta, stage, str(path))
