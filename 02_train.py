@@ -45,13 +45,15 @@ setup()
 # %%
 import json
 import math
+import platform
 import time
 
 import jax
 import numpy as np
 
-from lib import checkpoint, data, evals, generate, model, train
+from lib import checkpoint, data, evals, generate, model, report, train
 from lib.config import Config
+from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
 from lib.metrics import Metrics, column, read_jsonl, trace_window
 from lib.notebook import device_report, flags, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show, subplots
@@ -84,6 +86,12 @@ eval_every = 0  # @param {type:"integer"}
 sample_every = 0  # @param {type:"integer"}
 # @markdown Steps between checkpoints (0: four of them in all)
 save_every = 0  # @param {type:"integer"}
+# @markdown Steps between measurements of CORE, DCLM's 22 tasks (0: none); the bundle is downloaded, about 160 MB, unless given
+core_every = 0  # @param {type:"integer"}
+# @markdown CORE's evaluation bundle, a folder or zip file; empty downloads it
+core_bundle = ""  # @param {type:"string"}
+# @markdown Items per CORE task during training, more than the 10 that serve as examples
+core_limit = 50  # @param {type:"integer"}
 # @markdown Bytes of validation text that a validation reads
 eval_bytes = 200000  # @param {type:"integer"}
 # @markdown Checkpoints kept besides the best one
@@ -134,6 +142,8 @@ if saved and if_exists == "fresh":
     print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json')}")
     saved = None
 settings = dict(source=source, packing=packing, shards=shards)
+# made now, so that a missing bundle stops the run before any compute
+measure_core = core.during_training(config, tokenizer, core_bundle or None, limit=core_limit) if core_every else None
 if saved:
     meta = checkpoint.read_meta(saved)
     now, then = config.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}, meta["config"] | meta["settings"]
@@ -156,8 +166,10 @@ print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 memory = train.estimate_memory(config)
 print("memory      " + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
       + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there")
+plan = dict(tokens=config.num_steps * config.total_batch_size, memory_bytes=sum(memory.values()))
 if device["flops"]:
-    print(f"time        {flops / device['flops'] / 0.4 / 3600:.2f} h at 40 % MFU on one of these")
+    plan["hours"] = flops / device["flops"] / 0.4 / 3600
+    print(f"time        {plan['hours']:.2f} h at 40 % MFU on one of these")
 else:
     print("time        known after the first steps: this device's peak is not in the table")
 
@@ -225,7 +237,7 @@ config.save(folder / "config.json")
 
 # %%
 every = dict(eval=eval_every or max(1, config.num_steps // 10), sample=sample_every or max(1, config.num_steps // 2),
-             save=save_every or max(1, config.num_steps // 4))
+             save=save_every or max(1, config.num_steps // 4), core=core_every)
 prompts = ["def ", "import ", "# The ", "class "] if source == "stdlib" else ["The ", "Once upon a time", "In the year", "I think"]
 prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
 done = int(state.step)
@@ -243,7 +255,7 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
       checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
       checkpoint.interruptible() as signal, trace_window(folder, trace_start, trace_stop) as tick):
     last = config.num_steps
-    pause = lambda n: signal.stop or n == last or any(n % every[k] == 0 for k in every) or n in (trace_start - 1, trace_stop)
+    pause = lambda n: signal.stop or n == last or any(n % e == 0 for e in every.values() if e) or n in (trace_start - 1, trace_stop)
     tick(done + 1, state)
     try:
         for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
@@ -258,6 +270,8 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                     measured = evals.bits_per_byte(state.params, config, val_batches(), tokenizer.token_bytes)
                     val_bpb = values["val_bpb"] = measured["bpb"]
                     values["val_loss"] = measured["loss"]
+                if measure_core and (n % core_every == 0 or n == last):
+                    values |= measure_core(state.params)
                 if n % every["sample"] == 0 or n == last:
                     samples = write_samples(state.params)
                     print("\n".join(f"\nstep {n}: {s}" for s in samples))
@@ -328,8 +342,8 @@ for what, good in checks.items():
 # %%
 results = dict(preset=chosen, source=source, params=counts["total"], steps=config.num_steps,
                train_tokens=config.num_steps * config.total_batch_size, train_tokens_per_s=round(speed),
-               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"],
-               jax=jax.__version__)
+               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"], plan=plan,
+               jax=jax.__version__, python=platform.python_version(), commit=report.commit_id())
 if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
     results |= dict(val_bpb=val_bpb, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
                     packing_waste=data.waste(step.cursor))

@@ -11,16 +11,17 @@
 # ---
 
 # %% [markdown]
-# # 04 · Measure a model and write with it
+# # 04 · Measure a model, teach it to chat, and talk to it
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 #
-# Loads a checkpoint of `02_train`, measures how well it predicts text that it never saw, and lets it continue yours.
+# Loads a checkpoint of `02_train`, measures how well it predicts text that it never saw, and lets it continue yours. Then it is
+# fine-tuned on conversations, in two phases, asked held-out questions before and after each, and you can talk to it.
 #
 # **At the end you have** bits per byte beside what `gzip -9` and `xz -9` need for the very same bytes, a picture of what
-# the model finds easy and hard, and completions with your own sampling settings.
+# the model finds easy and hard, a model that answers, uses a calculator and knows when to stop, and its marks with their errors.
 #
-# **Hardware and time:** whatever trained the model; about a minute on two CPU cores for the default.
+# **Hardware and time:** whatever trained the model; about six minutes on two CPU cores for the default.
 
 # %% [markdown]
 # ## Set-up
@@ -41,24 +42,28 @@ from lib.notebook import setup
 setup()
 
 # %%
-import json
+import itertools
 import time
 
 import jax
 import numpy as np
 
-from lib import checkpoint, data, evals, generate
+from lib import chat, checkpoint, data, evals, generate, sandbox, sft, train
 from lib.config import Config
-from lib.files import UserError, update_json
-from lib.notebook import device_report, flags, open_run, results_table, show, subplots
+from lib.evals import chat as chat_tasks
+from lib.files import UserError, choose, update_json
+from lib.metrics import Metrics, column, read_jsonl
+from lib.notebook import device_report, flags, open_run, results_table, set_aside, show, subplots
 from lib.params import count_params, templates
+from lib.tasks import tasks as known_tasks
 from lib.tokenizer import FILE, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run trained last
 run = ""  # @param {type:"string"}
-# @markdown Checkpoint: empty for the run's newest, best for its lowest validation loss, or a folder, gs:// or hf://USER/NAME address
+# @markdown Base checkpoint: empty for the run's newest, best for its lowest validation loss, or a folder, gs:// or hf://USER/NAME
+# @markdown address
 ckpt = ""  # @param ["", "best"] {allow-input: true}
 # @markdown Text to measure on: a name, or a path or glob; empty takes what the model was trained on (its held-out split)
 source = ""  # @param {type:"string"}
@@ -78,6 +83,31 @@ top_p = 0.95  # @param {type:"number"}
 seed = 0  # @param {type:"integer"}
 # @markdown Completions of the prompt
 num_samples = 2  # @param {type:"integer"}
+# @markdown First phase of fine-tuning, the broad mixture: a name, or sources with epochs, each a task or a .jsonl file of chats,
+# @markdown like "arithmetic:0.5 mine.jsonl:3"; auto: embedded_mid, or nanochat_mid for a model of web text; none skips the phase
+mid = "auto"  # @param ["auto", "none", "embedded_mid", "nanochat_mid"] {allow-input: true}
+# @markdown Second phase, the smaller and cleaner mixture, likewise
+sft_mixture = "auto"  # @param ["auto", "none", "embedded_sft", "nanochat_sft"] {allow-input: true}
+# @markdown Passes over the first mixture
+mid_epochs = 1.0  # @param {type:"number"}
+# @markdown Passes over the second mixture
+sft_epochs = 1.0  # @param {type:"number"}
+# @markdown Learning rates of the first phase, as a share of pretraining's
+mid_lr = 1.0  # @param {type:"number"}
+# @markdown Learning rates of the second phase, likewise
+sft_lr = 0.3  # @param {type:"number"}
+# @markdown Optimizer state of a phase: fresh, or warm, which goes on with the moments of the stage before
+optimizer_state = "fresh"  # @param ["fresh", "warm"]
+# @markdown When a phase was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
+if_exists = "continue"  # @param ["continue", "fresh", "stop"]
+# @markdown Tasks to ask before and after, by name; auto takes those that the mixtures teach, none asks nothing
+tasks = "auto"  # @param ["auto", "none"] {allow-input: true}
+# @markdown Held-out questions of each task (0: all)
+task_items = 256  # @param {type:"integer"}
+# @markdown What to say to the model at the end, one turn after the other, between them |
+say = 'Hello! | What is 37 times 85? | How many "r" are in "strawberry"? | Thanks!'  # @param {type:"string"}
+# @markdown Go on by typing (a notebook asks below its last cell; an empty line ends it; in a terminal rather python -m lib.chat)
+live = False  # @param {type:"boolean"}
 
 # %%
 globals().update(flags(globals()))
@@ -104,6 +134,17 @@ if meta["tokenizer"] != tokenizer.fingerprint:
 params, _ = checkpoint.restore(path, templates(config), only="params")
 params = jax.device_put(params)
 source = source or meta["settings"]["source"]
+kind = "nanochat" if source in ("climbmix", "fineweb_edu", "tinystories") else "embedded"
+mixtures = {stage: "" if name == "none" else f"{kind}_{stage}" if name == "auto" else name
+            for stage, name in {"mid": mid, "sft": sft_mixture}.items()}
+taught = {stage: sft.parse_mixture(name) for stage, name in mixtures.items() if name}
+names = [] if tasks == "none" else tasks.split() if tasks != "auto" else list(dict.fromkeys(
+    name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")))
+for name in names:
+    if not name.endswith(".jsonl"):
+        choose("task", name, known_tasks())
+choose("if_exists", if_exists, ("continue", "fresh", "stop"))
+choose("optimizer_state", optimizer_state, ("fresh", "warm"))
 print(f"{path}: step {meta['step']} of {config.num_steps}, {count_params(config)['total']:,} parameters, "
       f"{config.n_layer} layers x {config.n_embd}, {config.dtype} on {device['kind']}")
 
@@ -169,16 +210,210 @@ for text in completions:
     print(text, "\n" + "─" * 60)
 print(f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new")
 
+update_json(folder / "results.json", val_bpb=score["bpb"], val_bpb_stderr=score["stderr"], val_bytes=score["bytes"],
+            gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"], samples=completions)
+
+# %% [markdown]
+# ## What a conversation looks like to the model
+#
+# The loss counts only what the assistant says: not the question, and not what the calculator answered, which it will never have
+# to write itself.
+
+# %%
+chats = {stage: sft.open_mixture(mixture, "train") for stage, mixture in taught.items()}
+held_out = {stage: sft.open_mixture(mixture, "val") for stage, mixture in taught.items()}
+for stage, found in chats.items():
+    calls = (m for m in found.messages if not isinstance(m[-1]["content"], str) and len(m[-1]["content"]) > 3)
+    shown = next(calls, found.messages[0])  # one that uses the calculator, where there is one
+    pairs = zip(*tokenizer.render_conversation(shown, config.sequence_len + 1))
+    print(f"{stage}, a conversation of its mixture:")
+    for learnt, part in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        print(f"  {'learnt ' if learnt else 'context'}  {tokenizer.decode([i for i, _ in part])!r}")
+
+# %% [markdown]
+# ## Can it answer?
+#
+# A base model continues text; it does not know that a question wants an answer, nor when to stop. Here are held-out questions,
+# put to it now and again after each phase. It writes its own answers; what stands between `<|python_start|>` and
+# `<|python_end|>` is calculated for it, and the result put behind.
+
+# %%
+marks, bits_of, about = {}, {"base": score}, {}  # by stage: the tasks' entries, bits per byte, and whose they are
+
+
+def examine(stage, path, params):
+    """Put the tasks to a model, and see how well it still foresees text; the record goes to evals/STAGE.json."""
+    found = chat_tasks.evaluate(params, config, tokenizer, names, limit=task_items or None, seed=seed, batch=64,
+                                max_tokens=96) if names else {"tasks": {}}
+    if stage not in bits_of:
+        batches = data.batches(data.tokens_of(texts, tokenizer), config.microbatch, config.sequence_len, loop=False)
+        bits_of[stage] = evals.bits_per_byte(params, config, batches, tokenizer.token_bytes)
+    marks[stage], step = found["tasks"], checkpoint.read_meta(path)["step"]
+    about[stage] = dict(step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed)
+    bits = {source: {k: bits_of[stage][k] for k in ("bpb", "stderr", "bytes")}}
+    chat_tasks.write(folder, stage, about[stage] | found | dict(bpb=bits))
+
+
+examine("base", path, params)
+
+# %% [markdown]
+# ## Two phases, one code path
+#
+# Each phase takes what the stage before has learnt, packs whole conversations of its mixture into rows, and runs the very
+# training step of `02_train` with a schedule of its own. A few conversations of each source, chosen by their hash, validate.
+
+
+# %%
+def fine_tune(stage, params, opt_state, epochs, lr):
+    """Run a phase, or what is left of it, or find it finished; returns its state and the checkpoint's path."""
+    plan, warm = sft.plan(chats[stage], tokenizer, config, epochs), optimizer_state == "warm"
+    tuned = sft.phase_config(config, plan["steps"], lr, warm)
+    settings = dict(mixture=taught[stage], conversations=chats[stage].identity, epochs=epochs, lr=lr, source=source,
+                    optimizer_state=optimizer_state, start=sft.fingerprint(params))
+    store = folder / checkpoint.STAGES[stage]
+    saved = checkpoint.latest(store)
+    if saved and if_exists == "stop":
+        raise UserError(f"{folder} has a phase {stage} already: pass if_exists=continue or fresh, or another run")
+    if saved and if_exists == "fresh":
+        print(f"fresh start: what was there is now in {set_aside(folder, store.name)}")
+        saved = None
+    if saved and (then := checkpoint.read_meta(saved)["settings"]) != settings:
+        changed = ", ".join(name for name in settings if then.get(name) != settings[name])
+        raise UserError(f"the phase {stage} in {folder} was run with other settings ({changed}): set them back, pass "
+                        "if_exists=fresh to run it anew, or take another run name")
+    if saved:
+        state, meta = checkpoint.restore(saved, train.state_template(tuned))
+    else:
+        state, meta = sft.start(params, tuned, opt_state if warm else None), {}
+    done, last, rows = int(state.step), tuned.num_steps, tuned.total_batch_size // tuned.sequence_len
+    print(f"{stage}: {sft.PHASES[stage]}\n  " + "  ".join(f"{name} {n:,}" for name, n in plan["conversations"].items())
+          + f"\n  {plan['tokens']:,} tokens x {epochs:g} epochs = {last} steps of {rows} x {tuned.sequence_len}, {lr:g} x rates"
+          + (f"; finished before: {saved}" if done == last else f"; continuing at step {done}" if saved else ""))
+    if done == last:
+        return state, saved
+    batches = data.prefetch(sft.batches(chats[stage], tokenizer, rows, tuned.sequence_len, cursor=meta.get("cursor"),
+                                        seed=tuned.seed), jax.device_put)
+    step_fn = train.make_train_step(tuned)
+    with (Metrics(store, last, resumed=done if saved else None, config=tuned.to_dict()) as metrics,
+          checkpoint.Saver(store, keep=1, size=checkpoint.nbytes(state)) as saver, checkpoint.interruptible() as signal):
+        pause = lambda n: signal.stop or n == last or n % max(1, last // 10) == 0 or n % max(1, last // 3) == 0
+        for step in train.steps(step_fn, state, batches, tuned, pause=pause):
+            values, n = step.metrics, step.step
+            if step.state is not None:
+                state = step.state
+                val = sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False)
+                values["val_loss"] = sft.validation_loss(state.params, tuned, val)
+                if n == last or n % max(1, last // 3) == 0 or signal.stop:
+                    saver.save(n, state, dict(config=tuned.to_dict(), cursor=step.cursor, settings=settings,
+                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values["val_loss"])
+            metrics.log(n, values)
+            if signal.stop and step.state is not None:
+                break
+        saved = saver.wait()
+    if int(state.step) < last:
+        raise UserError(f"stopped in phase {stage} at step {int(state.step)} and saved: run again with the same settings")
+    found = step.cursor
+    print(f"  {found['conversations']:,} conversations, {found['truncated']} cut to the length of a row, {found['empty']} left "
+          f"out, having nothing to learn; {found['targets'] / found['cells']:.0%} of the tokens learnt, "
+          f"{found['padding'] / found['cells']:.1%} padding")
+    return state, saved
+
+
+stage, opt_state, curves = "base", None, {}
+if taught and optimizer_state == "warm":
+    opt_state = checkpoint.restore(path, train.state_template(config))[0].opt_state
+for phase, epochs, lr in (("mid", mid_epochs, mid_lr), ("sft", sft_epochs, sft_lr)):
+    if phase in taught:
+        state, path = fine_tune(phase, params, opt_state, epochs, lr)
+        stage, params, opt_state = phase, state.params, state.opt_state
+        curves[phase] = read_jsonl(folder / checkpoint.STAGES[phase] / "metrics.jsonl")
+        examine(phase, path, params)
+
+# %%
+if curves:
+    figure, axes = subplots(1, len(curves), size=(4.6, 3), squeeze=False)
+    for axis, (phase, logged) in zip(axes[0], curves.items()):
+        axis.plot(*column(logged, "loss"), color="C0", alpha=0.5, linewidth=0.8, label="training")
+        axis.plot(*column(logged, "val_loss"), "o-", color="C1", markersize=3, label="validation")
+        axis.set(title=phase, xlabel="step", ylabel="nats per token of the assistant", yscale="log")
+        axis.legend()
+    show(figure, folder / "plots" / "fine_tuning.png")
+
+# %% [markdown]
+# ## Before and after
+#
+# Share of held-out questions answered rightly, with its standard error. What a held-out question is about, the numbers of a sum
+# or the word to spell, never occurs in training.
+
+# %%
+graded = [name for name, entry in marks.get(stage, {}).items() if entry["kind"] != "perplexity"]
+print("bits per byte of text  " + "  ".join(f"{stage_} {found['bpb']:.4f}" for stage_, found in bits_of.items()))
+if graded:
+    print(f"{'% right':22}{'random':>8}" + "".join(f"{stage:>16}" for stage in marks))
+    for name in graded:
+        row = [found[name] for found in marks.values()]
+        print(f"{name:22}{100 * (row[0]['baseline'] or 0):8.1f}" + "".join(
+            f"{100 * e['score']:9.1f} ± {100 * (e['stderr'] or 0):4.1f}" for e in row) + f"   of {row[0]['n']}")
+    figure, axis = subplots(size=(max(4.5, 1.2 * len(graded)), 3))
+    for i, (stage_, found) in enumerate(marks.items()):
+        at = np.arange(len(graded)) + 0.26 * (i - (len(marks) - 1) / 2)
+        axis.bar(at, [100 * found[n]["score"] for n in graded], 0.24, yerr=[100 * (found[n]["stderr"] or 0) for n in graded],
+                 capsize=2, color=f"C{i}", error_kw=dict(linewidth=0.8), label=stage_)
+    axis.set(title="held-out questions answered rightly", ylabel="%", ylim=(0, 105))
+    axis.set_xticks(range(len(graded)), graded)
+    axis.tick_params(axis="x", rotation=20)
+    axis.legend(ncols=len(marks), loc="upper left", bbox_to_anchor=(0, -0.2))
+    show(figure, folder / "plots" / "tasks.png")
+
 # %% [markdown]
 # ## Results
 
 # %%
-update_json(folder / "results.json", val_bpb=score["bpb"], val_bpb_stderr=score["stderr"], val_bytes=score["bytes"],
-            gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"], samples=completions)
+scores = {f"{stage_}_{name}": entry["score"] for stage_, found in marks.items() for name, entry in found.items()}
+losses = {f"{phase}_val_loss": column(logged, "val_loss")[1][-1] for phase, logged in curves.items()}
+update_json(folder / "results.json", stage=stage, **scores, **losses)
 print(results_table(folder))
+
+# %% [markdown]
+# ## Talk to it
+#
+# Change `say` in the parameters and run this cell again, or switch `live` on and type. What the calculator did is in brackets.
+
+# %%
+engine = generate.Engine(params, config, 1, config.sequence_len, tokenizer, sandbox.calculator)
+conversation = []
+
+
+def talk(words):
+    """Say something to the model, print its answer as it comes, and keep both in the conversation."""
+    ids, _ = chat.fit(tokenizer, [*conversation, dict(role="user", content=words)], config.sequence_len, max_tokens)
+    room = min(max_tokens, config.sequence_len - len(ids))
+    reader, kind = chat.Reader(tokenizer), "text"
+    warmth = temperature if live else 0.0
+    sampling = generate.Sampling(room, warmth, top_k, top_p, seed=seed, stop=chat.ends(tokenizer))
+    for piece in chat.reply(engine, ids, sampling, reader):
+        if piece.kind != kind:
+            print({"python": " [", "python_output": " = ", "text": "] "}[piece.kind], end="")
+        kind = piece.kind
+        print(piece.text, end="", flush=True)
+    print()
+    conversation.extend([dict(role="user", content=words), dict(role="assistant", content=chat.compact(reader.parts))])
+
+
+for words in filter(None, map(str.strip, say.split("|"))):
+    print(f"you    {words}\nmodel  ", end="")
+    talk(words)
+said = [dict(prompt=asked["content"], text=chat.plain(answer["content"]))
+        for asked, answer in zip(conversation[::2], conversation[1::2])]
+if taught:
+    chat_tasks.write(folder, stage, about[stage] | dict(samples=said))
+while live and (words := input("you    ").strip()):
+    print("model  ", end="")
+    talk(words)
 
 # %% [markdown]
 # ## Where to go next
 #
-# A model that predicts better: train longer, larger or on other text in `02_train`. A checkpoint from the Hugging Face Hub is
-# loaded by giving its address as the checkpoint above.
+# A model that predicts better: train longer, larger or on other text in `02_train`. A model that answers other things: write
+# chats as JSONL, one `{"messages": [...]}` a line, and name the file in a mixture above. A checkpoint from the Hugging Face Hub
+# is loaded by giving its address as the checkpoint above. To talk in a terminal: `python -m lib.chat`.

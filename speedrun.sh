@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained, measured language model: sets up .venv, then runs 01 → 02 → 04 and prints what came out.
+# From nothing to a measured language model that chats: sets up .venv, then runs 01 → 02 → 04 and prints what came out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
@@ -8,7 +8,8 @@ usage() {
     cat <<'END'
 usage: bash speedrun.sh [OPTIONS] [-- FLAGS FOR 02_train.py]
 
-Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures and samples it (04), and prints a table.
+Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures it, teaches it to chat and measures it
+again (04), and prints a table and a talk with it.
 
   --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_v5e, colab_v6e, gpu, gpt2_like,
                   llama_like, nanochat_d12, nanochat_d20, nanochat_d24; default: the one for the device found

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder step_00001000/ with one safetensors file per top-level key of the tree (params.safetensors, …;
 tensors are named by their path in the tree, joined by ".") and meta.json: format, step, metric, time, the size and
-SHA-256 of every file, and the caller's own metadata. Remote folders (gs://, s3://, hf://, …) hold the same files;
-there meta.json is uploaded last, and a folder without it is no checkpoint.
+SHA-256 of every file, and the caller's own metadata. Several processes write one file each per key, with the parts that
+they hold. Remote folders (gs://, s3://, hf://, …) hold the same files; there meta.json is uploaded last, and a folder
+without it is no checkpoint.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import threading
 import time
 import types
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +38,7 @@ from lib.tokenizer import Tokenizer, load_tokenizer
 STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}  # training stage: its folder in a run, in order
 KIND, FORMAT = "rawchat checkpoint", 1
 NAME = re.compile(r"step_\d{8,}")
+SHARE_TIMEOUT = 600  # seconds that processes wait for each other's files
 
 
 # ---- the tree as named arrays ----------------------------------------------------------------------------------------
@@ -53,26 +56,46 @@ def _is_key(x) -> bool:
     return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _to_host(tree) -> dict:
-    """Numpy copies of all leaves by path; collective when the arrays span several hosts."""
+def _to_host(tree) -> tuple[dict, dict]:
+    """Numpy copies by path of what this process is to write, and the shapes of the arrays that several processes hold parts of.
+
+    Process 0 writes what it has the whole of. Of the others each writes the parts that it holds first, as "PATH@START,START".
+    """
     named = {k: jax.random.key_data(x) if _is_key(x) else x for k, x in _named(tree).items()}
-    for k, x in named.items():
+    split = {k: x for k, x in named.items() if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated}
+    mine = {k: x for k, x in named.items() if k not in split} if jax.process_index() == 0 else {}
+    for k, x in mine.items():
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            named[k] = multihost_utils.process_allgather(x, tiled=True)
+            mine[k] = x.addressable_data(0)
+    for k, x in split.items():
+        for shard in x.addressable_shards:
+            if shard.replica_id == 0:
+                mine[f"{k}@{','.join(str(i.start or 0) for i in shard.index)}"] = shard.data
     host = {}
-    for k, a in jax.device_get(named).items():
+    for k, a in jax.device_get(mine).items():
         # On CPU device_get only shares the buffer, which the next train step is given to overwrite.
-        shared = not isinstance(named[k], jax.Array) or next(iter(named[k].sharding.device_set)).platform == "cpu"
+        shared = not isinstance(mine[k], jax.Array) or next(iter(mine[k].sharding.device_set)).platform == "cpu"
         host[k] = (np.array if shared else np.asarray)(a, order="C")
         if host[k].dtype.kind in "OUSM":
             raise TypeError(f"{k} is a {type(a).__name__}, not a number or array: put it in the metadata")
-    return host
+    return host, {k: list(x.shape) for k, x in split.items()}
 
 
-def _file_of(name: str) -> str:
+def _joined(arrays: dict, shapes: dict) -> dict:
+    """The arrays with the parts that several processes wrote put together."""
+    whole = {k: a for k, a in arrays.items() if "@" not in k}
+    for key, part in arrays.items():
+        name, _, starts = key.partition("@")
+        if starts:
+            whole.setdefault(name, np.empty(shapes[name], part.dtype))[
+                tuple(slice(int(i), int(i) + n) for i, n in zip(starts.split(","), part.shape))] = part
+    return whole
+
+
+def _top(name: str) -> str:
     """The file a leaf goes to: that of its top-level key, so that e.g. the parameters can be read alone."""
     top = re.match(r"(\w+)\.", name)
-    return (top[1] if top else "state") + ".safetensors"
+    return top[1] if top else "state"
 
 
 def _stored(leaf):
@@ -119,7 +142,7 @@ class Saver:
     Kept are the `keep` newest checkpoints and the one with the lowest `metric` ever (a NaN is never best). An error met
     while writing is raised by the next `save` or `wait`; leaving the `with` block waits. Making a Saver checks that the
     folder can be written and has room for `size` bytes (as from `nbytes`), so that a run learns it before it computes.
-    On several hosts all must call `save`; process 0 writes, to a folder that all can read.
+    On several hosts all must call `save`, each writes what it holds, and the folder must be one that all share.
     """
 
     def __init__(self, folder, keep: int = 3, size: int = 0):
@@ -135,9 +158,13 @@ class Saver:
         metric = None if metric is None or not math.isfinite(metric) else float(metric)
         record = {"kind": KIND, "format": FORMAT, "step": int(step), "metric": metric, "time": time.time()}
         record["meta"] = json.loads(json.dumps(meta or {}))  # a copy: the caller's cursor goes on meanwhile
-        arrays = _to_host(tree)
-        if jax.process_index() == 0:
+        arrays, shapes = _to_host(tree)
+        if jax.process_count() == 1:
             self._job = self._pool.submit(_write, self.folder, record, arrays, self.keep)
+        else:
+            time_of_0 = multihost_utils.broadcast_one_to_all(np.array([record["time"]]).view(np.uint32))  # JAX has no float64 unless told
+            record |= {"split": shapes, "time": float(np.asarray(time_of_0).view(np.float64)[0])}
+            self._job = self._pool.submit(_write_share, self.folder, record, arrays, self.keep)
 
     def wait(self):
         """Block until the running save, if any, is on disk; returns its path, or raises what it met."""
@@ -171,31 +198,87 @@ def _write(folder, record, arrays, keep):
     if is_remote(folder):
         with tempfile.TemporaryDirectory() as tmp:
             with writing(tmp):
-                _fill(Path(tmp), record, arrays)
+                _seal(Path(tmp), record, arrays)
             _upload(tmp, target, record["files"])
     else:
         with replacing(target) as tmp:
             tmp.mkdir()
-            _fill(tmp, record, arrays)
+            _seal(tmp, record, arrays)
     _prune(folder, target, keep)
     return target
 
 
-def _fill(folder, record, arrays):
+def _seal(folder, record, arrays):
+    record["files"] = _fill(folder, arrays)
+    (folder / "meta.json").write_text(json.dumps(record, indent=1))
+
+
+def _write_share(folder, record, arrays, keep):
+    """`_write` on one of several processes: each leaves its files and a list of them, process 0 the record once all lists are there."""
+    target = join(folder, f"step_{record['step']:08d}")
+    index, count = jax.process_index(), jax.process_count()
+    # a name that all know and no earlier save had; remote folders have no rename, so parts go where they stay
+    place = target if is_remote(folder) else Path(folder) / f".{target.name}.{record['time']:.6f}.tmp"
+    listed = lambda i: f"share-{record['time']:.6f}-{i}-of-{count}.json"
+    with tempfile.TemporaryDirectory() as tmp, reaching(place):
+        fs, root = filesystem(place)
+        fs.makedirs(root, exist_ok=True)
+        if index == 0 and fs.exists(f"{root}/meta.json"):
+            fs.rm_file(f"{root}/meta.json")
+        local = Path(tmp if is_remote(folder) else place)
+        files = _fill(local, arrays, f".{index}-of-{count}")
+        if is_remote(folder):
+            for name in files:
+                fs.put_file(f"{local}/{name}", f"{root}/{name}")
+        fs.pipe_file(f"{root}/.{listed(index)}", json.dumps(files).encode())
+        fs.mv(f"{root}/.{listed(index)}", f"{root}/{listed(index)}")  # whole or not there, for those who wait for it
+        if index:
+            _await(lambda: _written(target) == record["time"], lambda: f"process 0 has not finished {target}")
+            return target
+        _await(lambda: fs.invalidate_cache() or all(fs.exists(f"{root}/{listed(i)}") for i in range(count)),
+               lambda: f"process {', '.join(str(i) for i in range(count) if not fs.exists(f'{root}/{listed(i)}'))} has not written its share of {target}")
+        record["files"] = {}
+        for i in range(count):
+            record["files"] |= json.loads(fs.cat_file(f"{root}/{listed(i)}"))
+            fs.rm_file(f"{root}/{listed(i)}")
+        fs.pipe_file(f"{root}/meta.json", json.dumps(record, indent=1).encode())
+    if not is_remote(folder):
+        with replacing(target) as own:
+            os.rename(place, own)
+    _prune(folder, target, keep)
+    return target
+
+
+def _written(path):
+    """When the checkpoint at `path` was written, None if there is none."""
+    with contextlib.suppress(UserError):
+        return _record(path)["time"]
+
+
+def _await(there: Callable[[], bool], what: Callable[[], str]):
+    deadline = time.monotonic() + SHARE_TIMEOUT
+    while not there():
+        if time.monotonic() > deadline:
+            raise UserError(f"{what()} after {SHARE_TIMEOUT} s: all processes must call save, and the folder must be one that all hosts share")
+        time.sleep(0.05)
+
+
+def _fill(folder, arrays, suffix="") -> dict:
+    """Write the arrays into files of `folder`; {file: its size and checksum}."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    files = record["files"] = {}
-    for file in sorted({_file_of(name) for name in arrays}):
-        path = folder / file
+    files = {}
+    for top in sorted({_top(name) for name in arrays}):
+        path = folder / f"{top}{suffix}.safetensors"
         try:
-            save_file({name: a for name, a in arrays.items() if _file_of(name) == file}, path)
+            save_file({name: a for name, a in arrays.items() if _top(name) == top}, path)
         except SafetensorError as e:  # this is how it tells of a full disk
             if code := re.search(r"os error (\d+)", str(e)):
                 raise OSError(int(code[1]), str(e)) from e
             raise
-        files[file] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    (folder / "meta.json").write_text(json.dumps(record, indent=1))
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return files
 
 
 def _upload(local, target, files):
@@ -248,13 +331,13 @@ def _record(path) -> dict:
                 raise UserError(f"{path} has checkpoint format {record['format']}, newer than the {FORMAT} known here: "
                                 "update rawchat")
             for name, file in record["files"].items():
-                if not re.fullmatch(r"\w+\.safetensors", name):
+                if not re.fullmatch(r"\w+(\.\d+-of-\d+)?\.safetensors", name):
                     raise ValueError(f"unexpected file {name!r}")
                 size = fs.size(f"{root}/{name}") if fs.exists(f"{root}/{name}") else None
                 if size != file["bytes"]:
                     found = "is missing" if size is None else f"has {size} bytes instead of {file['bytes']}"
                     raise UserError(f"{path}/{name} {found}: delete this checkpoint and use an older one")
-            return {key: record[key] for key in ("step", "metric", "time", "files", "meta")}
+            return {key: record[key] for key in ("step", "metric", "time", "files", "meta")} | {"split": record.get("split", {})}
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path} is not a checkpoint (no meta.json in it): name a folder step_NNNNNNNN that "
                             "rawchat has written") from None
@@ -347,11 +430,13 @@ def restore(path, template=None, only: str | None = None):
     record = _record(path)
     files = record["files"]
     if only:
-        files = {f"{only}.safetensors": choose("part of the checkpoint", only, {Path(f).stem: files[f] for f in files})}
+        choose("part of the checkpoint", only, {f.partition(".")[0] for f in files})
+        files = {f: entry for f, entry in files.items() if f.partition(".")[0] == only}
     arrays = {}
     with _verified(path, files) as local:
         for name in files:
             arrays |= load_file(local / name)
+    arrays = _joined(arrays, record["split"])
     if only:
         arrays = {name.removeprefix(f"{only}."): a for name, a in arrays.items()}
     if template is None:
@@ -502,7 +587,7 @@ def load_model(folder, ckpt: str = "", stage: str = "") -> Model:
         has = [s for s, name in STAGES.items() if latest(folder / name)]
         if not has:
             raise UserError(f"no checkpoint in {folder}: train one with 02_train.py --run {folder.name} first")
-        if stage and choose("stage", stage, STAGES) not in has:
+        if stage and choose("stage", stage, tuple(STAGES)) not in has:
             raise UserError(f"{folder} has no {stage} checkpoint, only {', '.join(has)}: run that stage first")
         stage = stage or has[-1]
         store = folder / STAGES[stage]

@@ -235,15 +235,25 @@ def find_shards(source: str, split: str, shards: int = 8, cache_dir=CACHE) -> li
 
 
 def _fetch(shard: Shard, hub: str, token: str | None):
-    """Download a Hub shard unless it is there: resumes a partial file, checks the size, backs off when it must."""
+    """Download a Hub shard unless it is there."""
+    if shard.url:
+        fetch(f"{hub}/{shard.url}", shard.files[0], token)
+
+
+def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
+    """Download a file unless `path` is there: resumes a partial one, checks the size, backs off when it must.
+
+    token: for the Hub, sent to no host that it redirects to. tries: attempts without progress before it gives up; a server that
+    answers that it is busy gets more. UserError where the file cannot be had.
+    """
     import fcntl
 
     from tqdm import tqdm
 
-    path = Path(shard.files[0])
-    if not shard.url or path.exists():
+    path = Path(path)
+    if path.exists():
         return
-    url, part, failures = f"{hub}/{shard.url}", path.with_name(path.name + ".part"), 0
+    part, failures, patience = path.with_name(path.name + ".part"), 0, tries
     with writing(part), contextlib.ExitStack() as stack:
         part.parent.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
@@ -253,13 +263,13 @@ def _fetch(shard: Shard, hub: str, token: str | None):
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             if token:  # unredirected: the Hub redirects to a storage host that must not see it
                 request.add_unredirected_header("Authorization", f"Bearer {token}")
-            pause, before, tries = 0.0, have, TRIES
+            pause, before, tries = 0.0, have, patience
             try:
                 with urllib.request.urlopen(request, timeout=30) as response:
                     have = have if response.status == 206 else 0
                     length = response.headers["Content-Length"]
                     total = have + int(length) if length else None
-                    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=shard.name, leave=False)
+                    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name, leave=False)
                     with open(part, "ab" if have else "wb") as f, bar:
                         while chunk := response.read(1 << 20):
                             f.write(chunk)

@@ -10,10 +10,14 @@ from jax.ad_checkpoint import checkpoint_name
 from lib.attention import ATTENTION, RESIDUAL_NAME
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 from lib.params import init_params, param_specs  # noqa: F401  (part of this module's public surface)
+from lib.sharding import enter, gather, leave, own_part
 
 # what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations, activations and the attention's
 # output projection (3 % of a step for a tenth of the memory), but no wide matrix product and no attention kernel
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
+
+
+RING = 16  # cache slots come in multiples of this: whole vector registers
 
 
 def rms_norm(x):
@@ -51,6 +55,13 @@ def _project_backward(spec, saved, g):
 project.defvjp(_project_forward, _project_backward)
 
 
+def weigh(spec: str, x, w):
+    """`project`, for a weight that may be int8 with a scale per output (`quantized`); x stays what it is."""
+    if not isinstance(w, dict):
+        return project(spec, x, w)
+    return jnp.einsum(spec, x, w["int8"].astype(x.dtype)) * w["scale"].astype(x.dtype)
+
+
 @jax.custom_vjp
 def fence(tree):
     """Identity whose gradients must all be there before any is used.
@@ -78,24 +89,50 @@ def rotate(x_BTNH, cos, sin):
     return (x * cos + x[..., ::-1, :] * sin).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-def cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, window: int):
-    """Attention of new queries over a cache whose slot s holds position s; slots after a query's position are masked."""
+def write_cache(ring_XSH, new_BTKH, at_BT):
+    """Put new keys or values at positions at_BT (negative: nowhere) into a ring, where position p lies in slot p mod S."""
+    B, T, K, H = new_BTKH.shape
+    S = ring_XSH.shape[1]
+    new_BTKH = new_BTKH.astype(ring_XSH.dtype)
+    if B == T == 1:  # padding spoils only the slot whose turn it is, and nobody needs that any more
+        return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, at_BT[0, 0] % S, 0))
+    last_B1 = jnp.max(at_BT, axis=1, keepdims=True)
+    slot_BT = jnp.where((at_BT >= 0) & (at_BT > last_B1 - S), at_BT % S, S)  # of more than S new ones the last S stay
+    ring_BKSH = ring_XSH.reshape(B, K, S, H).at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH, mode="drop")
+    return ring_BKSH.reshape(ring_XSH.shape)
+
+
+def held_positions(length_B, S: int):
+    """(B, S): which position each slot of a ring holds once a row has `length` tokens; negative where it is empty."""
+    last_B1 = length_B[:, None] - 1
+    return last_B1 - (last_B1 - jnp.arange(S)) % S
+
+
+def cached_attention(q_BTNH, keys, values, at_BT, held_BS, window: int):
+    """Attention of queries at positions at_BT (negative: padding) over positions held_BS (negative: none), `window` back at most.
+
+    keys and values are lists of (B K, S, H), one behind the other in held_BS; they are not joined, to save copying a cache.
+    """
     B, T, N, H = q_BTNH.shape
-    q = q_BTNH.reshape(B, T, k_BSKH.shape[2], -1, H)
-    s = jnp.einsum("BTKGH,BSKH->BKGTS", q, k_BSKH, preferred_element_type=jnp.float32) / math.sqrt(H)
-    slot = jnp.arange(k_BSKH.shape[1])
-    distance = positions_BT[:, :, None] - slot
-    visible = (distance >= 0) & (distance <= window)
-    p = jax.nn.softmax(jnp.where(visible[:, None, None], s, -jnp.inf), axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", p, v_BSKH).reshape(B, T, N, H)
+    K = keys[0].shape[0] // B
+    q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)  # M: query heads of a group, then T
+    s = [jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32) for k_XSH in keys]
+    s_BKGTS = jnp.concatenate(s, axis=-1).reshape(B, K, N // K, T, -1) / math.sqrt(H)
+    distance = at_BT[:, :, None] - held_BS[:, None]
+    visible = (distance >= 0) & (distance <= window) & (held_BS >= 0)[:, None]
+    # a finite floor, not -inf: a padding query sees nothing and must not make NaN
+    p_XMS = jax.nn.softmax(jnp.where(visible[:, None, None], s_BKGTS, -1e30), axis=-1).reshape(B * K, N // K * T, -1)
+    parts = jnp.split(p_XMS.astype(values[0].dtype), [values[0].shape[1]], axis=-1)
+    o_XMH = sum(jnp.einsum("XMS,XSH->XMH", p, v_XSH) for p, v_XSH in zip(parts, values))
+    return o_XMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
-    """One layer's attention; `kv` is None, or (k cache, v cache, positions) and then the new cache is returned too."""
+    """One layer's attention; `kv` is None, or (k cache, v cache, positions, lengths) and the new (k, v) is returned too."""
     with jax.named_scope("qkv"):
-        q_BTNH = checkpoint_name(project("BTD,DNH->BTNH", h_BTD, w["wq"]), "q")
-        k_BTKH = checkpoint_name(project("BTD,DKH->BTKH", h_BTD, w["wk"]), "k")
-        v_BTKH = checkpoint_name(project("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
+        q_BTNH = checkpoint_name(weigh("BTD,DNH->BTNH", h_BTD, w["wq"]), "q")
+        k_BTKH = checkpoint_name(weigh("BTD,DKH->BTKH", h_BTD, w["wk"]), "k")
+        v_BTKH = checkpoint_name(weigh("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
     if ve_BTKH is not None:
         with jax.named_scope("value_embed"):
             gate_BTK = 3 * jax.nn.sigmoid(jnp.einsum("BTC,CK->BTK", h_BTD[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
@@ -110,41 +147,49 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
             visible = window if window < config.sequence_len else None
             o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible)
         else:
-            k_BSKH, v_BSKH, positions_BT = kv
-            row = jnp.arange(len(positions_BT))[:, None]
-            k_BSKH = k_BSKH.at[row, positions_BT].set(k_BTKH.astype(k_BSKH.dtype))
-            v_BSKH = v_BSKH.at[row, positions_BT].set(v_BTKH.astype(v_BSKH.dtype))
-            kv = (k_BSKH, v_BSKH)
-            o_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, positions_BT, window)
+            *old, at_BT, length_B = kv
+            kv = [write_cache(ring, new, at_BT) for ring, new in zip(old, (k_BTKH, v_BTKH))]
+            S = old[0].shape[1]
+            if at_BT.shape[1] == 1:  # decoding: what the one new token overwrote is outside its window
+                o_BTNH = cached_attention(q_BTNH, kv[:1], kv[1:], at_BT, held_positions(length_B + 1, S), window)
+            else:  # the last of many may overwrite what the first must see: look at the ring as it was, and at the new ones
+                held_BS = jnp.concatenate([held_positions(length_B, S), at_BT], axis=1)
+                flat = lambda a: a.astype(old[0].dtype).swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
+                keys, values = [old[0], flat(k_BTKH)], [old[1], flat(v_BTKH)]
+                o_BTNH = cached_attention(q_BTNH, keys, values, at_BT, held_BS, window)
     with jax.named_scope("attention_out"):
-        return project("BTNH,NHD->BTD", o_BTNH, w["wo"]), kv
+        if kv is not None:  # as one matrix: XLA:CPU would transpose the weight for every token
+            flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim > 1 else a, w["wo"])
+            return weigh("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), flat), kv
+        return weigh("BTNH,NHD->BTD", o_BTNH, w["wo"]), kv
 
 
 def _mlp(h_BTD, w, config: Config):
-    a_BTF = checkpoint_name(project("BTD,DF->BTF", h_BTD, w["w_in"]), "mlp_in")
+    a_BTF = checkpoint_name(weigh("BTD,DF->BTF", h_BTD, w["w_in"]), "mlp_in")
     if config.mlp == "relu2":
         a_BTF = jnp.square(jax.nn.relu(a_BTF))
     elif config.mlp == "gelu":
         a_BTF = jax.nn.gelu(a_BTF)
     else:
-        a_BTF = jax.nn.silu(checkpoint_name(project("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate")) * a_BTF
-    return project("BTF,FD->BTD", a_BTF, w["w_out"])
+        a_BTF = jax.nn.silu(checkpoint_name(weigh("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate")) * a_BTF
+    return weigh("BTF,FD->BTD", a_BTF, w["w_out"])
 
 
 def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: int, kv=None):
     """One layer: residual and x0 scales, attention, mlp. Weights of this layer only; returns (x, new kv)."""
     x_BTD, w = fence((x_BTD, w))
+    w = {name: gather(f"blocks.{name}", a, stacked=True) for name, a in w.items()}
     dtype = x_BTD.dtype
     if config.resid_scales:
         x_BTD = w["resid_scale"].astype(dtype) * x_BTD
     if config.x0_scales:
         x_BTD = x_BTD + w["x0_scale"].astype(dtype) * x0_BTD
-    ve_BTKH = None if ve_table is None else ve_table[tokens_BT].astype(dtype)
+    ve_BTKH = None if ve_table is None else gather("value_embeds", ve_table, stacked=True)[tokens_BT].astype(dtype)
     with jax.named_scope("attn"):
-        out_BTD, kv = _attention(rms_norm(x_BTD), w, config, rope, window, ve_BTKH, kv)
-        x_BTD = x_BTD + out_BTD
+        out_BTD, kv = _attention(enter(rms_norm(x_BTD)), w, config, rope, window, ve_BTKH, kv)
+        x_BTD = x_BTD + leave(out_BTD)
     with jax.named_scope("mlp"):
-        x_BTD = x_BTD + _mlp(rms_norm(x_BTD), w, config)
+        x_BTD = x_BTD + leave(_mlp(enter(rms_norm(x_BTD)), w, config))
     return x_BTD, kv
 
 
@@ -185,9 +230,10 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
         return block(carry, x0_BTD, w, table, tokens_BT)[0]
 
     period, groups = group_size(config)
+    blocks, tables = params["blocks"], params.get("value_embeds")
+    groups = 0 if isinstance(blocks, list) else groups
     kept = jnp.zeros_like(x_BTD) if config.backout else None
     first = groups * period
-    blocks, tables = params["blocks"], params.get("value_embeds")
     if groups:
         per_group = len([i for i in config.value_layers if i < period])
         fold = lambda a, n: a[: groups * n].reshape(groups, n, *a.shape[1:])
@@ -222,8 +268,11 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
 
 def hidden(params, config: Config, tokens_BT, cache=None):
     """The final normed residual stream (B, T, D) that the head reads, and the cache with these tokens added."""
+    real_BT = None if cache is None else tokens_BT >= 0
+    tokens_BT = tokens_BT if cache is None else jnp.maximum(tokens_BT, 0)
     with jax.named_scope("embed"):
-        embed = lambda ids: rms_norm(params["embed"][ids].astype(config.dtype))
+        table_VD = gather("embed", params["embed"])
+        embed = lambda ids: rms_norm(table_VD[ids].astype(config.dtype))
         x_BTD = embed(tokens_BT)
         if config.smear:
             if cache is None:
@@ -236,7 +285,7 @@ def hidden(params, config: Config, tokens_BT, cache=None):
     x0_BTD = x_BTD
     B, T = tokens_BT.shape
     # once for all layers, so that their stacked gradients are held in the compute dtype too
-    matrices = lambda a: a.astype(config.dtype) if a.ndim > 1 else a
+    matrices = lambda a: a.astype(config.dtype) if a.ndim > 1 and a.dtype != jnp.int8 else a
     params = params | {"blocks": jax.tree.map(matrices, params["blocks"])}
     if cache is None:
         rope = rope_tables(jnp.arange(T), config)
@@ -244,37 +293,72 @@ def hidden(params, config: Config, tokens_BT, cache=None):
     else:
         if not isinstance(params["blocks"], list):
             params = unstack(params, config)
-        positions_BT = cache["length"][:, None] + jnp.arange(T)
+        length_B, last_B = cache["length"], cache["last"]
+        positions_BT = length_B[:, None] + jnp.arange(T)
         rope = rope_tables(positions_BT, config)
+        at_BT = jnp.where(real_BT, positions_BT, -1)
         keys, values, kept = [], [], None
         for i, (w, k, v) in enumerate(zip(params["blocks"], cache["k"], cache["v"])):
             x_BTD, (k, v) = _block(x_BTD, x0_BTD, w, params["value_embeds"].get(i), tokens_BT, config, rope,
-                                   config.windows[i], (k, v, positions_BT))
+                                   config.windows[i], (k, v, at_BT, length_B))
             keys.append(k), values.append(v)
             kept = x_BTD if i == config.n_layer // 2 else kept
-        cache = {"k": keys, "v": values, "length": cache["length"] + T, "last": tokens_BT[:, -1]}
+        new_B = real_BT.sum(axis=1, dtype=length_B.dtype)
+        newest_B = jnp.take_along_axis(tokens_BT, jnp.maximum(new_B - 1, 0)[:, None], axis=1)[:, 0]
+        cache = {"k": keys, "v": values, "length": length_B + new_B, "last": jnp.where(new_B > 0, newest_B, last_B)}
     if config.backout:
         x_BTD = x_BTD - params["backout"].astype(x_BTD.dtype) * kept
     return rms_norm(x_BTD), cache
 
 
-def init_cache(config: Config, batch: int, length: int):
-    """An empty cache for `batch` rows of up to `length` tokens: per layer k and v (B, S, K, H), lengths, last tokens.
+def init_cache(config: Config, batch: int, length: int, spare: int = 0):
+    """An empty cache for `batch` rows of up to `length` tokens: per layer k and v (B K, S, H), lengths, last tokens.
 
-    A row's cache may be cut back or corrected by setting its `length` and `last` (the token before the next one).
+    A layer's S is its window and a little more, used as a ring; `length` where that is less. A row may be cut back by up to `spare`
+    tokens (always, while it holds no more than S) by setting its `length` and `last`, the token before the next one.
     """
-    zeros = lambda: [jnp.zeros((batch, length, config.n_kv_head, config.head_dim), config.dtype)
-                     for _ in range(config.n_layer)]
+    slots = [min(length, -(-(window + 1 + spare) // RING) * RING) for window in config.windows]
+    zeros = lambda: [jnp.zeros((batch * config.n_kv_head, S, config.head_dim), config.dtype) for S in slots]
     return {"k": zeros(), "v": zeros(), "length": jnp.zeros(batch, jnp.int32), "last": jnp.full(batch, -1, jnp.int32)}
 
 
+@partial(jax.jit, static_argnums=1)
+def decoding_params(params, config: Config):
+    """The parameters as decoding reads them, to be made once: a dict per layer, matrices in the compute dtype (int8 stays)."""
+    cast = lambda a: a.astype(config.dtype) if a.ndim > 1 and a.dtype != jnp.int8 else a
+    return jax.tree.map(cast, params if isinstance(params["blocks"], list) else unstack(params, config))
+
+
+@partial(jax.jit, static_argnums=1)
+def quantized(params, config: Config):
+    """The parameters with every matrix of a block, and the head, in int8 with a scale per output: for evaluation and decoding.
+
+    Weights only: activations keep their dtype, and so do tables that are looked up. A quarter of float32's bytes; what that costs
+    in quality and brings in speed is measured by `python -m benchmarks.decode`.
+    """
+    def quantize(w, n_in):
+        scale = jnp.maximum(jnp.abs(w).max(axis=tuple(range(n_in))), 1e-30) / 127
+        return {"int8": jnp.round(w / scale).astype(jnp.int8), "scale": scale}
+
+    n_in = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_gate": 1, "w_out": 1}
+    params = unstack(params, config)
+    blocks = [{name: quantize(a, n_in[name]) if name in n_in else a for name, a in w.items()} for w in params["blocks"]]
+    return params | {"blocks": blocks, "head": quantize(_head(params, config), 1)}
+
+
 def _head(params, config: Config):
-    return params["embed"].T if config.tied_head else params["head"]
+    if config.tied_head and "head" not in params:  # int8 gives a tied model a head of its own
+        return gather("embed", params["embed"]).T
+    return gather("head", params["head"])
 
 
 def _logits(x, head, config: Config):
     """Float32 logits over the true vocabulary, soft-capped."""
-    logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)[..., : config.vocab_size]
+    if isinstance(head, dict):
+        logits = jnp.matmul(x, head["int8"].astype(x.dtype), preferred_element_type=jnp.float32) * head["scale"]
+    else:
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = logits[..., : config.vocab_size]
     return config.softcap * jnp.tanh(logits / config.softcap) if config.softcap else logits
 
 
@@ -288,7 +372,8 @@ def forward(params, config: Config, tokens_BT, cache=None):
     """Logits (B, T, V) in float32 after `tokens_BT`, and the updated cache (None without one).
 
     Without a cache this is the training forward over whole rows. With one (see `init_cache`) the tokens continue each
-    row: many at once to prefill, one at a time to decode.
+    row: many at once to prefill, one at a time to decode. Rows that get fewer are padded behind with -1, which adds nothing
+    to the cache and whose logits mean nothing.
     """
     x_BTD, cache = hidden(params, config, tokens_BT, cache)
     return logits(params, config, x_BTD), cache
@@ -316,7 +401,8 @@ def token_losses(params, config: Config, tokens_BT, targets_BT):
     """Cross-entropy in nats per token (B, T) in float32, 0 where the target is negative; not meant for gradients."""
     x_BTD, _ = hidden(params, config, tokens_BT)
     x, t = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head = _head(params, config).astype(x.dtype)
+    head = _head(params, config)
+    head = head if isinstance(head, dict) else head.astype(x.dtype)
     losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0], (x, t))
     return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
@@ -364,10 +450,14 @@ summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)
 
 
 def loss_sums(params, config: Config, tokens_BT, targets_BT):
-    """(sum of losses, number of targets >= 0): what gradient accumulation adds up."""
+    """(sum of losses, number of targets >= 0): what gradient accumulation adds up.
+
+    Traced for one device's share of a mesh, it sums over the share's rows and over its part of each row (tensor axis).
+    """
     x_BTD, _ = hidden(params, config, tokens_BT)
     with jax.named_scope("loss"):
-        total = summed_loss(x_BTD, _head(params, config), targets_BT, config)
+        targets_BT = own_part(targets_BT, axis=1)
+        total = summed_loss(own_part(enter(x_BTD), axis=1), enter(_head(params, config)), targets_BT, config)
     return total, jnp.sum(targets_BT >= 0)
 
 

@@ -15,6 +15,7 @@ import optax
 
 from lib.config import Config
 from lib.params import is_spec, param_specs, path_name
+from lib.sharding import each_layer
 
 # beta1, beta2 and weight decay of the groups that always get AdamW (nanochat's)
 ADAMW_GROUPS = {
@@ -143,7 +144,7 @@ def muon_update(g_LIO, m, v, p, *, lr, momentum, weight_decay, dtype=jnp.float32
     mean_row = jnp.sqrt(jnp.sum(row_sq, axis=2, keepdims=True) / O)
     scale = mean_row / jnp.maximum(jnp.sqrt(row_sq), 1e-6)
     norm = jnp.sqrt(jnp.sum(row_sq * jnp.square(scale), axis=2, keepdims=True))
-    x = polar_express((u * (scale / (1.01 * norm + 1e-6))).astype(dtype)).astype(jnp.float32)
+    x = each_layer(polar_express, (u * (scale / (1.01 * norm + 1e-6))).astype(dtype)).astype(jnp.float32)
 
     axis = 1 if O >= I else 2  # averaged over
     line_sq = jnp.sum(jnp.square(x), axis=axis, keepdims=True)

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from lib import model
 from lib.config import Config
 from lib.files import UserError
 from lib.optim import compile_key, lr_multiplier, make_optimizer
-from lib.params import count_params
+from lib.params import count_params, is_spec, param_specs
+from lib.sharding import AXES, BATCH, Layout, optimizer_on, reduce_gradients, share_of, state_shardings
 
 
 class TrainState(NamedTuple):
@@ -25,36 +27,67 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-def init_state(config: Config) -> TrainState:
-    """A fresh state, from config.seed alone."""
+def init_state(config: Config, layout: Layout | None = None) -> TrainState:
+    """A fresh state, from config.seed alone: the same numbers on any layout of devices, made where they belong."""
+    if layout is not None:
+        return jax.jit(init_state, static_argnums=0, out_shardings=state_shardings(layout, config, state_template(config)))(config)
     params = model.init_params(jax.random.key(config.seed), config)
     return TrainState(params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32))
 
 
-def state_template(config: Config) -> TrainState:
-    """The state's shapes and dtypes; allocates nothing."""
-    return jax.eval_shape(lambda: init_state(config))
+def state_template(config: Config, layout: Layout | None = None) -> TrainState:
+    """The state's shapes, dtypes and, with a layout, shardings; allocates nothing."""
+    template = jax.eval_shape(lambda: init_state(config))
+    if layout is None:
+        return template
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), template,
+                        state_shardings(layout, config, template))
 
 
-def train_step(state: TrainState, inputs_ABT, targets_ABT, config: Config):
-    """One optimizer step over A microbatches; returns (new state, {"loss", "grad_norm", "count"}).
-
-    Gradients of summed losses add up in float32 and are divided once by the number of targets, so that A microbatches
-    equal one big batch however the ignored targets (negative) are spread.
-    """
+def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
+    """(sum of losses, number of targets, gradient of that sum) over A microbatches, added up in float32."""
     grad = jax.value_and_grad(model.loss_sums, has_aux=True)
 
     def microbatch(total, batch):
-        (loss, count), grads = grad(state.params, config, *batch)
+        (loss, count), grads = grad(params, config, *batch)
         return jax.tree.map(jnp.add, total, (loss, count, grads)), None
 
+    if inputs_ABT.shape[0] == 1:
+        (loss, count), grads = grad(params, config, inputs_ABT[0], targets_ABT[0])
+        return loss, count, grads
+    zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
+
+
+def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Config):
+    """`summed_gradients` of the global batch: each device its share, then one sum over all."""
+    specs = param_specs(config)
+
+    def share(params, inputs_BT, targets_BT):
+        fold = lambda a: a.reshape(config.accumulate, -1, config.sequence_len)
+        with share_of(layout, config):
+            loss, count, grads = summed_gradients(params, fold(inputs_BT), fold(targets_BT), config)
+        return *jax.lax.psum((loss, count), AXES), reduce_gradients(layout, config, grads)
+
+    partition = jax.tree.map(layout.partition, specs, is_leaf=is_spec)
+    reduced = jax.tree.map(lambda s: layout.state_partition(s, s.shape), specs, is_leaf=is_spec)
+    return jax.shard_map(share, mesh=layout.mesh, in_specs=(partition, P(BATCH), P(BATCH)), out_specs=(P(), P(), reduced),
+                         check_vma=False)(params, inputs_BT, targets_BT)
+
+
+def train_step(state: TrainState, inputs_BT, targets_BT, config: Config, layout: Layout | None = None):
+    """One optimizer step over B rows, config.microbatch of them at a time; returns (new state, {"loss", "grad_norm", "count"}).
+
+    Gradients of summed losses add up in float32 and are divided once by the number of targets, so that A microbatches
+    equal one big batch however the ignored targets (negative) are spread, and so do several devices.
+    """
     with jax.named_scope("forward_backward"):
-        if inputs_ABT.shape[0] == 1:
-            (loss, count), grads = grad(state.params, config, inputs_ABT[0], targets_ABT[0])
+        if layout is None:
+            fold = lambda a: a.reshape(-1, config.microbatch, config.sequence_len)
+            loss, count, grads = summed_gradients(state.params, fold(inputs_BT), fold(targets_BT), config)
         else:
-            zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, count, grads), _ = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))
-    with jax.named_scope("optimizer"):
+            loss, count, grads = _shared_gradients(layout, state.params, inputs_BT, targets_BT, config)
+    with jax.named_scope("optimizer"), optimizer_on(layout):
         n = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / n, grads)
         updates, opt_state = make_optimizer(config, config.num_steps).update(grads, state.opt_state, state.params)
@@ -63,22 +96,21 @@ def train_step(state: TrainState, inputs_ABT, targets_ABT, config: Config):
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
-def make_train_step(config: Config) -> Callable:
+def make_train_step(config: Config, layout: Layout | None = None) -> Callable:
     """`train_step` for `config`, jitted with the state donated: (state, inputs_BT, targets_BT) -> (state, metrics).
 
-    Batches come as (B, T) with B = A x config.microbatch rows. Configs that differ only in rates and horizon get the
-    same function, so that they compile once.
+    Configs that differ only in rates and horizon get the same function, so that they compile once. layout: the devices to share the work.
     """
-    return _jitted_step(compile_key(config))
+    return _jitted_step(compile_key(config), layout)
 
 
 @functools.cache
-def _jitted_step(config: Config):
-    def step(state, inputs_BT, targets_BT):
-        fold = lambda a: a.reshape(-1, config.microbatch, config.sequence_len)
-        return train_step(state, fold(inputs_BT), fold(targets_BT), config)
-
-    return jax.jit(step, donate_argnums=0)
+def _jitted_step(config: Config, layout: Layout | None):
+    step = functools.partial(train_step, config=config, layout=layout)
+    if layout is None:
+        return jax.jit(step, donate_argnums=0)
+    state = state_shardings(layout, config, state_template(config))
+    return jax.jit(step, donate_argnums=0, in_shardings=(state, layout.batch, layout.batch), out_shardings=(state, layout.sharding()))
 
 
 def estimate_memory(config: Config) -> dict[str, int]:

@@ -1,5 +1,6 @@
-"""Measurements of a trained model: bits per byte."""
+"""Measurements of a trained model: bits per byte here; likelihoods, CORE, chats and how sure all that is beside it."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 
@@ -8,8 +9,20 @@ import numpy as np
 
 from lib import model
 from lib.config import Config
+from lib.files import UserError, first_line
 
 token_losses = jax.jit(model.token_losses, static_argnames="config")
+
+
+@contextlib.contextmanager
+def evaluating(task: str, item):
+    """Say which item of which task an exception comes from. It goes on: an item that failed is never scored."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{task} item {item}: {e}") from e
+    except Exception as e:
+        raise RuntimeError(f"{task} item {item}: {type(e).__name__}: {first_line(e)}") from e
 
 
 def sum_bits(losses_BT, targets_BT, token_bytes) -> tuple[float, int]:

@@ -1,0 +1,256 @@
+"""Speed of decoding against what the device allows: `python -m benchmarks.decode --help`.
+
+A token needs every matrix of the blocks and the head read once, so at best bandwidth / bytes tokens a second come out of one row. The
+bandwidth is measured here, between the runs, on as many bytes as the weights have (they may stay in a cache) and on far more.
+"""
+
+import json
+import os
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+LARGE = 2**29  # bytes: more than caches hold
+
+
+@dataclass
+class Args:
+    config: str = "small"
+    """small (of benchmarks.train_step) or a preset of lib.config, with random weights"""
+    overrides: str = ""
+    """Config fields by name, like: n_kv_head=1 compute_dtype=bfloat16"""
+    run: str = ""
+    """Take a trained run's model instead; needed for the guesses' shares and for the quality of int8"""
+    draft: str = ""
+    """A second run with the same tokenizer whose model drafts for the first"""
+    prompt: int = 64
+    """Prompt tokens"""
+    new: int = 128
+    """New tokens"""
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Rows decoded together, one line each"""
+    guess: int = 4
+    """Tokens guessed ahead in the speculative lines"""
+    repeats: int = 5
+    """Rounds; each measures everything once, in turns, and the best of each counts"""
+    first: int = 512
+    """Prompt tokens for the time to first token"""
+    nanochat: str = ""
+    """A checkout of nanochat, to time its engine on the same shapes in the same rounds"""
+    torch_python: str = "python"
+    """A Python that has torch, for nanochat"""
+    json: str = ""
+    """Also write the result to this file"""
+
+
+def read_bandwidth(size: int, seconds: float = 0.3) -> float:
+    """Bytes a second that the device reads from an array of `size` bytes, the best of several tries.
+
+    On CPUs numpy's maximum in as many threads as there are cores, and in one; on accelerators a jitted product with a vector.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    best, end = 0.0, time.perf_counter() + seconds
+    if jax.default_backend() != "cpu":
+        a, x = jnp.ones((size // 2 // 4096, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
+        f = jax.jit(lambda a, x: jax.lax.fori_loop(0, 20, lambda i, x: (a[:4096] @ x * 0 + jnp.max(a @ x)).astype(x.dtype), x))
+        f(a, x).block_until_ready()
+        while time.perf_counter() < end:
+            clock = time.perf_counter()
+            f(a, x).block_until_ready()
+            best = max(best, 20 * a.nbytes / (time.perf_counter() - clock))
+        return best
+    a = np.ones(size // 4, np.float32)
+    rounds = max(1, LARGE // size)  # a thread's start must not count
+
+    def read(part):
+        for _ in range(rounds):
+            part.max()
+
+    while time.perf_counter() < end:
+        for threads in {1, os.cpu_count()}:
+            work = [threading.Thread(target=read, args=(part,)) for part in np.array_split(a, threads)]
+            clock = time.perf_counter()
+            for t in work:
+                t.start()
+            for t in work:
+                t.join()
+            best = max(best, rounds * a.nbytes / (time.perf_counter() - clock))
+    return best
+
+
+NANOCHAT = """
+import json, sys, time
+path, shape, prompt, new = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+sys.path.insert(0, path)
+import torch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.engine import Engine
+class Words:
+    encode_special = staticmethod(lambda name: -1)
+    get_bos_token_id = staticmethod(lambda: -1)
+torch.manual_seed(0)
+model = GPT(GPTConfig(**shape)); model.init_weights(); model.eval()
+engine, result = Engine(model, Words()), {}
+for rows in (1, 8):
+    times = []
+    for _ in range(3):
+        clock = time.perf_counter()
+        made = sum(1 for _ in engine.generate(prompt, num_samples=rows, max_tokens=new, temperature=0.0))
+        times.append(time.perf_counter() - clock)
+    result[rows] = rows * made / min(times)
+print(json.dumps(result))
+"""
+
+
+def nanochat_speed(args: Args, config, prompt) -> dict[str, float]:
+    """Tokens a second of nanochat's cached engine by number of rows, prefill included."""
+    from lib.files import UserError
+
+    shape = dict(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+                 n_kv_head=config.n_kv_head, n_embd=config.n_embd, window_pattern=config.window_pattern)
+    command = [args.torch_python, "-c", NANOCHAT, args.nanochat, json.dumps(shape), json.dumps(prompt), str(args.new)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"nanochat at {args.nanochat} did not run with {args.torch_python}: {(done.stderr.splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(args: Args):
+    import jax
+    import numpy as np
+
+    from benchmarks.train_step import CONFIGS
+    from lib import checkpoint, data, evals, generate, model
+    from lib.config import PRESETS, Config
+    from lib.files import UserError, choose, write_json
+    from lib.notebook import parse_overrides
+
+    if args.draft and not args.run:
+        raise UserError("a draft model needs a trained model to draft for: pass --run too")
+    text = None
+    if args.run:
+        loaded = checkpoint.load_model(Path(args.run))
+        params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
+        if args.overrides:
+            config = config.replace(**parse_overrides(args.overrides, Config))
+        text = list(data.head(data.documents("stdlib", "val"), 400_000))
+        prompts = [tokenizer.encode(t, bos=True)[: args.prompt] for t in text]
+        prompts = [p for p in prompts if len(p) == args.prompt]
+    else:
+        config = Config.from_depth(**choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config))
+        params = model.init_params(0, config)
+        prompts = []
+    rng = np.random.default_rng(0)
+    prompts = (prompts + [rng.integers(0, config.vocab_size, args.prompt).tolist() for _ in range(max(args.batches))])[: max(args.batches)]
+    ready = model.decoding_params(params, config)
+    small = model.decoding_params(model.quantized(params, config), config)
+    read = lambda p: sum(a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])]))
+    weights = read(ready)
+    draft = None
+    if args.draft:
+        other = checkpoint.load_model(Path(args.draft))
+        draft = (other.params, other.config)
+
+    engines = {}
+
+    def decode(name, rows, params=ready, **options):
+        """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
+        if name not in engines:
+            engines[name] = generate.Engine(params, config, rows, args.prompt + args.new, **options)
+            warm = decode(name, rows)  # compile
+            engines[name].guessed = engines[name].right = 0
+            del warm
+        engine, clock = engines[name], time.perf_counter()
+        engine.add_many(prompts[:rows], [generate.Sampling(args.new, temperature=0)] * rows)
+        engine.step()
+        begun, made, steps = time.perf_counter(), 0, 0
+        while engine.writers:
+            new = engine.step(generate.LONG_CHUNK)
+            made += sum(len(tokens) for tokens, _ in new.values())
+            steps += max(len(tokens) for tokens, _ in new.values())
+        end = time.perf_counter()
+        assert made == rows * (args.new - 1)
+        return rows * args.new / (end - clock), 1e3 * (end - begun) / steps
+
+    length = min(args.first, config.sequence_len)
+    long = rng.integers(0, config.vocab_size, length).tolist()
+    first_engine = generate.Engine(ready, config, 1, length + 8)
+    whole = jax.jit(model.forward, static_argnums=1)
+
+    def first_token():
+        clock = time.perf_counter()
+        slot = first_engine.add(long, generate.Sampling(8, temperature=0))
+        first_engine.step()
+        passed = time.perf_counter() - clock
+        first_engine.cancel(slot)
+        return passed
+
+    def one_forward():
+        clock = time.perf_counter()
+        jax.block_until_ready(whole(params, config, np.array([long]))[0])
+        return time.perf_counter() - clock
+
+    lines = {f"batch {b}": dict(rows=b) for b in args.batches}
+    lines["int8, batch 1"] = dict(rows=1, params=small)
+    lines[f"look-up {args.guess}, batch 1"] = dict(rows=1, guess=args.guess)
+    if draft:
+        lines[f"draft {args.guess}, batch 1"] = dict(rows=1, guess=args.guess, draft=draft)
+    best, width, theirs, ttft, forward = {}, {}, {}, [], []
+    for round in range(args.repeats):
+        for name, line in lines.items():
+            best.setdefault(name, []).append(decode(name, **line))
+        for size in (weights, LARGE):
+            width[size] = max(width.get(size, 0), read_bandwidth(size))
+        ttft.append(first_token()), forward.append(one_forward())
+        if args.nanochat:
+            for rows, speed in nanochat_speed(args, config, prompts[0]).items():
+                theirs[rows] = max(theirs.get(rows, 0), speed)
+    result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, dtype=str(config.dtype), config=args.run or args.config,
+                  overrides=args.overrides, prompt=args.prompt, new=args.new, repeats=args.repeats, weights_MB=round(weights / 1e6, 2),
+                  read_GBps={"weights": round(width[weights] / 1e9, 1), "large": round(width[LARGE] / 1e9, 1)}, lines=[])
+    print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; reads {width[weights] / 1e9:.1f} GB/s of as much "
+          f"again and again, {width[LARGE] / 1e9:.1f} GB/s of {LARGE >> 20} MiB\n")
+    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of bound':>9} {'of memory':>9}   (best of {args.repeats})")
+    for name, line in lines.items():
+        speed, step = max(s for s, _ in best[name]), min(ms for _, ms in best[name])
+        engine = engines[name]
+        cache = sum(a.nbytes for a in jax.tree.leaves([engine.caches[0]["k"], engine.caches[0]["v"]]))
+        moved = read(engine.params[0]) + cache
+        row = dict(name=name, tokens_per_s=round(speed, 1), step_ms=round(step, 3), median_tokens_per_s=round(float(np.median([s for s, _ in best[name]])), 1))
+        extra = ""
+        if engine.guess:
+            row |= dict(right=round(engine.right / engine.guessed, 3), speedup=round(speed / max(s for s, _ in best["batch 1"]), 3))
+            extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x"
+        else:
+            row |= dict(GBps=round(moved / step / 1e6, 1), of_bound=round(read(engine.params[0]) / width[weights] * 1e3 / step, 3),
+                        of_memory=round(read(engine.params[0]) / width[LARGE] * 1e3 / step, 3))
+            extra = f"{row['GBps']:7.1f} {row['of_bound']:9.0%} {row['of_memory']:9.0%}"
+        print(f"{name:22} {speed:8.0f} {step:8.3f} {extra}")
+        result["lines"].append(row)
+    result |= dict(first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2))
+    print(f"\ntime to first token, {length} tokens: {1e3 * min(ttft):.1f} ms; one training forward of them: {1e3 * min(forward):.1f} ms "
+          f"({min(ttft) / min(forward):.2f} x)")
+    for rows, speed in theirs.items():
+        ours = [line["tokens_per_s"] for line in result["lines"] if line["name"] == f"batch {rows}"]
+        print(f"nanochat's engine, batch {rows}: {speed:.0f} tok/s" + (f" (ours {ours[0] / speed:.2f} x)" if ours else ""))
+    result["nanochat_tokens_per_s"] = {rows: round(speed, 1) for rows, speed in theirs.items()}
+    if text:
+        held_out = data.tokens_of(text, tokenizer)
+        batches = lambda: data.batches(held_out, config.microbatch, config.sequence_len, loop=False)
+        bpb = {name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes) for name, p in (("exact", ready), ("int8", small))}
+        result["bits_per_byte"] = {name: b["bpb"] for name, b in bpb.items()}
+        print(f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {bpb['exact']['bpb']:.5f}, int8 {bpb['int8']['bpb']:.5f} "
+              f"({bpb['int8']['bpb'] - bpb['exact']['bpb']:+.5f})")
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

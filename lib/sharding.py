@@ -1,0 +1,318 @@
+"""Many devices: a mesh, what each strategy splits over it, and the few collectives of a step, by name.
+
+A strategy is a set of rules from the axes of a parameter's Spec to the axes of the mesh. The forward and backward pass is written for one
+device's share (`jax.shard_map`) and says itself where devices talk: `gather` brings the rest of a weight (fsdp), `enter` and `leave`
+bracket what is split over heads and mlp width (tp, Megatron: arXiv:1909.08053), `reduce_gradients` ends it, once a step. Without a
+layout all of them are the identity, so that there is one model. Only the optimizer is left to XLA's partitioner.
+"""
+
+import contextlib
+import functools
+import math
+import socket
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from lib.config import Config
+from lib.files import UserError, choose, first_line
+from lib.params import Spec, is_spec, named_specs, param_specs
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the mesh axes over which rows of a batch are split
+# Strategy: axis of a Spec -> axis of the mesh over which parameters are split. One mesh axis splits one axis of an array, the first listed
+# here that the array has. "state" is no axis of a Spec: the optimizer's state is split over that mesh axis beyond what the parameters are.
+RULES = {
+    "dp": {},
+    "zero": {"state": "data"},
+    "fsdp": {"embed": "fsdp", "vocab": "fsdp", "state": "data"},
+    "tp": {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "state": "data"},
+}
+MESH_AXIS = {"dp": "data", "zero": "data", "fsdp": "fsdp", "tp": "tensor"}  # where all devices go unless told
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with axes AXES and the strategy whose rules apply on it. Hashable and static."""
+
+    mesh: Mesh
+    strategy: str
+
+    def size(self, *axes: str) -> int:
+        """How many devices the named mesh axes span."""
+        return math.prod(self.mesh.shape[a] for a in axes)
+
+    def partition(self, spec: Spec) -> P:
+        """How a parameter is split."""
+        out = [None] * len(spec.shape)
+        for axis, over in RULES[self.strategy].items():
+            if axis in spec.axes and over not in out and self.size(over) > 1:
+                out[spec.axes.index(axis)] = over
+        return P(*out)
+
+    def state_partition(self, spec: Spec, shape: tuple[int, ...]) -> P:
+        """How an array of optimizer state is split: like its parameter (where it has that axis) and over "state" on the first axis it divides."""
+        out = [over if n == full else None for over, n, full in zip(self.partition(spec), shape, spec.shape)]
+        over = RULES[self.strategy].get("state")
+        if over and self.size(over) > 1:
+            for i, n in enumerate(shape):
+                if out[i] is None and n % self.size(over) == 0:
+                    out[i] = over
+                    break
+        return P(*out)
+
+    def sharding(self, *axes) -> NamedSharding:
+        return NamedSharding(self.mesh, P(*axes))
+
+    @property
+    def batch(self) -> NamedSharding:
+        """Of a batch (B, T): rows over the data and fsdp axes."""
+        return self.sharding(BATCH)
+
+
+def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int] | None = None) -> Layout:
+    """The layout of `strategy` on `devices` (default: all there are), checked against `config`.
+
+    mesh: devices per mesh axis, e.g. {"data": 2, "tensor": 4}; without it all go to the strategy's own axis. UserError says what does not divide.
+    """
+    choose("sharding strategy", strategy, RULES)
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    mesh = {MESH_AXIS[strategy]: devices.size} if mesh is None else mesh
+    for axis in mesh:
+        choose("mesh axis", axis, AXES)
+    shape = [mesh.get(a, 1) for a in AXES]
+    if math.prod(shape) != devices.size or min(shape) < 1:
+        raise UserError(f"a mesh of {' x '.join(f'{a}={n}' for a, n in mesh.items())} needs {math.prod(shape)} devices, and there are {devices.size}: "
+                        "choose sizes whose product that is")
+    used = {over for over in RULES[strategy].values()} | {"data"}
+    for axis, n in mesh.items():
+        if n > 1 and axis not in used:
+            raise UserError(f"strategy {strategy} splits nothing over the mesh axis {axis}={n}: use {' or '.join(sorted(used))}")
+    if devices.size == len(jax.devices()) and (devices == np.asarray(jax.devices())).all():
+        built = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)  # knows the chips' neighbours
+    else:
+        built = Mesh(devices.reshape(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    layout = Layout(built, strategy)
+    rows, tensor = layout.size(*BATCH), layout.size("tensor")
+    if config.microbatch % rows:
+        raise UserError(f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh axes {' and '.join(BATCH)}: "
+                        f"use microbatch={-(-config.microbatch // rows) * rows}, or fewer devices there")
+    if config.n_kv_head % tensor or config.mlp_dim % tensor or config.sequence_len % tensor:
+        raise UserError(f"the tensor axis of {tensor} devices must divide n_kv_head={config.n_kv_head}, mlp_dim={config.mlp_dim} and "
+                        f"sequence_len={config.sequence_len}: use a smaller tensor axis, or more key/value heads")
+    for name, spec in named_specs(config):
+        for axis, n, over in zip(spec.axes, spec.shape, layout.partition(spec)):
+            if over and n % layout.size(over):
+                raise UserError(f"axis {axis} of {name} has {n} entries, which the {over} axis of {layout.size(over)} devices does not divide: "
+                                "use another mesh, or a size that it divides")
+    return layout
+
+
+def param_shardings(layout: Layout, config: Config) -> dict:
+    """A NamedSharding for each parameter."""
+    return jax.tree.map(lambda s: NamedSharding(layout.mesh, layout.partition(s)), param_specs(config), is_leaf=is_spec)
+
+
+def state_shardings(layout: Layout, config: Config, template):
+    """NamedShardings for a TrainState like `template`: parameters, optimizer state; all else on every device."""
+    specs = param_specs(config)
+    moments = lambda tree: jax.tree.map(lambda s, a: NamedSharding(layout.mesh, layout.state_partition(s, a.shape)), specs, tree, is_leaf=is_spec)
+    everywhere = jax.tree.map(lambda _: layout.sharding(), template)
+    return everywhere._replace(params=param_shardings(layout, config), opt_state=everywhere.opt_state._replace(
+        m=moments(template.opt_state.m), v=moments(template.opt_state.v)))
+
+
+def put_batch(layout: Layout | None, rows_BT):
+    """A batch on its devices: this process gives its own rows, all processes together the global batch."""
+    if layout is None:
+        return jax.device_put(rows_BT)
+    return jax.make_array_from_process_local_data(layout.batch, np.asarray(rows_BT))
+
+
+# ---- inside one device's share ---------------------------------------------------------------------------------------
+
+_layout = ContextVar("layout", default=None)  # (Layout, {parameter name: PartitionSpec}) while a share is traced
+
+
+@contextlib.contextmanager
+def share_of(layout: Layout, config: Config):
+    """Within it, code is traced for one device's share of `layout`, under jax.shard_map."""
+    token = _layout.set((layout, {name: layout.partition(spec) for name, spec in named_specs(config)}))
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def gather(name: str, w, stacked: bool = False):
+    """The whole of a weight of which this device holds a part (fsdp). stacked: its layer axis is gone. Backward scatters the summed gradient."""
+    if _layout.get() is None:
+        return w
+    for axis, over in enumerate(tuple(_layout.get()[1][name])[stacked:]):
+        if over == "fsdp":
+            w = _gather(w, axis)
+    return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(w, axis):
+    return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+
+
+# summed in float32 whatever the compute dtype: a sum over many devices in bfloat16 would lose the small ones
+_gather.defvjp(lambda w, axis: (_gather(w, axis), None),
+               lambda axis, _, g: (jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True).astype(g.dtype),))
+
+
+def _tensor() -> int:
+    return 1 if _layout.get() is None else _layout.get()[0].size("tensor")
+
+
+@jax.custom_vjp
+def _enter(x):
+    return x
+
+
+@jax.custom_vjp
+def _leave(x):
+    return jax.lax.psum(x, "tensor")
+
+
+_enter.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.psum(g, "tensor"),))
+_leave.defvjp(lambda x: (_leave(x), None), lambda _, g: (g,))
+
+
+def enter(x):
+    """Where work on a replicated `x` splits over the tensor axis: the identity; its gradient is summed over the devices."""
+    return _enter(x) if _tensor() > 1 else x
+
+
+def leave(x):
+    """Where partial results of split work come together: summed over the tensor axis; the gradient passes as it is."""
+    return _leave(x) if _tensor() > 1 else x
+
+
+def own_part(x, axis: int = 0):
+    """This device's equal part of `x` along `axis`, of those over the tensor axis."""
+    n = _tensor()
+    if n == 1:
+        return x
+    size = x.shape[axis] // n
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("tensor") * size, size, axis)
+
+
+def reduce_gradients(layout: Layout, config: Config, grads):
+    """Sum each gradient over the devices that saw other rows; over "state" only the part that the optimizer there needs is kept (zero)."""
+
+    def leaf(spec, g):
+        over = [a for a in BATCH if a not in layout.partition(spec) and layout.size(a) > 1]
+        for axis, state in enumerate(layout.state_partition(spec, spec.shape)):
+            if state in over and state == "data":
+                g = jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True)
+                over.remove("data")
+        return jax.lax.psum(g, tuple(over)) if over else g
+
+    return jax.tree.map(leaf, param_specs(config), grads, is_leaf=is_spec)
+
+
+# ---- the optimizer, which XLA partitions --------------------------------------------------------------------------------
+
+_spread = ContextVar("spread", default=None)  # the Layout whose devices share out the optimizer's matrices
+
+
+@contextlib.contextmanager
+def optimizer_on(layout: Layout | None):
+    """Within it, `each_layer` shares its work out among the layout's devices."""
+    token = _spread.set(layout)
+    try:
+        yield
+    finally:
+        _spread.reset(token)
+
+
+def each_layer(fn, x_LIO):
+    """fn of a stack of matrices; on several devices each does some of the stack instead of all doing the same work.
+
+    Where the stack is not split by layers already (zero, if the devices divide it), all get the whole of it first: the partitioner finds no
+    better way from another split. Zero layers fill up a stack that the devices do not divide.
+    """
+    layout = _spread.get()
+    if layout is None or layout.mesh.size == 1:
+        return fn(x_LIO)
+    to = jax.lax.with_sharding_constraint
+    own, everywhere = layout.sharding(AXES), layout.sharding()
+    L, short = x_LIO.shape[0], -x_LIO.shape[0] % layout.mesh.size
+    if layout.strategy != "zero" or short:
+        x_LIO = jnp.pad(to(x_LIO, everywhere), ((0, short), (0, 0), (0, 0)))
+    return to(to(fn(to(x_LIO, own)), own), everywhere)[:L]
+
+
+# ---- hosts -------------------------------------------------------------------------------------------------------------
+
+
+def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout: float = 300.0):
+    """Join all processes of a job into one JAX program; call before anything else uses JAX's devices.
+
+    Without arguments the cluster says who is who, as a TPU pod slice, Slurm or MPI do. Else: coordinator is "host:port" of process 0, reachable
+    from all, count the number of processes and index this one's, from 0. A process that does not come within `timeout` seconds is named
+    in the UserError that all others get; JAX itself would abort them.
+    """
+    if not coordinator:
+        try:
+            return jax.distributed.initialize(initialization_timeout=int(timeout))
+        except (ValueError, RuntimeError) as e:
+            raise UserError(f"cannot find the other hosts by myself ({first_line(e)}): name the coordinator as host:port, the number of processes and "
+                            "this one's index") from e
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or count < 1 or not 0 <= index < count:
+        raise UserError(f"coordinator {coordinator!r}, process {index} of {count}: give host:port of process 0, and an index from 0 below the number of processes")
+    _roll_call((host, int(port)), count, index, timeout)
+    jax.distributed.initialize(coordinator, count, index, initialization_timeout=int(timeout))
+
+
+def _roll_call(address, count: int, index: int, timeout: float):
+    """Return when all processes are there; UserError names the ones that are not."""
+    deadline = time.monotonic() + timeout
+    left = lambda: max(deadline - time.monotonic(), 0.01)
+    where = f"{address[0]}:{address[1]}"
+    if index:
+        while True:
+            try:
+                with socket.create_connection(address, timeout=left()) as s:
+                    s.sendall(b"%d\n" % index)
+                    s.settimeout(left() + 5)  # process 0 knows better who is missing
+                    answer = s.makefile().readline().strip()
+                break
+            except OSError as e:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"process 0 of {count} never answered at {where} ({first_line(e)}): start it, and check address and firewall") from e
+                time.sleep(0.1)
+    else:
+        try:
+            server = socket.create_server(("", address[1]))
+        except OSError as e:
+            raise UserError(f"process 0 cannot listen at {where} ({first_line(e)}): take another port") from e
+        joined = {}
+        with server, contextlib.ExitStack() as stack:
+            while len(joined) < count - 1 and time.monotonic() < deadline:
+                server.settimeout(left())
+                with contextlib.suppress(OSError, ValueError):  # time is up, or a stranger at the port
+                    peer = stack.enter_context(server.accept()[0])
+                    peer.settimeout(min(left(), 5))
+                    said = int(peer.makefile().readline(16))
+                    if 0 < said < count:
+                        joined[said] = peer
+            missing = ", ".join(str(i) for i in range(1, count) if i not in joined)
+            answer = f"process {missing} of {count} never joined" if missing else "go"
+            for peer in joined.values():
+                with contextlib.suppress(OSError):  # it has gone by itself
+                    peer.sendall(f"{answer}\n".encode())
+                    peer.recv(1)  # it closes first, which leaves the port free for JAX
+    if answer != "go":
+        raise UserError(f"{answer or 'process 0 stopped while waiting for the others'} within {timeout:.0f} s at {where}: "
+                        "start all processes, each with its own index, and check that they reach process 0")

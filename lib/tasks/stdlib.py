@@ -1,0 +1,68 @@
+"""Held-out code completion: which lines come next in a source file of the running Python that training never saw."""
+
+import hashlib
+import random
+import re
+from collections import defaultdict
+
+from lib import data
+from lib.tasks import Task
+
+ITEMS = 400
+PER_FILE = 16
+LINES_PER_DEF = 60  # files with fewer definitions are tables of numbers and names, not code
+CONTEXT_LINES, NEXT_LINES = 12, 2
+CONTEXT_CHARS, SHORTEST = 400, 24  # the context is cut to whole lines of about so many; a continuation has at least so many
+CHOICES = 4
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _passages(document: str) -> list[tuple[str, str]]:
+    """(context, next lines) wherever a text of code can be broken between two lines that both say something."""
+    lines, found = document.expandtabs(8).splitlines(keepends=True), []
+    if LINES_PER_DEF * len(re.findall(r"^ *(?:def|class) ", document, re.M)) < len(lines):
+        return []
+    for i in range(4, len(lines) - NEXT_LINES):
+        after = lines[i : i + NEXT_LINES]
+        plain = all(re.match(r" *[A-Za-z_@]{2}", line) and len(line) < 100 and line.isascii() for line in after)
+        if plain and len("".join(after).strip()) >= SHORTEST and lines[i - 1].strip():
+            context = ""
+            for line in reversed(lines[max(0, i - CONTEXT_LINES) : i]):
+                if len(context) + len(line) > CONTEXT_CHARS:
+                    break
+                context = line + context
+            if len(context) >= 2 * SHORTEST:
+                found.append((context, "".join(after).rstrip("\n")))
+    return found
+
+
+def completion_items(split: str) -> list[dict]:
+    """Items of the files that are held out from training (`data.documents("stdlib", "val")`).
+
+    The wrong continuations are lines of other held-out files that are indented alike, so that the shape of the text gives nothing away.
+    """
+    if split != "test":
+        return []
+    rng, pool, asked = random.Random("code completion"), defaultdict(list), []
+    for number, document in enumerate(data.documents("stdlib", "val")):
+        found = _passages(document)
+        for context, after in rng.sample(found, min(PER_FILE, len(found))):
+            pool[_depth(after)].append((number, after))
+            asked.append((number, context, after))
+    rng.shuffle(asked)
+    items, seen = [], set()
+    for number, context, after in asked:
+        others = sorted({text for other, text in pool[_depth(after)] if other != number} - {after})
+        if len(others) >= CHOICES - 1 and context + after not in seen:
+            seen.add(context + after)
+            choices = [after, *rng.sample(others, CHOICES - 1)]
+            rng.shuffle(choices)
+            digest = hashlib.sha256("\0".join([context, *choices]).encode()).hexdigest()[:12]
+            items.append(dict(id=f"code_completion/{digest}", context=context, choices=choices, gold=choices.index(after)))
+    return items[:ITEMS]
+
+
+TASKS: dict[str, Task] = {"code_completion": Task("likelihood", completion_items, 1 / CHOICES)}

@@ -1,0 +1,164 @@
+"""Errors, paired tests and estimators, against simulation and known values."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from lib.evals import stats
+
+
+def test_binomial_error_covers_the_spread_of_repeated_tests():
+    rng = np.random.default_rng(0)
+    runs = rng.random((2000, 300)) < 0.3
+    assert stats.proportion(runs[0])[1] == pytest.approx(runs.mean(1).std(), rel=0.15)
+    assert stats.proportion([0.5, 1.0, 0.0, 1.0]) == pytest.approx((0.625, np.std([0.5, 1, 0, 1]) / 2))
+
+
+def test_a_perfect_score_of_few_items_is_not_certain():
+    assert stats.proportion([1] * 4)[0] == 1 and 0.1 < stats.proportion([1] * 4)[1] < 0.3
+    assert stats.proportion([1] * 400)[1] < 0.01
+    assert all(map(math.isnan, stats.proportion([])))
+
+
+@pytest.mark.parametrize("n, correct, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (4, 1, 4)])
+def test_pass_at_k_is_the_share_of_all_samples_with_a_right_one(n, correct, k):
+    picks = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+    assert stats.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, picks)) / len(picks))
+
+
+def test_pass_at_k_refuses_more_than_there_are():
+    with pytest.raises(ValueError, match="pass@k needs"):
+        stats.pass_at_k(2, 1, 3)
+
+
+def test_centred_and_majority():
+    assert stats.centered(0.25, 0.25) == 0 and stats.centered(1, 0.25) == 1 and stats.centered(0, 0.5) == -1
+    assert stats.majority([0, 1, 1, 1]) == 0.75 and math.isnan(stats.majority([]))
+
+
+def test_bootstrap_agrees_with_the_formula():
+    values = np.random.default_rng(1).gamma(2, 1, 200)
+    assert stats.bootstrap(values, draws=3000) == pytest.approx(values.std() / math.sqrt(200), rel=0.1)
+    assert stats.bootstrap(values, np.median, draws=300) > 0
+
+
+@pytest.mark.parametrize("wins, losses", [(0, 0), (5, 0), (3, 3), (9, 2), (40, 61)])
+def test_sign_test_is_the_exact_binomial(wins, losses):
+    row = [1]  # of Pascal's triangle: what is no likelier than this outcome
+    for _ in range(wins + losses):
+        row = [a + b for a, b in zip([0, *row], [*row, 0])]
+    assert stats.sign_test(wins, losses) == pytest.approx(sum(ways for ways in row if ways <= row[wins]) / sum(row))
+
+
+def test_sign_test_of_very_many_pairs_neither_overflows_nor_differs():
+    near = stats.sign_test(499, 490), stats.sign_test(510, 500)  # on both sides of where the sum goes over to logarithms
+    assert near[0] == pytest.approx(near[1], abs=0.05)
+    z = (5200 - 4800 - 1) / math.sqrt(10_000)
+    assert stats.sign_test(4800, 5200) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+
+
+def test_sign_flips_are_calibrated_and_see_a_shift():
+    rng = np.random.default_rng(2)
+    p = [stats.sign_flips(rng.normal(size=40), draws=500, seed=i) for i in range(300)]
+    assert np.mean(np.array(p) < 0.1) == pytest.approx(0.1, abs=0.06)
+    assert stats.sign_flips(rng.normal(1, 1, 40)) < 0.001
+    assert stats.sign_flips(np.zeros(10)) == 1
+
+
+def task(correct, **more):
+    items = [{"id": str(i), "correct": int(c)} for i, c in enumerate(correct)]
+    score, stderr = stats.proportion(correct)
+    base = more.get("baseline", 0.25)
+    return dict(kind="choice", score=score, stderr=stderr, baseline=base, centered=stats.centered(score, base), items=items) | more
+
+
+def test_error_of_a_mean_of_tasks_covers_the_spread_and_sees_tasks_that_share_questions():
+    rng = np.random.default_rng(3)
+    apart = [np.mean([stats.centered((rng.random(80) < q).mean(), 0.25) for q in (0.5, 0.7)]) for _ in range(2000)]
+    one, two = rng.random(80) < 0.5, rng.random(80) < 0.7
+    score, stderr = stats.mean_centered({"a": task(one), "b": task(two)})
+    assert score == pytest.approx(((one.mean() - 0.25) + (two.mean() - 0.25)) / 1.5)
+    assert stderr == pytest.approx(np.std(apart), rel=0.2)
+    alike = stats.mean_centered({"a": task(one, source="x"), "b": task(one, source="x")})[1]
+    assert alike == pytest.approx(stats.proportion(one)[1] / 0.75, rel=0.1)  # the second adds nothing
+    assert stats.mean_centered({"a": task([1] * 10)})[1] > 0
+    assert all(map(math.isnan, stats.mean_centered({"p": {"kind": "perplexity", "centered": None}})))
+
+
+def test_chatcore_is_the_mean_of_generated_and_chosen_answers():
+    tasks = {"a": task([1, 1, 0, 0], kind="generate", baseline=0.0), "b": task([1, 0, 0, 0]), "p": {"kind": "perplexity", "score": 9.0},
+             "core/x": task([1, 1, 1, 1], kind="core")}
+    found = stats.chatcore(tasks)
+    assert found["score"] == pytest.approx(0.25) and found["tasks"] == ["a", "b"] and found["stderr"] > 0
+    assert stats.chatcore({"p": {"kind": "perplexity"}}) is None
+
+
+def test_a_real_difference_is_called_real_and_noise_is_not():
+    rng = np.random.default_rng(4)
+    a = rng.random(400) < 0.5
+    better = a | (rng.random(400) < 0.3)
+    noise = np.where(rng.random(400) < 0.2, rng.random(400) < 0.5, a)
+    found = stats.compare({"tasks": {"x": task(a), "y": task(a)}}, {"tasks": {"x": task(better), "y": task(noise)}}, ("base", "sft"))
+    assert found["x"]["delta"] == pytest.approx(better.mean() - a.mean()) and found["x"]["p"] < 1e-6
+    assert found["x"]["sentence"].endswith("the difference is real.") and "sft is better" in found["x"]["sentence"]
+    assert found["y"]["p"] > 0.05 and "not distinguishable" in found["y"]["sentence"]
+    assert all(entry["sentence"].count("\n") == 0 for entry in found.values())
+
+
+def test_paired_test_sees_what_unpaired_errors_hide():
+    a = np.arange(1000) % 2
+    b = a.copy()
+    b[:40:2] = 1  # twenty more right, none less
+    one, two = task(a), task(b)
+    assert abs(two["score"] - one["score"]) < 2 * math.hypot(one["stderr"], two["stderr"])
+    assert stats.compare({"tasks": {"x": one}}, {"tasks": {"x": two}})["x"]["p"] < 1e-4
+
+
+def test_among_many_comparisons_one_lucky_task_is_not_real():
+    same = {f"t{i}": task([1, 0] * 20) for i in range(20)}
+    lucky = same | {"t0": task([1, 1] * 6 + [1, 0] * 14)}
+    entry = stats.compare({"tasks": same}, {"tasks": lucky})["t0"]
+    assert entry["p"] < 0.05 < entry["p_adjusted"] and "perhaps real" in entry["sentence"]
+
+
+def test_items_are_matched_by_id_and_the_rest_left_out():
+    a, b = task([1, 1, 0, 0]), task([1, 1, 0, 0])
+    b["items"] = b["items"][::-1] + [{"id": "new", "correct": 1}]
+    found = stats.compare({"tasks": {"x": a, "only": a}}, {"tasks": {"x": b}})
+    assert found["x"]["delta"] == 0 and found["x"]["n"] == 4 and "no difference" in found["x"]["sentence"] and "only" not in found
+    b["items"] = [{"id": "new", "correct": 1}]
+    assert stats.compare({"tasks": {"x": a}}, {"tasks": {"x": b}}) == {}
+
+
+def test_core_of_other_limits_is_not_compared():
+    a, b = task([1, 0] * 20, kind="core", limit=None), task([1, 1] * 20, kind="core", limit=40)
+    assert stats.compare({"tasks": {"core/x": a}}, {"tasks": {"core/x": b}}) == {}
+
+
+def perplexity(nats, size):
+    return dict(kind="perplexity", items=[{"id": str(i), "nats": n, "bytes": s, "tokens": 1} for i, (n, s) in enumerate(zip(nats, size))])
+
+
+def test_perplexities_and_bits_are_compared_by_document():
+    rng = np.random.default_rng(5)
+    size, nats = rng.integers(50, 500, 60), rng.gamma(50, 2, 60)
+    a, b = perplexity(nats, size), perplexity(nats * 0.97, size)
+    entry = stats.compare({"tasks": {"wiki": a}}, {"tasks": {"wiki": b}})["wiki"]
+    assert entry["delta"] == pytest.approx(-0.03 * nats.sum() / size.sum() / math.log(2)) and entry["p"] < 0.001
+    assert "is better" in entry["sentence"] and "bits per byte" in entry["sentence"]
+    bits = dict(bpb=1.0, stderr=0.01, bytes=1)
+    far = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.2}}})["bpb/s"]
+    near = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.01}}})["bpb/s"]
+    assert far["p"] < 1e-6 and "worse" in far["sentence"] and near["p"] > 0.3 and "unpaired" in near["test"]
+
+
+def test_core_as_a_whole_is_compared_over_all_items():
+    rng = np.random.default_rng(6)
+    before = {f"core/{i}": task(rng.random(60) < 0.5, kind="core") for i in range(8)}
+    after = {k: task([i["correct"] or rng.random() < 0.2 for i in t["items"]], kind="core") for k, t in before.items()}
+    record = lambda tasks: {"tasks": tasks, "core": {"score": stats.mean_centered(tasks)[0]}}
+    entry = stats.compare(record(before), record(after))["core"]
+    assert entry["delta"] == pytest.approx(record(after)["core"]["score"] - record(before)["core"]["score"])
+    assert entry["p"] < 0.001 and entry["tasks"] == 8 and entry["stderr"] > 0
