@@ -139,7 +139,7 @@ if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "s
 if saved and if_exists == "fresh":
     if checkpoints:
         raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
-    print(f"fresh start: what was there is now in {set_aside(folder, 'checkpoints', 'metrics.jsonl', 'config.json')}")
+    print(f"fresh start: what was there is now in {set_aside(folder, *checkpoint.STAGES.values(), 'evals', 'metrics.jsonl', 'config.json')}")
     saved = None
 settings = dict(source=source, packing=packing, shards=shards)
 # made now, so that a missing bundle stops the run before any compute

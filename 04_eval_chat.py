@@ -48,9 +48,10 @@ import time
 import jax
 import numpy as np
 
-from lib import chat, checkpoint, data, evals, generate, sandbox, sft, train
+from lib import chat, checkpoint, data, evals, generate, report, sandbox, sft, train
 from lib.config import Config
 from lib.evals import chat as chat_tasks
+from lib.evals import contamination, core, kinds, stats
 from lib.files import UserError, choose, update_json
 from lib.metrics import Metrics, column, read_jsonl
 from lib.notebook import device_report, flags, open_run, results_table, set_aside, show, subplots
@@ -100,10 +101,15 @@ sft_lr = 0.3  # @param {type:"number"}
 optimizer_state = "fresh"  # @param ["fresh", "warm"]
 # @markdown When a phase was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
-# @markdown Tasks to ask before and after, by name; auto takes those that the mixtures teach, none asks nothing
-tasks = "auto"  # @param ["auto", "none"] {allow-input: true}
+# @markdown Tasks to ask before and after: names, or .jsonl files of your own; auto takes those that the mixtures teach and code_completion,
+# @markdown all adds those of the Hugging Face Hub (MMLU, ARC, GSM8K, HumanEval and others), none asks nothing
+tasks = "auto"  # @param ["auto", "all", "none"] {allow-input: true}
 # @markdown Held-out questions of each task (0: all)
 task_items = 256  # @param {type:"integer"}
+# @markdown CORE, DCLM's 22 tasks, of the base model: none, download (about 160 MB), or the path of the bundle's folder or zip
+core_bundle = "none"  # @param ["none", "download"] {allow-input: true}
+# @markdown Items of each CORE task (0: all)
+core_items = 0  # @param {type:"integer"}
 # @markdown What to say to the model at the end, one turn after the other, between them |
 say = 'Hello! | What is 37 times 85? | How many "r" are in "strawberry"? | Thanks!'  # @param {type:"string"}
 # @markdown Go on by typing (a notebook asks below its last cell; an empty line ends it; in a terminal rather python -m lib.chat)
@@ -138,8 +144,8 @@ kind = "nanochat" if source in ("climbmix", "fineweb_edu", "tinystories") else "
 mixtures = {stage: "" if name == "none" else f"{kind}_{stage}" if name == "auto" else name
             for stage, name in {"mid": mid, "sft": sft_mixture}.items()}
 taught = {stage: sft.parse_mixture(name) for stage, name in mixtures.items() if name}
-names = [] if tasks == "none" else tasks.split() if tasks != "auto" else list(dict.fromkeys(
-    name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")))
+auto = dict.fromkeys([*(name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")), "code_completion"])
+names = {"none": [], "auto": [*auto], "all": [*auto | known_tasks()]}.get(tasks, tasks.split())
 for name in names:
     if not name.endswith(".jsonl"):
         choose("task", name, known_tasks())
@@ -164,6 +170,14 @@ packers = data.baselines(texts)
 print(f"{score['bytes']:,} of {packers['bytes']:,} bytes in {len(texts)} documents of {source}, {seconds:.1f} s")
 print(f"model    {score['bpb']:.4f} ± {score['stderr']:.4f} bits per byte (standard error over rows)")
 print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
+
+# %% [markdown]
+# By kind of text, each document now read from its own beginning:
+
+# %%
+by_kind = kinds.bits_by_kind(params, config, tokenizer, texts)
+for name, bits in sorted(by_kind["kinds"].items(), key=lambda entry: -entry[1]["bytes"]):
+    print(f"{name:14} {bits['bytes'] / by_kind['bytes']:6.1%} of the bytes  {bits['bpb']:.3f} ± {bits['stderr']:.3f} bits per byte")
 
 # %% [markdown]
 # ## What it finds easy and hard
@@ -238,22 +252,36 @@ for stage, found in chats.items():
 # `<|python_end|>` is calculated for it, and the result put behind.
 
 # %%
-marks, bits_of, about = {}, {"base": score}, {}  # by stage: the tasks' entries, bits per byte, and whose they are
+marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}  # by stage: the tasks' entries, bits per byte, whose they are, all of it
 
 
 def examine(stage, path, params):
     """Put the tasks to a model, and see how well it still foresees text; the record goes to evals/STAGE.json."""
     found = chat_tasks.evaluate(params, config, tokenizer, names, limit=task_items or None, seed=seed, batch=64,
                                 max_tokens=96) if names else {"tasks": {}}
+    for name, entry in found["tasks"].items():
+        if name in shared:
+            entry["contamination"] = {k: shared[name][k] for k in ("overlapping", "n")}
     if stage not in bits_of:
-        batches = data.batches(data.tokens_of(texts, tokenizer), config.microbatch, config.sequence_len, loop=False)
-        bits_of[stage] = evals.bits_per_byte(params, config, batches, tokenizer.token_bytes)
-    marks[stage], step = found["tasks"], checkpoint.read_meta(path)["step"]
+        bits_of[stage] = kinds.bits_by_kind(params, config, tokenizer, texts)
+    if stage == "base" and core_bundle != "none":
+        measured = core.evaluate(core.scorer(params, config, tokenizer), tokenizer, None if core_bundle == "download" else core_bundle,
+                                 limit=core_items or None)
+        found = found | dict(core=measured["core"], tasks=found["tasks"] | measured["tasks"])
+    marks[stage] = {name: entry for name, entry in found["tasks"].items() if entry["kind"] != "core"}
+    step = checkpoint.read_meta(path)["step"]
     about[stage] = dict(step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed)
-    bits = {source: {k: bits_of[stage][k] for k in ("bpb", "stderr", "bytes")}}
-    chat_tasks.write(folder, stage, about[stage] | found | dict(bpb=bits))
+    records[stage] = chat_tasks.write(folder, stage, about[stage] | found | dict(bpb={source: bits_of[stage]}))
 
 
+# how many test items were in the pretraining text: they share so many words in a row with it (see lib/evals/contamination.py)
+asked = {name: known_tasks()[name] for name in names if name in known_tasks()}
+trained_on = data.documents(meta["settings"]["source"], "train", shards=meta["settings"]["shards"])
+shared = contamination.overlap(trained_on, {
+    name: chat_tasks.texts_of(items) for name, task in asked.items()
+    if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)}) if asked else {}
+met = [f"{name} {found['overlapping']} of {found['n']}" for name, found in shared.items() if found["overlapping"]]
+print(f"seen in the pretraining text: {', '.join(met) or 'none of the questions'}")
 examine("base", path, params)
 
 # %% [markdown]
@@ -366,6 +394,14 @@ if graded:
     show(figure, folder / "plots" / "tasks.png")
 
 # %% [markdown]
+# Which of these differences are more than chance? Each stage against the one before, on the same questions:
+
+# %%
+for before, after in itertools.pairwise(records):
+    for found in stats.compare(records[before], records[after], (before, after)).values():
+        print(found["sentence"])
+
+# %% [markdown]
 # ## Results
 
 # %%
@@ -410,6 +446,15 @@ if taught:
 while live and (words := input("you    ").strip()):
     print("model  ", end="")
     talk(words)
+
+# %% [markdown]
+# ## The report card
+#
+# All of it on one page, which needs nothing else: open it in a browser, or send it to someone.
+
+# %%
+card = report.write(folder)
+print(f"report: {card}")
 
 # %% [markdown]
 # ## Where to go next

@@ -80,4 +80,5 @@ stage 02_train.py --run "$run" --source "$source" --preset "$preset" "$@"
 stage 04_eval_chat.py --run "$run"
 
 echo
+echo "report card: $folder/report.html"
 echo "files: $folder    total time: $((SECONDS / 60)) min $((SECONDS % 60)) s"

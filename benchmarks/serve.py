@@ -93,6 +93,8 @@ def main(
     import sys
     import time
 
+    import httpx
+
     from lib.files import write_json
 
     command = [
@@ -117,7 +119,9 @@ def main(
             raise SystemExit("the server did not start")
         url, rows, memory = found[0], [], []
         print(f"{line.strip()}, {slots} slots, {os.cpu_count()} cores")
-        asyncio.run(crowd(url, max(clients), 4 * max(clients), max_tokens))  # compiles what is still to be compiled
+        asyncio.run(crowd(url, max(clients), 4 * max(clients), max_tokens))  # compiles what several prompts at once need
+        while httpx.get(f"{url}/health").json()["warming"]:  # and the server by itself what single ones need
+            time.sleep(0.2)
         print(
             f"{'clients':>8} {'answers/s':>10} {'tokens/s':>9} {'first text s: median':>21} {'worst':>6} {'answer s: median':>17} {'worst':>6}"
         )

@@ -204,9 +204,10 @@ def verdict(run: Run) -> str:
     words += f", trained on {_short(tokens)} tokens of {_source(run)}" if tokens else ""
     parts = [f"training stopped at step {done:,} of {asked:,}"] if done < asked else []
     for source, stages in list(_text_bits(run).items())[:1]:
-        stage, bits = list(stages.items())[-1]
+        stage, bits = next(iter(stages.items()))  # the base model: fine-tuning is for chat, and forgets text
         xz = f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}" if r.get("xz_bpb") and source == _source(run) else ""
-        parts.append(f"it needs {bits['bpb']:.3f} bits per byte of unseen {source}{xz}")
+        after = "" if stage == "base" else f" after stage {stage}"
+        parts.append(f"it needs {bits['bpb']:.3f} bits per byte of unseen {source}{after}{xz}")
     if run.records:
         stage, record = list(run.records.items())[-1]
         rated = {n: e for n, e in record.get("tasks", {}).items() if _rated(e)}

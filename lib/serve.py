@@ -314,7 +314,7 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
     @app.get("/health")
     async def health():
         state = {"status": "failed" if worker.failed else "ok", "slots": engine.slots, "busy": len(worker.busy),
-                 "waiting": len(worker.waiting)}
+                 "waiting": len(worker.waiting), "warming": len(worker.cold)}
         return _json_response(state, 503 if worker.failed else 200)
 
     @app.get("/metrics")
@@ -388,6 +388,8 @@ class Server:
             why = getattr(e, "strerror", None) or str(e)
             raise UserError(f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
                             "one") from None
+        # connections inherit it; asyncio sets it only on sockets it made itself, and without it each answer waits 40 ms for an ACK
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.settings, self.port = settings, self.socket.getsockname()[1]
         name = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
         self.url = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else name}:{self.port}"

@@ -790,3 +790,12 @@ def test_threads_end_with_their_server():
     assert (
         sum(t.name in ("engine", "server") and t.is_alive() for t in threading.enumerate()) <= 4
     )  # those of the module's other servers
+
+
+def test_small_answers_do_not_wait_for_the_network(http):
+    seconds = []
+    for _ in range(15):
+        began = time.perf_counter()
+        http.get("/health")
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.02, "an answer in two packets waits 40 ms for an acknowledgement unless TCP_NODELAY is set"

@@ -96,12 +96,18 @@ def eight(tmp_path_factory):
     return dict(zip(map(str, LAYOUTS), train(devices=8, layouts=LAYOUTS, text=True))) | {"folder": folder}
 
 
-@pytest.mark.parametrize("layout", map(str, LAYOUTS))
+def check_equal(many, single, steps=slice(None)):
+    """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible where gradients are nearly zero."""
+    (losses, norms), (wanted, wanted_norms) = np.transpose(many["losses"]), np.transpose(single["losses"][steps])
+    np.testing.assert_allclose(losses, wanted, rtol=2e-5)
+    np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
+    if steps.stop is None:
+        assert distance(many, single) < 2e-3
+
+
+@pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
 def test_every_strategy_equals_one_device(single, eight, layout):
-    """Sums are taken in another order, and Adam's tiny eps makes rounding visible: losses to 1e-5, parameters to 1e-3 after ten steps."""
-    many = eight[layout]
-    np.testing.assert_allclose(many["losses"], single["losses"], rtol=1e-4)
-    assert distance(many, single) < 1e-3
+    check_equal(eight[layout], single)
 
 
 def test_what_is_split_takes_less_room(single, eight):
@@ -125,13 +131,12 @@ def test_collectives_are_the_expected_ones(eight):
 def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, tmp_path, processes, strategy, mesh):
     """Trained five steps on all processes, saved by all, the rest on one, two and four devices of one process."""
     half = train(devices=processes, processes=processes, layouts=[[strategy, mesh]], steps=5, save=str(tmp_path))
-    np.testing.assert_allclose(half[0]["losses"], single["losses"][:5], rtol=1e-4)
+    check_equal(half[0], single, slice(0, 5))
     files = {p.name for p in next(tmp_path.glob("step_*")).iterdir()}
     assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(list(tmp_path.iterdir())) == 1
     for devices, layouts in ((1, [[None, None]]), (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]))[: 3 - processes // 2]:
         for rest in train(devices=devices, layouts=layouts, restore=str(tmp_path)):
-            np.testing.assert_allclose(rest["losses"], single["losses"][5:], rtol=1e-4)
-            assert distance(rest, single) < 1e-3
+            check_equal(rest, single, slice(5, None))
 
 
 def test_bad_layouts_in_one_sentence():
@@ -143,7 +148,7 @@ def test_bad_layouts_in_one_sentence():
         ("dp", {"tensor": 4}, {}, "splits nothing over the mesh axis tensor=4"),
         ("dp", None, dict(microbatch=2), "microbatch=2 rows cannot be split over 4 devices"),
         ("tp", None, dict(n_kv_head=2), "n_kv_head=2"),
-        ("fsdp", None, dict(n_embd=66), "n_embd|embed has 66"),
+        ("fsdp", None, dict(n_embd=66), "axis embed of blocks.w_in has 66 entries"),
     ]:
         with pytest.raises(UserError, match=said):
             sharding.make_layout(strategy, config.replace(**change), devices, mesh)

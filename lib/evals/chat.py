@@ -382,7 +382,7 @@ def _find(names, known: dict[str, Task]) -> dict[str, Task]:
     return found
 
 
-def _items(task: Task, limit: int | None) -> list[dict] | str:
+def items_or_reason(task: Task, limit: int | None) -> list[dict] | str:
     """The first items of a task's test split, or one line why they cannot be had."""
     try:
         return task.items("test")[:limit] or "it has no test split"
@@ -410,7 +410,7 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
         raise UserError(f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, or all are equal")
     found = _find(names, tasks() if known is None else known)
     with ThreadPoolExecutor(8) as pool:  # downloads side by side, and waiting for no network only once
-        loaded = dict(zip(found, pool.map(lambda task: _items(task, limit), found.values())))
+        loaded = dict(zip(found, pool.map(lambda task: items_or_reason(task, limit), found.values())))
     skipped = {name: items for name, items in loaded.items() if isinstance(items, str)}
     for name, why in skipped.items() if progress else ():
         tqdm.write(f"{name:20} skipped: {why}")
@@ -420,7 +420,7 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
             continue
         items = [_mixed(item, seed) for item in loaded[name]] if shuffle else loaded[name]
         clock = time.perf_counter()
-        with tqdm(total=len(items), desc=name, leave=False, disable=not progress) as bar:
+        with tqdm(total=len(items), desc=name, leave=False, disable=None if progress else True) as bar:
             job = Job(name, task, items, ask, config, tokenizer, batch, max_tokens, temperature, samples, seed, bar)
             entry = choose("kind of task", task.kind, KINDS)(job)
         seconds = time.perf_counter() - clock
