@@ -51,7 +51,8 @@ import time
 import jax
 import numpy as np
 
-from lib import checkpoint, data, evals, generate, model, report, train
+from lib import checkpoint, data, evals, generate, model, preflight, report, train
+from lib.chips import chip
 from lib.config import Config
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
@@ -72,6 +73,12 @@ depth = 0  # @param {type:"integer"}
 num_steps = 0  # @param {type:"integer"}
 # @markdown Any other Config field by name, such as: optimizer=adamw mlp=swiglu matrix_lr=0.01
 overrides = ""  # @param {type:"string"}
+# @markdown Rows per forward pass: preset, auto (searched: with rematerialisation and blocks, the fastest that fits this device) or a number
+microbatch = "preset"  # @param ["preset", "auto"] {allow-input: true}
+# @markdown How this device is paid for; prices are in lib/chips.py, with their date: check them
+pay = "on-demand"  # @param ["on-demand", "flex-start", "spot", "colab"]
+# @markdown Dollars per device and hour, instead of that table's (0: the table's)
+price_per_hour = 0.0  # @param {type:"number"}
 # @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files
 source = "stdlib"  # @param ["stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
 # @markdown Training shards to download of a source from the Hub (climbmix: about 100 MB each)
@@ -141,12 +148,14 @@ if saved and if_exists == "fresh":
         raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
     print(f"fresh start: what was there is now in {set_aside(folder, *checkpoint.STAGES.values(), 'evals', 'metrics.jsonl', 'config.json')}")
     saved = None
+config = preflight.with_microbatch(config, microbatch, device, keep=parse_overrides(overrides, Config),
+                                   before=checkpoint.read_meta(saved)["config"] if saved else None)
 settings = dict(source=source, packing=packing, shards=shards)
 # made now, so that a missing bundle stops the run before any compute
 measure_core = core.during_training(config, tokenizer, core_bundle or None, limit=core_limit) if core_every else None
 if saved:
     meta = checkpoint.read_meta(saved)
-    now, then = config.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}, meta["config"] | meta["settings"]
+    now, then = config.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}, Config.from_dict(meta["config"]).to_dict() | meta["settings"]
     then |= {"tokenizer": meta["tokenizer"]}
     changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
     if changed:
@@ -163,14 +172,23 @@ print(f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tok
       f"({config.accumulate} x {config.microbatch} rows) = {config.num_steps * config.total_batch_size:,} tokens, "
       f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter")
 print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
+
+# %% [markdown]
+# ## Will it fit, how fast, what will it cost?
+#
+# From shapes alone, before anything is compiled. For a TPU that you don't have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks
+# its compiler, which runs on any Linux machine.
+
+# %%
 memory = train.estimate_memory(config)
 print("memory      " + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
       + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there")
-plan = dict(tokens=config.num_steps * config.total_batch_size, memory_bytes=sum(memory.values()))
-if device["flops"]:
-    plan["hours"] = flops / device["flops"] / 0.4 / 3600
-    print(f"time        {plan['hours']:.2f} h at 40 % MFU on one of these")
-else:
+known = chip(device["kind"])
+if known:
+    print(preflight.report_text(preflight.estimate(config, preflight.Slice(device["kind"], known, "at hand", 1))))
+plan = preflight.plan(config, known, pay=pay, price=price_per_hour, memory=sum(memory.values()))
+print(preflight.plan_text(plan))
+if not known:
     print("time        known after the first steps: this device's peak is not in the table")
 
 # %% [markdown]
@@ -274,6 +292,7 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                     values |= measure_core(state.params)
                 if n % every["sample"] == 0 or n == last:
                     samples = write_samples(state.params)
+                    values["samples"] = "\n\n".join(samples)
                     print("\n".join(f"\nstep {n}: {s}" for s in samples))
                 if n % every["save"] == 0 or n == last or stop:
                     saver.save(n, state, dict(config=config.to_dict(), cursor=step.cursor, settings=settings,
@@ -345,9 +364,10 @@ results = dict(preset=chosen, source=source, params=counts["total"], steps=confi
                train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"], plan=plan,
                jax=jax.__version__, python=platform.python_version(), commit=report.commit_id())
 if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
-    results |= dict(val_bpb=val_bpb, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
+    results |= dict(val_bpb=val_bpb, val_source=source, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
                     packing_waste=data.waste(step.cursor))
 results = update_json(folder / "results.json", **results)
+print(preflight.compare(plan, seconds, (int(state.step) - done) * config.total_batch_size, config.flops_per_token, device["flops"]))
 print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
 if push_to and int(state.step) > done:
     print(f"last checkpoint uploaded: {upload.result()}")

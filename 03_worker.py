@@ -76,12 +76,12 @@ store = ""  # @param {type:"string"}
 project = "rawchat"  # @param {type:"string"}
 # @markdown Trials this worker takes before it stops (0: until the sweep is over; -1: none, only show what there is)
 count = 0  # @param {type:"integer"}
-# @markdown Trials of equal shape that train at once as one program; pays where a small model leaves the chip idle
+# @markdown Trials of equal shape that train at once as one program, with driver local; pays where a small model leaves the chip idle
 population = 1  # @param {type:"integer"}
-# @markdown What to read: a name, or a path or glob, as in 02_train
-source = "stdlib"  # @param ["stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
-# @markdown Training shards to download of a source from the Hub
-shards = 8  # @param {type:"integer"}
+# @markdown What to read: a name, or a path or glob, as in 02_train; empty for what the sweep itself says, else stdlib
+source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
+# @markdown Training shards to download of a source from the Hub (0: what the sweep itself says, else 8)
+shards = 0  # @param {type:"integer"}
 # @markdown Minutes between checkpoints of a trial, so that whoever takes it over need not begin again
 save_minutes = 10.0  # @param {type:"number"}
 
@@ -92,6 +92,8 @@ tokenizer = load_tokenizer(folder)
 choose("driver", driver, ("local", "wandb"))
 if count < -1 or population < 1:
     raise UserError(f"count={count} must be -1 or more, population={population} 1 or more")
+if driver == "wandb" and population > 1:
+    raise UserError(f"population={population} needs driver=local: wandb's server gives a worker one trial at a time")
 
 # %% [markdown]
 # ## The device
@@ -117,8 +119,11 @@ elif join:
     spec = journal.read(place / join)
 else:
     make = presets.from_file if sweep.endswith((".yaml", ".yml", ".json")) else presets.preset
-    spec = make(sweep, budget, source=source, shards=shards, vocab_size=tokenizer.vocab_size,
-                tokenizer=tokenizer.fingerprint[:16], **parse_overrides(overrides, Config))
+    text = dict(source=source) if source else {}
+    text |= dict(shards=shards) if shards else {}
+    spec = make(sweep, budget, **text, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint[:16],
+                **parse_overrides(overrides, Config))
+    spec = space.with_constants(spec, {name: trials.DEFAULTS[name] for name in ("source", "shards")})
 bench = trials.Bench(tokenizer, memory=device["memory"], save_seconds=60 * save_minutes)
 plan = trials.plan(spec, bench)  # a sweep that cannot be trained is not even made
 if driver == "wandb":
@@ -128,7 +133,8 @@ if driver == "wandb":
 else:
     sweep_id = join or space.spec_id(spec)
     here = place / sweep_id
-spec = journal.create(here, spec)
+known = driver == "wandb" and (here / "sweep.json").exists()  # its id says which it is, however the server spells it today
+spec = journal.read(here) if known else journal.create(here, spec)
 metric, goal = spec["metric"]["name"], spec["metric"]["goal"]
 again = f"--driver {driver} --join {sweep_id}" + (f" --store {store}" if store else "")
 print(f"sweep       {sweep_id}\nfolder      {here}\njoin it     python 03_worker.py --run {folder.name} {again}\n")
@@ -275,7 +281,7 @@ if "without" in space.varied(spec) and (rows := scaling.paired(everyone)):
 # ## Checks
 
 # %%
-mine = journal.trials(here)
+mine = [t for t in journal.trials(here) if not t.reason.startswith(drivers.NOT_AGAIN)]
 checks = {
     "no assignment was trained twice": len({space.key(t.assignment) for t in mine}) == len(mine),
     "every trial that ended has a result or a reason": all(t.value is not None if t.state == "done" else t.reason or t.state != "failed"

@@ -84,8 +84,9 @@ top_p = 0.95  # @param {type:"number"}
 seed = 0  # @param {type:"integer"}
 # @markdown Completions of the prompt
 num_samples = 2  # @param {type:"integer"}
-# @markdown First phase of fine-tuning, the broad mixture: a name, or sources with epochs, each a task or a .jsonl file of chats,
-# @markdown like "arithmetic:0.5 mine.jsonl:3"; auto: embedded_mid, or nanochat_mid for a model of web text; none skips the phase
+# @markdown First phase of fine-tuning, the broad mixture: names of mixtures, tasks and .jsonl files of chats, each maybe with its epochs,
+# @markdown like "arithmetic:0.5 mine.jsonl:3" or "embedded_mid mine.jsonl:3"; auto: embedded_mid, or nanochat_mid for a model of web
+# @markdown text; none skips the phase
 mid = "auto"  # @param ["auto", "none", "embedded_mid", "nanochat_mid"] {allow-input: true}
 # @markdown Second phase, the smaller and cleaner mixture, likewise
 sft_mixture = "auto"  # @param ["auto", "none", "embedded_sft", "nanochat_sft"] {allow-input: true}
@@ -146,9 +147,10 @@ mixtures = {stage: "" if name == "none" else f"{kind}_{stage}" if name == "auto"
 taught = {stage: sft.parse_mixture(name) for stage, name in mixtures.items() if name}
 auto = dict.fromkeys([*(name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")), "code_completion"])
 names = {"none": [], "auto": [*auto], "all": [*auto | known_tasks()]}.get(tasks, tasks.split())
-for name in names:
-    if not name.endswith(".jsonl"):
-        choose("task", name, known_tasks())
+# found and read now, so that a wrong name, file or bundle stops the run before any compute
+asked = chat_tasks.find(names, known_tasks()) if names else {}
+bundle = None if core_bundle == "download" else core_bundle
+core_tasks = [] if core_bundle == "none" else core.load_bundle(bundle, limit=core_items or None)[0]
 choose("if_exists", if_exists, ("continue", "fresh", "stop"))
 choose("optimizer_state", optimizer_state, ("fresh", "warm"))
 print(f"{path}: step {meta['step']} of {config.num_steps}, {count_params(config)['total']:,} parameters, "
@@ -224,7 +226,7 @@ for text in completions:
     print(text, "\n" + "─" * 60)
 print(f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new")
 
-update_json(folder / "results.json", val_bpb=score["bpb"], val_bpb_stderr=score["stderr"], val_bytes=score["bytes"],
+update_json(folder / "results.json", val_source=source, val_bpb=score["bpb"], val_bpb_stderr=score["stderr"], val_bytes=score["bytes"],
             gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"], samples=completions)
 
 # %% [markdown]
@@ -258,16 +260,15 @@ marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}  # by stage: the 
 def examine(stage, path, params):
     """Put the tasks to a model, and see how well it still foresees text; the record goes to evals/STAGE.json."""
     found = chat_tasks.evaluate(params, config, tokenizer, names, limit=task_items or None, seed=seed, batch=64,
-                                max_tokens=96) if names else {"tasks": {}}
-    for name, entry in found["tasks"].items():
-        if name in shared:
-            entry["contamination"] = {k: shared[name][k] for k in ("overlapping", "n")}
+                                max_tokens=min(512, config.sequence_len * 3 // 8)) if names else {"tasks": {}}
     if stage not in bits_of:
         bits_of[stage] = kinds.bits_by_kind(params, config, tokenizer, texts)
-    if stage == "base" and core_bundle != "none":
-        measured = core.evaluate(core.scorer(params, config, tokenizer), tokenizer, None if core_bundle == "download" else core_bundle,
-                                 limit=core_items or None)
+    if stage == "base" and core_tasks:
+        measured = core.evaluate(core.scorer(params, config, tokenizer), tokenizer, bundle, limit=core_items or None)
         found = found | dict(core=measured["core"], tasks=found["tasks"] | measured["tasks"])
+    for name, entry in found["tasks"].items():
+        if name in shared:
+            entry["contamination"] = {k: shared[name][k] for k in ("overlapping", "n", "short")}
     marks[stage] = {name: entry for name, entry in found["tasks"].items() if entry["kind"] != "core"}
     step = checkpoint.read_meta(path)["step"]
     about[stage] = dict(step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed)
@@ -275,13 +276,18 @@ def examine(stage, path, params):
 
 
 # how many test items were in the pretraining text: they share so many words in a row with it (see lib/evals/contamination.py)
-asked = {name: known_tasks()[name] for name in names if name in known_tasks()}
+test_texts = {name: chat_tasks.texts_of(items) for name, task in asked.items()
+              if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)}
+test_texts |= {f"core/{task.label}": core.texts_of(task) for task in core_tasks}
 trained_on = data.documents(meta["settings"]["source"], "train", shards=meta["settings"]["shards"])
-shared = contamination.overlap(trained_on, {
-    name: chat_tasks.texts_of(items) for name, task in asked.items()
-    if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)}) if asked else {}
-met = [f"{name} {found['overlapping']} of {found['n']}" for name, found in shared.items() if found["overlapping"]]
-print(f"seen in the pretraining text: {', '.join(met) or 'none of the questions'}")
+try:
+    shared = contamination.overlap(trained_on, test_texts) if test_texts else {}
+    met = [f"{name} {found['overlapping']} of {found['n']}" for name, found in shared.items() if found["overlapping"]]
+    short, total = (sum(found[k] for found in shared.values()) for k in ("short", "n"))
+    print(f"seen in the pretraining text: {', '.join(met) or 'none of the questions'} ({short} of {total} are too short to tell)")
+except UserError as e:  # a model from elsewhere, whose text cannot be had here
+    shared = {}
+    print(f"how many questions were in the pretraining text is not known: {e}")
 examine("base", path, params)
 
 # %% [markdown]
@@ -319,6 +325,7 @@ def fine_tune(stage, params, opt_state, epochs, lr):
           + (f"; finished before: {saved}" if done == last else f"; continuing at step {done}" if saved else ""))
     if done == last:
         return state, saved
+    val = list(sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False))
     batches = data.prefetch(sft.batches(chats[stage], tokenizer, rows, tuned.sequence_len, cursor=meta.get("cursor"),
                                         seed=tuned.seed), jax.device_put)
     step_fn = train.make_train_step(tuned)
@@ -329,7 +336,6 @@ def fine_tune(stage, params, opt_state, epochs, lr):
             values, n = step.metrics, step.step
             if step.state is not None:
                 state = step.state
-                val = sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False)
                 values["val_loss"] = sft.validation_loss(state.params, tuned, val)
                 if n == last or n % max(1, last // 3) == 0 or signal.stop:
                     saver.save(n, state, dict(config=tuned.to_dict(), cursor=step.cursor, settings=settings,
@@ -413,7 +419,8 @@ print(results_table(folder))
 # %% [markdown]
 # ## Talk to it
 #
-# Change `say` in the parameters and run this cell again, or switch `live` on and type. What the calculator did is in brackets.
+# Change `say` in the parameters and run this cell again, or switch `live` on and type. What the calculator did is in brackets. The
+# answers to `say` take the likeliest tokens; with `live` on they are drawn by the sampling settings above.
 
 # %%
 engine = generate.Engine(params, config, 1, config.sequence_len, tokenizer, sandbox.calculator)

@@ -56,11 +56,12 @@ def read_bandwidth(size: int, seconds: float = 0.3) -> float:
     import jax.numpy as jnp
     import numpy as np
 
-    best, end = 0.0, time.perf_counter() + seconds
+    best = 0.0
     if jax.default_backend() != "cpu":
         a, x = jnp.ones((size // 2 // 4096, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
-        f = jax.jit(lambda a, x: jax.lax.fori_loop(0, 20, lambda i, x: (a[:4096] @ x * 0 + jnp.max(a @ x)).astype(x.dtype), x))
+        f = jax.jit(lambda a, x: jax.lax.fori_loop(0, 20, lambda i, x: x + (1e-30 * (a @ x).max()).astype(x.dtype), x))
         f(a, x).block_until_ready()
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             clock = time.perf_counter()
             f(a, x).block_until_ready()
@@ -73,7 +74,8 @@ def read_bandwidth(size: int, seconds: float = 0.3) -> float:
         for _ in range(rounds):
             part.max()
 
-    while time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not best:
         for threads in {1, os.cpu_count()}:
             work = [threading.Thread(target=read, args=(part,)) for part in np.array_split(a, threads)]
             clock = time.perf_counter()
@@ -203,7 +205,7 @@ def main(args: Args):
     if draft:
         lines[f"draft {args.guess}, batch 1"] = dict(rows=1, guess=args.guess, draft=draft)
     best, width, theirs, ttft, forward = {}, {}, {}, [], []
-    for round in range(args.repeats):
+    for _ in range(args.repeats):
         for name, line in lines.items():
             best.setdefault(name, []).append(decode(name, **line))
         for size in (weights, LARGE):

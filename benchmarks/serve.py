@@ -45,7 +45,7 @@ async def crowd(
     import httpx
 
     results, left = [], iter(range(requests))
-    questions = ["What is 37 plus 85?", "How many r are in strawberry?", "Spell the word elephant.", "Who are you?"]
+    questions = ["What is 37 plus 85?", 'How many "r" are in "strawberry"?', 'Spell the word "elephant".', "Who are you?"]
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 

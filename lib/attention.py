@@ -26,6 +26,7 @@ RESIDUAL_NAME = "attention_residuals"  # checkpoint_name of what backward needs 
 MASKED = -1e30  # a score that can't be seen: finite, so that a block without a visible key gives no inf - inf
 KERNEL_TILE = 128  # lanes of a TPU register: kernels work on whole tiles of the sequence
 VMEM_BYTES = 64 * 2**20  # what our backward kernel may use of a core's on-chip memory: 128 MiB on v5e and v6e
+BLOCKS = {"splash": 1024, "pallas": 512}  # default positions per block of the kernels; splash: fastest on v6e
 WHOLE_HEAD = 2**21  # sequence_len x head_dim up to which its accumulators fit there (compiled for v5e, v5p, v6e)
 
 _interpret = ContextVar("interpret", default=None)
@@ -84,6 +85,11 @@ def _use_interpreter(interpret: bool | None) -> bool:
 def _block(T: int, limit: int) -> int:
     """The largest multiple of KERNEL_TILE that divides T and is at most `limit`."""
     return max(b for b in range(KERNEL_TILE, max(KERNEL_TILE, min(T, limit)) + 1, KERNEL_TILE) if T % b == 0)
+
+
+def block_size(name: str, T: int, limit: int = 0) -> int:
+    """Positions per block of the kernel `name`, where at most `limit` are asked for (0: its own default)."""
+    return _block(T, limit or BLOCKS[name])
 
 
 # ---- plain XLA ---------------------------------------------------------------------------------------------------
@@ -182,8 +188,8 @@ def _has_cudnn_flash(dtype) -> bool:
 # ---- jax's splash kernel -----------------------------------------------------------------------------------------
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = 1024, interpret: bool | None = None):
-    """jax's splash-attention TPU kernel. block: queries and keys per block, at most (1024 is fastest on v6e)."""
+def splash(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = BLOCKS["splash"], interpret: bool | None = None):
+    """jax's splash-attention TPU kernel. block: queries and keys per block, at most."""
     window = _checked("splash", q_BTNH, k_BSKH, window)
     _, T, N, H = q_BTNH.shape
     kernel = _splash_kernel(T, N, window, _block(T, block), _use_interpreter(interpret))
@@ -209,7 +215,7 @@ def _splash_kernel(T, N, window, block, interpret):
 # a query block i sees key blocks i-reach .. i, and no other block is loaded or computed.
 
 
-def pallas(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = 512, interpret: bool | None = None):
+def pallas(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = BLOCKS["pallas"], interpret: bool | None = None):
     """Our own TPU flash attention. block: queries and keys per block, at most. A v4's 16 MiB hold T x H up to 2^18."""
     window = _checked("pallas", q_BTNH, k_BSKH, window)
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from lib.checkpoint import Model
 from lib.files import UserError, write_json, writing
 from lib.generate import Engine, Sampling, Token
+from lib.model import quantized
 from lib.tokenizer import Tokenizer
 
 # ---- any chat ----------------------------------------------------------------------------------------------------------
@@ -157,6 +158,8 @@ class Settings:
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
     prompt: str = ""
     """answer this one message, print nothing but the answer and leave; - reads it from standard input"""
+    int8: bool = False
+    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
     system: str = ""
     """a system message, put before the conversation"""
     max_tokens: int = 512
@@ -183,7 +186,8 @@ class Talk:
 
         self.model, self.settings, self.colours, self.tools = model, settings, colours, tools  # tools: whether calls are shown
         self.context = model.config.sequence_len
-        self.engine = Engine(model.params, model.config, 1, self.context, model.tokenizer, calculator)
+        params = quantized(model.params, model.config) if settings.int8 else model.params
+        self.engine = Engine(params, model.config, 1, self.context, model.tokenizer, calculator)
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
         self.sampling()  # bad settings are told now
         self.clear()
@@ -226,11 +230,15 @@ class Talk:
         sampling = self.sampling(max_tokens=min(self.settings.max_tokens, self.context - len(ids)))
         self.seed += 1
         stopped, last = False, None
-        with _interrupted() as flag, contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces:
-            for piece in pieces:
-                last = self._show(piece, last)
-                if stopped := flag.is_set():
-                    break
+        try:
+            with _interrupted() as flag, contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces:
+                for piece in pieces:
+                    last = self._show(piece, last)
+                    if stopped := flag.is_set():
+                        break
+        except KeyboardInterrupt:  # the next message must find an answer before it
+            self.messages.append({"role": "assistant", "content": compact(reader.parts)})
+            raise
         print(self._close(last), flush=True)
         if stopped:
             self.note("(stopped)")
@@ -270,7 +278,10 @@ class Talk:
         elif name == "save":
             if not rest:
                 raise UserError("/save needs the name of a file to write, such as /save chat.json")
-            write_json(rest, {"messages": self.messages})
+            try:
+                write_json(rest, {"messages": self.messages})
+            except (OSError, ValueError) as e:  # a folder, a name that is too long, text that is not Unicode
+                raise UserError(f"cannot save to {rest} ({type(e).__name__}): name another file") from None
             self.note(f"(saved {len(self.messages)} messages to {rest})")
         elif name == "load":
             self.messages = _load(rest, self.model.tokenizer)
@@ -292,7 +303,7 @@ class Talk:
                 setattr(self.settings, name, type(old)(value))
                 self.sampling()
             except ValueError:
-                raise UserError(f"{name} is a number, not {value!r}") from None
+                raise UserError(f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not {value!r}") from None
             except UserError:
                 setattr(self.settings, name, old)
                 raise
@@ -374,6 +385,7 @@ def main(settings: Settings, coloured: bool):
     from lib import notebook
     from lib.checkpoint import load_model
 
+    sys.stdin.reconfigure(errors="replace")  # what is not text becomes U+FFFD
     single = settings.prompt
     if single == "-":
         single = sys.stdin.read()

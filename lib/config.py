@@ -52,6 +52,7 @@ class Config:
     tied_head: bool = False
     # computation
     attention: str = "auto"  # a key of lib.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
+    attention_block: int = 0  # queries and keys per block of splash and pallas, at most; 0: their own default
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
     remat: str = "none"  # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all of it)
     loss_chunk: int = 2048  # tokens whose logits exist at one time
@@ -103,6 +104,8 @@ class Config:
             near = max(1, round(self.total_batch_size / row)) * row
             raise UserError(f"total_batch_size={self.total_batch_size} tokens is not a multiple of microbatch x "
                             f"sequence_len = {row}: use total_batch_size={near}")
+        if self.attention_block % 128 or self.attention_block < 0:
+            raise UserError(f"attention_block={self.attention_block} must be a multiple of 128, or 0 for the kernel's own choice: use 512 or 1024")
         if self.attention != "auto":
             check_attention(self.attention, sequence_len=self.sequence_len, head_dim=self.head_dim,
                             n_head=self.n_head, n_kv_head=self.n_kv_head)

@@ -154,7 +154,8 @@ def evaluate(run, tasks: list[str], *, stage: str = "", ckpt: str = "", include_
 
     manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=defaults)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
-        raise UserError(f"lm_eval knows no task {', '.join(unknown)}: see `lm_eval ls tasks`, or give the folder of its YAML as include_path")
+        raise UserError(f"lm_eval knows no task {', '.join(unknown)}: see `lm_eval ls tasks`, or give the folder of its YAML "
+                        "as include_path")
     model = register()(run.name, stage, ckpt, str(run.parent), options.pop("batch_size", None) or 32)
     try:
         return lm_eval.simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, **options)
@@ -167,7 +168,7 @@ def write(run, results: dict) -> Path:
     from lm_eval.utils import handle_non_serializable
 
     path = Path(run) / "evals" / f"lm_eval_{results['config']['stage']}.json"
-    kept = {key: value for key, value in results.items() if key in ("results", "groups", "versions", "n-shot", "n-samples", "config", "date")}
+    kept = {key: results[key] for key in ("results", "groups", "versions", "n-shot", "n-samples", "config", "date") if key in results}
     write_json(path, json.loads(json.dumps(kept, default=handle_non_serializable)))
     return path
 

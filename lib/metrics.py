@@ -58,12 +58,14 @@ class Metrics:
     def log(self, step: int, values: dict) -> dict:
         """Send {name: number or scalar array} to all writers and return it as Python numbers; None values are left out.
 
+        Texts, such as samples, go to metrics.jsonl alone.
         This waits for device arrays: call it after the next step was dispatched.
         """
         host = jax.device_get(values)
         values = {k: getattr(host[k], "item", lambda: host[k])() for k in values if host[k] is not None}
+        numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
         for name in list(self._writers):
-            self._guard(name, self._writers[name][0], step, values)
+            self._guard(name, self._writers[name][0], step, values if name == "jsonl" else numbers)
         return values
 
     def close(self):

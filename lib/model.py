@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lib.attention import ATTENTION, RESIDUAL_NAME
+from lib.attention import ATTENTION, BLOCKS, RESIDUAL_NAME
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 from lib.params import init_params, param_specs  # noqa: F401  (part of this module's public surface)
 from lib.sharding import enter, gather, leave, own_part
@@ -56,10 +56,17 @@ project.defvjp(_project_forward, _project_backward)
 
 
 def weigh(spec: str, x, w):
-    """`project`, for a weight that may be int8 with a scale per output (`quantized`); x stays what it is."""
+    """`project`, for a weight that may be int8 (see `quantized`): {"int8": (outputs..., inputs), "scale": (outputs,)}."""
     if not isinstance(w, dict):
         return project(spec, x, w)
-    return jnp.einsum(spec, x, w["int8"].astype(x.dtype)) * w["scale"].astype(x.dtype)
+    *outputs, inputs = w["int8"].shape
+    # the barrier keeps XLA from converting all weights once, before the decoding loop, and then reading them wide
+    x_MI, w_OI = jax.lax.optimization_barrier((x.reshape(-1, inputs), w["int8"].reshape(-1, inputs)))
+    w_OI = w_OI.astype(x.dtype)
+    # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the converted weight out
+    y_MO = (x_MI * w_OI).sum(-1, dtype=jnp.float32)[None] if len(x_MI) == 1 else x_MI @ w_OI.T
+    leading = x.shape[: len(spec.split("->")[1]) - len(outputs)]
+    return (y_MO * w["scale"]).astype(x.dtype).reshape(*leading, *outputs)
 
 
 @jax.custom_vjp
@@ -145,7 +152,8 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
     with jax.named_scope("attention"):
         if kv is None:
             visible = window if window < config.sequence_len else None
-            o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible)
+            options = {"block": config.attention_block} if config.attention_block and config.attention_name in BLOCKS else {}
+            o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible, **options)
         else:
             *old, at_BT, length_B = kv
             kv = [write_cache(ring, new, at_BT) for ring, new in zip(old, (k_BTKH, v_BTKH))]
@@ -159,8 +167,8 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
                 o_BTNH = cached_attention(q_BTNH, keys, values, at_BT, held_BS, window)
     with jax.named_scope("attention_out"):
         if kv is not None:  # as one matrix: XLA:CPU would transpose the weight for every token
-            flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim > 1 else a, w["wo"])
-            return weigh("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), flat), kv
+            wo = w["wo"] if isinstance(w["wo"], dict) else w["wo"].reshape(-1, w["wo"].shape[-1])
+            return weigh("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), wo), kv
         return weigh("BTNH,NHD->BTD", o_BTNH, w["wo"]), kv
 
 
@@ -337,8 +345,10 @@ def quantized(params, config: Config):
     in quality and brings in speed is measured by `python -m benchmarks.decode`.
     """
     def quantize(w, n_in):
-        scale = jnp.maximum(jnp.abs(w).max(axis=tuple(range(n_in))), 1e-30) / 127
-        return {"int8": jnp.round(w / scale).astype(jnp.int8), "scale": scale}
+        outputs = w.shape[n_in:]
+        w_OI = w.reshape(-1, math.prod(outputs)).T
+        scale_O = jnp.maximum(jnp.abs(w_OI).max(axis=1), 1e-30) / 127
+        return {"int8": jnp.round(w_OI / scale_O[:, None]).astype(jnp.int8).reshape(*outputs, -1), "scale": scale_O}
 
     n_in = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_gate": 1, "w_out": 1}
     params = unstack(params, config)
@@ -355,7 +365,7 @@ def _head(params, config: Config):
 def _logits(x, head, config: Config):
     """Float32 logits over the true vocabulary, soft-capped."""
     if isinstance(head, dict):
-        logits = jnp.matmul(x, head["int8"].astype(x.dtype), preferred_element_type=jnp.float32) * head["scale"]
+        logits = weigh("CD,DV->CV", x.reshape(-1, x.shape[-1]), head).astype(jnp.float32).reshape(*x.shape[:-1], -1)
     else:
         logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     logits = logits[..., : config.vocab_size]

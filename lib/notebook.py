@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
+from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
 from lib.files import UserError, choose, newest_run, replacing, write_atomic, writing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,34 +265,6 @@ def show(figure, path):
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------
-
-
-class Chip(NamedTuple):
-    """Published figures of one chip: dense bfloat16 FLOP/s (T4: float16), memory bytes/s, memory bytes."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-CHIPS = {  # by a part of jax's device_kind, the first that matches
-    "v6 lite": Chip("TPU v6e", 918e12, 1600e9, 32e9),
-    "v6e": Chip("TPU v6e", 918e12, 1600e9, 32e9),
-    "v5 lite": Chip("TPU v5e", 197e12, 819e9, 16e9),
-    "v5e": Chip("TPU v5e", 197e12, 819e9, 16e9),
-    "v5": Chip("TPU v5p", 459e12, 2765e9, 95e9),
-    "v4": Chip("TPU v4", 275e12, 1228e9, 32e9),
-    "H200": Chip("H200", 989e12, 4800e9, 141e9),
-    "H100": Chip("H100 SXM", 989e12, 3350e9, 80e9),
-    "A100": Chip("A100", 312e12, 2000e9, 80e9),
-    "T4": Chip("T4", 65e12, 320e9, 16e9),
-}
-
-
-def chip(device_kind: str) -> Chip | None:
-    """The CHIPS entry for jax's `device_kind`, None for a CPU or a chip not in the table."""
-    return next((c for part, c in CHIPS.items() if part in device_kind), None)
 
 
 def device_report() -> dict:

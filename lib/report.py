@@ -72,7 +72,7 @@ def _json(path: Path) -> dict:
 def read(folder) -> Run:
     """The `Run` in a folder with any part of a run's files; UserError for none at all or damaged ones."""
     folder = Path(folder)
-    files = {stage: folder / ("metrics.jsonl" if stage == "base" else f"metrics_{stage}.jsonl") for stage in STAGES}
+    files = {stage: (folder if stage == "base" else folder / place) / "metrics.jsonl" for stage, place in STAGES.items()}
     run = Run(folder.name, _json(folder / "config.json"), _json(folder / "results.json"),
               {stage: read_jsonl(path) for stage, path in files.items() if path.exists()},
               {stage: record for stage in STAGES if (record := _json(folder / "evals" / f"{stage}.json"))},
@@ -86,7 +86,8 @@ def read(folder) -> Run:
 
 def _earlier(folder: Path) -> tuple[list[Run], list[str]]:
     """(other evaluated runs beside `folder`, newest first; a sentence for each that could not be read)."""
-    found = {p.parents[1]: p.stat().st_mtime for p in sorted(folder.resolve().parent.glob("*/evals/*.json"), key=lambda p: p.stat().st_mtime)}
+    files = sorted(folder.resolve().parent.glob("*/evals/*.json"), key=lambda p: p.stat().st_mtime)
+    found = {p.parents[1]: p.stat().st_mtime for p in files}
     found.pop(folder.resolve(), None)
     runs, unread = [], []
     for other in sorted(found, key=found.get, reverse=True)[:EARLIER]:
@@ -172,6 +173,11 @@ def _source(run: Run) -> str:
     return run.results.get("source", "its text")
 
 
+def _val_source(run: Run) -> str:
+    """The text of which results.json has bits per byte, the model's and the compressors'."""
+    return run.results.get("val_source", _source(run))
+
+
 def _text_bits(run: Run) -> dict[str, dict[str, dict]]:
     """{source: {stage: measurement}}; for a run that only 02 or 04 measured, from its results."""
     found = {}
@@ -179,7 +185,7 @@ def _text_bits(run: Run) -> dict[str, dict[str, dict]]:
         for source, bits in record.get("bpb", {}).items():
             found.setdefault(source, {})[stage] = bits
     if not found and run.results.get("val_bpb") is not None:
-        found[_source(run)] = {"base": {"bpb": run.results["val_bpb"], "stderr": run.results.get("val_bpb_stderr"),
+        found[_val_source(run)] = {"base": {"bpb": run.results["val_bpb"], "stderr": run.results.get("val_bpb_stderr"),
                                         "bytes": run.results.get("val_bytes")}}
     return found
 
@@ -205,7 +211,7 @@ def verdict(run: Run) -> str:
     parts = [f"training stopped at step {done:,} of {asked:,}"] if done < asked else []
     for source, stages in list(_text_bits(run).items())[:1]:
         stage, bits = next(iter(stages.items()))  # the base model: fine-tuning is for chat, and forgets text
-        xz = f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}" if r.get("xz_bpb") and source == _source(run) else ""
+        xz = f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}" if r.get("xz_bpb") and source == _val_source(run) else ""
         after = "" if stage == "base" else f" after stage {stage}"
         parts.append(f"it needs {bits['bpb']:.3f} bits per byte of unseen {source}{after}{xz}")
     if run.records:
@@ -228,7 +234,8 @@ LIGHT = ("--fg:#1c2430;--muted:#5b6675;--line:#dde2e9;--card:#f6f7f9;--bg:#fff;"
          "--base:#56657a;--mid:#0277b5;--sft:#c2470a;--rl:#14803c;")
 DARK = ("--fg:#e5e9f0;--muted:#98a3b3;--line:#323a46;--card:#1b212a;--bg:#12161c;"
         "--base:#a3b0c2;--mid:#4db8f0;--sft:#fb9a4b;--rl:#55cf7f;")
-CHART_CSS = ("svg{color:var(--fg)}svg text{font:11px system-ui,sans-serif;fill:var(--muted)}svg .value{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:3px}"
+CHART_CSS = ("svg{color:var(--fg)}svg text{font:11px system-ui,sans-serif;fill:var(--muted)}"
+             "svg .value{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:3px}"
              ".grid{stroke:var(--line)}.random,.majority{stroke:var(--muted);stroke-width:1.5}.random{stroke-dasharray:1.5 2.5}"
              ".majority{stroke-dasharray:6 3}polyline{fill:none;vector-effect:non-scaling-stroke;stroke-width:1.8}"
              ".raw{opacity:.35;stroke-width:1}"
@@ -314,7 +321,8 @@ def _curve(rows: list[dict], stage: str, title: str, names: tuple[str, ...], fro
         return f'<polyline class="{kind} {stage}" style="fill:none" points="{points}"/>'
 
     (steps, values), *others = lines
-    inside = line(steps, values, "raw") + line(steps, _smooth(values), "") if len(values) >= 60 and not from_zero else line(steps, values, "")
+    smooth = len(values) >= 60 and not from_zero
+    inside = line(steps, values, "raw") + line(steps, _smooth(values), "") if smooth else line(steps, values, "")
     parts.append(f'<svg x="{left}%" y="{top}" width="{100 - left}%" height="{tall}" viewBox="0 0 1000 1000" '
                  f'preserveAspectRatio="none" overflow="visible">{inside}</svg>')
     for steps, values in others or ([lines[0]] if len(lines[0][0]) < 30 else []):
@@ -399,7 +407,7 @@ def _plan(run: Run) -> list[tuple]:
         *((f"time of {stage}", None, _time(h * 3600)) for stage, h in hours.items() if h and stage != "base"),
         ("memory of a step", f"{plan['memory_bytes'] / 2**30:.2f} GiB" if "memory_bytes" in plan else None,
          f"{r['step_memory_bytes'] / 2**30:.2f} GiB" if "step_memory_bytes" in r else None),
-        ("cost of training", f"{money}{plan['cost']:.2f}" if plan.get("cost") is not None else None, f"{money}{cost:.2f}" if cost is not None else None),
+        ("cost of training", *(None if sum_ is None else f"{money}{sum_:.2f}" for sum_ in (plan.get("cost"), cost))),
     ]:
         planned, outcome = (None if x == "—" else x for x in (planned, outcome))
         if planned or outcome:
@@ -444,7 +452,8 @@ def _beside(run: Run, earlier: list[Run]) -> tuple[list, list, list]:
 
 
 def _published(name: str) -> list[float]:
-    return [v for _, _, metrics in REFERENCES for metric, by_stage in metrics.items() if _key(metric) == _key(name) for v in by_stage.values()]
+    return [v for _, _, metrics in REFERENCES for metric, by_stage in metrics.items() if _key(metric) == _key(name)
+            for v in by_stage.values()]
 
 
 def _bits_rows(run: Run) -> tuple[list, list]:
@@ -462,7 +471,8 @@ def _bits_rows(run: Run) -> tuple[list, list]:
             rows.append(["", kind, *(_with_error(c.get("bpb"), c.get("stderr"), spec=".4f") for c in cells), _value(size)])
     for key, label in (("gzip_bpb", "gzip -9"), ("xz_bpb", "xz -9")):
         if rows and run.results.get(key):
-            rows.append([_source(run), label, f"{run.results[key]:.4f}", *[""] * (len(stages) - 1), _value(run.results.get("val_bytes"))])
+            rows.append([_val_source(run), label, f"{run.results[key]:.4f}", *[""] * (len(stages) - 1),
+                         _value(run.results.get("val_bytes"))])
     return ["text", "kind", *stages, "bytes"], rows
 
 
@@ -488,12 +498,14 @@ def _how_measured(run: Run) -> tuple[list, list]:
             rows.append([stage, name, _value(e.get("n")), _value(e.get("limit")), _value(e.get("seed", record.get("seed"))),
                          "—" if e.get("seconds") is None else _time(e["seconds"]),
                          "—" if e.get("per_second") is None else _short(e["per_second"]), _value(e.get("truncated")),
-                         f"{overlap['overlapping']} of {overlap['n']}" if overlap else "—"])
+                         "—" if not overlap else f"{overlap['overlapping']} of {overlap['n']}"
+                         + (f" ({overlap['short']} too short to tell)" if overlap.get("short") else "")])
     return ["stage", "task", "items", "limit", "seed", "time", "items/s", "cut prompts", "seen in training"], rows
 
 
 def _samples(run: Run) -> list[tuple[str, str, str]]:
-    found = [(stage, s.get("prompt", ""), s.get("text", "")) for stage, record in run.records.items() for s in record.get("samples", [])[:4]]
+    found = [(stage, s.get("prompt", ""), s.get("text", "")) for stage, record in run.records.items()
+             for s in record.get("samples", [])[:4]]
     if not found or "base" not in run.records:
         found = [("base", "", str(text)) for text in run.results.get("samples", [])[:4]] + found
     return found
@@ -518,7 +530,8 @@ def commit_id() -> str:
     """The commit of this code, "-dirty" behind it if changed since; "" without git."""
     if not shutil.which("git"):
         return ""
-    asked = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True)
+    asked = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"],
+                           capture_output=True, text=True)
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
@@ -536,10 +549,12 @@ def differences(run: Run) -> list[tuple[str, dict[str, dict]]]:
 def _log_block(run: Run, compared: list[tuple[str, dict]]) -> str:
     """What belongs into a LOG: date, setting, outcome, the scores."""
     times = [record["time"][:10] for record in run.records.values() if record.get("time")]
-    times += [f"{datetime.datetime.fromtimestamp(rows[-1]['time'], datetime.UTC):%Y-%m-%d}" for rows in run.curves.values() if rows and "time" in rows[-1]]
+    times += [f"{datetime.datetime.fromtimestamp(rows[-1]['time'], datetime.UTC):%Y-%m-%d}" for rows in run.curves.values()
+              if rows and "time" in rows[-1]]
     r, c = run.results, run.config
     setting = [f"{c['n_layer']} layers × {c['n_embd']}, vocabulary {c['vocab_size']:,}, {c['optimizer']}"] if "n_layer" in c else []
-    setting += [f"{r['preset']}" for _ in "x" if "preset" in r] + [f"{r['device']}, jax {r['jax']}" for _ in "x" if "device" in r and "jax" in r]
+    setting += [r["preset"]] if "preset" in r else []
+    setting += [f"{r['device']}, jax {r['jax']}"] if "device" in r and "jax" in r else []
     lines = [f"## {max(times, default='undated')} · Run {run.name}", "", verdict(run)]
     lines += ["", "; ".join(setting) + "."] if setting else []
     for heads, rows in ((_bits_rows(run)), _score_rows(run)):
@@ -687,7 +702,8 @@ pre.log{user-select:all;white-space:pre;overflow-x:auto}
 .samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(380px,100%),1fr));gap:16px}
 ul{margin:0;padding-left:1.2em;font-size:14px}
 li{margin:3px 0;max-width:62em;overflow-wrap:anywhere}
-@media(max-width:600px){table{font-size:12.5px}th,td{padding-right:9px}body{padding:18px 14px 40px}h1{font-size:25px}.verdict{font-size:16px}h2{margin-top:30px}}
+@media(max-width:600px){table{font-size:12.5px}th,td{padding-right:9px}body{padding:18px 14px 40px}h1{font-size:25px}
+.verdict{font-size:16px}h2{margin-top:30px}}
 @media print{body{max-width:none;padding:0;font-size:11pt}.charts>div,.samples>div,tr,li{break-inside:avoid}h2,h3{break-after:avoid}
 pre{max-height:none}pre.log{white-space:pre-wrap}.wide{overflow:visible}table{font-size:9pt}td{white-space:normal}}
 """

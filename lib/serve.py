@@ -22,12 +22,13 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from lib.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
 from lib.checkpoint import Model
 from lib.files import UserError
 from lib.generate import Engine
+from lib.model import quantized
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -44,6 +45,8 @@ class Settings:
     """base, mid, sft or rl; empty for the furthest that the run has"""
     ckpt: str = ""
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
+    int8: bool = False
+    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 for everybody who can reach this machine, which needs a token"""
     port: int = 8000
@@ -54,7 +57,7 @@ class Settings:
     insecure: bool = False
     """listen on other addresses than loopback without a token"""
     hosts: tuple[str, ...] = ()
-    """names other than localhost under which a server on loopback is addressed, by a proxy for example"""
+    """names under which the server may be addressed: on loopback besides localhost, by a proxy for example; elsewhere none means all"""
     slots: int = 8
     """answers written at the same time; each takes its part of the cache"""
     queue: int = 64
@@ -77,6 +80,8 @@ class Settings:
                 raise UserError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.port > 65535:
             raise UserError(f"port must be at most 65535, not {self.port}")
+        if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
+            raise UserError("the token must be printable ASCII without blanks: browsers can't send any other in a header")
 
     @property
     def loopback(self) -> bool:
@@ -181,6 +186,9 @@ def guarded(app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Met
         try:
             check = _refusal(scope, settings, hosts)
             await (_json_response(check.body, check.status, check.headers) if check else app)(scope, receive, counted)
+        except Exception:
+            status = status or 500  # Starlette answers it, outside of this
+            raise
         finally:
             metrics.add("rawchat_requests_total", path=path, status=status or "gone")
             if path.startswith("/v1/") and path.endswith("completions"):
@@ -258,7 +266,8 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
     from lib.sandbox import calculator
 
     api, metrics = Api(model, settings), Metrics()
-    engine = Engine(model.params, model.config, settings.slots, api.context, model.tokenizer, calculator)
+    params = quantized(model.params, model.config) if settings.int8 else model.params
+    engine = Engine(params, model.config, settings.slots, api.context, model.tokenizer, calculator)
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
     for name in ("rawchat_prompt_tokens_total", "rawchat_completion_tokens_total", "rawchat_cancelled_answers_total"):
@@ -393,8 +402,8 @@ class Server:
         self.settings, self.port = settings, self.socket.getsockname()[1]
         name = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
         self.url = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else name}:{self.port}"
-        if hosts is None and settings.loopback:
-            hosts = (*LOOPBACK, settings.host, *settings.hosts)
+        if hosts is None and (settings.loopback or settings.hosts):
+            hosts = (*LOOPBACK, settings.host, *map(str.lower, settings.hosts))
         self.app = make_app(model, settings, hosts or None, self.stop)
         self.uvicorn = uvicorn.Server(uvicorn.Config(
             self.app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
@@ -435,6 +444,20 @@ def load(settings: Settings) -> Model:
     return load_model(folder, settings.ckpt, settings.stage)
 
 
+def with_token(settings: Settings) -> Settings:
+    """The settings with a token made up and printed where it is "auto"."""
+    if settings.token != "auto":
+        return settings
+    settings = dataclasses.replace(settings, token=secrets.token_urlsafe(18))
+    print(f"token: {settings.token}")
+    return settings
+
+
+def address(url: str, settings: Settings) -> str:
+    """The page's address with the token behind it, where the browser finds it and sends it to nobody."""
+    return url.rstrip("/") + (f"/#token={quote(settings.token, safe='')}" if settings.token else "")
+
+
 def colab_url(port: int) -> str:
     """In a Colab kernel, the address at which this browser (and nobody else) reaches a port of the machine."""
     from google.colab import output
@@ -446,23 +469,21 @@ def start(settings: Settings) -> Server:
     """For notebooks: serve from a thread of the kernel, which owns the accelerator; prints where the page is. `.close()` ends it."""
     from lib import notebook
 
+    settings = with_token(settings)
     # Colab's proxy asks under names of its own, and nobody's browser can reach a Colab machine's loopback otherwise
     server = Server(load(settings), settings, () if notebook.in_colab() else None).start()
-    print(f"chat page: {colab_url(server.port) if notebook.in_colab() else server.url}")
+    print(f"chat page: {address(colab_url(server.port) if notebook.in_colab() else server.url, settings)}")
     return server
 
 
 def main(settings: Settings, in_colab: bool):
     """Load, say where, and serve until stopped."""
-    if settings.token == "auto":
-        settings = dataclasses.replace(settings, token=secrets.token_urlsafe(18))
-        print(f"token: {settings.token}")
+    settings = with_token(settings)
     settings.check_token()
     check_installed()
     model = load(settings)
     server = Server(model, settings, () if in_colab else None)
-    page = server.url + (f"/#token={settings.token}" if settings.token else "")
-    print(f"{server.app.state.api.id} (step {model.meta.get('step')}) at {page}\n"
+    print(f"{server.app.state.api.id} (step {model.meta.get('step')}) at {address(server.url, settings)}\n"
           f"OpenAI-compatible API at {server.url}/v1   Ctrl-C stops", flush=True)
     if in_colab:
         print("In a Colab cell, this opens the page: from google.colab import output; "

@@ -97,16 +97,18 @@ def _joined(message: dict):
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """{source: epochs} of a name in MIXTURES, or of words such as "arithmetic:0.5 spelling my_chats.jsonl:3"."""
-    if text in MIXTURES:
-        return MIXTURES[text]
+    """{source: epochs} of words such as "arithmetic:0.5 spelling my_chats.jsonl:3" or "embedded_sft my_chats.jsonl:3".
+
+    A word is a source, or a name in MIXTURES for all of its sources; behind a colon the epochs, or what a mixture's are multiplied by.
+    """
     mixture = {}
     for word in text.split():
         name, colon, epochs = word.rpartition(":")
         try:
-            mixture[name or word] = float(epochs) if colon else 1.0
+            times = float(epochs) if colon else 1.0
         except ValueError:
             raise UserError(f"mixture {word!r}: behind the colon comes a number of epochs, as in {name}:2") from None
+        mixture |= {source: times * share for source, share in MIXTURES.get(name or word, {name or word: 1.0}).items()}
     if not mixture or not all(0 < epochs < 1e6 for epochs in mixture.values()):
         raise UserError(f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with epochs above 0")
     for name in mixture:

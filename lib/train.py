@@ -120,7 +120,7 @@ def estimate_memory(config: Config) -> dict[str, int]:
     (layer), and with the last two the one layer that it is recomputing. LOG.md has the error against the compiler.
     """
     n = 4 * count_params(config)["total"]
-    moments = sum(4 * math.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state)))
+    moments = _moments(compile_key(config.replace(microbatch=1, attention="einsum", attention_block=0, remat="none", loss_chunk=1)))
     D, F, heads = config.n_embd, config.mlp_dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim
     products = D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
     whole = 2 * (products + D + F)
@@ -130,6 +130,11 @@ def estimate_memory(config: Config) -> dict[str, int]:
     logits = 3 * min(config.loss_chunk, tokens) * config.padded_vocab * 4
     return dict(parameters=n, optimizer=moments, gradients=n * (2 if config.accumulate > 1 else 1),
                 activations=tokens * kept * config.dtype.itemsize, logits=logits)
+
+
+@functools.cache
+def _moments(config: Config) -> int:
+    return sum(4 * math.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state)))
 
 
 class Step(NamedTuple):

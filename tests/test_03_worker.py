@@ -57,6 +57,15 @@ def test_a_trial_is_the_run_that_02_train_makes(workdir, sweep):
     assert shown.returncode == 0 and "1 done" in shown.stdout
 
 
+def test_what_to_read_may_stand_in_the_sweep_itself(workdir, sweep):
+    text = f"method: grid\nparameters: {{depth: {{value: 2}}, source: {{values: [{CORPUS!r}, stdlib]}}}}"
+    done = script("03_worker", workdir, **sweep(text, "texts") | dict(source="", count=-1))
+    assert done.returncode == 0, done.stdout + done.stderr
+    [path] = (workdir / "runs/smoke/sweeps").glob("texts-*/sweep.json")
+    said = json.loads(path.read_text())["sweep"]["parameters"]
+    assert said["source"] == {"values": [CORPUS, "stdlib"]} and said["shards"] == {"value": 8}
+
+
 @pytest.mark.parametrize("text, flags, said", [
     ("method: grid", {}, "needs parameters"),
     ("method: [grid", {}, "is not YAML"),
@@ -67,6 +76,7 @@ def test_a_trial_is_the_run_that_02_train_makes(workdir, sweep):
     ("method: grid\nparameters: {depth: {value: 1}}", dict(sweep="nothing"), "ablate, isoflop, miniseries, search"),
     ("method: grid\nparameters: {depth: {value: 1}}", dict(sweep="missing.yaml"), "cannot read the sweep missing.yaml"),
     ("method: grid\nparameters: {depth: {value: 1}}", dict(population=0), "population=0"),
+    ("method: grid\nparameters: {depth: {value: 1}}", dict(population=2, driver="wandb"), "population=2 needs driver=local"),
 ])
 def test_what_is_wrong_is_said_before_anything_is_trained(workdir, sweep, text, flags, said):
     import re

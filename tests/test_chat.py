@@ -149,7 +149,7 @@ runpy.run_module("lib.chat", run_name="__main__")
 
 def run(*args, **kwargs):
     args, kwargs = command(*args, **kwargs)
-    return subprocess.run(args, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(args, capture_output=True, timeout=120, **dict(text=True) | kwargs)
 
 
 def test_a_single_prompt_prints_the_answer_and_nothing_else():
@@ -160,6 +160,8 @@ def test_a_single_prompt_prints_the_answer_and_nothing_else():
 def test_bad_input_is_one_sentence():
     done = run("--prompt", "hello", "--top-p", "2")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Error: top_p must be above 0")
+    done = run("--prompt", "-", input=b"\xff hello", text=False)
+    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr, "bytes that are no text are marked, not fatal"
     done = run("--prompt", "word " * 2000)
     assert done.returncode == 2 and "context has 768" in done.stderr and "Traceback" not in done.stderr
 
@@ -177,6 +179,7 @@ def test_a_piped_conversation_with_every_command(tmp_path):
         f"/load {file}",
         "/load nowhere.json",
         "/save",
+        f"/save {tmp_path}",
         "/set top_k 3",
         "/set top_k many",
         "/set temperature -1",
@@ -202,7 +205,8 @@ def test_a_piped_conversation_with_every_command(tmp_path):
         "nowhere.json cannot be read",
         "needs the name of a file",
         "top_k 3 ",
-        "top_k is a number",
+        f"cannot save to {tmp_path} (IsADirectoryError)",
+        "top_k is an integer, not 'many'",
         "temperature must be",
         "no setting 'colour'",
         "no command /dance",
@@ -277,6 +281,32 @@ def test_escape_sequences_of_the_model_do_not_reach_the_terminal(capsys):
     talk = chat.Talk(model(), chat.Settings(temperature=0))
     talk._show(chat.Piece(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
     assert capsys.readouterr().out == "a]0;titleb31m\tc\n"
+
+
+def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monkeypatch, capsys):
+    talk, step = chat.Talk(model(), chat.Settings(temperature=0)), Engine.step
+    made = []
+
+    def interrupted(engine):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("Count to 120.")
+    monkeypatch.undo()
+    assert talk.messages[-1]["role"] == "assistant" and parrot.COUNT.startswith(talk.messages[-1]["content"]) and talk.engine.free
+    talk.ask("hello")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_int8_weights_say_the_same(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, int8=True))
+    assert talk.engine.params[0]["head"]["int8"].dtype == "int8"
+    talk.ask("hello")
+    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
 
 def test_a_base_model_goes_on_with_the_text(capsys):

@@ -40,7 +40,8 @@ def ids(tokens):
 
 def alone(prompt, settings):
     """What the golden model writes after one prompt in an engine of one slot."""
-    engine = Engine(*golden()[:2], 1, 64)
+    config, params, _ = golden()
+    engine = Engine(params, config, 1, 64)
     engine.add(prompt, settings)
     return ids(drain(engine, count=generate.LONG_CHUNK)[0][0])
 

@@ -71,6 +71,15 @@ def test_every_writer_takes_any_number_and_jsonl_has_it_too(name, tmp_path, fake
     assert [row["step"] for row in rows] == [1, 2] and rows[1]["loss"] == 1.5 and "mfu" not in rows[1]
 
 
+def test_texts_go_to_jsonl_alone(tmp_path, fake_wandb):
+    with warnings.catch_warnings(), Metrics(tmp_path, 1, ["wandb:online", "tensorboard"]) as log:
+        warnings.simplefilter("error")  # a writer that cannot take them would be switched off
+        log.log(1, {"loss": 2.0, "samples": "Once\n\nupon"})
+        log.log(2, {"loss": 1.0})
+    assert [row.get("samples") for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["Once\n\nupon", None]
+    assert fake_wandb.rows == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
 def test_jsonl_is_strict_json_and_not_a_number_comes_back(tmp_path):
     with Metrics(tmp_path, 1, []) as m:
         m.log(1, {"a": math.nan, "b": -math.inf, "c": 0.1})

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
+from conftest import load
 from nbclient import NotebookClient
 
 from lib.config import PRESETS
-from lib.data import SOURCES
+from lib.data import SOURCES, documents, head
+from lib.metrics import read_jsonl
 from lib.notebook import flags, parameters
+from lib.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("0*.py"))
@@ -121,7 +125,7 @@ def script(source, *args, cwd):
 
 @each_notebook
 def test_runs_as_script(source, workdir):
-    args = [word for name, value in SMOKE[source.stem].items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = words_of(SMOKE[source.stem])
     first = script(source, *args, cwd=workdir)
     assert first.returncode == 0, first.stdout + first.stderr
     run = workdir / "runs" / "smoke"
@@ -133,6 +137,39 @@ def test_runs_as_script(source, workdir):
     after = json.loads((run / "results.json").read_text())
     assert {k: after[k] for k in ("vocab_size", "val_bpb", "params") if k in results} == {
         k: results[k] for k in ("vocab_size", "val_bpb", "params") if k in results}
+
+
+def words_of(settings):
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def test_core_is_measured_while_training_and_again_by_04(tmp_path):
+    """With flags, in metrics.jsonl and in the record, alike; and a bundle that is not there stops a run before it computes."""
+    files = load("core.json")["bundle_files"]
+    shown = [task for task in yaml.safe_load(files["core.yaml"])["icl_tasks"] if task["num_fewshot"] == [0]]  # one of each kind
+    for name, text in (files | {"core.yaml": yaml.safe_dump({"icl_tasks": shown})}).items():
+        (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bundle" / name).write_text(text)
+    run = tmp_path / "runs" / "core"
+    Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(run / "tokenizer.json")
+    settings = SMOKE["02_train"] | dict(run="core", core_every=2, core_limit=4, core_bundle=tmp_path / "bundle")
+    lost = script(ROOT / "02_train.py", *words_of(settings | dict(core_bundle=tmp_path / "nowhere")), cwd=tmp_path)
+    assert lost.returncode == 2 and "no CORE bundle at" in lost.stderr and not (run / "metrics.jsonl").exists()
+    done = script(ROOT / "02_train.py", *words_of(settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [(row["step"], "core" in row, "val_bpb" in row, "samples" in row) for row in rows] == [
+        (1, False, False, False), (2, True, False, False), (3, False, False, False), (4, True, True, True)]
+
+    settings = SMOKE["04_eval_chat"] | dict(run="core", mid="none", sft_mixture="none", tasks="none", core_bundle=tmp_path / "bundle",
+                                            core_items=4)
+    done = script(ROOT / "04_eval_chat.py", *words_of(settings), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((run / "evals" / "base.json").read_text())
+    assert record["core"]["score"] == pytest.approx(rows[-1]["core"]) and record["core"]["partial"]
+    assert {f"core/{name}" for name in record["core"]["tasks"]} == set(record["tasks"]) and len(record["tasks"]) == 3
+    assert all(entry["contamination"]["n"] == entry["n"] == 4 for entry in record["tasks"].values())
+    assert "CORE of a part" in (run / "report.md").read_text()
 
 
 @each_notebook

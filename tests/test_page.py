@@ -450,6 +450,11 @@ def test_an_error_is_shown_and_can_be_tried_again(page, context, server):
     page.get_by_role("button", name="Try again").click()
     finished(page)
     assert "122" in answers(page)[0] and page.get_by_role("alert").count() == 0
+    page.evaluate("model.id = 'the-one-before'")  # the server was started anew with another model
+    for wanted in ("the model 'the-one-before' does not exist here", ""):
+        page.get_by_role("button", name="Try again" if not wanted else "Regenerate").click()
+        finished(page)
+        assert (wanted in page.get_by_role("alert").inner_text()) if wanted else page.get_by_role("alert").count() == 0
     page.route("**/v1/chat/completions", lambda route: route.abort(), times=1)
     send(page, "hello")
     finished(page)

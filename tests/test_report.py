@@ -193,6 +193,21 @@ def test_plan_beside_outcome_and_nothing_invented(tmp_path):
     assert "training stopped at step 10 of 40" in report.verdict(report.read(put(tmp_path / "d", stopped)))
 
 
+def test_every_stage_has_its_curves_and_every_figure_its_text(tmp_path):
+    bits = {"tinystories": {"bpb": 1.2, "stderr": 0.01, "bytes": 900, "kinds": {}}}
+    results = json.loads(FILES["results.json"]) | {"val_source": "tinystories", "gzip_bpb": 2.5, "xz_bpb": 2.0}
+    seen = entry(24, contamination={"overlapping": 1, "n": 100, "short": 7})
+    files = FILES | {"results.json": json.dumps(results), "evals/base.json": json.dumps(record("base", {"arc_easy": seen}, bpb=bits)),
+                     "sft/metrics.jsonl": FILES["metrics.jsonl"]}
+    run = put(tmp_path / "run", files)
+    page = Page(report.write(run))
+    assert "Training: base" in page.text and "Training: sft" in page.text and (run / "plots/report_sft.svg").exists()
+    assert ["time of sft", "not planned", "80 s"] in [list(row) for row in report._plan(report.read(run))]
+    rows = report._bits_rows(report.read(run))[1]
+    assert [row[:2] for row in rows] == [["tinystories", "all"], ["tinystories", "gzip -9"], ["tinystories", "xz -9"]]
+    assert "1.200 bits per byte of unseen tinystories where xz" in page.text and "1 of 100 (7 too short to tell)" in page.text
+
+
 def test_differences_between_stages_are_told(tmp_path):
     files = FILES | {"evals/base.json": json.dumps(record("base", {"a": entry(20), "b": entry(50)})),
                      "evals/sft.json": json.dumps(record("sft", {"a": entry(90), "b": entry(50), "new": entry(10)}))}

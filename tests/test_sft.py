@@ -218,6 +218,9 @@ def test_mixture_weighs_by_epochs_and_its_sides_share_nothing(tmp_path):
 def test_parse_mixture(tmp_path):
     assert sft.parse_mixture("embedded_mid") == sft.MIXTURES["embedded_mid"]
     assert sft.parse_mixture("arithmetic:0.5 spelling my.jsonl:3") == dict(arithmetic=0.5, spelling=1.0) | {"my.jsonl": 3.0}
+    both = sft.MIXTURES["embedded_sft"] | {"my.jsonl": 3.0}
+    assert sft.parse_mixture("embedded_sft my.jsonl:3") == both, "a user's own chats beside a named mixture"
+    assert sft.parse_mixture("embedded_sft:2") == {name: 2 * epochs for name, epochs in sft.MIXTURES["embedded_sft"].items()}
     for bad, says in [("", "empty"), ("arithmetic:x", "number of epochs"), ("arithmetc", "unknown source"),
                       ("spelling:0", "above 0"), ("spelling:nan", "above 0")]:
         with pytest.raises(UserError, match=says):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -278,6 +279,19 @@ def test_what_was_given_back_does_not_count_as_a_death_and_torn_lines_do_not_cou
         f.write('"\n{"e": \n')
     with pytest.raises(UserError, match="line .* is not an event"):
         book.trials()
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_spoils_nothing(book):
+    boss = drivers.Local(book, sweep())
+    trial = boss.take()[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (book.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises((UserError, OSError)):
+            boss.report(trial, 1, {"val_bpb": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert boss.report(trial, 1, {"val_bpb": 2.0}) == "" and book.trials()[0].reports == {1: 2.0}
 
 
 def test_a_folder_holds_one_sweep(book):
@@ -570,16 +584,17 @@ def test_the_sweep_protocol(standin, tmp_path):
         [three] = boss.take()
         boss.end(three, "done", 1.25, steps=7)
         [four] = boss.take()  # and now this runtime vanishes
-    standin.given += 0
     with Journal(tmp_path) as book:
         boss = worker(book)
         [again] = boss.take()
         assert (again.id, again.assignment, again.tries) == (four.id, four.assignment, 2), "the same run, at once, without asking"
         boss.end(again, "done", 1.0)
-        standin.requeued.append(three.id)  # the server missed that it was finished
+        standin.requeued += [one.id, two.id, three.id]  # the server missed that they ended
         standin.given = 5
         [six] = boss.take()
         assert six.id == "run6" and started[three.id][-1]["code"] == 0, "reported again, not trained again"
+        assert started[one.id][-1]["rows"] == [(1, {"val_bpb": 2.0}), (2, {"val_bpb": 3.0}), (None, {"pruned": True})]
+        assert [started[t.id][-1]["code"] for t in (one, two)] == [0, 1] and len(started[one.id]) == len(started[two.id]) == 2
         boss.free(six)
         standin.requeued.append(six.id)
         [resumed] = boss.take()

@@ -93,16 +93,21 @@ def test_answers_are_true():
 
 
 def test_facts_are_those_of_the_running_python():
+    import builtins
     import keyword
 
+    checked = collections.Counter()
     for item in items_of("pyfacts", "train"):
         stated = reference(item)
-        if match := re.fullmatch(r'(Yes|No), "(\w+)" is (not )?a keyword\.', stated):
-            assert keyword.iskeyword(match[2]) == (match[1] == "Yes") == (not match[3])
+        if match := re.fullmatch(r'(Yes|No), "(\w+)" is (not )?(a keyword|built in)\.', stated):
+            is_one = keyword.iskeyword(match[2]) if match[4] == "a keyword" else hasattr(builtins, match[2])
+            assert is_one == (match[1] == "Yes") == (not match[3])
         elif match := re.fullmatch(r"(.+) is of type (\w+)\.", stated):
             assert type(ast.literal_eval(match[1])).__name__ == match[2]
         elif match := re.fullmatch(r"(\w+) is in the module ([\w.]+)\.", stated):
             assert callable(getattr(__import__(match[2], fromlist=["x"]), match[1]))
+        checked[match and match.re.pattern] += 1
+    assert len(checked) == 4 and min(checked.values()) > 300, "each kind of fact was met"
 
 
 def test_variety():
@@ -136,3 +141,16 @@ def test_same_end(answer, said, right):
 def test_yes_and_no_are_said_first():
     assert embedded.fact(dict(answer="yes"), "Yes, it is.") and not embedded.fact(dict(answer="yes"), "No, yes.")
     assert not embedded.fact(dict(answer="no"), "nothing is certain")
+
+
+def test_the_questions_that_we_suggest_are_asked_as_they_were_taught():
+    """A small model knows words in quotes only: suggesting others would show it at its worst."""
+    from pathlib import Path
+
+    root = Path(__file__).parents[1]
+    shapes = {re.sub(r'"\w+"|\d+', "#", asked(item)) for name in ("arithmetic", "spelling", "counting", "identity")
+              for item in items_of(name, "train")}
+    for file, count in (("lib/page.html", 4), ("benchmarks/serve.py", 4)):
+        line = next(line for line in (root / file).read_text().splitlines() if "Who are you?" in line)
+        questions = ast.literal_eval(re.search(r"\[[^][]*Who are you\?\"\]", line)[0])
+        assert len(questions) == count and {re.sub(r'"\w+"|\d+', "#", q) for q in questions} <= shapes

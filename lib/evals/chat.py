@@ -174,7 +174,7 @@ def _credit(scores: list[float], gold: int) -> float:
 
 
 def _ratio(nats, units) -> tuple[float, float | None]:
-    """(perplexity per unit, its standard error, None for a single item) from both per item, items being independent draws (delta method)."""
+    """(perplexity per unit, its standard error, None for a single item), items being independent draws (delta method)."""
     nats, units, n = np.asarray(nats, np.float64), np.asarray(units, np.float64), len(nats)
     mean = nats.sum() / units.sum()
     error = math.sqrt((((nats - mean * units) ** 2).sum()) * n / (n - 1)) / units.sum() if n > 1 else None
@@ -368,8 +368,9 @@ KINDS: dict[str, Callable[[Job], dict]] = dict(generate=_generate, choice=_choic
 # ---- all of it -------------------------------------------------------------------------------------------------------
 
 
-def _find(names, known: dict[str, Task]) -> dict[str, Task]:
-    """Tasks by name; a name that ends with .jsonl is the path of a file of the user's own, and the task is called like the file."""
+def find(names, known: dict[str, Task]) -> dict[str, Task]:
+    """Tasks by name, all of `known` for None; a name that ends with .jsonl is the path of a file of the user's own, and its task is
+    called like the file."""
     found = {}
     for name in dict.fromkeys(map(str, known if names is None else names)):
         if name.endswith(".jsonl"):
@@ -407,8 +408,9 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
         if value is not None and value < least:
             raise UserError(f"{what} must be at least {least}, got {value}")
     if temperature < 0 or (samples > 1 and temperature == 0):
-        raise UserError(f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, or all are equal")
-    found = _find(names, tasks() if known is None else known)
+        raise UserError(f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, "
+                        "or all are equal")
+    found = find(names, tasks() if known is None else known)
     with ThreadPoolExecutor(8) as pool:  # downloads side by side, and waiting for no network only once
         loaded = dict(zip(found, pool.map(lambda task: items_or_reason(task, limit), found.values())))
     skipped = {name: items for name, items in loaded.items() if isinstance(items, str)}
@@ -462,7 +464,8 @@ def summary(name: str, entry: dict) -> str:
     if entry["kind"] == "perplexity":
         said = f"perplexity {entry['score']:.2f}{error}, {entry['bpb']:.4f} bits per byte"
     else:
-        beside = [f"{what} {100 * entry[key]:.1f}" for what, key in (("random", "baseline"), ("majority", "majority")) if entry[key] is not None]
+        beside = [f"{what} {100 * entry[key]:.1f}" for what, key in (("random", "baseline"), ("majority", "majority"))
+                  if entry[key] is not None]
         said = f"{100 * entry['score']:.2f}{error} % ({', '.join(beside)})"
     cut = f", {entry['truncated']} prompts cut" if entry["truncated"] else ""
     return f"{name:20} {said}, n {entry['n']}, {entry['per_second']:.1f}/s{cut}"

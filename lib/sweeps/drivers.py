@@ -20,8 +20,9 @@ import zlib
 
 from lib.files import UserError, first_line
 from lib.sweeps import space
-from lib.sweeps.journal import BEAT, TRIES, Journal, Trial
+from lib.sweeps.journal import BEAT, ENDS, TRIES, Journal, Trial
 
+NOT_AGAIN = "not trained again"  # why a trial of wandb's ended that has the assignment of an earlier one
 POLL = 2.0  # seconds between looks at the folder while all that is left is in others' hands
 
 
@@ -233,19 +234,22 @@ class Wandb:
         known = self.book.trials()
         before = next((t for t in known if t.id == id), None)
         assignment = before.assignment if before else {name: full[name] for name in space.varied(self.spec) if name in full}
-        same = next((t for t in known if space.key(t.assignment) == space.key(assignment) and t.state == "done"), None)
+        ended = before if before and before.state in ENDS else next(
+            (t for t in known if space.key(t.assignment) == space.key(assignment) and t.state == "done"), None)
         if before and before.state == "running":
             self.say(f"{id} is being trained by {before.worker}: left to it")
             return None
         log, finish = self.start_run(id, full, lambda: self.stopped.add(id))
-        if same is not None:  # trained before, but the server was not told, or asks twice: tell it, and train nothing
-            for step, value in same.reports.items():
+        if ended is not None:  # trained before, but the server was not told, or asks twice: tell it, and train nothing
+            for step, value in ended.reports.items():
                 log(step, {self.spec["metric"]["name"]: value})
-            finish(0)
-            if same.id != id:
+            if ended.state != "done":
+                log(None, {ended.state: ended.reason or True})
+            finish(1 if ended.state == "failed" else 0)
+            if ended.id != id:
                 self.book.claim(assignment, 1, id)
-                self.book.end(id, "done", same.value, f"not trained again: the assignment of {same.id}", same.curve, **same.facts)
-            self.say(f"{id}: the same assignment was trained as {same.id}, its result is reported without training again")
+                self.book.end(id, "done", ended.value, f"{NOT_AGAIN}: the assignment of {ended.id}", ended.curve, **ended.facts)
+            self.say(f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported without training again")
             return None
         if before and before.tries - before.freed >= TRIES:
             self.book.end(id, "failed", reason=f"its worker died {TRIES} times, most often for lack of memory")

@@ -11,6 +11,7 @@ then the earlier claim holds, the other worker finds out at its next report and 
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -135,10 +136,16 @@ class Journal:
         with self._lock, writing(self.path):
             self._seq += 1
             row = dict(e=what, t=time.time(), n=self._seq) | entries
-            with open(self.path, "ab") as f:  # opened anew each time: a synchronised folder uploads what is closed
-                f.write(json.dumps(row).encode() + b"\n")
-                f.flush()
-                os.fsync(f.fileno())
+            data = json.dumps(row).encode() + b"\n"
+            with open(self.path, "ab", buffering=0) as f:  # opened anew each time: a synchronised folder uploads what is closed
+                size = f.tell()
+                try:
+                    if f.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, "there was room for a part of it only")
+                    os.fsync(f.fileno())
+                except OSError:
+                    f.truncate(size)  # half a line would spoil the next one
+                    raise
 
     @contextlib.contextmanager
     def deciding(self):

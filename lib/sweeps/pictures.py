@@ -1,6 +1,6 @@
 """Tables, CSV files and plots of a sweep; each function takes trials (and fits) and makes one thing.
 
-Colours mean the same everywhere: a trial's colour is its result (dark is better), grey is pruned or failed, a black star is the best.
+Colours mean the same everywhere: a trial's colour is its result (dark is better), grey is pruned or failed, black is the best.
 """
 
 import csv
@@ -43,8 +43,9 @@ def trial_rows(trials) -> list[dict]:
 
 def curve_rows(trials) -> list[dict]:
     """One row per trial and validation, and per kept point of the training loss."""
-    return [dict(number=t.number, id=t.id, state=t.state, step=int(step), metric=value) for t in trials for step, value in t.reports.items()] \
-        + [dict(number=t.number, id=t.id, state=t.state, step=step, train_loss=loss) for t in trials for step, loss in t.curve]
+    who = lambda t: dict(number=t.number, id=t.id, state=t.state)
+    return [who(t) | dict(step=int(step), metric=value) for t in trials for step, value in t.reports.items()] \
+        + [who(t) | dict(step=step, train_loss=loss) for t in trials for step, loss in t.curve]
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------

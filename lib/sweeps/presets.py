@@ -28,7 +28,8 @@ BUDGETS = {  # constants of all presets; per preset its ranges, and constants of
         search=dict(depth=3, num_steps=240, run_cap=24, min_iter=1, fixed=_WIDE | dict(evals=8)),
         miniseries=dict(depths=[2, 3, 4, 5, 6], tokens_per_param=5.0, seeds=1),
         isoflop=dict(depths=[2, 3, 4, 5, 6], flops=[3e11, 6e11, 1.2e12, 2e12]),
-        ablate=dict(depth=3, target_flops=1.2e12, seeds=3, fixed=_WIDE),
+        # both optimizers' rates are the best by factors of two, so that Muon is not compared with a bad guess
+        ablate=dict(depth=3, target_flops=1.2e12, seeds=3, fixed=_WIDE | dict(matrix_lr=0.4, adamw_lr=0.04)),
     ),
     "chip": dict(
         constants=dict(microbatch=4, eval_bytes=4_000_000, evals=10),

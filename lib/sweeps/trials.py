@@ -79,18 +79,18 @@ class Bench:
 # ---- before any compute is spent ---------------------------------------------------------------------------------------------
 
 
-def plan(spec: dict, bench: Bench, sample: int = 512) -> dict:
+def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> dict:
     """What a sweep will take, from shapes alone: trials (inf without an end), shapes, validations per trial (evals),
     FLOPs per trial, the impossible combinations, and `middle`, the (Config, settings) of median FLOPs.
     UserError when nothing can be trained.
 
-    A sweep with more than `sample` combinations is judged by as many random draws.
+    A sweep of more than `most` combinations is judged by `sample` random draws.
     """
-    if space.size(spec) <= sample:
+    if space.size(spec) <= most:
         assignments = space.grid(spec)
     else:
         rng = np.random.default_rng(0)
-        assignments = [{name: space.draw(p, rng) for name, p in space.varied(spec).items()} for _ in range(min(sample, 64))]
+        assignments = [{name: space.draw(p, rng) for name, p in space.varied(spec).items()} for _ in range(sample)]
     good, reasons = [], {}
     for assignment in assignments:
         try:

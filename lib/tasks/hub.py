@@ -423,10 +423,12 @@ def own_item(record: dict) -> tuple[str, dict]:
         answer, letters = record["answer"], ascii_uppercase[: len(options)]
         gold = options.index(answer) if answer in options else letters.find(answer) if isinstance(answer, str) and answer else answer
         if not 2 <= len(options) <= 26 or type(gold) is not int or not 0 <= gold < len(options):
-            raise ValueError(f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or letter (2 to 26 are needed)")
+            raise ValueError(f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or letter "
+                             "(2 to 26 are needed)")
         if "question" in record:
             return "choice", choice_item("", context, options, gold)
-        return "likelihood", dict(context=context, choices=[option if option[0].isspace() else " " + option for option in options], gold=gold)
+        choices = [option if option[0].isspace() else " " + option for option in options]
+        return "likelihood", dict(context=context, choices=choices, gold=gold)
     if "answer" in record:
         answers, match = strings(record["answer"], "answer"), record.get("match", "exact")
         if match not in MATCH:
