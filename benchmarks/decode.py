@@ -120,7 +120,8 @@ def nanochat_speed(args: Args, config, prompt) -> dict[str, float]:
     command = [args.torch_python, "-c", NANOCHAT, args.nanochat, json.dumps(shape), json.dumps(prompt), str(args.new)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"nanochat at {args.nanochat} did not run with {args.torch_python}: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        why = (done.stderr.splitlines() or ["no message"])[-1]
+        raise UserError(f"nanochat at {args.nanochat} did not run with {args.torch_python}: {why}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -150,7 +151,7 @@ def main(args: Args):
         params = model.init_params(0, config)
         prompts = []
     rng = np.random.default_rng(0)
-    prompts = (prompts + [rng.integers(0, config.vocab_size, args.prompt).tolist() for _ in range(max(args.batches))])[: max(args.batches)]
+    prompts += [rng.integers(0, config.vocab_size, args.prompt).tolist() for _ in range(max(args.batches))]
     ready = model.decoding_params(params, config)
     small = model.decoding_params(model.quantized(params, config), config)
     read = lambda p: sum(a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])]))
@@ -166,9 +167,8 @@ def main(args: Args):
         """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
         if name not in engines:
             engines[name] = generate.Engine(params, config, rows, args.prompt + args.new, **options)
-            warm = decode(name, rows)  # compile
+            decode(name, rows)  # compiles
             engines[name].guessed = engines[name].right = 0
-            del warm
         engine, clock = engines[name], time.perf_counter()
         engine.add_many(prompts[:rows], [generate.Sampling(args.new, temperature=0)] * rows)
         engine.step()
@@ -217,23 +217,25 @@ def main(args: Args):
     result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, dtype=str(config.dtype), config=args.run or args.config,
                   overrides=args.overrides, prompt=args.prompt, new=args.new, repeats=args.repeats, weights_MB=round(weights / 1e6, 2),
                   read_GBps={"weights": round(width[weights] / 1e9, 1), "large": round(width[LARGE] / 1e9, 1)}, lines=[])
-    print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; reads {width[weights] / 1e9:.1f} GB/s of as much "
-          f"again and again, {width[LARGE] / 1e9:.1f} GB/s of {LARGE >> 20} MiB\n")
-    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of bound':>9} {'of memory':>9}   (best of {args.repeats})")
+    print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
+          f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n")
+    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10}   best of {args.repeats}; GB/s with the "
+          "kv cache, shares for the weights alone")
+    best_of = lambda name: max(s for s, _ in best.get(name, [(float("nan"), 0)]))
     for name, line in lines.items():
         speed, step = max(s for s, _ in best[name]), min(ms for _, ms in best[name])
         engine = engines[name]
         cache = sum(a.nbytes for a in jax.tree.leaves([engine.caches[0]["k"], engine.caches[0]["v"]]))
-        moved = read(engine.params[0]) + cache
-        row = dict(name=name, tokens_per_s=round(speed, 1), step_ms=round(step, 3), median_tokens_per_s=round(float(np.median([s for s, _ in best[name]])), 1))
-        extra = ""
+        need = read(engine.params[0])
+        row = dict(name=name, tokens_per_s=round(speed, 1), step_ms=round(step, 3))
+        row["median_tokens_per_s"] = round(float(np.median([s for s, _ in best[name]])), 1)
         if engine.guess:
-            row |= dict(right=round(engine.right / engine.guessed, 3), speedup=round(speed / max(s for s, _ in best["batch 1"]), 3))
-            extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x"
+            row |= dict(right=round(engine.right / engine.guessed, 3), speedup=round(speed / best_of("batch 1"), 3))
+            extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x batch 1"
         else:
-            row |= dict(GBps=round(moved / step / 1e6, 1), of_bound=round(read(engine.params[0]) / width[weights] * 1e3 / step, 3),
-                        of_memory=round(read(engine.params[0]) / width[LARGE] * 1e3 / step, 3))
-            extra = f"{row['GBps']:7.1f} {row['of_bound']:9.0%} {row['of_memory']:9.0%}"
+            row |= dict(GBps=round((need + cache) / step / 1e6, 1), of_memory=round(need / width[LARGE] * 1e3 / step, 3),
+                        of_cached=round(need / width[weights] * 1e3 / step, 3))
+            extra = f"{row['GBps']:7.1f} {row['of_memory']:10.0%} {row['of_cached']:10.0%}"
         print(f"{name:22} {speed:8.0f} {step:8.3f} {extra}")
         result["lines"].append(row)
     result |= dict(first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2))
@@ -246,10 +248,11 @@ def main(args: Args):
     if text:
         held_out = data.tokens_of(text, tokenizer)
         batches = lambda: data.batches(held_out, config.microbatch, config.sequence_len, loop=False)
-        bpb = {name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes) for name, p in (("exact", ready), ("int8", small))}
+        bpb = {name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes)
+               for name, p in (("exact", ready), ("int8", small))}
         result["bits_per_byte"] = {name: b["bpb"] for name, b in bpb.items()}
-        print(f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {bpb['exact']['bpb']:.5f}, int8 {bpb['int8']['bpb']:.5f} "
-              f"({bpb['int8']['bpb'] - bpb['exact']['bpb']:+.5f})")
+        exact, int8 = bpb["exact"]["bpb"], bpb["int8"]["bpb"]
+        print(f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})")
     if args.json:
         write_json(args.json, result)
 

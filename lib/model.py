@@ -15,8 +15,6 @@ from lib.sharding import enter, gather, leave, own_part
 # what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations, activations and the attention's
 # output projection (3 % of a step for a tenth of the memory), but no wide matrix product and no attention kernel
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
-
-
 RING = 16  # cache slots come in multiples of this: whole vector registers
 
 

@@ -106,6 +106,8 @@ def _compile(lowered) -> dict:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as e:
+            if "UNIMPLEMENTED" in str(e):  # a gap of the compiler's own, such as with shards thinner than a register
+                raise UserError(f"this libtpu cannot compile it ({first_line(e)}): take another strategy or mesh, or wider parts") from e
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([GT])", str(e))
@@ -280,7 +282,7 @@ def _kept(folder: Path | None, question: list, answer) -> dict:
     return result
 
 
-CODE = {"attention", "chips", "hlo", "model", "optim", "params", "preflight", "roofline", "sharding", "train"}  # what an answer depends on
+CODE = {"attention", "chips", "config", "hlo", "model", "optim", "params", "preflight", "roofline", "sharding", "train"}  # what an answer depends on
 
 GIB = 2**30
 

@@ -100,7 +100,7 @@ def _filtered(x_BV, rows):
 
 
 def penalized(logits_BV, rows):
-    """Logits with the tokens that a row has seen made less likely: positive ones divided, negative ones multiplied (Keskar et al. 2019)."""
+    """Logits, those of tokens that a row has seen made less: positive ones divided, negative ones multiplied (Keskar et al. 2019)."""
     by = jnp.where(rows["seen"], rows["penalty"][:, None], 1.0)
     return jnp.where(logits_BV > 0, logits_BV / by, logits_BV * by)
 

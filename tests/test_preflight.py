@@ -32,6 +32,7 @@ for topology in ("v99:1x1", "v6e:3x3"):
         print(json.dumps(str(e)))
 print(json.dumps(preflight.inspect(small, "v6e-4", "zero", cache=None)))
 print(json.dumps(preflight.inspect(small.replace(microbatch=65536, total_batch_size=65536 * 256), "v6e-1", cache=None)))
+print(json.dumps(preflight.compile_decode(small, preflight.tpu_device("v6e:1x1"), 2, 256)))
 print(json.dumps([preflight.tpu_device("v4:2x2x1").num_cores, len(preflight.tpu_devices("v4:2x2x1")), len(preflight.tpu_devices("v5p:2x2x1"))]))
 """
 
@@ -44,7 +45,7 @@ def python(*args, **env):
 def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
     done = python("-c", CODE, json.dumps(SMALL))
     assert done.returncode == 0, done.stderr[-3000:]
-    unknown, shape, four, too_big, (cores, v4, v5p) = map(json.loads, done.stdout.splitlines())
+    unknown, shape, four, too_big, decode, (cores, v4, v5p) = map(json.loads, done.stdout.splitlines())
     assert "v99:1x1" in unknown and "v6e:3x3" in shape and "\n" not in unknown + shape
     assert (cores, v4, v5p) == (2, 4, 4)  # jax shows a chip of two cores as one device
 
@@ -58,6 +59,9 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
 
     assert not too_big["fits"] and too_big["peak"] > too_big["available"] and too_big["buffers"][0][0] > 2**30
     assert "bf16[2,65536,256," in too_big["buffers"][0][1]
+    weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)  # bytes of blocks and head, each read once for both rows
+    assert decode["fits"] and weights < decode["bytes"] < 4 * weights and decode["tokens_per_s"] == pytest.approx(2 / decode["seconds"])
+
     text = preflight.report_text(too_big)
     assert "NO, over by" in text and "bf16[2,65536,256," in text
 
