@@ -43,6 +43,7 @@ setup()
 
 # %%
 import itertools
+import json
 import time
 
 import jax
@@ -112,7 +113,7 @@ core_bundle = "none"  # @param ["none", "download"] {allow-input: true}
 # @markdown Items of each CORE task (0: all)
 core_items = 0  # @param {type:"integer"}
 # @markdown What to say to the model at the end, one turn after the other, between them |
-say = 'Hello! | What is 37 times 85? | How many "r" are in "strawberry"? | Thanks!'  # @param {type:"string"}
+say = "Hello! | What is 37 times 85? | How many r's are in strawberry? | Thanks!"  # @param {type:"string"}
 # @markdown Go on by typing (a notebook asks below its last cell; an empty line ends it; in a terminal rather python -m lib.chat)
 live = False  # @param {type:"boolean"}
 
@@ -126,6 +127,8 @@ else:
     folder = open_run(run, "checkpoints" if ckpt in ("", "best") else FILE)
     tokenizer = load_tokenizer(folder)
 device = device_report()
+if device["count"] > 1:
+    print("one of them is used here: a model that was trained on several is measured and fine-tuned on one")
 
 # %% [markdown]
 # ## The model
@@ -239,9 +242,8 @@ update_json(folder / "results.json", val_source=source, val_bpb=score["bpb"], va
 chats = {stage: sft.open_mixture(mixture, "train") for stage, mixture in taught.items()}
 held_out = {stage: sft.open_mixture(mixture, "val") for stage, mixture in taught.items()}
 for stage, found in chats.items():
-    calls = (m for m in found.messages if not isinstance(m[-1]["content"], str) and len(m[-1]["content"]) > 3)
-    shown = next(calls, found.messages[0])  # one that uses the calculator, where there is one
-    pairs = zip(*tokenizer.render_conversation(shown, config.sequence_len + 1))
+    shown = next((m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0])  # one that uses the calculator
+    pairs = zip(*sft.render(tokenizer, shown, config.sequence_len + 1))
     print(f"{stage}, a conversation of its mixture:")
     for learnt, part in itertools.groupby(pairs, key=lambda pair: pair[1]):
         print(f"  {'learnt ' if learnt else 'context'}  {tokenizer.decode([i for i, _ in part])!r}")

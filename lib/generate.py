@@ -17,7 +17,7 @@ import numpy as np
 from lib import model, speculative
 from lib.config import Config
 from lib.files import UserError
-from lib.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, top_alternatives
+from lib.sampling import TOP, Sampling, empty_rows, log_sum_exp, new_row, sample, step_rows, top_alternatives
 
 CHUNK = 8  # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 LONG_CHUNK = 32  # the same when nobody is watching
@@ -95,7 +95,7 @@ def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int
         logits_BTV, cache = model.forward(params, config, jnp.where(active_B, rows["token"], -1)[:, None], cache)
         logits_BV, force_B = logits_BTV[:, 0], forced_BC[:, i]
         token_B = jnp.where(force_B >= 0, force_B, sample(logits_BV, rows))
-        lse_B = jax.nn.logsumexp(logits_BV, axis=-1)
+        lse_B = log_sum_exp(logits_BV)
         logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - lse_B
         top_id, top_logprob = top_alternatives(logits_BV, lse_B, jnp.any(rows["top"] & active_B))
         new = dict(id=jnp.where(active_B, token_B, -1), logprob=logprob_B, top_id=top_id, top_logprob=top_logprob)
@@ -215,6 +215,8 @@ class Engine:
 
     def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
         """Let several rows join, prefilled together, and equal prompts only once."""
+        if not prompts:
+            return []
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self._check(prompt, sampling)
         if len(prompts) > self.free:
@@ -332,12 +334,12 @@ def bucket(n: int, least: int = 1) -> int:
 
 
 def _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty, stop_strings,
-         tokenizer, tool, count) -> Iterator[list[list[int]]]:
+         tokenizer, tool, guess, draft, count) -> Iterator[list[list[int]]]:
     if not prompts:
         return
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop), tuple(stop_strings))
     length = bucket(max(map(len, prompts)) + max_tokens, 64)
-    engine = Engine(params, config, bucket(len(prompts)), length, tokenizer, tool)
+    engine = Engine(params, config, bucket(len(prompts)), length, tokenizer, tool, guess, draft)
     slots = engine.add_many(prompts, [replace(sampling, seed=seed + b) for b in range(len(prompts))])
     while engine.writers:
         new = engine.step(count)
@@ -346,23 +348,23 @@ def _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, s
 
 def stream(params, config: Config, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0, top_k: int = 0,
            top_p: float = 1.0, seed: int = 0, stop: tuple[int, ...] = (), min_p: float = 0.0, repetition_penalty: float = 1.0,
-           stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None) -> Iterator[list[list[int]]]:
+           stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None, guess: int = 0, draft=None) -> Iterator[list[list[int]]]:
     """Generate after each prompt, yielding the new token ids of every row a few at a time.
 
-    prompts: token ids, at least one each; several lengths may be mixed. The settings are those of `Sampling`, tool and tokenizer those
-    of `Engine`. Row b draws from seed + b, whatever else is in the batch; the same seed gives the same text.
+    prompts: token ids, at least one each; several lengths may be mixed. The settings are those of `Sampling`; tokenizer, tool,
+    guess and draft those of `Engine`. Row b draws from seed + b, whatever else is in the batch; the same seed gives the same text.
     """
     return _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty,
-                stop_strings, tokenizer, tool, CHUNK)
+                stop_strings, tokenizer, tool, guess, draft, CHUNK)
 
 
 def generate(params, config: Config, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, stop: tuple[int, ...] = (), min_p: float = 0.0, repetition_penalty: float = 1.0,
-             stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None) -> list[list[int]]:
+             stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None, guess: int = 0, draft=None) -> list[list[int]]:
     """The whole of `stream` at once: for each prompt the list of new token ids, without the prompt."""
     rows = [[] for _ in prompts]
     for new in _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty,
-                    stop_strings, tokenizer, tool, LONG_CHUNK):
+                    stop_strings, tokenizer, tool, guess, draft, LONG_CHUNK):
         for row, ids in zip(rows, new):
             row += ids
     return rows

@@ -94,13 +94,13 @@ def rotate(x_BTNH, cos, sin):
     return (x * cos + x[..., ::-1, :] * sin).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-def write_cache(ring_XSH, new_BTKH, at_BT):
-    """Put new keys or values at positions at_BT (negative: nowhere) into a ring, where position p lies in slot p mod S."""
+def write_cache(ring_XSH, new_BTKH, at_BT, length_B):
+    """Put new keys or values at positions at_BT, from length_B on (negative: nowhere), into a ring, where position p lies in slot p mod S."""
     B, T, K, H = new_BTKH.shape
     S = ring_XSH.shape[1]
     new_BTKH = new_BTKH.astype(ring_XSH.dtype)
     if B == T == 1:  # padding spoils only the slot whose turn it is, and nobody needs that any more
-        return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, at_BT[0, 0] % S, 0))
+        return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, length_B[0] % S, 0))
     last_B1 = jnp.max(at_BT, axis=1, keepdims=True)
     slot_BT = jnp.where((at_BT >= 0) & (at_BT > last_B1 - S), at_BT % S, S)  # of more than S new ones the last S stay
     ring_BKSH = ring_XSH.reshape(B, K, S, H).at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH, mode="drop")
@@ -154,7 +154,7 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
             o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible, **options)
         else:
             *old, at_BT, length_B = kv
-            kv = [write_cache(ring, new, at_BT) for ring, new in zip(old, (k_BTKH, v_BTKH))]
+            kv = [write_cache(ring, new, at_BT, length_B) for ring, new in zip(old, (k_BTKH, v_BTKH))]
             S = old[0].shape[1]
             if at_BT.shape[1] == 1:  # decoding: what the one new token overwrote is outside its window
                 o_BTNH = cached_attention(q_BTNH, kv[:1], kv[1:], at_BT, held_positions(length_B + 1, S), window)

@@ -47,6 +47,8 @@ class Settings:
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
     int8: bool = False
     """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
+    guess: int = 0
+    """tokens to guess ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 for everybody who can reach this machine, which needs a token"""
     port: int = 8000
@@ -267,7 +269,7 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     api, metrics = Api(model, settings), Metrics()
     params = quantized(model.params, model.config) if settings.int8 else model.params
-    engine = Engine(params, model.config, settings.slots, api.context, model.tokenizer, calculator)
+    engine = Engine(params, model.config, settings.slots, api.context, model.tokenizer, calculator, settings.guess)
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
     for name in ("rawchat_prompt_tokens_total", "rawchat_completion_tokens_total", "rawchat_cancelled_answers_total"):

@@ -1,7 +1,7 @@
 """Fine-tuning on conversations: mixtures by name, whole conversations packed into rows, phases between checkpoints.
 
 A mixture is a list of sources, each a task of lib.tasks or a JSONL file of chats. Its conversations are rendered as they enter
-the packing buffer, and a row teaches the assistant's words alone. The training step is lib.train's, the very one of pretraining.
+the packing buffer, and a row teaches the assistant's words alone. Plain text may be among them, against forgetting; all of it is taught. The training step is lib.train's, the very one of pretraining.
 """
 
 import collections
@@ -37,8 +37,8 @@ PHASES = {
 }
 # Name -> {source: epochs}. Epochs are the weights: 0.5 takes half of a source's conversations, 3 takes them three times a pass.
 MIXTURES: dict[str, dict[str, float]] = {
-    "embedded_mid": dict(arithmetic=1.0, spelling=1.0, counting=1.0, strings=1.0, pyfacts=1.0, identity=1.0),
-    "embedded_sft": dict(dialogues=1.0, spelling=0.2, counting=0.2, strings=0.2, pyfacts=0.4),
+    "embedded_mid": dict(arithmetic=1.0, spelling=1.0, counting=1.0, strings=1.0, pyfacts=1.0, identity=1.0, source_text=1.0),
+    "embedded_sft": dict(dialogues=1.0, spelling=0.2, counting=0.2, strings=0.2, pyfacts=0.4, source_text=0.3),
     "nanochat_mid": dict(smoltalk=1.0, mmlu=1.0, gsm8k=1.0, identity_conversations=2.0, spelling=1.0, counting=1.0),
     "nanochat_sft": dict(arc_easy=1.0, arc_challenge=1.0, gsm8k=1.0, smoltalk=0.02, identity_conversations=1.0, spelling=0.01,
                          counting=0.01),
@@ -118,20 +118,28 @@ def parse_mixture(text: str) -> dict[str, float]:
     return mixture
 
 
-def _source(name: str) -> list[list[dict]]:
+def _source(name: str) -> list[list[dict] | str]:
     if name.endswith(".jsonl"):
         return read_chats(name)
-    chats = [item.get("messages") for item in items_of(name, "train")]
-    if not all(messages and messages[-1]["role"] == "assistant" for messages in chats):
-        raise UserError(f"task {name} holds no conversations to learn from: leave it out of the mixture")
+    chats = [item.get("messages") or item.get("text") for item in items_of(name, "train")]
+    if not all(chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats):
+        raise UserError(f"task {name} holds neither conversations nor text to learn from: leave it out of the mixture")
     return chats
+
+
+def render(tokenizer: Tokenizer, chat: list[dict] | str, max_tokens: int) -> tuple[list[int], list[int]]:
+    """(ids, mask) as of `Tokenizer.render_conversation`; of a text, all but its bos is learnt."""
+    if not isinstance(chat, str):
+        return tokenizer.render_conversation(chat, max_tokens)
+    ids = tokenizer.encode(chat, bos=True)[:max_tokens]
+    return ids, [0] + [1] * (len(ids) - 1)
 
 
 @dataclass(frozen=True)
 class Chats:
-    """The conversations of one side of a mixture, `messages[i]` from `source[i]`; `identity` names their content."""
+    """The conversations (or texts) of one side of a mixture, `messages[i]` from `source[i]`; `identity` names their content."""
 
-    messages: list[list[dict]]
+    messages: list[list[dict] | str]
     source: list[str]
     identity: str
 
@@ -194,9 +202,9 @@ def _batches(chats, tokenizer, settings, position, loop):
     epoch, index = position["epoch"], position["index"]
     counts = {name: position[name] for name in COUNTS}
 
-    def render(i):
+    def rendered(i):
         """(number, ids, mask, whether it was cut) of a conversation."""
-        ids, mask = tokenizer.render_conversation(chats.messages[i], width + 1)
+        ids, mask = render(tokenizer, chats.messages[i], width + 1)
         return i, ids[:width], mask[:width], len(ids) > width
 
     @functools.lru_cache(1)
@@ -205,7 +213,7 @@ def _batches(chats, tokenizer, settings, position, loop):
             return np.arange(len(chats))
         return np.random.RandomState([seed, epoch]).permutation(len(chats))  # its numbers never change with numpy's version
 
-    waiting = [render(i) for i in position["waiting"]]
+    waiting = [rendered(i) for i in position["waiting"]]
 
     def top_up():
         nonlocal epoch, index
@@ -215,7 +223,7 @@ def _batches(chats, tokenizer, settings, position, loop):
                 if not loop:
                     return
                 epoch, index = epoch + 1, 0
-            chat = render(int(order(epoch)[index]))
+            chat = rendered(int(order(epoch)[index]))
             index += 1
             if any(chat[2][1:]):
                 waiting.append(chat)
@@ -255,7 +263,7 @@ def _batches(chats, tokenizer, settings, position, loop):
 def plan(chats: Chats, tokenizer: Tokenizer, config: Config, epochs: float, sample: int = 2000) -> dict:
     """{"conversations": {source: how many}, "tokens": of one pass, "steps": of `epochs` passes}, from the lengths of a sample."""
     some = chats.messages[:: max(1, len(chats) // sample)]
-    mean = np.mean([len(tokenizer.render_conversation(m, config.sequence_len + 1)[0]) for m in some])
+    mean = np.mean([len(render(tokenizer, chat, config.sequence_len + 1)[0]) for chat in some])
     rows = epochs * len(chats) * mean / (config.sequence_len + 1)
     steps = max(1, round(rows * config.sequence_len / config.total_batch_size))
     return dict(conversations=dict(collections.Counter(chats.source)), tokens=round(len(chats) * mean), steps=steps)

@@ -1,6 +1,7 @@
 """Greedy text is the reference's, a row is the same alone or among others, tools and stops work inside a batch, nothing recompiles."""
 
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def scripted(monkeypatch, scripts):
 
     monkeypatch.setattr(model, "forward", forward)
     config = Config(vocab_size=vocab, n_layer=1, n_embd=24, n_head=1, n_kv_head=1, head_dim=2, mlp_dim=8, window_pattern="L",
-                    sequence_len=64, microbatch=1, total_batch_size=64, seed=abs(hash(str(scripts))) % 2**31)  # traced anew
+                    sequence_len=64, microbatch=1, total_batch_size=64, seed=zlib.crc32(str(scripts).encode()) % 2**31)  # traced anew
     return Engine(init_params(0, config), config, len(scripts), 64, golden()[2], calculator)
 
 

@@ -188,3 +188,27 @@ def test_cached_logits_equal_full_ones_across_window_and_context_ends():
     rest, cache = forward(params, TINY, np.stack([x[0, 140:256], x[1, 120:236]]), cache)
     np.testing.assert_allclose(rest[0], full[0, 140:], atol=3e-5)
     np.testing.assert_allclose(rest[1], full[1, 120:236], atol=3e-5)
+
+
+def test_cached_bfloat16_is_as_close_as_the_full_forward():
+    config, x = TINY.replace(compute_dtype="bfloat16"), tokens(2, 40)
+    exact, full = (forward(tiny_params(), c, x)[0][:, 30:] for c in (TINY, config))
+    _, cache = forward(tiny_params(), config, x[:, :30], model.init_cache(config, 2, 64))
+    steps = []
+    for t in range(30, 40):
+        logits, cache = forward(tiny_params(), config, x[:, t: t + 1], cache)
+        steps.append(logits[:, 0])
+    assert cache["k"][0].dtype == jnp.bfloat16
+    assert relative(np.stack(steps, 1), exact) < 1.5 * relative(full, exact)
+
+
+def test_padding_of_a_single_row_spoils_nothing_that_is_seen():
+    x, params = tokens(1, 9), tiny_params()
+    full, _ = forward(params, TINY, x)
+    _, cache = forward(params, TINY, x[:, :8], model.init_cache(TINY, 1, 8 + 1))
+    before = [np.asarray(a) for a in (*cache["k"], *cache["v"])]
+    _, cache = forward(params, TINY, np.array([[-1]]), cache)
+    for old, new in zip(before, (*cache["k"], *cache["v"])):
+        np.testing.assert_array_equal(new[:, :8], old[:, :8])
+    logits, _ = forward(params, TINY, x[:, 8:], cache)
+    np.testing.assert_allclose(logits[0, 0], full[0, 8], atol=2e-5)

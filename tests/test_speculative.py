@@ -10,7 +10,7 @@ from conftest import PARITY, load, parity_model
 from test_generate import PROMPTS, drain, ids, scripted
 
 from lib.files import UserError
-from lib.generate import Engine, Sampling
+from lib.generate import Engine, Sampling, generate, stream
 from lib.speculative import look_up
 from lib.tokenizer import Tokenizer
 
@@ -114,6 +114,14 @@ def test_look_up_prefers_long_then_late_matches():
     got = look_up(history, jnp.array([9, 3]), jnp.array([3, 5]), 2)
     assert got[0].tolist() == [7, 9], "after 1 2 3, not after the later 9 3"
     assert got[1, 0] == 5
+
+
+def test_generate_and_stream_guess_too():
+    config, params, draft = golden()
+    plain = generate(params, config, PROMPTS, 24, temperature=0)
+    assert plain == generate(params, config, PROMPTS, 24, temperature=0, guess=3)
+    pieces = list(stream(params, config, PROMPTS[:1], 24, temperature=0, guess=3, draft=(draft, config)))
+    assert [id for (new,) in pieces for id in new] == plain[0] and len(pieces) > 1
 
 
 def test_bad_drafts_get_one_sentence():

@@ -173,6 +173,16 @@ def _word(rng, split) -> str:
     return word
 
 
+def _shown(rng, word: str) -> str:
+    """A word as people write it in a question. An answer says it in the same way, so that it is the same tokens again."""
+    return rng.choice([f'"{word}"', f'"{word}"', f'"{word}"', f"'{word}'", word, word])
+
+
+def _named(shown: str) -> str:
+    """A word at the beginning of an answer: one without quotes follows other words, because a blank before it is part of its tokens."""
+    return shown if shown[0] in "\"'" else f"The word {shown}"
+
+
 SPELL = ["Spell {}.", "How do you spell {}?", "Spell the word {}.", "Please spell {}.", "Spell {} letter by letter.",
          "Which letters are in {}, in order?", "What are the letters of {}?", "Can you spell {} for me?", "spell {}",
          "Write {} one letter at a time.", "List the letters of the word {}.", "Break {} into its letters."]
@@ -184,13 +194,15 @@ def letters(word: str) -> str:
 
 def spelling(rng, split):
     word = _word(rng, split)
-    return word, rng.choice(SPELL).format(f'"{word}"'), [text(f'"{word}":', letters(word))], letters(word)
+    shown = _shown(rng, word)
+    return word, rng.choice(SPELL).format(shown), [text(f"{_named(shown)}:", letters(word))], letters(word)
 
 
 COUNT = ["How many {c} are in {w}?", "How many times does {c} appear in {w}?", "Count the {c} in {w}.",
          "How often does {w} contain {c}?", "How many times is the letter {c} in the word {w}?", "how many {c} in {w}",
          "Count the letter {c} in the word {w}.", "In {w}, how many {c} are there?", "How often is {c} in {w}?",
          "What is the number of {c} in {w}?", "How many letters {c} does {w} have?"]
+COUNT_BARE = [*COUNT, "How many {c}s are in {w}?", "How many {c}'s are in {w}?", "how many {c}'s are there in {w}"]
 
 
 def counting(rng, split):
@@ -199,8 +211,10 @@ def counting(rng, split):
     if not fitting:
         return None
     letter = rng.choice(fitting)
-    question = rng.choice(COUNT).format(c=f'"{letter}"', w=f'"{word}"')
-    parts = [text(f'"{word}":', letters(word)), *call(f'"{word}".count("{letter}")', n),
+    shown = _shown(rng, word)
+    question = rng.choice(COUNT_BARE if shown == word else COUNT).format(c=shown.replace(word, letter), w=shown)
+    counted = word if shown[0] == '"' else letters(word)  # what stands there in the tokens that the call needs
+    parts = [text(f"{_named(shown)}:", letters(word)), *call(f'"{counted}".count("{letter}")', n),
              text(f'The letter "{letter}" appears {n} time{"s" * (n != 1)}.')]
     return word, question, parts, str(n)
 
@@ -218,7 +232,8 @@ LENGTH = ["How many letters does {} have?", "How long is {}?", "What is the leng
 
 def strings(rng, split):
     kind, word, other = rng.choice("upper join repeat reverse end end length".split()), _word(rng, split), _word(rng, split)
-    w, spelt = f'"{word}"', f'"{word}": {letters(word)}'
+    w = _shown(rng, word) if kind not in ("join", "repeat") else f'"{word}"'
+    spelt = f"{_named(w)}: {letters(word)}"
     if kind == "upper":
         answer = letters(word.upper())
         return word, rng.choice(UPPER).format(w), [text(f"{spelt}. In capital letters:", answer)], answer
@@ -240,7 +255,7 @@ def strings(rng, split):
         return word, question, [text(f'{spelt}. The {end} letter is "{answer}".')], answer
     counted = " ".join(f"{i} {c}" for i, c in enumerate(word, 1))
     answer = f"{len(word)} letters"
-    return word, rng.choice(LENGTH).format(w), [text(f'{w}: {counted}. It has {answer}.')], answer
+    return word, rng.choice(LENGTH).format(w), [text(f"{_named(w)}: {counted}. It has {answer}.")], answer
 
 
 # ---- the running Python ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Held-out code completion: which lines come next in a source file of the running Python that training never saw."""
+"""The running Python's sources as tasks: which lines come next in a file that training never saw, and passages, to go on reading."""
 
+import functools
 import hashlib
 import random
 import re
@@ -14,6 +15,7 @@ LINES_PER_DEF = 60  # files with fewer definitions are tables of numbers and nam
 CONTEXT_LINES, NEXT_LINES = 12, 2
 CONTEXT_CHARS, SHORTEST = 400, 24  # the context is cut to whole lines of about so many; a continuation has at least so many
 CHOICES = 4
+PASSAGES, PASSAGE_CHARS = 2000, 700  # how many, of about so many characters, so that one fits into a short row
 
 
 def _depth(line: str) -> int:
@@ -65,4 +67,21 @@ def completion_items(split: str) -> list[dict]:
     return items[:ITEMS]
 
 
-TASKS: dict[str, Task] = {"code_completion": Task("likelihood", completion_items, 1 / CHOICES)}
+def passages(split: str) -> list[dict]:
+    """Whole lines of files of one side, drawn at random: mixed into fine-tuning, they keep a model from forgetting its text."""
+    found = []
+    for document in data.documents("stdlib", "train" if split == "train" else "val"):
+        passage = ""
+        for line in document.splitlines(keepends=True):
+            if passage and len(passage) + len(line) > PASSAGE_CHARS:
+                found.append(passage)
+                passage = ""
+            passage += line[:PASSAGE_CHARS]
+        found.append(passage)
+    found = sorted({p for p in found if len(p) > PASSAGE_CHARS // 2})
+    size = PASSAGES if split == "train" else ITEMS
+    return [dict(id=f"source_text/{split}/{i}", text=p) for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))]
+
+
+TASKS: dict[str, Task] = {"source_text": Task("perplexity", functools.cache(passages), None),
+                          "code_completion": Task("likelihood", completion_items, 1 / CHOICES)}
