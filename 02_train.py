@@ -51,13 +51,14 @@ import time
 import jax
 import numpy as np
 
-from lib import checkpoint, data, evals, generate, model, preflight, report, train
-from lib.chips import chip
+from lib import checkpoint, data, evals, generate, model, preflight, report, sharding, train
+from lib.chips import Slice, chip
 from lib.config import Config
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
 from lib.metrics import Metrics, column, read_jsonl, trace_window
-from lib.notebook import device_report, flags, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show, subplots
+from lib.notebook import (device_report, flags, join_hosts, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show,
+                          subplots)
 from lib.params import count_params, named_specs
 from lib.tokenizer import FILE, load_tokenizer
 
@@ -73,7 +74,8 @@ depth = 0  # @param {type:"integer"}
 num_steps = 0  # @param {type:"integer"}
 # @markdown Any other Config field by name, such as: optimizer=adamw mlp=swiglu matrix_lr=0.01
 overrides = ""  # @param {type:"string"}
-# @markdown Rows per forward pass: preset, auto (searched: with rematerialisation and blocks, the fastest that fits this device) or a number
+# @markdown Rows per forward pass: preset, auto (searched: with rematerialisation and blocks, the fastest that fits this device), both for
+# @markdown each device of several, or a number for all together
 microbatch = "preset"  # @param ["preset", "auto"] {allow-input: true}
 # @markdown How this device is paid for; prices are in lib/chips.py, with their date: check them
 pay = "on-demand"  # @param ["on-demand", "flex-start", "spot", "colab"]
@@ -111,12 +113,27 @@ push_to = ""  # @param {type:"string"}
 writers = "console"  # @param {type:"string"}
 # @markdown Profile these steps, like 10:12 (open runs/NAME/trace in TensorBoard); empty for none
 trace = ""  # @param {type:"string"}
+# @markdown How several devices share the work: dp (each holds everything), zero (splits the optimizer's state), fsdp (splits the parameters
+# @markdown too), tp (splits each layer); auto: zero if it fits by estimate, else fsdp
+strategy = "auto"  # @param ["auto", "dp", "zero", "fsdp", "tp"]
+# @markdown Devices on each mesh axis, like data=2 fsdp=4 (axes: data, fsdp, tensor); empty: all on the strategy's own
+mesh = ""  # @param {type:"string"}
+# @markdown For several hosts, each running this with the same settings: HOST:PORT of process 0, or auto (a TPU slice and Slurm know); empty: one
+coordinator = ""  # @param ["", "auto"] {allow-input: true}
+# @markdown Number of processes, with a HOST:PORT
+host_count = 0  # @param {type:"integer"}
+# @markdown Which of them this is, from 0
+host_index = -1  # @param {type:"integer"}
+# @markdown Seconds that they wait for each other to start
+join_timeout = 300.0  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
+first = join_hosts(coordinator, host_count, host_index, join_timeout)  # of several processes this one writes and prints
 folder = open_run(run, needs=FILE)
 tokenizer = load_tokenizer(folder)
 trace_start, trace_stop = parse_steps(trace)
+mesh_sizes = preflight.parse_mesh(mesh)
 
 # %% [markdown]
 # ## The device
@@ -135,28 +152,42 @@ print(f"preset {chosen}: {why}")
 asked = dict(vocab_size=tokenizer.vocab_size) | ({"depth": depth} if depth else {}) | ({"num_steps": num_steps} if num_steps else {})
 config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
 store = checkpoints or folder / "checkpoints"
-saved = checkpoint.latest(store)
+saved = sharding.from_first("checkpoint", lambda: (found := checkpoint.latest(store)) and str(found))
 if push_to:
     if is_remote(store):
         raise UserError(f"push_to uploads local checkpoints, and these go to {store}: leave one of the two empty")
-    checkpoint.check_hub(push_to, hub_token := secret("HF_TOKEN"))
-    tokenizer.push_to_hub(push_to, hub_token)
+    hub_token = secret("HF_TOKEN")
+    if first:
+        checkpoint.check_hub(push_to, hub_token)
+        tokenizer.push_to_hub(push_to, hub_token)
 if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
     raise UserError(f"{folder} was trained before: pass if_exists=continue or fresh, or another run")
 if saved and if_exists == "fresh":
     if checkpoints:
         raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
-    print(f"fresh start: what was there is now in {set_aside(folder, *checkpoint.STAGES.values(), 'evals', 'metrics.jsonl', 'config.json')}")
+    if first:
+        old = [*checkpoint.STAGES.values(), "evals", "metrics.jsonl", "config.json"]
+        print(f"fresh start: what was there is now in {set_aside(folder, *old)}")
     saved = None
 config = preflight.with_microbatch(config, microbatch, device, keep=parse_overrides(overrides, Config),
                                    before=checkpoint.read_meta(saved)["config"] if saved else None)
+grow = microbatch in ("preset", "auto") and "microbatch" not in parse_overrides(overrides, Config)
+config, layout, why = train.choose_layout(config, strategy, mesh_sizes, memory=device["memory"], grow=grow)
+print(f"devices     {why}")
+ways = layout.size(*sharding.BATCH) if layout else 1  # how many devices share the rows
+# what a checkpoint remembers: the rows that one device took at a time, so that it goes on, is measured and fine-tuned on any number of them
+portable = config.replace(microbatch=config.microbatch // ways)
 settings = dict(source=source, packing=packing, shards=shards)
+places = dict(run=str(folder), checkpoints=str(store), tokenizer=tokenizer.fingerprint)
+sharding.check_same("settings", portable.to_dict() | settings | places)
 # made now, so that a missing bundle stops the run before any compute
 measure_core = core.during_training(config, tokenizer, core_bundle or None, limit=core_limit) if core_every else None
 if saved:
     meta = checkpoint.read_meta(saved)
-    now, then = config.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}, Config.from_dict(meta["config"]).to_dict() | meta["settings"]
-    then |= {"tokenizer": meta["tokenizer"]}
+    now = portable.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}
+    then = Config.from_dict(meta["config"]).to_dict() | meta["settings"] | {"tokenizer": meta["tokenizer"]}
+    if meta.get("ways", 1) != ways:  # on other devices the same batch is cut otherwise
+        then["microbatch"] = portable.microbatch
     changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
     if changed:
         raise UserError(f"{folder} was trained with other settings ({'; '.join(changed[:3])}): set them back to continue, "
@@ -169,7 +200,8 @@ print(f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_he
       f"windows {config.window_pattern}, rows of {config.sequence_len} tokens, {config.dtype} on float32 masters")
 print(f"attention   {config.attention_name}")
 print(f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens "
-      f"({config.accumulate} x {config.microbatch} rows) = {config.num_steps * config.total_batch_size:,} tokens, "
+      f"({config.accumulate} x {config.microbatch} rows{f', {portable.microbatch} a device' if layout else ''}) "
+      f"= {config.num_steps * config.total_batch_size:,} tokens, "
       f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter")
 print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 
@@ -180,13 +212,15 @@ print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 # its compiler, which runs on any Linux machine.
 
 # %%
-memory = train.estimate_memory(config)
+memory = train.estimate_memory(config, layout)
 print("memory      " + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
-      + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there")
+      + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there{' on each' if layout else ''}")
 known = chip(device["kind"])
 if known:
-    print(preflight.report_text(preflight.estimate(config, preflight.Slice(device["kind"], known, "at hand", 1))))
-plan = preflight.plan(config, known, pay=pay, price=price_per_hour, memory=sum(memory.values()))
+    where = Slice(device["kind"], known, "at hand", device["count"] if layout else 1)
+    sizes = {axis: layout.size(axis) for axis in sharding.AXES} if layout else None
+    print(preflight.report_text(preflight.estimate(config, where, layout.strategy if layout else "dp", sizes)))
+plan = preflight.plan(config, known, device["count"], pay=pay, price=price_per_hour, memory=sum(memory.values()))
 print(preflight.plan_text(plan))
 if not known:
     print("time        known after the first steps: this device's peak is not in the table")
@@ -208,8 +242,9 @@ def val_batches():
 
 
 def train_batches(cursor):
-    return data.prefetch(data.batches(train_tokens, rows, config.sequence_len, packing=packing, cursor=cursor,
-                                      seed=config.seed), jax.device_put)
+    """Every process packs the same rows and keeps those of its devices: packing is fast, and the curve the same on any number of them."""
+    return data.prefetch(data.batches(train_tokens, rows, config.sequence_len, packing=packing, cursor=cursor, seed=config.seed),
+                         lambda batch: sharding.put_batch(layout, batch, whole=True))
 
 
 first_inputs, _, first_cursor = next(data.batches(train_tokens, rows, config.sequence_len, packing=packing, seed=config.seed))
@@ -229,14 +264,14 @@ for name, spec in named_specs(config):
 # Compiling is the slow part of it, once; the compiler also says exactly how much memory the step needs.
 
 # %%
-template = train.state_template(config)
+template = train.state_template(config, layout)
 batch_template = jax.ShapeDtypeStruct((rows, config.sequence_len), np.int32)
 clock = time.perf_counter()
-step_fn = train.make_train_step(config).lower(template, batch_template, batch_template).compile()
+step_fn = train.make_train_step(config, layout).lower(template, batch_template, batch_template).compile()
 compile_seconds = time.perf_counter() - clock
 used = step_fn.memory_analysis()
 peak_memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-print(f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB "
+print(f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB{' a device' if layout else ''} "
       f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)")
 
 cursor = None
@@ -245,8 +280,10 @@ if saved:
     cursor = meta["cursor"]
     print(f"continuing {saved} at step {int(state.step)} of {config.num_steps}")
 else:
-    state = train.init_state(config)
-config.save(folder / "config.json")
+    state = train.init_state(config, layout)
+if first:
+    portable.save(folder / "config.json")
+token_losses = train.token_losses_on(layout) if layout else evals.token_losses
 
 # %% [markdown]
 # ## The loop
@@ -259,45 +296,51 @@ every = dict(eval=eval_every or max(1, config.num_steps // 10), sample=sample_ev
 prompts = ["def ", "import ", "# The ", "class "] if source == "stdlib" else ["The ", "Once upon a time", "In the year", "I think"]
 prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
 done = int(state.step)
-samples, val_bpb, seconds = [], None, 0.0
+samples, val_bpb, seconds, stopping = [], None, 0.0, False
 
 
 def write_samples(params):
-    new = generate.generate(params, config, prompt_ids, 48, temperature=0.8, top_k=50, seed=config.seed,
-                            stop=(tokenizer.bos,))
+    params = sharding.whole(layout, params, config.dtype)
+    new = generate.generate(params, config, prompt_ids, 48, temperature=0.8, top_k=50, seed=config.seed, stop=(tokenizer.bos,))
     return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
 
 
+def pause(n):
+    """Whether to look at the state after n steps."""
+    global stopping
+    stopping = sharding.stop_together(n, signal.stop)
+    return stopping or n == last or any(n % e == 0 for e in every.values() if e) or n in (trace_start - 1, trace_stop)
+
+
+last = config.num_steps
 with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], resumed=done if saved else None,
               config=config.to_dict()) as metrics,
       checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
       checkpoint.interruptible() as signal, trace_window(folder, trace_start, trace_stop) as tick):
-    last = config.num_steps
-    pause = lambda n: signal.stop or n == last or any(n % e == 0 for e in every.values() if e) or n in (trace_start - 1, trace_stop)
     tick(done + 1, state)
     try:
         for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
             values, n = step.metrics, step.step
             if device["flops"]:
-                values["mfu"] = values["tokens_per_s"] * config.flops_per_token / device["flops"]
+                values["mfu"] = values["tokens_per_s"] * config.flops_per_token / (device["flops"] * device["count"])
             seconds += values["step_time"]
-            stop = signal.stop and step.state is not None
+            stop = stopping and step.state is not None
             if step.state is not None:
                 state = step.state
                 if n % every["eval"] == 0 or n == last:
-                    measured = evals.bits_per_byte(state.params, config, val_batches(), tokenizer.token_bytes)
+                    measured = evals.bits_per_byte(state.params, config, val_batches(), tokenizer.token_bytes, losses_of=token_losses)
                     val_bpb = values["val_bpb"] = measured["bpb"]
                     values["val_loss"] = measured["loss"]
                 if measure_core and (n % core_every == 0 or n == last):
-                    values |= measure_core(state.params)
+                    values |= measure_core(sharding.whole(layout, state.params, config.dtype))
                 if n % every["sample"] == 0 or n == last:
                     samples = write_samples(state.params)
                     values["samples"] = "\n\n".join(samples)
                     print("\n".join(f"\nstep {n}: {s}" for s in samples))
                 if n % every["save"] == 0 or n == last or stop:
-                    saver.save(n, state, dict(config=config.to_dict(), cursor=step.cursor, settings=settings,
+                    saver.save(n, state, dict(config=portable.to_dict(), ways=ways, cursor=step.cursor, settings=settings,
                                               tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values.get("val_bpb"))
-                    if push_to:
+                    if push_to and first:
                         upload = checkpoint.upload_to_hub(saver.wait(), push_to, hub_token)
                 tick(n + 1, state)
             metrics.log(n, values)
@@ -306,8 +349,22 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
     except UserError as e:
         saver.wait()
         raise UserError(f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})") from e
+sharding.from_each("end", int(state.step))  # until the last one has written
 if int(state.step) < config.num_steps:
     raise UserError(f"stopped at step {int(state.step)} and saved: run again with the same settings to go on")
+
+# %% [markdown]
+# ## What was saved
+#
+# The newest checkpoint is read back and compared. It is the last thing that several hosts do together.
+
+# %%
+back, _ = checkpoint.restore(checkpoint.latest(store), template)
+same = sharding.equal(back, state)
+samples = samples or write_samples(state.params)
+params = sharding.whole(layout, state.params, config.dtype)
+if not first:
+    raise SystemExit
 
 # %% [markdown]
 # ## Curves
@@ -332,7 +389,6 @@ show(figure, folder / "plots" / "training.png")
 # ## Samples
 
 # %%
-samples = samples or write_samples(state.params)
 print("\n\n".join(samples))
 
 # %% [markdown]
@@ -341,11 +397,9 @@ print("\n\n".join(samples))
 # %%
 _, throughput = column(rows_logged, "tokens_per_s")
 speed = float(np.median(throughput[1:] or throughput))
-back, _ = checkpoint.restore(checkpoint.latest(store), template)
-same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state)))
 probe = np.asarray(first_inputs[:1])
 changed = np.where(np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size)
-logits = [model.forward(state.params, config, p)[0][0, : probe.shape[1] // 2] for p in (probe, changed)]
+logits = [model.forward(params, config, p)[0][0, : probe.shape[1] // 2] for p in (probe, changed)]
 checks = {
     f"first loss {losses[0]:.2f} is near ln(vocabulary) = {math.log(config.vocab_size):.2f}": abs(losses[0] - math.log(config.vocab_size)) < 0.5,
     f"loss went down to {losses[-1]:.2f}": losses[-1] < losses[0],
@@ -361,13 +415,15 @@ for what, good in checks.items():
 # %%
 results = dict(preset=chosen, source=source, params=counts["total"], steps=config.num_steps,
                train_tokens=config.num_steps * config.total_batch_size, train_tokens_per_s=round(speed),
-               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"], plan=plan,
+               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"], devices=device["count"],
+               sharding=layout.strategy if layout else "none", plan=plan,
                jax=jax.__version__, python=platform.python_version(), commit=report.commit_id())
 if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
     results |= dict(val_bpb=val_bpb, val_source=source, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
                     packing_waste=data.waste(step.cursor))
 results = update_json(folder / "results.json", **results)
-print(preflight.compare(plan, seconds, (int(state.step) - done) * config.total_batch_size, config.flops_per_token, device["flops"]))
+print(preflight.compare(plan, seconds, (int(state.step) - done) * config.total_batch_size, config.flops_per_token,
+                        device["flops"] and device["flops"] * device["count"]))
 print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
 if push_to and int(state.step) > done:
     print(f"last checkpoint uploaded: {upload.result()}")

@@ -57,7 +57,7 @@ class Config:
     remat: str = "none"  # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all of it)
     loss_chunk: int = 2048  # tokens whose logits exist at one time
     scan_layers: bool = True  # one compiled body per group of equal layers; False unrolls: slower to compile
-    microbatch: int = 4  # rows per forward pass and device; gradients accumulate to total_batch_size
+    microbatch: int = 4  # rows per forward pass, of all devices together; gradients accumulate to total_batch_size
     # training
     optimizer: str = "muon"
     total_batch_size: int = REFERENCE_BATCH  # tokens per optimizer step
@@ -179,7 +179,7 @@ class Config:
 
     @property
     def accumulate(self) -> int:
-        """Microbatches per optimizer step on one device."""
+        """Microbatches per optimizer step."""
         return self.total_batch_size // (self.microbatch * self.sequence_len)
 
     # ---- one dial ------------------------------------------------------------------------------------------------

@@ -71,10 +71,33 @@ def install_missing():
 
 
 def _excepthook(kind, error, trace):
-    if not issubclass(kind, UserError):
-        return sys.__excepthook__(kind, error, trace)
-    print(f"Error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    from lib import sharding
+
+    if issubclass(kind, UserError):
+        print(f"Error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    sharding.end_all(error)
+    if issubclass(kind, UserError):
+        raise SystemExit(2)
+
+
+def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool:
+    """Join the processes of a job as `lib.sharding.start_hosts` does ("auto": the cluster says who is who; empty: this is the only one).
+
+    Returns whether this is the first, which alone writes and prints; the others say nothing but errors from now on.
+    """
+    import jax
+
+    from lib import sharding
+
+    if coordinator:
+        sharding.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)
+    elif count > 1 or index > 0:
+        raise UserError(f"process {index} of {count} does not know the others: give coordinator=host:port of process 0, or auto")
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
+    return jax.process_index() == 0
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -272,7 +295,7 @@ def device_report() -> dict:
     flops (peak bfloat16 FLOP/s per device, None when unknown)."""
     import jax
 
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]  # only one's own devices tell their memory
     known = chip(device.device_kind)
     memory = (device.memory_stats() or {}).get("bytes_limit") or (
         known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -6,10 +6,16 @@ bracket what is split over heads and mlp width (tp, Megatron: arXiv:1909.08053),
 layout all of them are the identity, so that there is one model. Only the optimizer is left to XLA's partitioner.
 """
 
+import atexit
 import contextlib
 import functools
+import itertools
+import json
 import math
+import os
 import socket
+import sys
+import threading
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -110,7 +116,22 @@ def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int
             if over and n % layout.size(over):
                 raise UserError(f"axis {axis} of {name} has {n} entries, which the {over} axis of {layout.size(over)} devices does not divide: "
                                 "use another mesh, or a size that it divides")
+    if jax.process_count() > 1 and devices.flat[0].platform == "cpu":
+        _introduce(layout)
     return layout
+
+
+def _introduce(layout: Layout):
+    """Connect the processes of each group that will talk, now that all are here.
+
+    Gloo, with which CPUs talk, connects a group when it first talks and gives up after 30 seconds, in which not all may have compiled.
+    """
+    axes = [a for a in AXES if layout.size(a) > 1]
+    for group in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
+        total = jax.jit(jax.shard_map(lambda: jax.lax.psum(sum(map(jax.lax.axis_index, group)), group), mesh=layout.mesh, in_specs=(),
+                                      out_specs=P(), check_vma=False)).lower().compile()
+        from_each("introduced", "".join(group))
+        jax.block_until_ready(total())
 
 
 def param_shardings(layout: Layout, config: Config) -> dict:
@@ -127,11 +148,31 @@ def state_shardings(layout: Layout, config: Config, template):
         m=moments(template.opt_state.m), v=moments(template.opt_state.v)))
 
 
-def put_batch(layout: Layout | None, rows_BT):
-    """A batch on its devices: this process gives its own rows, all processes together the global batch."""
+def put_batch(layout: Layout | None, rows_BT, whole: bool = False):
+    """A batch, or a tree of them, on its devices. Each process gives its own rows, or with `whole` all of them give all the same rows."""
     if layout is None:
         return jax.device_put(rows_BT)
-    return jax.make_array_from_process_local_data(layout.batch, np.asarray(rows_BT))
+    put = lambda a: jax.make_array_from_process_local_data(layout.batch, np.asarray(a), a.shape if whole else None)
+    return jax.tree.map(put, rows_BT)
+
+
+def whole(layout: Layout | None, params, dtype=None):
+    """Parameters on one device of each process, for what is not written for a share: sampling, CORE. Without a layout as they are.
+
+    dtype: of the matrices, which halves what they take; decoding and evaluation read them in the compute dtype anyway.
+    """
+    if layout is None:
+        return params
+    cast = lambda a: a.astype(dtype) if dtype is not None and a.ndim > 1 else a
+    everywhere = jax.jit(lambda tree: jax.tree.map(cast, tree), out_shardings=layout.sharding())(params)
+    return jax.tree.map(lambda a: a.addressable_data(0), everywhere)
+
+
+def equal(a, b) -> bool:
+    """Whether two trees of arrays on the same devices are the same bit for bit, on all processes."""
+    parts = lambda x: [np.asarray(s.data) for s in x.addressable_shards] if isinstance(x, jax.Array) else [np.asarray(x)]
+    mine = all(np.array_equal(p, q) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)) for p, q in zip(parts(x), parts(y)))
+    return all(from_each("equal", mine))
 
 
 # ---- inside one device's share ---------------------------------------------------------------------------------------
@@ -166,7 +207,18 @@ def _gather(w, axis):
 
 # summed in float32 whatever the compute dtype: a sum over many devices in bfloat16 would lose the small ones
 _gather.defvjp(lambda w, axis: (_gather(w, axis), None),
-               lambda axis, _, g: (jax.lax.psum_scatter(g.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True).astype(g.dtype),))
+               lambda axis, _, g: (_scatter(g.astype(jnp.float32), "fsdp", axis).astype(g.dtype),))
+
+
+def _scatter(g, over: str, axis: int):
+    """This device's part, along `axis`, of the sum of `g` over the mesh axis `over`."""
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=over, tiled=True)
+    # few heads, which fill no register, among the inner axes: libtpu would sum all of it everywhere (4 heads), or fail (1)
+    if axis == g.ndim - 1 == 2:
+        return scatter(g.reshape(-1, g.shape[2]), scatter_dimension=1).reshape(*g.shape[:2], -1)
+    if axis < g.ndim - 2 and g.shape[-2] % 8:
+        return scatter(g.reshape(*g.shape[:-2], -1), scatter_dimension=axis).reshape(*g.shape[:axis], -1, *g.shape[axis + 1:])
+    return scatter(g, scatter_dimension=axis)
 
 
 def _tensor() -> int:
@@ -213,7 +265,7 @@ def reduce_gradients(layout: Layout, config: Config, grads):
         over = [a for a in BATCH if a not in layout.partition(spec) and layout.size(a) > 1]
         for axis, state in enumerate(layout.state_partition(spec, spec.shape)):
             if state in over and state == "data":
-                g = jax.lax.psum_scatter(g, "data", scatter_dimension=axis, tiled=True)
+                g = _scatter(g, "data", axis)
                 over.remove("data")
         return jax.lax.psum(g, tuple(over)) if over else g
 
@@ -262,9 +314,11 @@ def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout:
     from all, count the number of processes and index this one's, from 0. A process that does not come within `timeout` seconds is named
     in the UserError that all others get; JAX itself would abort them.
     """
+    more = dict(initialization_timeout=int(timeout), shutdown_timeout_seconds=3600)  # process 0 may have an upload to finish
     if not coordinator:
         try:
-            return jax.distributed.initialize(initialization_timeout=int(timeout))
+            jax.distributed.initialize(**more)
+            return _watch()
         except (ValueError, RuntimeError) as e:
             raise UserError(f"cannot find the other hosts by myself ({first_line(e)}): name the coordinator as host:port, the number of processes and "
                             "this one's index") from e
@@ -272,7 +326,8 @@ def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout:
     if not host or not port.isdigit() or count < 1 or not 0 <= index < count:
         raise UserError(f"coordinator {coordinator!r}, process {index} of {count}: give host:port of process 0, and an index from 0 below the number of processes")
     _roll_call((host, int(port)), count, index, timeout)
-    jax.distributed.initialize(coordinator, count, index, initialization_timeout=int(timeout))
+    jax.distributed.initialize(coordinator, count, index, **more)
+    _watch()
 
 
 def _roll_call(address, count: int, index: int, timeout: float):
@@ -316,3 +371,94 @@ def _roll_call(address, count: int, index: int, timeout: float):
     if answer != "go":
         raise UserError(f"{answer or 'process 0 stopped while waiting for the others'} within {timeout:.0f} s at {where}: "
                         "start all processes, each with its own index, and check that they reach process 0")
+
+
+# What processes say to each other beside the arrays goes through the key-value store that process 0 keeps for all (no public name yet).
+
+FAILED, STOP = "rawchat/failed", "rawchat/stop"
+PATIENCE = 3600  # seconds to wait for the others' words: one may be downloading
+_failing = threading.Event()
+_said = {}  # how often something was said under a name
+
+
+def _store():
+    """The key-value store of a job of several processes, or None."""
+    return jax._src.distributed.global_state.client if jax.distributed.is_initialized() and jax.process_count() > 1 else None
+
+
+def from_each(name: str, value) -> list:
+    """The JSON-able values that all processes give under `name`, in their order; waits for all."""
+    store = _store()
+    if store is None:
+        return [value]
+    _said[name] = _said.get(name, -1) + 1
+    key = f"rawchat/{name}/{_said[name]}"
+    store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(store.blocking_key_value_get(f"{key}/{i}", PATIENCE * 1000)) for i in range(jax.process_count())]
+
+
+def from_first(name: str, make):
+    """make() of process 0, JSON-able, which alone calls it; waits for it."""
+    return from_each(name, None if jax.process_index() else make())[0]
+
+
+def check_same(what: str, value: dict):
+    """UserError on all processes if one has other entries in `value`, such as from other flags: they would wait for each other for ever."""
+    said = from_each(what, value)
+    for i, other in enumerate(said):
+        if differ := [k for k, v in other.items() if said[0].get(k) != v]:
+            raise UserError(f"process {i} has other {what} than process 0 ({differ[0]}: {other[differ[0]]!r}, not {said[0].get(differ[0])!r}): "
+                            "give all processes the same")
+
+
+def stop_together(step: int, wanted: bool) -> bool:
+    """Whether all processes stop after `step`, about which all must ask, step by step: two steps after the first where one wanted to.
+
+    None is further ahead: it asks about a step once it has read the numbers of the one before, for which all must have started that.
+    """
+    store = _store()
+    if store is None:
+        return wanted
+    if wanted:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
+            store.key_value_set(STOP + "/at", str(step + 2))
+    return any(step >= int(at) for _, at in store.key_value_dir_get(STOP))
+
+
+def end_all(error):
+    """End this process of several because of `error`, and with it the others, which else would wait for it in a collective for ever."""
+    store = _store()
+    if store is None:
+        return
+    _failing.set()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed first, or process 0 is gone
+        store.key_value_set(FAILED + "/why", f"process {jax.process_index()} stopped: {first_line(error)}")
+    _exit()
+
+
+def _exit():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(3)  # the others ask once a second, and with process 0 the store goes
+    os._exit(2)  # an orderly exit waits for the others
+
+
+def _watch():
+    """Look, in the background, whether another process has left, and follow it."""
+    done = threading.Event()
+
+    def look():
+        while not done.wait(1.0):
+            try:
+                why = _store().key_value_dir_get(FAILED)
+            except (jax.errors.JaxRuntimeError, AttributeError):  # the job is over, or process 0 died: JAX ends us then
+                return
+            if why and not _failing.is_set():
+                print(f"Error: {why[0][1]}", file=sys.stderr)
+                _exit()
+
+    watcher = threading.Thread(target=look, daemon=True)
+    if _store() is not None:
+        watcher.start()
+        atexit.register(lambda: (done.set(), watcher.join()))

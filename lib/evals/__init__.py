@@ -32,18 +32,18 @@ def sum_bits(losses_BT, targets_BT, token_bytes) -> tuple[float, int]:
     return float(np.sum(np.asarray(losses_BT, np.float64) * (size > 0))), int(size.sum())
 
 
-def bits_per_byte(params, config: Config, batches: Iterable, token_bytes, max_batches: int | None = None) -> dict:
+def bits_per_byte(params, config: Config, batches: Iterable, token_bytes, max_batches: int | None = None, losses_of=token_losses) -> dict:
     """{"bpb", "stderr", "nats", "bytes", "loss"} over (inputs_BT, targets_BT, ...) batches of one shape.
 
     Vocabulary-independent: sum of nats / (ln 2 * sum of bytes). token_bytes: raw UTF-8 bytes per token id, 0 for
-    specials. Without any bytes bpb is inf. loss: nats per target that stands for text.
+    specials. Without any bytes bpb is inf. loss: nats per target that stands for text. losses_of: `token_losses`, or several devices'.
     """
     rows = []
     tokens = 0
     for i, (inputs_BT, targets_BT, *_) in enumerate(batches):
         if i == max_batches:
             break
-        losses = np.asarray(token_losses(params, config, inputs_BT, targets_BT))
+        losses = np.asarray(losses_of(params, config, inputs_BT, targets_BT))
         rows += [sum_bits(row, target, token_bytes) for row, target in zip(losses, np.asarray(targets_BT))]
         tokens += int((np.asarray(token_bytes)[np.maximum(targets_BT, 0)] * (np.asarray(targets_BT) >= 0) > 0).sum())
     nats, size = np.array(rows, np.float64).reshape(-1, 2).T
