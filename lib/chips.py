@@ -79,14 +79,18 @@ def tpu_slice(name: str) -> Slice:
 
 PRICES_DATE = "2026-11"  # when the table was last touched; nothing here was read from a bill
 PRICES_SOURCE = "https://cloud.google.com/tpu/pricing (US regions), https://colab.research.google.com/signup"
+# Spot is what us-central1 asked in SkyPilot's catalogue of Google's price list (v8, commit 006059e), which has the same on-demand prices. It
+# moves and differs by region: the dearest in the US were 1.35 (v6e), 0.60 (v5e) and 1.68 (v5p).
 PRICES = {  # dollars per chip and hour; None: not known to us, ask the source
-    "TPU v6e": {"on-demand": 2.70, "flex-start": 1.35, "spot": None},
-    "TPU v5e": {"on-demand": 1.20, "flex-start": None, "spot": None},
-    "TPU v5p": {"on-demand": 4.20, "flex-start": None, "spot": None},
+    "TPU v6e": {"on-demand": 2.70, "flex-start": 1.35, "spot": 0.54},
+    "TPU v5e": {"on-demand": 1.20, "flex-start": None, "spot": 0.24},
+    "TPU v5p": {"on-demand": 4.20, "flex-start": None, "spot": 0.84},
     "TPU v4": {"on-demand": 3.22, "flex-start": None, "spot": None},
 }
 COLAB_UNIT = 9.99 / 100  # dollars per compute unit
-COLAB_UNITS = {"TPU v6e": None, "TPU v5e": None, "A100": None, "T4": None}  # per hour: Colab publishes none, its Resources panel shows them
+# Units per hour. Colab publishes none, its Resources panel shows them, and they move: a T4 was 1.84 in April 2024 (mccormickml.com, where an
+# A100 was 11.77), and about 1.07 on 2026-09-27 (measured in a public repository, which has none for A100, v5e and v6e). None: not known.
+COLAB_UNITS = {"TPU v6e": None, "TPU v5e": None, "H100 SXM": None, "A100": None, "T4": 1.07}
 
 
 def price_per_hour(name: str, how: str = "on-demand", units: float | None = None) -> float | None:

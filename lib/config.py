@@ -297,7 +297,8 @@ PRESETS = {
     # one v5e chip, 16 GB: MXU 128 x 128
     "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4),
     # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches
-    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4),
+    # one chunk of logits a microbatch: on v6e that saves more traffic than it costs memory (LOG.md)
+    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, loss_chunk=8192),
     "gpu": dict(depth=12, microbatch=8, remat="dots"),
     # what nanochat's parts are measured against: the plain recipes of GPT-2 and of Llama, in this house's frame
     "gpt2_like": dict(depth=12, mlp="gelu", tied_head=True, **_PLAIN),

@@ -81,17 +81,17 @@ fence.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barri
 
 
 def rope_tables(positions, config: Config):
-    """cos and signed sin of shape (*positions.shape, 1, 2, H/2), float32."""
+    """cos and sin of shape (*positions.shape, 1, H/2), in the compute dtype as nanochat has them."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.stack([jnp.cos(angle)] * 2, axis=-2), jnp.stack([jnp.sin(angle), -jnp.sin(angle)], axis=-2)
+    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
 
 
 def rotate(x_BTNH, cos, sin):
     """Rotary embedding over split halves, by minus the angle (nanochat's sign; Su et al. 2021)."""
-    x = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, -1).astype(jnp.float32)
-    return (x * cos + x[..., ::-1, :] * sin).reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+    a, b = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
 
 
 def write_cache(ring_XSH, new_BTKH, at_BT, length_B):

@@ -66,6 +66,47 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
     assert "NO, over by" in text and "bf16[2,65536,256," in text
 
 
+MESHED = dict(vocab_size=2048, sequence_len=256, n_layer=2, n_embd=256, n_head=2, n_kv_head=1, head_dim=128, mlp_dim=1024, window_pattern="L",
+              compute_dtype="bfloat16", attention="splash", loss_chunk=256)  # all parts, Muon; one key head, at which libtpu used to fail
+ASK = """
+import json, sys
+from lib import preflight
+from lib.chips import tpu_slice
+from lib.config import Config
+for name, strategy in json.loads(sys.argv[2]):
+    n = tpu_slice(name).chips
+    print(json.dumps(preflight.inspect(Config(**json.loads(sys.argv[1]), microbatch=n, total_batch_size=256 * n), name, strategy, cache=None)))
+"""
+
+
+@needs_libtpu
+def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
+    asked = [("v6e-1", "dp"), ("v6e-4", "dp"), ("v6e-4", "zero"), ("v6e-8", "zero"), ("v6e-4", "fsdp"), ("v6e-8", "fsdp")]
+    done = python("-c", ASK, json.dumps(MESHED), json.dumps(asked))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, dp, *split = map(json.loads, done.stdout.splitlines())
+    zero, fsdp = split[:2], split[2:]
+    state = lambda r: r["memory"]["parameters"] + r["memory"]["optimizer"]
+    assert dp["memory"]["parameters"] == one["memory"]["parameters"] and dp["memory"]["optimizer"] == one["memory"]["optimizer"]
+    for many in zero, fsdp:
+        assert one["peak"] > many[0]["peak"] > many[1]["peak"] and state(one) > state(many[0]) > state(many[1])
+    for r, n in zip(zero, (4, 8)):
+        assert r["memory"]["parameters"] == one["memory"]["parameters"]
+        assert one["memory"]["optimizer"] / n < r["memory"]["optimizer"] < 1.2 * one["memory"]["optimizer"] / n
+    for r, n in zip(fsdp, (4, 8)):
+        assert state(one) / n < state(r) < 1.1 * state(one) / n
+
+    # dp: the gradients' one sum, and what Muon's orthogonalised matrices need; nobody gathers activations
+    kinds = {(c["kind"], c["component"]) for c in dp["collectives"]}
+    assert {kind for kind, _ in kinds} == {"all-reduce", "all-gather"} and {part for kind, part in kinds if kind == "all-gather"} == {"optimizer"}
+    gradients = 2 * 3 / 4 * one["memory"]["parameters"]
+    assert sum(c["bytes"] for c in dp["collectives"] if c["kind"] == "all-reduce") == pytest.approx(gradients, rel=0.01)
+    assert sum(c["bytes"] for c in dp["collectives"] if c["kind"] == "all-gather") < gradients / 2
+    # fsdp: weights come and their gradients go, but no gradient is summed whole on each
+    assert {"all-gather", "reduce-scatter"} <= {c["kind"] for c in fsdp[1]["collectives"]}
+    assert sum(c["bytes"] for c in fsdp[1]["collectives"] if c["kind"] == "all-reduce") < 0.2 * fsdp[1]["sent"]
+
+
 @needs_libtpu
 def test_a_held_lock_is_one_sentence():
     try:
@@ -190,6 +231,15 @@ def test_splitting_shares_memory_and_talks():
     assert dp["memory"]["activations"] < one["memory"]["activations"] / 2
 
 
+def test_the_table_tells_compiled_from_estimated_and_what_does_not_fit(tmp_path):
+    ask = dict(names=("v5e-1", "v6e-8"), depths=(4, 40), cache=tmp_path)
+    small, large = preflight.fits_table(**ask).splitlines()[2:4]
+    assert "**" not in small + large and small.count("~~") == 0 and large.split("|")[3].count("~~") == 2 and "fsdp" in large
+    config, where = preflight.for_tpu(Config.from_depth(4, microbatch=32, remat="dots")), chips.tpu_slice("v6e-8")
+    preflight._kept(tmp_path, preflight._question(config, where, "zero"), lambda: dict(peak=3 * 2**30, fits=True))
+    assert "zero **3.0**, fsdp" in preflight.fits_table(**ask).splitlines()[2]
+
+
 # ---- names and money ------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +264,8 @@ def test_plan_and_money():
     assert p["hours"] == pytest.approx(config.flops_per_token * p["tokens"] / (4 * 0.5 * 918e12) / 3600) and p["cost"] == pytest.approx(8 * p["hours"])
     assert preflight.plan(config, chip, pay="colab", units=4.0)["price_per_hour"] == pytest.approx(4 * chips.COLAB_UNIT)
     unknown = preflight.plan(config, chip, pay="colab")
-    assert "cost" not in unknown and "not known" in preflight.plan_text(unknown)
+    assert "cost" not in unknown and "not known: Colab publishes no rates" in preflight.plan_text(unknown)
+    assert "no spot price" in preflight.plan_text(preflight.plan(config, chips.V4, pay="spot"))
     assert set(preflight.plan(config, None)) == {"tokens", "steps", "mfu", "pay", "prices_of"}
     with pytest.raises(UserError, match="flex-start, on-demand, spot"):
         preflight.plan(config, chip, pay="barter")
