@@ -181,8 +181,8 @@ def _mlp(h_BTD, w, config: Config):
     return weigh("BTF,FD->BTD", a_BTF, w["w_out"])
 
 
-def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: int, kv=None):
-    """One layer: residual and x0 scales, attention, mlp. Weights of this layer only; returns (x, new kv)."""
+def _block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, window: int, kv=None):
+    """One layer: residual and x0 scales, attention, mlp. Weights and value embeddings of this layer only; returns (x, new kv)."""
     x_BTD, w = fence((x_BTD, w))
     w = {name: gather(f"blocks.{name}", a, stacked=True) for name, a in w.items()}
     dtype = x_BTD.dtype
@@ -190,7 +190,6 @@ def _block(x_BTD, x0_BTD, w, ve_table, tokens_BT, config: Config, rope, window: 
         x_BTD = w["resid_scale"].astype(dtype) * x_BTD
     if config.x0_scales:
         x_BTD = x_BTD + w["x0_scale"].astype(dtype) * x0_BTD
-    ve_BTKH = None if ve_table is None else gather("value_embeds", ve_table, stacked=True)[tokens_BT].astype(dtype)
     with jax.named_scope("attn"):
         out_BTD, kv = _attention(enter(rms_norm(x_BTD)), w, config, rope, window, ve_BTKH, kv)
         x_BTD = x_BTD + leave(out_BTD)
@@ -223,20 +222,33 @@ def group_size(config: Config) -> tuple[int, int]:
     return period, groups if config.scan_layers and groups > 1 else 0
 
 
+def value_rows(params, tokens_BT, config: Config):
+    """The value embeddings of these tokens, (Lv, B, T, K, H) or {layer: (B, T, K, H)} as the tables are.
+
+    Looked up before the layers, not within them: a scan over layers would copy a whole table for each.
+    """
+    tables = params.get("value_embeds")
+    if not config.value_embeds or isinstance(tables, dict):
+        return {i: gather("value_embeds", t, stacked=True)[tokens_BT].astype(config.dtype) for i, t in (tables or {}).items()}
+    return gather("value_embeds", tables)[:, tokens_BT].astype(config.dtype)
+
+
 def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
     """All layers without a cache; returns the last output and that of the middle layer (for backout)."""
+    with jax.named_scope("value_embed"):
+        ve = value_rows(params, tokens_BT, config)
     middle = config.n_layer // 2
 
-    def layer(carry, w, table, window):
+    def layer(carry, w, ve_BTKH, window):
         block = partial(_block, config=config, rope=rope, window=window)
         if config.remat == "layer":
             block = jax.checkpoint(block)
         elif config.remat == "dots":
             block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
-        return block(carry, x0_BTD, w, table, tokens_BT)[0]
+        return block(carry, x0_BTD, w, ve_BTKH)[0]
 
     period, groups = group_size(config)
-    blocks, tables = params["blocks"], params.get("value_embeds")
+    blocks = params["blocks"]
     groups = 0 if isinstance(blocks, list) else groups
     kept = jnp.zeros_like(x_BTD) if config.backout else None
     first = groups * period
@@ -245,17 +257,17 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
         fold = lambda a, n: a[: groups * n].reshape(groups, n, *a.shape[1:])
         count = lambda name: per_group if name == "value_gate" else period
         xs = {name: fold(a, count(name)) for name, a in blocks.items()}, \
-            fold(tables, per_group) if config.value_embeds else None, jnp.arange(groups)
+            fold(ve, per_group) if config.value_embeds else None, jnp.arange(groups)
 
         def group(carry, xs):
             x, kept = carry
-            w, table, g = xs
+            w, rows, g = xs
             for j in range(period):
                 nth = sum(i < j for i in config.value_layers)
                 has = j in config.value_layers
                 wj = {name: a[nth if name == "value_gate" else j] for name, a in w.items()
                       if name != "value_gate" or has}
-                x = layer(x, wj, table[nth] if has else None, config.windows[j])
+                x = layer(x, wj, rows[nth] if has else None, config.windows[j])
                 if config.backout and j == middle % period:
                     kept = jnp.where(g == middle // period, x, kept)
             return (x, kept), None
@@ -263,10 +275,11 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
         (x_BTD, kept), _ = jax.lax.scan(group, (x_BTD, kept), xs)
     if first < config.n_layer:
         if not isinstance(blocks, list):
-            params = unstack(params, config)
+            params = unstack({**params, "value_embeds": ve}, config)  # splits the rows by layers
+            ve = params["value_embeds"]
         for i in range(first, config.n_layer):
             with jax.named_scope(f"layer{i}"):
-                x_BTD = layer(x_BTD, params["blocks"][i], params["value_embeds"].get(i), config.windows[i])
+                x_BTD = layer(x_BTD, params["blocks"][i], ve.get(i), config.windows[i])
             if i == middle:
                 kept = x_BTD
     return x_BTD, kept
@@ -303,10 +316,9 @@ def hidden(params, config: Config, tokens_BT, cache=None):
         positions_BT = length_B[:, None] + jnp.arange(T)
         rope = rope_tables(positions_BT, config)
         at_BT = jnp.where(real_BT, positions_BT, -1)
-        keys, values, kept = [], [], None
+        keys, values, kept, ve = [], [], None, value_rows(params, tokens_BT, config)
         for i, (w, k, v) in enumerate(zip(params["blocks"], cache["k"], cache["v"])):
-            x_BTD, (k, v) = _block(x_BTD, x0_BTD, w, params["value_embeds"].get(i), tokens_BT, config, rope,
-                                   config.windows[i], (k, v, at_BT, length_B))
+            x_BTD, (k, v) = _block(x_BTD, x0_BTD, w, ve.get(i), config, rope, config.windows[i], (k, v, at_BT, length_B))
             keys.append(k), values.append(v)
             kept = x_BTD if i == config.n_layer // 2 else kept
         new_B = real_BT.sum(axis=1, dtype=length_B.dtype)

@@ -82,7 +82,7 @@ def test_short_windows_end_where_the_reference_says():
     """With one short layer and no other way back, position 200 sees 72 = 200 - 128 and not 71 (the smear gate reads one more)."""
     c = TINY.replace(n_layer=1, window_pattern="S", sequence_len=512, total_batch_size=512, smear=False, value_embeds=False)
     params = tiny_params(c)
-    run = jax.jit(lambda p, x: model._block(x, x, jax.tree.map(lambda a: a[0], p["blocks"]), None, None, c,
+    run = jax.jit(lambda p, x: model._block(x, x, jax.tree.map(lambda a: a[0], p["blocks"]), None, c,
                                             model.rope_tables(jnp.arange(x.shape[1]), c), 128)[0])
     x = jax.random.normal(jax.random.key(0), (1, 300, 32))
     seen = lambda j: np.abs(run(params, x.at[0, j].add(1.0)) - run(params, x))[0, 200].max() > 0
