@@ -17,7 +17,7 @@ import numpy as np
 from lib import model, speculative
 from lib.config import Config
 from lib.files import UserError
-from lib.sampling import TOP, Sampling, empty_rows, log_sum_exp, new_row, sample, step_rows, top_alternatives
+from lib.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, top_alternatives
 
 CHUNK = 8  # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 LONG_CHUNK = 32  # the same when nobody is watching
@@ -95,7 +95,7 @@ def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int
         logits_BTV, cache = model.forward(params, config, jnp.where(active_B, rows["token"], -1)[:, None], cache)
         logits_BV, force_B = logits_BTV[:, 0], forced_BC[:, i]
         token_B = jnp.where(force_B >= 0, force_B, sample(logits_BV, rows))
-        lse_B = log_sum_exp(logits_BV)
+        lse_B = jax.nn.logsumexp(logits_BV, axis=-1)
         logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - lse_B
         top_id, top_logprob = top_alternatives(logits_BV, lse_B, jnp.any(rows["top"] & active_B))
         new = dict(id=jnp.where(active_B, token_B, -1), logprob=logprob_B, top_id=top_id, top_logprob=top_logprob)

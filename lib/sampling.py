@@ -72,12 +72,6 @@ def argmax(x_BV):
     return jnp.where(x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
 
 
-def log_sum_exp(x):
-    """log(sum(exp(x))) over the last axis, summed as a product: XLA:CPU fuses exp into a plain sum and is several times slower there."""
-    top = x.max(-1, keepdims=True)
-    return jnp.log(jnp.matmul(jnp.exp(x - top), jnp.ones(x.shape[-1]), precision="highest")) + top[..., 0]
-
-
 def _least(p_BV, enough):
     """Per row the largest t for which enough(p >= t), by bisection: floats from 0 to 1 are ordered as their bits are.
 
@@ -130,11 +124,10 @@ def step_rows(rows, token_B, took_B, sampled_B):
     """The state after the rows in took_B took token_B; those that chose it themselves (sampled_B) may stop at it."""
     step_B = took_B.astype(jnp.int32)
     stopped_B = sampled_B & (token_B[:, None] == rows["stop"]).any(-1)
-    see = lambda seen_BV: seen_BV | (took_B[:, None] & (jnp.arange(seen_BV.shape[1]) == token_B[:, None]))
-    seen_BV = jax.lax.cond(jnp.any(rows["penalty"] != 1), see, lambda seen_BV: seen_BV, rows["seen"])  # nobody else asks
+    hit_BV = jnp.arange(rows["seen"].shape[1]) == token_B[:, None]
     return rows | dict(token=jnp.where(took_B, token_B, rows["token"]), made=rows["made"] + step_B, left=rows["left"] - step_B,
                        alive=rows["alive"] & ~(took_B & (stopped_B | (rows["left"] <= 1))),
-                       seen=seen_BV)
+                       seen=rows["seen"] | (took_B[:, None] & hit_BV))
 
 
 def top_alternatives(logits, lse, wanted):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lib import model
 from lib.config import Config
-from lib.sampling import TOP, log_sum_exp, sample, step_rows, top_alternatives
+from lib.sampling import TOP, sample, step_rows, top_alternatives
 
 
 def look_up(history_BL, length_B, token_B, count: int):
@@ -92,7 +92,7 @@ def decode(params, configs: tuple[Config, ...], caches, rows, forced_BC, count, 
         kept_BT = steps < kept_B[:, None]
         newest_B = jnp.take_along_axis(choice_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
         forced_B = jnp.take_along_axis(force_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0] >= 0
-        lse_BT = log_sum_exp(logits_BTV)
+        lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
         new = dict(id=choice_BT, logprob=jnp.take_along_axis(logits_BTV, choice_BT[..., None], axis=-1)[..., 0] - lse_BT)
         new |= dict(zip(("top_id", "top_logprob"), top_alternatives(logits_BTV, lse_BT, jnp.any(rows["top"] & active_B))))
         column_BT = jnp.where(kept_BT, made_B[:, None] + steps, C)

@@ -426,7 +426,7 @@ def _counter(http, name) -> float:
 @pytest.fixture(scope="module")
 def narrow():
     """A server of one slot and little patience."""
-    with serving(slots=1, queue=2, seconds=1.5, body_kib=8, max_tokens=700) as client:
+    with serving(slots=1, queue=2, seconds=3.0, body_kib=8, max_tokens=700) as client:
         while client.server.app.state.worker.cold:  # compiling in idle time would take its patience
             time.sleep(0.05)
         yield client

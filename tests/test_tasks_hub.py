@@ -401,7 +401,7 @@ def test_code_completion_asks_about_held_out_files_only():
 
 
 def test_all_entries_are_tasks_with_sound_baselines():
-    assert set(ROWS) == set(hub.SOURCES) and set(hub.SOURCES) | {"identity_conversations", "code_completion"} == set(hub.TASKS)
+    assert set(ROWS) == set(hub.SOURCES) and set(hub.SOURCES) | {"identity_conversations", "code_completion", "source_text"} == set(hub.TASKS)
     for name, task in hub.TASKS.items():
         assert (task.grade is not None) == (task.kind == "generate"), name
         assert (task.baseline is None) == (task.kind == "perplexity"), name
