@@ -309,6 +309,12 @@ def test_int8_weights_say_the_same(capsys):
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
 
+def test_guessing_ahead_says_the_same(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, guess=3))
+    talk.ask("hello")
+    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.guessed
+
+
 def test_a_base_model_goes_on_with_the_text(capsys):
     talk = chat.Talk(model()._replace(stage="base"), chat.Settings(temperature=0, max_tokens=5))
     talk.ask("hello")

@@ -526,14 +526,15 @@ def test_tokens_that_a_browser_cannot_send_are_refused():
 
 
 def test_names_given_for_an_open_server_are_the_only_ones():
-    with serving(token="t", host="0.0.0.0", hosts=("Chat.test",), int8=True) as client:
+    with serving(token="t", host="0.0.0.0", hosts=("Chat.test",), int8=True, guess=2) as client:
         url = f"http://127.0.0.1:{client.server.port}/health"
         for host, status in (("chat.test", 200), ("localhost", 200), ("evil.test", 403)):
             assert httpx.get(url, headers={"Host": host}).status_code == status
         ask = dict(messages=ASK["hello"], temperature=0)
         url, headers = url.replace("health", "v1/chat/completions"), {"Host": "chat.test", "Authorization": "Bearer t"}
         answer = httpx.post(url, json=ask, headers=headers, timeout=60).json()
-        assert answer["choices"][0]["message"]["content"] == parrot.CHATS["hello"], "with int8 weights as well"
+        assert answer["choices"][0]["message"]["content"] == parrot.CHATS["hello"], "with int8 weights and guesses as well"
+        assert client.server.app.state.worker.engine.guessed
 
 
 def test_a_bug_of_ours_is_counted_as_500():

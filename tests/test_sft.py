@@ -11,6 +11,7 @@ from conftest import load
 from lib import checkpoint, model, sft, train
 from lib.config import Config
 from lib.files import UserError
+from lib.tasks import items_of
 from lib.tokenizer import Tokenizer
 
 TINY = Config(vocab_size=265, sequence_len=64, n_layer=1, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64, microbatch=2,
@@ -57,6 +58,20 @@ def test_only_what_the_assistant_says_is_a_target(tokenizer):
             given = [tokenizer.special[name] for name in ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
             assert not np.isin(y, given).any()
             assert (y[:-1][y[:-1] >= 0] == x[1:][y[:-1] >= 0]).all()  # a target is the next input
+
+
+def test_text_among_the_chats_is_learnt_whole_but_for_its_beginning(tokenizer):
+    mixed = chats("import os", chat("2 plus 2?", "4"), "x" * 100)
+    (inputs, targets, cursor), = sft.batches(mixed, tokenizer, 2, 63, loop=False, shuffle=False)
+    learnt = [tokenizer.decode([t for t in row if t >= 0]) for row in targets]
+    assert sorted(learnt) == sorted(["x" * 63, "4<|assistant_end|>import os"]) and cursor["truncated"] == 1
+    assert (inputs[:, 0] == tokenizer.bos).all() and not (targets == tokenizer.bos).any()
+
+
+def test_the_text_of_a_mixture_is_that_of_training_only():
+    train_side, val_side = (sft.open_mixture(dict(source_text=1.0), split).messages for split in ("train", "val"))
+    tested = {item["text"] for item in items_of("source_text", "test")}
+    assert train_side and val_side and not (set(train_side) | set(val_side)) & tested and not set(train_side) & set(val_side)
 
 
 def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):

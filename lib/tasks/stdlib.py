@@ -67,19 +67,24 @@ def completion_items(split: str) -> list[dict]:
     return items[:ITEMS]
 
 
-def passages(split: str) -> list[dict]:
-    """Whole lines of files of one side, drawn at random: mixed into fine-tuning, they keep a model from forgetting its text."""
-    found = []
-    for document in data.documents("stdlib", "train" if split == "train" else "val"):
+def _cut(side: str) -> set[str]:
+    """The files of one side of the standard library, cut between lines into passages of about one size."""
+    found = set()
+    for document in data.documents("stdlib", side):
         passage = ""
         for line in document.splitlines(keepends=True):
             if passage and len(passage) + len(line) > PASSAGE_CHARS:
-                found.append(passage)
+                found.add(passage)
                 passage = ""
             passage += line[:PASSAGE_CHARS]
-        found.append(passage)
-    found = sorted({p for p in found if len(p) > PASSAGE_CHARS // 2})
-    size = PASSAGES if split == "train" else ITEMS
+        found.add(passage)
+    return {p for p in found if len(p) > PASSAGE_CHARS // 2}
+
+
+def passages(split: str) -> list[dict]:
+    """Passages drawn at random: mixed into fine-tuning, they keep a model from forgetting its text. None is in both splits."""
+    found = _cut("train") if split == "train" else _cut("val") - _cut("train")  # files share licences and the like
+    found, size = sorted(found), PASSAGES if split == "train" else ITEMS
     return [dict(id=f"source_text/{split}/{i}", text=p) for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))]
 
 
