@@ -32,7 +32,7 @@ class Args:
     new: int = 128
     """New tokens"""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    """Rows decoded together, one line each"""
+    """Rows decoded together, one line each: samples of one prompt"""
     guess: int = 4
     """Tokens guessed ahead in the speculative lines"""
     repeats: int = 5
@@ -151,7 +151,7 @@ def main(args: Args):
         params = model.init_params(0, config)
         prompts = []
     rng = np.random.default_rng(0)
-    prompts += [rng.integers(0, config.vocab_size, args.prompt).tolist() for _ in range(max(args.batches))]
+    prompts += [rng.integers(0, config.vocab_size, args.prompt).tolist()]
     ready = model.decoding_params(params, config)
     small = model.decoding_params(model.quantized(params, config), config)
     read = lambda p: sum(a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])]))
@@ -166,14 +166,15 @@ def main(args: Args):
     def decode(name, rows, params=ready, **options):
         """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
         if name not in engines:
-            engines[name] = generate.Engine(params, config, rows, args.prompt + args.new, **options)
+            engines[name] = generate.Engines(params, config, rows, args.prompt + args.new, **options)
             decode(name, rows)  # compiles
-            engines[name].guessed = engines[name].right = 0
+            for part in engines[name].parts:
+                part.guessed = part.right = 0
         engine, clock = engines[name], time.perf_counter()
-        engine.add_many(prompts[:rows], [generate.Sampling(args.new, temperature=0)] * rows)
+        engine.add_many(prompts[:1] * rows, [generate.Sampling(args.new, temperature=0)] * rows)
         engine.step()
         begun, made, steps = time.perf_counter(), 0, 0
-        while engine.writers:
+        while engine.free < rows:
             new = engine.step(generate.LONG_CHUNK)
             made += sum(len(tokens) for tokens, _ in new.values())
             steps += max(len(tokens) for tokens, _ in new.values())
@@ -200,6 +201,7 @@ def main(args: Args):
         return time.perf_counter() - clock
 
     lines = {f"batch {b}": dict(rows=b) for b in sorted({1, *args.batches})}  # what the others are compared with is always there
+    lines |= {f"batch {b}, one engine": dict(rows=b, sides=1) for b in args.batches if generate.sides_for(ready, b) > 1}
     lines["int8, batch 1"] = dict(rows=1, params=small)
     lines[f"look-up {args.guess}, batch 1"] = dict(rows=1, guess=args.guess)
     if draft:
@@ -210,7 +212,8 @@ def main(args: Args):
             best.setdefault(name, []).append(decode(name, **line))
         for size in (weights, LARGE):
             width[size] = max(width.get(size, 0), read_bandwidth(size))
-        ttft.append(first_token()), forward.append(one_forward())
+        for _ in range(3):  # the first comes with cold caches
+            ttft.append(first_token()), forward.append(one_forward())
         if args.nanochat:
             for rows, speed in nanochat_speed(args, config, prompts[0]).items():
                 theirs[rows] = max(theirs.get(rows, 0), speed)
@@ -219,23 +222,24 @@ def main(args: Args):
                   read_GBps={"weights": round(width[weights] / 1e9, 1), "large": round(width[LARGE] / 1e9, 1)}, lines=[])
     print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
           f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n")
-    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10}   best of {args.repeats}; GB/s with the "
+    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   best of {args.repeats}; GB/s with the "
           "kv cache, shares for the weights alone")
     best_of = lambda name: max(s for s, _ in best.get(name, [(float("nan"), 0)]))
     for name, line in lines.items():
         speed, step = max(s for s, _ in best[name]), min(ms for _, ms in best[name])
         engine = engines[name]
-        cache = sum(a.nbytes for a in jax.tree.leaves([engine.caches[0]["k"], engine.caches[0]["v"]]))
-        need = read(engine.params[0])
-        row = dict(name=name, tokens_per_s=round(speed, 1), step_ms=round(step, 3))
+        cache = sum(a.nbytes for part in engine.parts for a in jax.tree.leaves([part.caches[0]["k"], part.caches[0]["v"]]))
+        need = sum(read(part.params[0]) for part in engine.parts)  # each reads the weights
+        row = dict(name=name, sides=len(engine.parts), tokens_per_s=round(speed, 1), step_ms=round(step, 3))
         row["median_tokens_per_s"] = round(float(np.median([s for s, _ in best[name]])), 1)
-        if engine.guess:
+        if engine.parts[0].guess:
             row |= dict(right=round(engine.right / engine.guessed, 3), speedup=round(speed / best_of("batch 1"), 3))
             extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x batch 1"
         else:
             row |= dict(GBps=round((need + cache) / step / 1e6, 1), of_memory=round(need / width[LARGE] * 1e3 / step, 3),
                         of_cached=round(need / width[weights] * 1e3 / step, 3))
-            extra = f"{row['GBps']:7.1f} {row['of_memory']:10.0%} {row['of_cached']:10.0%}"
+            row["of_batch_1"] = round(speed / best_of("batch 1"), 2)
+            extra = f"{row['GBps']:7.1f} {row['of_memory']:10.0%} {row['of_cached']:10.0%} {row['sides']:6} {row['of_batch_1']:8.2f} x"
         print(f"{name:22} {speed:8.0f} {step:8.3f} {extra}")
         result["lines"].append(row)
     result |= dict(first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2))

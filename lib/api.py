@@ -16,7 +16,7 @@ from pathlib import Path
 from lib import chat
 from lib.checkpoint import Model
 from lib.files import UserError
-from lib.generate import PREFILL, TOP, Engine, Sampling, Token, bucket
+from lib.generate import PREFILL, TOP, Engines, Sampling, Token, bucket
 
 ADMIT = 4  # answers begun between two steps: the others wait meanwhile
 QUIET = 15.0  # seconds after which a silent stream sends a comment, so that nothing on the way gives it up
@@ -36,9 +36,9 @@ class ApiError(Exception):
 # ---- the thread that owns the engine -----------------------------------------------------------------------------------
 
 
-def warm_up(engine: Engine, length: int):
+def warm_up(engine: Engines, length: int):
     """Answer a prompt of so many tokens into the void, so that no guest waits for what that compiles."""
-    slot = engine.add([0] * length, Sampling(max_tokens=1))
+    [slot] = engine.add_many([[0] * length], [Sampling(max_tokens=1)])
     engine.step()
     engine.cancel(slot)
 
@@ -63,7 +63,7 @@ class Worker:
     If the engine fails, every job gets an error, `failed` holds the exception and on_failure() is called: nothing more is written.
     """
 
-    def __init__(self, engine: Engine, queue: int, metrics, on_failure=lambda: None):
+    def __init__(self, engine: Engines, queue: int, metrics, on_failure=lambda: None):
         self.engine, self.queue, self.metrics, self.on_failure = engine, queue, metrics, on_failure
         self.waiting, self.busy = collections.deque(), {}
         self.wake, self.closing, self.failed = threading.Condition(), False, None

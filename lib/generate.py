@@ -1,11 +1,13 @@
 """Decoding: tools in the loop, rows that come and go in one batch, and the whole of it in few dispatches.
 
-Everything here runs on one `Engine`: a fixed number of slots, each holding one row that is being written. A row's last prompt token
+Everything here runs on an `Engine`: a fixed number of slots, each holding one row that is being written. A row's last prompt token
 is not prefilled but fed to the first decoding step, so that there is one place where tokens are chosen. `generate` and `stream` make
-an engine just for their prompts; a server keeps one and lets rows join and leave.
+`Engines` just for their prompts; a server keeps them and lets rows join and leave.
 """
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -22,6 +24,8 @@ from lib.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, 
 CHUNK = 8  # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 LONG_CHUNK = 32  # the same when nobody is watching
 PREFILL = 128  # prompt tokens per prefill pass
+SIDES = 2  # engines side by side on a CPU, if it has the cores; more were not measured
+SMALL = 32 * 2**20  # bytes of weights up to which that pays: each side reads them all
 
 
 class Token(NamedTuple):
@@ -218,7 +222,7 @@ class Engine:
         if not prompts:
             return []
         for prompt, sampling in zip(prompts, samplings, strict=True):
-            self._check(prompt, sampling)
+            self.check(prompt, sampling)
         if len(prompts) > self.free:
             raise UserError(f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished")
         slots = [i for i in range(self.slots) if i not in self.writers][: len(prompts)]
@@ -245,7 +249,8 @@ class Engine:
         self.fresh = True
         return slots
 
-    def _check(self, prompt, sampling):
+    def check(self, prompt: list[int], sampling: Sampling):
+        """UserError if this could never be added."""
         if not prompt:
             raise UserError("a prompt has no tokens: begin it with the tokenizer's <|bos|> at least")
         if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
@@ -324,6 +329,65 @@ class Engine:
             self.rows = _set_rows(self.rows, np.arange(self.slots), {"alive": alive})
 
 
+class Engines:
+    """A batch of `slots` rows like one `Engine`'s, on a CPU split between engines that run side by side, each in a thread of its own.
+
+    XLA:CPU gains little from a second core on the short products of a small model: waking it takes as long as it saves. Halves of
+    the batch don't wait for each other until the chunk is written (LOG.md). `tool` may then be called by two threads at once.
+    sides: how many engines, if not by the device and the model.
+    """
+
+    def __init__(self, params, config: Config, slots: int, length: int, tokenizer=None,
+                 tool: Callable[[str], str | None] | None = None, guess: int = 0, draft=None, sides: int | None = None):
+        params = model.decoding_params(params, config)
+        draft = draft and (model.decoding_params(*draft), draft[1])
+        sides = sides or sides_for(params, slots)
+        if slots % sides:
+            raise UserError(f"{slots} slots can't be split evenly between {sides} engines")
+        self.parts = [Engine(params, config, slots // sides, length, tokenizer, tool, guess, draft) for _ in range(sides)]
+        self.slots, self.length, self.threads = slots, length, ThreadPoolExecutor(sides, "engine")
+
+    free = property(lambda self: sum(part.free for part in self.parts))
+    guessed = property(lambda self: sum(part.guessed for part in self.parts))
+    right = property(lambda self: sum(part.right for part in self.parts))
+
+    def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
+        """As `Engine.add_many`; the rows are dealt out evenly, and equal prompts are prefilled once by each engine."""
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            self.parts[0].check(prompt, sampling)
+        if len(prompts) > self.free:
+            raise UserError(f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished")
+        free, hands, slots = [part.free for part in self.parts], [[] for _ in self.parts], {}
+        for row in range(len(prompts)):
+            i = free.index(max(free))
+            free[i] -= 1
+            hands[i].append(row)
+        take = lambda i: self.parts[i].add_many([prompts[row] for row in hands[i]], [samplings[row] for row in hands[i]])
+        for i, taken in enumerate(self._each(take)):
+            slots |= {row: slot * len(self.parts) + i for row, slot in zip(hands[i], taken)}
+        return [slots[row] for row in range(len(prompts))]
+
+    def step(self, count: int = CHUNK) -> dict[int, tuple[list[Token], str | None]]:
+        """As `Engine.step`."""
+        count = 1 if any(part.fresh for part in self.parts) else count
+        found = self._each(lambda i: self.parts[i].step(count))
+        return {slot * len(self.parts) + i: new for i, part in enumerate(found) for slot, new in part.items()}
+
+    def cancel(self, slot: int):
+        """As `Engine.cancel`."""
+        self.parts[slot % len(self.parts)].cancel(slot // len(self.parts))
+
+    def _each(self, work: Callable[[int], object]) -> list:
+        return list(self.threads.map(work, range(len(self.parts)))) if len(self.parts) > 1 else [work(0)]
+
+
+def sides_for(params, slots: int) -> int:
+    """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a CPU, otherwise one."""
+    weights = jax.tree.leaves([params["blocks"], params.get("head", params["embed"])])
+    small = sum(a.nbytes for a in weights) <= SMALL and jax.default_backend() == "cpu"
+    return SIDES if small and os.cpu_count() >= SIDES and slots % SIDES == 0 and slots >= 2 * SIDES else 1
+
+
 def bucket(n: int, least: int = 1) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: one compilation serves many sizes at the cost of a third at most."""
     power = 1 << (n - 1).bit_length()
@@ -339,9 +403,9 @@ def _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, s
         return
     sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop), tuple(stop_strings))
     length = bucket(max(map(len, prompts)) + max_tokens, 64)
-    engine = Engine(params, config, bucket(len(prompts)), length, tokenizer, tool, guess, draft)
+    engine = Engines(params, config, bucket(len(prompts)), length, tokenizer, tool, guess, draft)
     slots = engine.add_many(prompts, [replace(sampling, seed=seed + b) for b in range(len(prompts))])
-    while engine.writers:
+    while engine.free < engine.slots:
         new = engine.step(count)
         yield [[t.id for t in new[slot][0]] if slot in new else [] for slot in slots]
 

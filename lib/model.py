@@ -340,9 +340,19 @@ def init_cache(config: Config, batch: int, length: int, spare: int = 0):
     return {"k": zeros(), "v": zeros(), "length": jnp.zeros(batch, jnp.int32), "last": jnp.full(batch, -1, jnp.int32)}
 
 
-@partial(jax.jit, static_argnums=1)
 def decoding_params(params, config: Config):
-    """The parameters as decoding reads them, to be made once: a dict per layer, matrices in the compute dtype (int8 stays)."""
+    """The parameters as decoding reads them, to be made once: a dict per layer, matrices in the compute dtype (int8 stays).
+
+    What is so already comes back as it is, not as a copy.
+    """
+    wide = lambda a: a.ndim > 1 and a.dtype not in (jnp.int8, config.dtype)
+    if isinstance(params["blocks"], list) and not any(map(wide, jax.tree.leaves(params))):
+        return params
+    return _decoding_params(params, config)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decoding_params(params, config):
     cast = lambda a: a.astype(config.dtype) if a.ndim > 1 and a.dtype != jnp.int8 else a
     return jax.tree.map(cast, params if isinstance(params["blocks"], list) else unstack(params, config))
 

@@ -27,7 +27,7 @@ from urllib.parse import quote, urlsplit
 from lib.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
 from lib.checkpoint import Model
 from lib.files import UserError
-from lib.generate import Engine
+from lib.generate import Engines
 from lib.model import quantized
 
 PAGE = Path(__file__).with_name("page.html")
@@ -269,7 +269,7 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     api, metrics = Api(model, settings), Metrics()
     params = quantized(model.params, model.config) if settings.int8 else model.params
-    engine = Engine(params, model.config, settings.slots, api.context, model.tokenizer, calculator, settings.guess)
+    engine = Engines(params, model.config, settings.slots, api.context, model.tokenizer, calculator, settings.guess)
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
     for name in ("rawchat_prompt_tokens_total", "rawchat_completion_tokens_total", "rawchat_cancelled_answers_total"):

@@ -12,7 +12,7 @@ from conftest import PARITY, load, parity_model
 from lib import generate, model, sampling
 from lib.config import Config
 from lib.files import UserError
-from lib.generate import Engine, Sampling
+from lib.generate import Engine, Engines, Sampling
 from lib.params import init_params
 from lib.sandbox import calculator
 from lib.tokenizer import Tokenizer
@@ -164,6 +164,54 @@ def test_a_cancelled_row_frees_its_slot_and_disturbs_nobody():
     assert ids(rows[dropped]) == alone(PROMPTS[0], Sampling(5, temperature=0))
 
 
+def test_engines_side_by_side_write_what_one_row_alone_writes():
+    config, params, _ = golden()
+    samplings = [Sampling(n, temperature=t, top_k=k, seed=n) for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))]
+    solo = [alone(p, s) for p, s in zip(PROMPTS, samplings)]
+    engines, made = Engines(params, config, 4, 64, sides=2), [[] for _ in PROMPTS]
+    slots = engines.add_many(PROMPTS, samplings)
+    assert sorted(slots) == [0, 1, 2, 3] and [part.free for part in engines.parts] == [0, 0] and engines.free == 0
+    assert all(len(tokens) == 1 for tokens, _ in engines.step().values()), "the first tokens don't wait for a whole chunk"
+    engines.cancel(slots[2])
+    assert engines.free == 1 and engines.add_many(PROMPTS[2:3], samplings[2:3]) == slots[2:3]
+    made = {slot: solo[i][:1] if i != 2 else [] for i, slot in enumerate(slots)}
+    while engines.free < 4:
+        for slot, (tokens, _) in engines.step(7).items():
+            made[slot] += ids(tokens)
+    assert [made[slot] for slot in slots] == solo and engines.step() == {}
+
+
+def test_engines_add_all_rows_or_none():
+    config, params, _ = golden()
+    engines = Engines(params, config, 4, 64, sides=2)
+    for prompts, message in (([[1]] * 5, "5 rows do not fit into 4 free slots"), ([[1], [1] * 64], "leaves no room"), ([[1], []], "no tokens")):
+        with pytest.raises(UserError, match=message):
+            engines.add_many(prompts, [Sampling(4)] * len(prompts))
+        assert engines.free == 4
+    with pytest.raises(UserError, match="5 slots can't be split evenly between 2 engines"):
+        Engines(params, config, 5, 64, sides=2)
+
+
+def test_what_fails_in_one_engine_is_raised():
+    config, params, tokenizer = golden()
+    engines = Engines(params, config, 4, 64, sides=2)
+    engines.add_many([[1]] * 4, [Sampling(4)] * 4)
+    engines.parts[1].caches = None
+    with pytest.raises(TypeError):
+        engines.step()
+
+
+def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
+    config, params, _ = golden()
+    count = lambda slots: len(Engines(params, config, slots, 16).parts)
+    monkeypatch.setattr(generate.os, "cpu_count", lambda: 8)
+    assert [count(slots) for slots in (1, 2, 3, 4, 5, 6, 32)] == [1, 1, 1, 2, 1, 2, 2]
+    for owner, name, value in ((generate.os, "cpu_count", lambda: 1), (generate.jax, "default_backend", lambda: "gpu"), (generate, "SMALL", 1000)):
+        with monkeypatch.context() as other:
+            other.setattr(owner, name, value)
+            assert count(8) == 1
+
+
 def test_no_setting_recompiles():
     config, params, tokenizer = golden()
     generate.generate(params, config, PROMPTS, 4)
@@ -230,6 +278,15 @@ def test_long_prompts_and_equal_prompts_are_prefilled_as_one():
     assert calls == [1] and len({tuple(ids(t)) for t in rows.values()}) == 1
     logits, _ = jax.jit(model.forward, static_argnums=1)(tiny_params(), TINY, np.array([prompt + ids(rows[0])]))
     assert logits[0, 239: -1].argmax(-1).tolist() == ids(rows[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_ready_for_decoding_are_not_copied(dtype):
+    config = TINY.replace(compute_dtype=dtype)
+    for params in (tiny_params(), model.quantized(tiny_params(), config)):
+        ready = model.decoding_params(params, config)
+        assert model.decoding_params(ready, config) is ready
+        assert {a.dtype.name for a in jax.tree.leaves(ready) if a.ndim > 1} <= {dtype, "int8"}
 
 
 def test_int8_weights_stay_close_and_decode():

@@ -28,7 +28,7 @@ from lib.checkpoint import STAGES
 from lib.config import Config
 from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
-from lib.generate import LONG_CHUNK, Engine, Sampling, bucket
+from lib.generate import LONG_CHUNK, Engines, Sampling, bucket
 from lib.tasks import Task, hub, tasks
 
 LEAST_WIDTH = 128  # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile faster
@@ -88,7 +88,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 
     def texts(prompts, samplings):
         length = _width(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings)))
-        engine = Engine(params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator)
+        engine = Engines(params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator)
         waiting, busy, made = deque(range(len(prompts))), {}, [[] for _ in prompts]
         group = max(1, engine.slots // 4)  # rows join in groups of one size: a prefill serves several, and is compiled once
         while waiting or busy:
