@@ -222,8 +222,8 @@ def main(args: Args):
                   read_GBps={"weights": round(width[weights] / 1e9, 1), "large": round(width[LARGE] / 1e9, 1)}, lines=[])
     print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
           f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n")
-    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   best of {args.repeats}; GB/s with the "
-          "kv cache, shares for the weights alone")
+    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   "
+          f"best of {args.repeats}; GB/s with the kv cache, shares for the weights alone")
     best_of = lambda name: max(s for s, _ in best.get(name, [(float("nan"), 0)]))
     for name, line in lines.items():
         speed, step = max(s for s, _ in best[name]), min(ms for _, ms in best[name])

@@ -184,7 +184,8 @@ def test_engines_side_by_side_write_what_one_row_alone_writes():
 def test_engines_add_all_rows_or_none():
     config, params, _ = golden()
     engines = Engines(params, config, 4, 64, sides=2)
-    for prompts, message in (([[1]] * 5, "5 rows do not fit into 4 free slots"), ([[1], [1] * 64], "leaves no room"), ([[1], []], "no tokens")):
+    for prompts, message in (([[1]] * 5, "5 rows do not fit into 4 free slots"), ([[1], [1] * 64], "leaves no room"),
+                             ([[1], []], "no tokens")):
         with pytest.raises(UserError, match=message):
             engines.add_many(prompts, [Sampling(4)] * len(prompts))
         assert engines.free == 4
@@ -206,7 +207,8 @@ def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
     count = lambda slots: len(Engines(params, config, slots, 16).parts)
     monkeypatch.setattr(generate.os, "cpu_count", lambda: 8)
     assert [count(slots) for slots in (1, 2, 3, 4, 5, 6, 32)] == [1, 1, 1, 2, 1, 2, 2]
-    for owner, name, value in ((generate.os, "cpu_count", lambda: 1), (generate.jax, "default_backend", lambda: "gpu"), (generate, "SMALL", 1000)):
+    for owner, name, value in ((generate.os, "cpu_count", lambda: 1), (generate.jax, "default_backend", lambda: "gpu"),
+                               (generate, "SMALL", 1000)):
         with monkeypatch.context() as other:
             other.setattr(owner, name, value)
             assert count(8) == 1
