@@ -212,7 +212,7 @@ def main(args: Args):
             best.setdefault(name, []).append(decode(name, **line))
         for size in (weights, LARGE):
             width[size] = max(width.get(size, 0), read_bandwidth(size))
-        for _ in range(3):  # the first comes with cold caches
+        for _ in range(3):  # the first, after other work, is slower: the best of all is that of a warm process
             ttft.append(first_token()), forward.append(one_forward())
         if args.nanochat:
             for rows, speed in nanochat_speed(args, config, prompts[0]).items():

@@ -385,7 +385,7 @@ def sides_for(params, slots: int) -> int:
     """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a CPU, otherwise one."""
     weights = jax.tree.leaves([params["blocks"], params.get("head", params["embed"])])
     small = sum(a.nbytes for a in weights) <= SMALL and jax.default_backend() == "cpu"
-    return SIDES if small and os.cpu_count() >= SIDES and slots % SIDES == 0 and slots >= 2 * SIDES else 1
+    return SIDES if small and (os.cpu_count() or 1) >= SIDES and slots % SIDES == 0 and slots >= 2 * SIDES else 1
 
 
 def bucket(n: int, least: int = 1) -> int:

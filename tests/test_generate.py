@@ -168,7 +168,7 @@ def test_engines_side_by_side_write_what_one_row_alone_writes():
     config, params, _ = golden()
     samplings = [Sampling(n, temperature=t, top_k=k, seed=n) for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))]
     solo = [alone(p, s) for p, s in zip(PROMPTS, samplings)]
-    engines, made = Engines(params, config, 4, 64, sides=2), [[] for _ in PROMPTS]
+    engines = Engines(params, config, 4, 64, sides=2)
     slots = engines.add_many(PROMPTS, samplings)
     assert sorted(slots) == [0, 1, 2, 3] and [part.free for part in engines.parts] == [0, 0] and engines.free == 0
     assert all(len(tokens) == 1 for tokens, _ in engines.step().values()), "the first tokens don't wait for a whole chunk"
