@@ -175,7 +175,7 @@ def main(args: Args):
         engine.step()
         begun, made, steps = time.perf_counter(), 0, 0
         while engine.free < rows:
-            new = engine.step(generate.LONG_CHUNK)
+            new = engine.step(generate.WHOLE_CHUNK)
             made += sum(len(tokens) for tokens, _ in new.values())
             steps += max(len(tokens) for tokens, _ in new.values())
         end = time.perf_counter()

@@ -22,7 +22,8 @@ from lib.files import UserError
 from lib.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, top_alternatives
 
 CHUNK = 8  # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
-LONG_CHUNK = 32  # the same when nobody is watching
+LONG_CHUNK = 32  # the same when nobody is watching, but rows wait for a tool or for a free slot until it is over
+WHOLE_CHUNK = 128  # the same when no row waits for anything
 PREFILL = 128  # prompt tokens per prefill pass
 SIDES = 2  # engines side by side on a CPU, if it has the cores; more were not measured
 SMALL = 32 * 2**20  # bytes of weights up to which that pays: each side reads them all
@@ -158,7 +159,8 @@ class _Writer:
     def _let_out(self, token: Token):
         """Find stop strings in the bytes of what the model wrote in one go, wherever they cross tokens."""
         if not self.stops or token.forced or token.id >= len(self.tokenizer.tokens):  # no text, or not the model's own
-            self.ready, self.held = [*self.ready, *self.held, token], []
+            self.ready += [*self.held, token]
+            self.held = []
             return
         self.held.append(token)
         text = b"".join(self.tokenizer.tokens[t.id] for t in self.held)
@@ -281,11 +283,11 @@ class Engine:
         """
         if not self.writers:
             return {}
-        forced = np.full((self.slots, LONG_CHUNK), -1, np.int32)
+        forced, given = np.full((self.slots, WHOLE_CHUNK), -1, np.int32), {}
         for slot, w in self.writers.items():
-            ids = w.forced[:LONG_CHUNK]
-            forced[slot, : len(ids)] = ids
-        count, self.fresh = 1 if self.fresh else min(count, LONG_CHUNK), False
+            ids = w.forced[:WHOLE_CHUNK]
+            forced[slot, : len(ids)], given[slot] = ids, len(ids)
+        count, self.fresh = 1 if self.fresh else min(count, WHOLE_CHUNK), False
         out = self._decode(forced, count)
         if not any(w.sampling.logprobs for w in self.writers.values()):
             out = {name: a for name, a in out.items() if "top" not in name}
@@ -293,13 +295,13 @@ class Engine:
         self.guessed, self.right = self.guessed + int(out.get("guessed", 0)), self.right + int(out.get("right", 0))
         result, dead = {}, []
         for slot, w in list(self.writers.items()):
-            for i in range(LONG_CHUNK):
-                if out["id"][slot, i] < 0 or w.finish:
+            n = w.sampling.logprobs
+            for i, (id, logprob) in enumerate(zip(out["id"][slot].tolist(), out["logprob"][slot].tolist())):
+                if id < 0 or w.finish:
                     assert i, "a busy row must move on"
                     break
-                n = w.sampling.logprobs
-                top = [(int(t), float(p)) for t, p in zip(out["top_id"][slot, i, :n], out["top_logprob"][slot, i, :n])] if n else []
-                w.push(Token(int(out["id"][slot, i]), float(out["logprob"][slot, i]), forced[slot, i] >= 0, top))
+                top = list(zip(out["top_id"][slot, i, :n].tolist(), out["top_logprob"][slot, i, :n].tolist())) if n else []
+                w.push(Token(id, logprob, i < given[slot], top))
             result[slot], w.ready = (w.ready, w.finish), []
             if w.finish:
                 dead.append(slot)
@@ -428,7 +430,7 @@ def generate(params, config: Config, prompts: list[list[int]], max_tokens: int, 
     """The whole of `stream` at once: for each prompt the list of new token ids, without the prompt."""
     rows = [[] for _ in prompts]
     for new in _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty,
-                    stop_strings, tokenizer, tool, guess, draft, LONG_CHUNK):
+                    stop_strings, tokenizer, tool, guess, draft, LONG_CHUNK if tool or stop_strings else WHOLE_CHUNK):
         for row, ids in zip(rows, new):
             row += ids
     return rows

@@ -81,17 +81,18 @@ fence.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barri
 
 
 def rope_tables(positions, config: Config):
-    """cos and sin of shape (*positions.shape, 1, H/2), in the compute dtype as nanochat has them."""
+    """cos, and sin with the sign of its half, of shape (*positions.shape, 1, H), in the compute dtype as nanochat has them."""
     half = config.head_dim // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
+    cos, sin = jnp.cos(angle).astype(config.dtype), jnp.sin(angle).astype(config.dtype)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, -sin], axis=-1)
 
 
 def rotate(x_BTNH, cos, sin):
     """Rotary embedding over split halves, by minus the angle (nanochat's sign; Su et al. 2021)."""
     a, b = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)
+    return x_BTNH * cos + jnp.concatenate([b, a], axis=-1) * sin  # XLA:CPU takes three passes for the halves one by one
 
 
 def write_cache(ring_XSH, new_BTKH, at_BT, length_B):

@@ -377,15 +377,15 @@ def test_logprobs_are_the_models_own():
 
 def test_stops_at_a_token_and_streams_what_generate_returns():
     config, params, _ = golden()
-    prompt = [491, 275, 327]
-    free = generate.generate(params, config, [prompt], 30, temperature=0)[0]
-    assert len(free) == 30
+    prompt, count = [491, 275, 327], generate.WHOLE_CHUNK + 5  # more than one dispatch
+    free = generate.generate(params, config, [prompt], count, temperature=0)[0]
+    assert len(free) == count
     stop = free[12]
-    cut = generate.generate(params, config, [prompt], 30, temperature=0, stop=(stop,))[0]
+    cut = generate.generate(params, config, [prompt], count, temperature=0, stop=(stop,))[0]
     assert cut == free[: free.index(stop)]
     many = (*range(480, 491), stop)  # more than the device is told of
-    assert generate.generate(params, config, [prompt], 30, temperature=0, stop=many)[0] == cut
-    streamed = list(generate.stream(params, config, [prompt], 30, temperature=0))
+    assert generate.generate(params, config, [prompt], count, temperature=0, stop=many)[0] == cut
+    streamed = list(generate.stream(params, config, [prompt], count, temperature=0))
     assert len(streamed[0][0]) == 1 and len(streamed) > 2 and sum((rows[0] for rows in streamed), []) == free
 
 
