@@ -198,19 +198,21 @@ bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len
 
 figure, axis = subplots(size=(9, 4.5))
 axis.set_axis_off()
-x = y = wide = 0
+points, columns = 10, 104  # of the font, and how many of its characters (0.602 of its size wide) fit beside each other
+x = y = 0
 for token, cost in zip(ids[1:], bits):
     for piece in tokenizer.decode([token]).replace("\t", "    ").splitlines(keepends=True):
         text = piece.rstrip("\r\n")
-        if x + len(text) > 110:
+        if x + len(text) > columns:
             x, y = 0, y + 1
         if text:
-            axis.text(x, -y, text, family="monospace", fontsize=7, va="top", parse_math=False,
+            axis.text(x, -y, text, family="monospace", fontsize=points, va="top", parse_math=False,
                       bbox=dict(facecolor=(1, 0.3, 0.2, min(cost / 16, 0.8)) if cost > 4 else (0.2, 0.5, 1, 0.3 - cost / 16),
                                 edgecolor="none", pad=0.6))
-        wide = max(wide, x + len(text))
         x, y = (0, y + 1) if piece != text else (x + len(text), y)
-axis.set(xlim=(0, wide), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average")
+axis.set(xlim=(0, columns), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average")
+axis.set_position([0.02, 0.02, columns * 0.602 * points / 72 / 9, 0.9])
+figure.set_size_inches(9, 0.5 + (y + 2) * 1.35 * points / 72)
 show(figure, folder / "plots" / "surprise.png")
 
 # %% [markdown]
@@ -372,7 +374,7 @@ if curves:
         axis.plot(*column(logged, "loss"), color="C0", alpha=0.5, linewidth=0.8, label="training")
         axis.plot(*column(logged, "val_loss"), "o-", color="C1", markersize=3, label="validation")
         axis.set(title=phase, xlabel="step", ylabel="nats per token of the assistant", yscale="log")
-        axis.legend()
+        axis.legend(loc="upper right")
     show(figure, folder / "plots" / "fine_tuning.png")
 
 # %% [markdown]

@@ -226,13 +226,14 @@ class Terminal:
         self.text = ""
 
     def until(self, wanted, timeout=120):
-        """All that was shown since the last call, once `wanted` is in it."""
+        """All that was shown since the last call, up to `wanted`, which is waited for."""
         ends = time.monotonic() + timeout
         while wanted not in self.text:
             ready, _, _ = select.select([self.fd], [], [], max(0, ends - time.monotonic()))
             assert ready, f"no {wanted!r} in {self.text!r}"
             self.text += os.read(self.fd, 65536).decode("utf-8", "replace")  # OSError if the program has left
-        text, self.text = self.text, ""
+        end = self.text.index(wanted) + len(wanted)
+        text, self.text = self.text[:end], self.text[end:]
         return text
 
     def type(self, text):
@@ -272,6 +273,7 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
         pytest.fail("no Ctrl-C at the prompt was answered")
     terminal.type("/clear\n")
     terminal.until("(forgotten)")
+    terminal.until("> \033[0m")  # before, the terminal takes Ctrl-D for itself
     terminal.type("\x04")
     assert terminal.wait() == 0
 
