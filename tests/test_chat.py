@@ -1,6 +1,5 @@
 """Reading answers piece by piece, fitting a chat into the context, and the terminal, plain and as a real one."""
 
-import contextlib
 import json
 import os
 import pty
@@ -236,6 +235,13 @@ class Terminal:
         text, self.text = self.text[:end], self.text[end:]
         return text
 
+    def waits(self):
+        """Return once the program sleeps: its prompt is shown a moment before it waits for a key."""
+        stat, ends = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 60
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < ends, "the program never sleeps"
+            time.sleep(0.01)
+
     def type(self, text):
         os.write(self.fd, text.encode())
 
@@ -264,13 +270,9 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     terminal.interrupt()
     shown = terminal.until("> \033[0m")
     assert "(stopped)" in shown and "120" not in shown
-    for _ in range(20):  # readline notices a Ctrl-C between its prompt and its waiting only with the next one
-        terminal.interrupt()
-        with contextlib.suppress(AssertionError):
-            terminal.until("/quit leaves", timeout=5)
-            break
-    else:
-        pytest.fail("no Ctrl-C at the prompt was answered")
+    terminal.waits()
+    terminal.interrupt()
+    terminal.until("/quit leaves")
     terminal.type("/clear\n")
     terminal.until("(forgotten)")
     terminal.until("> \033[0m")  # before, the terminal takes Ctrl-D for itself
