@@ -51,10 +51,10 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from tqdm import tqdm
 
-from lib.data import documents, head
+from lib.data.sources import documents, head
 from lib.files import UserError, choose, update_json
 from lib.notebook import flags, open_run, secret, show, subplots
-from lib.tokenizer import FILE, Tokenizer, load_tokenizer
+from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters

@@ -51,16 +51,23 @@ import time
 import jax
 import numpy as np
 
-from lib import checkpoint, data, evals, generate, model, preflight, report, sharding, train
+from lib.train import checkpoint, step as train
+from lib.data import sources as data
+from lib import evals
+from lib.generate import engine as generate
+from lib.model import transformer as model
+from lib.preflight import compile as preflight
+from lib.report import page as report
+from lib.parallel import layout as sharding
 from lib.chips import Slice, chip
 from lib.config import Config
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
-from lib.metrics import Metrics, column, read_jsonl, trace_window
+from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 from lib.notebook import (device_report, flags, join_hosts, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show,
                           subplots)
 from lib.params import count_params, named_specs
-from lib.tokenizer import FILE, load_tokenizer
+from lib.data.tokenizer import FILE, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters

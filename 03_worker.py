@@ -49,12 +49,12 @@ import math
 import time
 from pathlib import Path
 
-from lib import checkpoint
+from lib.train import checkpoint
 from lib.config import Config
 from lib.files import UserError, choose, update_json
 from lib.notebook import device_report, flags, open_run, parse_overrides, secret, show
 from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
-from lib.tokenizer import FILE, load_tokenizer
+from lib.data.tokenizer import FILE, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters

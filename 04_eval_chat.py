@@ -49,16 +49,22 @@ import time
 import jax
 import numpy as np
 
-from lib import chat, checkpoint, data, evals, generate, report, sandbox, sft, train
+from lib.chat import terminal as chat
+from lib.train import checkpoint, finetune as sft, step as train
+from lib.data import sources as data
+from lib import evals
+from lib.generate import engine as generate
+from lib.report import page as report
+from lib.sandbox import programs as sandbox
 from lib.config import Config
 from lib.evals import chat as chat_tasks
 from lib.evals import contamination, core, kinds, stats
 from lib.files import UserError, choose, update_json
-from lib.metrics import Metrics, column, read_jsonl
+from lib.train.metrics import Metrics, column, read_jsonl
 from lib.notebook import device_report, flags, open_run, results_table, set_aside, show, subplots
 from lib.params import count_params, templates
 from lib.tasks import tasks as known_tasks
-from lib.tokenizer import FILE, load_tokenizer
+from lib.data.tokenizer import FILE, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters

@@ -65,7 +65,7 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from lib.attention import ATTENTION, compiled_kernels
+    from lib.model.attention import ATTENTION, compiled_kernels
 
     B, T, N, K, H = shape
     dtype = jnp.float32 if on_cpu else jnp.bfloat16

@@ -130,7 +130,11 @@ def main(args: Args):
     import numpy as np
 
     from benchmarks.train_step import CONFIGS
-    from lib import checkpoint, data, evals, generate, model
+    from lib.train import checkpoint
+    from lib.data import sources as data
+    from lib import evals
+    from lib.generate import engine as generate
+    from lib.model import transformer as model
     from lib.config import PRESETS, Config
     from lib.files import UserError, choose, write_json
     from lib.notebook import parse_overrides

@@ -56,7 +56,7 @@ def one_at_a_time(params, config, tokenizer, longest: int):
     import jax.numpy as jnp
     import numpy as np
 
-    from lib import model
+    from lib.model import transformer as model
     from lib.evals.likelihood import Score
 
     @jax.jit
@@ -103,11 +103,12 @@ def main(items: int = 40, sequence_len: int = 1024, n_layer: int = 4, n_embd: in
 
     import jax
 
-    from lib import data, model
+    from lib.data import sources as data
+    from lib.model import transformer as model
     from lib.config import Config
     from lib.evals import core
     from lib.files import write_json
-    from lib.tokenizer import Tokenizer
+    from lib.data.tokenizer import Tokenizer
 
     config = Config(vocab_size=vocab_size, sequence_len=sequence_len, n_layer=n_layer, n_embd=n_embd, n_head=max(1, n_embd // 64),
                     n_kv_head=max(1, n_embd // 64), head_dim=64, mlp_dim=4 * n_embd, microbatch=1, total_batch_size=sequence_len)

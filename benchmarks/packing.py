@@ -8,7 +8,7 @@ def kept_whole(tokens, packing: str, sequence_len: int) -> float:
     """Share of the documents that fit the context that one epoch shows in one piece."""
     import numpy as np
 
-    from lib import data
+    from lib.data import sources as data
 
     fitting, shown = set(), set()
     for shard in tokens:
@@ -35,9 +35,9 @@ def main(vocab_sizes: tuple[int, ...] = (4096, 32768), sequence_lens: tuple[int,
     import tempfile
     import time
 
-    from lib import data
+    from lib.data import sources as data
     from lib.files import write_json
-    from lib.tokenizer import Tokenizer
+    from lib.data.tokenizer import Tokenizer
 
     rows = []
     for vocab_size in vocab_sizes:

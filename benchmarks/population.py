@@ -32,11 +32,11 @@ def main(args: Args):
     import jax.numpy as jnp
     import numpy as np
 
-    from lib import train
+    from lib.train import step as train
     from lib.config import Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides
-    from lib.optim import compile_key
+    from lib.train.optim import compile_key
     from lib.sweeps import pictures, presets, space, trials
 
     constants = {k: v for k, v in choose("budget", args.budget, presets.BUDGETS)["constants"].items() if k not in space.SETTINGS}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from lib import preflight
+from lib.preflight import compile as preflight
 
 SHORT = dict(sequence_len=1024, remat="dots")
 PLAIN = dict(window_pattern="L", value_embeds=False)  # scanned layer by layer: compiles fast

@@ -1,6 +1,6 @@
 """Time of each component of a training step on the device at hand against its roofline: `python -m benchmarks.roofline --help`.
 
-The roofline is lib.roofline's account from shapes. What the device can do at most is in lib.chips for accelerators; of a CPU it is measured
+The roofline is lib.preflight.roofline's account from shapes. What the device can do at most is in lib.chips for accelerators; of a CPU it is measured
 here first: a large matrix product and a large read. Components are timed alone, forward and backward, in turns.
 """
 
@@ -56,8 +56,9 @@ def pieces(config) -> dict:
     import numpy as np
     import optax
 
-    from lib import model, train
-    from lib.optim import make_optimizer
+    from lib.model import transformer as model
+    from lib.train import step as train
+    from lib.train.optim import make_optimizer
 
     rng = np.random.default_rng(0)
     B, T, D, A = config.microbatch, config.sequence_len, config.n_embd, config.accumulate
@@ -94,7 +95,7 @@ def main(args: Args):
     import jax
 
     from benchmarks.train_step import CONFIGS
-    from lib import roofline
+    from lib.preflight import roofline
     from lib.chips import chip
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json

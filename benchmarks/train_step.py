@@ -3,7 +3,6 @@
 On the device at hand it times whole optimizer steps; with --tpu it compiles for a TPU that isn't there and reports memory.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -36,13 +35,13 @@ class Args:
 
 def main(args: Args):
     if args.tpu:
-        from lib.preflight import compile_step, tpu_device
+        from lib.preflight.compile import compile_step, tpu_device
 
         device = tpu_device(args.tpu)
     import jax
     import numpy as np
 
-    from lib import train
+    from lib.train import step as train
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
     from lib.notebook import chip, parse_overrides

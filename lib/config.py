@@ -8,18 +8,39 @@ from pathlib import Path
 
 import jax
 
-from lib.attention import check_attention
 from lib.files import UserError, choose, write_atomic
 
 MLPS = ("relu2", "gelu", "swiglu")
 REMATS = ("none", "dots", "layer")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZER_NAMES = ("muon", "adamw")
+ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
+KERNEL_TILE = 128  # lanes of a TPU register: kernels work on whole tiles of the sequence
+WHOLE_HEAD = 2**21  # sequence_len x head_dim up to which our kernel's accumulators fit on chip (compiled for v5e, v5p, v6e)
 SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12  # leading channels of the residual stream that feed these gates
 REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
 
 
 @jax.tree_util.register_static
+def check_attention(name: str, *, sequence_len: int, head_dim: int, n_head: int, n_kv_head: int,
+                    window: int | None = None):
+    """UserError when implementation `name` can't do these sizes, with the nearest that it can; else None."""
+    choose("attention", name, ATTENTION_NAMES)
+    if n_head % n_kv_head:
+        good = max(k for k in range(1, n_kv_head + 1) if n_head % k == 0)
+        raise UserError(f"n_kv_head={n_kv_head} does not divide n_head={n_head}: use n_kv_head={good}")
+    if window is not None and window < 0:
+        raise UserError(f"window={window} must be at least 0 (only itself), or None for all of the past")
+    if name in ("splash", "pallas") and sequence_len % KERNEL_TILE:
+        good = max(1, round(sequence_len / KERNEL_TILE)) * KERNEL_TILE
+        raise UserError(f"attention={name} needs sequence_len to be a multiple of {KERNEL_TILE}, got {sequence_len}: "
+                        f"use sequence_len={good}, or attention=einsum")
+    longest = WHOLE_HEAD // (-(-head_dim // KERNEL_TILE) * KERNEL_TILE)
+    if name == "pallas" and sequence_len > longest:
+        raise UserError(f"attention=pallas holds whole heads on chip, at most sequence_len={longest} at "
+                        f"head_dim={head_dim}, got {sequence_len}: use that, or attention=splash")
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that shapes the model and its training. Changing a field recompiles; nothing else does.
@@ -51,7 +72,7 @@ class Config:
     backout: bool = True  # subtract a share of the middle layer's output before the head
     tied_head: bool = False
     # computation
-    attention: str = "auto"  # a key of lib.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
+    attention: str = "auto"  # a key of lib.model.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
     attention_block: int = 0  # queries and keys per block of splash and pallas, at most; 0: their own default
     compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
     remat: str = "none"  # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all of it)

@@ -71,7 +71,7 @@ def install_missing():
 
 
 def _excepthook(kind, error, trace):
-    from lib import sharding
+    from lib.parallel import layout as sharding
 
     if issubclass(kind, UserError):
         print(f"Error: {error}", file=sys.stderr)
@@ -89,7 +89,7 @@ def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool
     """
     import jax
 
-    from lib import sharding
+    from lib.parallel import layout as sharding
 
     if coordinator:
         sharding.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)

@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PARITY = Path(__file__).parent / "parity"
+PARITY = Path(__file__).parent / "golden"
 
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -23,7 +23,7 @@ def parity() -> Path:
 
 
 def load(name: str):
-    """A file of tests/parity: a dict from JSON, or of numpy arrays from safetensors."""
+    """A file of tests/golden: a dict from JSON, or of numpy arrays from safetensors."""
     from safetensors.numpy import load_file
 
     path = PARITY / name
@@ -32,7 +32,7 @@ def load(name: str):
 
 def parity_model(name: str):
     """(Config, params) of a golden model."""
-    from lib.interop import config_from_nanochat, from_nanochat
+    from lib.interop.nanochat import config_from_nanochat, from_nanochat
 
     config = config_from_nanochat(load(f"model_{name}_config.json")["GPTConfig"])
     return config, from_nanochat(load(f"model_{name}_state.safetensors"), config)

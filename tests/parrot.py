@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from lib import checkpoint, model
+from lib.train import checkpoint
+from lib.model import transformer as model
 from lib.config import Config
 from lib.files import replacing
 from lib.params import init_params
-from lib.tokenizer import Tokenizer
+from lib.data.tokenizer import Tokenizer
 
 MARKDOWN = """# A heading
 

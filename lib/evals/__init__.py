@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from lib import model
+from lib.model import transformer as model
 from lib.config import Config
 from lib.files import UserError, first_line
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib import model
-from lib.attention import KERNEL_TILE
+from lib.model import transformer as model
+from lib.model.attention import KERNEL_TILE
 from lib.config import Config
 from lib.files import UserError
 

@@ -18,13 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib import checkpoint, data, evals, train
+from lib.train import checkpoint, step as train
+from lib.data import sources as data
+from lib import evals
 from lib.config import Config
 from lib.files import UserError, first_line
-from lib.optim import compile_key, lr_multiplier
+from lib.train.optim import compile_key, lr_multiplier
 from lib.params import count_params
 from lib.sweeps import space
-from lib.tokenizer import Tokenizer
+from lib.data.tokenizer import Tokenizer
 
 DEFAULTS = dict(source="stdlib", packing="bestfit", shards=8, eval_bytes=200_000, evals=10)  # of space.SETTINGS
 CURVE = 120  # points of the training loss kept for pictures

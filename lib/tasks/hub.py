@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import data, sandbox
+from lib.data import sources as data
+from lib.sandbox import programs as sandbox
 from lib.files import UserError
 from lib.tasks import Task
 from lib.tasks.stdlib import TASKS as STDLIB

@@ -1,0 +1,439 @@
+"""Talking in a terminal (`python -m lib.chat`), and what every way of talking needs: fitting a chat, reading an answer."""
+
+import codecs
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.train.checkpoint import Model
+from lib.files import UserError, write_json, writing
+from lib.generate.engine import Engine, Sampling, Token
+from lib.model.transformer import quantized
+from lib.data.tokenizer import Tokenizer
+
+# ---- any chat ----------------------------------------------------------------------------------------------------------
+
+KINDS = {  # special token: what kind of part begins after it
+    "<|python_start|>": "python",
+    "<|python_end|>": "text",
+    "<|output_start|>": "python_output",
+    "<|output_end|>": "text",
+}
+
+
+def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: all special ones but those around tool calls, which have no place inside a turn."""
+    return tuple(id for name, id in tokenizer.special.items() if name not in KINDS)
+
+
+class Piece(NamedTuple):
+    """A bit more of an answer: `text` of part number `index`, of kind text, python or python_output, made of `tokens`."""
+
+    index: int
+    kind: str
+    text: str
+    tokens: list[Token]
+
+
+class Reader:
+    """Turns tokens into text as they arrive; `parts` is the answer so far, as a chat message's list of {"type", "text"}.
+
+    A character whose bytes are spread over tokens waits for the last of them, and is dropped if that never comes. Bytes that can't
+    be UTF-8 become U+FFFD. `finish` says why the answer ended, None before that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokens = tokenizer.tokens
+        self.kinds = {tokenizer.special[name]: kind for name, kind in KINDS.items()}
+        self.parts: list[dict] = []
+        self.finish: str | None = None
+        self._begin("text")
+
+    def _begin(self, kind):
+        self.kind, self.waiting = kind, []
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.open = False  # whether the last of `parts` is the one being written
+
+    def read(self, tokens: list[Token]) -> list[Piece]:
+        """What these tokens add; at most one piece per part."""
+        pieces = []
+        for token in tokens:
+            if token.id in self.kinds:
+                self._begin(self.kinds[token.id])
+            if token.id >= len(self.tokens):
+                continue
+            self.waiting.append(token)
+            if not (text := self.decoder.decode(self.tokens[token.id])):
+                continue
+            if not self.open:
+                self.parts.append({"type": self.kind, "text": ""})
+                self.open = True
+            self.parts[-1]["text"] += text
+            index = len(self.parts) - 1
+            if pieces and pieces[-1].index == index:
+                pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + text, tokens=pieces[-1].tokens + self.waiting)
+            else:
+                pieces.append(Piece(index, self.kind, text, self.waiting))
+            self.waiting = []
+        return pieces
+
+
+def plain(content: str | list[dict]) -> str:
+    """A message's text without tool calls."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def compact(parts: list[dict]) -> str | list[dict]:
+    """The content of an assistant's message: just text, unless tools were called."""
+    return parts if any(part["type"] != "text" for part in parts) else plain(parts)
+
+
+def fit(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
+    """Ids that ask for an answer to a chat, and how many of its oldest messages were left out to make room for that.
+
+    Room is made for max_tokens, but for half of the context at most; what the last message and the system's leave must do.
+    UserError if these two alone fill the context.
+    """
+    first = int(messages[:1] != [] and isinstance(messages[0], dict) and messages[0].get("role") == "system")
+    ids = tokenizer.render_for_completion(messages)  # checks all of them
+    room = context - min(max_tokens, context // 2)
+    if len(ids) <= room:
+        return ids, 0
+    without = lambda turns: tokenizer.render_for_completion(messages[:first] + messages[first + 2 * turns:])
+    turns = (len(messages) - first - 1) // 2
+    drop = bisect_left(range(turns), True, key=lambda n: len(without(n)) <= room)
+    ids = without(drop)
+    if len(ids) >= context:
+        raise UserError(f"the last message makes {len(ids)} tokens and the model's context has {context}: shorten it")
+    return ids, 2 * drop
+
+
+def reply(engine: Engine, ids: list[int], sampling: Sampling, reader: Reader) -> Iterator[Piece]:
+    """Write the answer to a prompt in an engine of its own, piece by piece. Leaving the loop early frees the slot."""
+    slot = engine.add(ids, sampling)
+    try:
+        while not reader.finish:
+            tokens, reader.finish = engine.step()[slot]
+            yield from reader.read(tokens)
+    finally:
+        engine.cancel(slot)
+
+
+# ---- the terminal ------------------------------------------------------------------------------------------------------
+
+HELP = """/clear        forget the conversation
+/regen        another answer to your last message
+/save FILE    write the conversation as JSON
+/load FILE    take up a saved conversation
+/set          show the sampling settings; /set temperature 0.5 changes one
+/help         this text
+/quit         leave (or Ctrl-D)
+A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of many lines and another ends it.
+Ctrl-C stops an answer."""
+TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write escape sequences; a terminal must not obey them
+PLAIN = dict.fromkeys(("you", "tool", "note", "bad", "end"), "")
+COLOURS = {"you": "\033[1;36m", "tool": "\033[2;33m", "note": "\033[2m", "bad": "\033[31m", "end": "\033[0m"}
+
+
+@dataclass
+class Settings:
+    """Talk to a trained model in the terminal; /help there tells the commands."""
+
+    run: str = ""
+    """run folder, runs/NAME or a path; empty for the newest"""
+    stage: str = ""
+    """base, mid, sft or rl; empty for the furthest that the run has"""
+    ckpt: str = ""
+    """empty for the newest checkpoint, best, or a checkpoint's path or address"""
+    prompt: str = ""
+    """answer this one message, print nothing but the answer and leave; - reads it from standard input"""
+    int8: bool = False
+    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
+    guess: int = 0
+    """tokens to guess ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
+    system: str = ""
+    """a system message, put before the conversation"""
+    max_tokens: int = 512
+    """longest answer, in tokens"""
+    temperature: float = 0.6
+    """0 always takes the likeliest token"""
+    top_k: int = 50
+    """choose among this many likeliest tokens; 0 for all"""
+    top_p: float = 1.0
+    """choose among the likeliest tokens that together have this probability"""
+    min_p: float = 0.0
+    """leave out tokens less likely than this share of the likeliest one"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens that were there already less likely"""
+    seed: int | None = None
+    """the same seed gives the same answers; none for others each time"""
+
+
+class Talk:
+    """One conversation with a model: what was said, the settings, and where the answers go."""
+
+    def __init__(self, model: Model, settings: Settings, colours: dict = PLAIN, tools: bool = True):
+        from lib.sandbox.programs import calculator
+
+        self.model, self.settings, self.colours, self.tools = model, settings, colours, tools  # tools: whether calls are shown
+        self.context = model.config.sequence_len
+        params = quantized(model.params, model.config) if settings.int8 else model.params
+        self.engine = Engine(params, model.config, 1, self.context, model.tokenizer, calculator, settings.guess)
+        self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
+        self.sampling()  # bad settings are told now
+        self.clear()
+
+    def clear(self):
+        self.messages = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+
+    def sampling(self, **changes) -> Sampling:
+        chosen = {name: getattr(self.settings, name) for name in TUNABLE}
+        return Sampling(**chosen | changes, seed=self.seed, stop=ends(self.model.tokenizer))
+
+    def note(self, text: str, colour: str = "note"):
+        print(f"{self.colours[colour]}{text}{self.colours['end']}", file=sys.stderr, flush=True)
+
+    def ask(self, text: str):
+        """Add the user's message and answer it; a message that can't be rendered or doesn't fit is taken back."""
+        self.messages.append({"role": "user", "content": text})
+        try:
+            self.answer()
+        except UserError:
+            self.messages.pop()
+            raise
+
+    def prompt(self) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if self.model.stage == "base":  # has never seen a chat: it goes on where the text ends
+            ids = tokenizer.encode(self.messages[-1]["content"], bos=True)
+            if len(ids) >= self.context:
+                raise UserError(f"this makes {len(ids)} tokens and the model's context has {self.context}: shorten it")
+            return ids
+        ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
+        if dropped:
+            self.note(f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens and were left out)")
+        return ids
+
+    def answer(self):
+        """Write the answer to the last message and remember it, also when Ctrl-C cuts it short."""
+        ids = self.prompt()
+        reader = Reader(self.model.tokenizer)
+        sampling = self.sampling(max_tokens=min(self.settings.max_tokens, self.context - len(ids)))
+        self.seed += 1
+        stopped, last = False, None
+        try:
+            with _interrupted() as flag, contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces:
+                for piece in pieces:
+                    last = self._show(piece, last)
+                    if stopped := flag.is_set():
+                        break
+        except KeyboardInterrupt:  # the next message must find an answer before it
+            self.messages.append({"role": "assistant", "content": compact(reader.parts)})
+            raise
+        print(self._close(last), flush=True)
+        if stopped:
+            self.note("(stopped)")
+        elif reader.finish == "length":
+            self.note(f"(cut after {sampling.max_tokens} tokens)")
+        self.messages.append({"role": "assistant", "content": compact(reader.parts)})
+
+    def _show(self, piece: Piece, last: Piece | None) -> Piece:
+        """Print a piece, tool calls in brackets and their own colour; `last` is the piece before it."""
+        if piece.kind == "text" or self.tools:
+            if last is None or last.index != piece.index:
+                mark = {"text": "", "python": self.colours["tool"] + "[", "python_output": " = "}[piece.kind]
+                print((self._close(last) if piece.kind != "python_output" else "") + mark, end="")
+            print(UNPRINTABLE.sub("", piece.text), end="", flush=True)
+        return piece
+
+    def _close(self, last: Piece | None) -> str:
+        return f"]{self.colours['end']} " if self.tools and last and last.kind != "text" else ""
+
+    def command(self, line: str) -> bool:
+        """Obey a line that begins with a slash; False when it asks to leave. Raises UserError."""
+        name, _, rest = line[1:].strip().partition(" ")
+        rest = rest.strip()
+        if name in ("quit", "exit", "q"):
+            return False
+        if name == "help":
+            self.note(HELP)
+        elif name == "clear":
+            self.clear()
+            self.note("(forgotten)")
+        elif name == "regen":
+            if not self.messages or self.messages[-1]["role"] == "system":
+                raise UserError("there is no message to answer yet: write one")
+            if self.messages[-1]["role"] == "assistant":
+                self.messages.pop()
+            self.answer()
+        elif name == "save":
+            if not rest:
+                raise UserError("/save needs the name of a file to write, such as /save chat.json")
+            try:
+                write_json(rest, {"messages": self.messages})
+            except (OSError, ValueError) as e:  # a folder, a name that is too long, text that is not Unicode
+                raise UserError(f"cannot save to {rest} ({type(e).__name__}): name another file") from None
+            self.note(f"(saved {len(self.messages)} messages to {rest})")
+        elif name == "load":
+            self.messages = _load(rest, self.model.tokenizer)
+            self.note(f"(took up {len(self.messages)} messages from {rest})")
+        elif name == "set":
+            self.set(rest)
+        else:
+            raise UserError(f"there is no command /{name}: /help lists them")
+        return True
+
+    def set(self, text: str):
+        """/set: show the sampling settings, or change one."""
+        if text:
+            name, _, value = text.replace("=", " ").partition(" ")
+            if name not in TUNABLE:
+                raise UserError(f"there is no setting {name!r}: choose one of {', '.join(TUNABLE)}")
+            old = getattr(self.settings, name)
+            try:
+                setattr(self.settings, name, type(old)(value))
+                self.sampling()
+            except ValueError:
+                raise UserError(f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not {value!r}") from None
+            except UserError:
+                setattr(self.settings, name, old)
+                raise
+        self.note("  ".join(f"{name} {getattr(self.settings, name)}" for name in TUNABLE))
+
+
+@contextlib.contextmanager
+def _interrupted():
+    """An Event that the first Ctrl-C sets, so that an answer ends between two tokens; a second one interrupts at once."""
+    flag = threading.Event()
+
+    def handler(signum, frame):
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
+    """The messages of a file that /save wrote, checked."""
+    if not path:
+        raise UserError("/load needs the name of a file that /save wrote")
+    try:
+        messages = json.loads(Path(path).read_text())["messages"]
+        tokenizer.render_conversation(messages)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        why = type(e).__name__
+        raise UserError(f"{path} cannot be read as a saved conversation ({why}): name a file that /save wrote") from None
+    return messages
+
+
+def read_message(read) -> str:
+    """One message of the user from `read(prompt)`, which gives a line: joins continued lines and quoted blocks."""
+    line = read("> ")
+    if line.strip() == '"""':
+        lines = []
+        while (line := read("… ")).strip() != '"""':
+            lines.append(line)
+        return "\n".join(lines)
+    lines = []
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        line = read("… ")
+    return "\n".join([*lines, line])
+
+
+def converse(talk: Talk, read):
+    """Read, answer, repeat, until the input ends or /quit. An error is one line, and the conversation goes on."""
+    while True:
+        try:
+            text = read_message(read)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            talk.note("\n(Ctrl-D or /quit leaves)")
+            continue
+        try:
+            if text.startswith("/") and "\n" not in text:
+                if not talk.command(text):
+                    return
+            elif text.strip():
+                talk.ask(text)
+        except UserError as e:
+            talk.note(f"Error: {e}", "bad")
+        except KeyboardInterrupt:
+            talk.note("\n(interrupted)")
+
+
+def main(settings: Settings, coloured: bool):
+    """Load the model and talk on standard input and output; `coloured`: the user wants colours where a terminal is."""
+    from lib import notebook
+    from lib.train.checkpoint import load_model
+
+    sys.stdin.reconfigure(errors="replace")  # what is not text becomes U+FFFD
+    single = settings.prompt
+    if single == "-":
+        single = sys.stdin.read()
+    if settings.prompt and not single.strip():
+        raise UserError("the prompt is empty: write a message after --prompt, or - and the message on standard input")
+    folder = Path(settings.run) if "/" in settings.run else notebook.open_run(settings.run, needs="tokenizer.json")
+    model = load_model(folder, settings.ckpt, settings.stage)
+    tty = sys.stdin.isatty() and sys.stdout.isatty() and not single
+    talk = Talk(model, settings, COLOURS if coloured and sys.stdout.isatty() and sys.stderr.isatty() else PLAIN, tools=not single)
+    if single:
+        talk.ask(single)
+        return
+    if not tty:
+        converse(talk, lambda prompt: _line(sys.stdin))
+        return
+    talk.note(f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. /help tells the commands.")
+    if model.stage == "base":
+        talk.note("This model was only pretrained and has not learnt to chat: it goes on with the text that you write.")
+    you, end = talk.colours["you"], talk.colours["end"]
+    with _line_editing(folder / ".chat_history"):
+        # \x01 and \x02 tell readline that what is between them takes no room
+        converse(talk, lambda prompt: input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt))
+
+
+def _line(file) -> str:
+    if not (line := file.readline()):
+        raise EOFError
+    return line.rstrip("\n")
+
+
+@contextlib.contextmanager
+def _line_editing(history: Path):
+    """Cursor keys and the lines of earlier sessions, where Python has readline and the folder can be written."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    if not os.access(history.parent, os.W_OK):
+        yield
+        return
+    if history.exists():
+        readline.read_history_file(history)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with writing(history):
+            readline.write_history_file(history)

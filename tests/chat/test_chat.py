@@ -1,0 +1,348 @@
+"""Reading answers piece by piece, fitting a chat into the context, and the terminal, plain and as a real one."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import parrot
+import pytest
+
+from lib.chat import terminal as chat
+from lib.train.checkpoint import load_model
+from lib.files import UserError
+from lib.generate.engine import Engine, Sampling, Token
+from lib.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def model():
+    return load_model(parrot.run())
+
+
+def tokens(*ids):
+    return [Token(i, -0.5) for i in ids]
+
+
+# ---- any chat
+
+
+def test_a_character_waits_for_its_last_token():
+    tokenizer = model().tokenizer
+    ids = [i for byte in "é🙂".encode() for i in [tokenizer.tokens.index(bytes([byte]))]]
+    reader = chat.Reader(tokenizer)
+    pieces = [reader.read(tokens(i)) for i in ids]
+    assert [[p.text for p in ps] for ps in pieces] == [[], ["é"], [], [], [], ["🙂"]]
+    assert [len(p.tokens) for ps in pieces for p in ps] == [2, 4], "a piece comes with all tokens that it is made of"
+    assert reader.read(tokens(*ids[:1])) == [] and reader.parts == [{"type": "text", "text": "é🙂"}], (
+        "half a character never shows"
+    )
+
+
+def test_bytes_that_are_no_text_become_one_mark_and_what_follows_is_kept():
+    tokenizer = model().tokenizer
+    reader = chat.Reader(tokenizer)
+    reader.read(tokens(*[tokenizer.tokens.index(bytes([b])) for b in b"a\xffb\xe2\x9cc"]))
+    assert reader.parts[0]["text"] == "a\ufffdb\ufffdc"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 50])
+def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
+    tokenizer = model().tokenizer
+    content = parrot.CHATS["What is 37 plus 85?"]
+    content = [*content, {"type": "python", "text": "1/0"}, {"type": "python", "text": "2"}]  # the first one gets no answer
+    ids, mask = tokenizer.render_conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": content}])
+    begin = ids.index(tokenizer.special["<|assistant_start|>"]) + 1
+    reader, seen = chat.Reader(tokenizer), {}
+    for at in range(begin, len(ids), size):
+        for piece in reader.read(tokens(*ids[at : at + size])):
+            kind, text = seen.setdefault(piece.index, (piece.kind, ""))
+            seen[piece.index] = kind, text + piece.text
+    assert reader.parts == content
+    assert [dict(type=kind, text=text) for _, (kind, text) in sorted(seen.items())] == content
+    assert chat.plain(reader.parts) == "Let me see. 37 plus 85 is **122**." and chat.compact(reader.parts) == content
+    assert chat.compact([{"type": "text", "text": "just"}]) == "just"
+
+
+def turns(n, words="word " * 10):
+    return [{"role": ("user", "assistant")[i % 2], "content": f"{i} {words}"} for i in range(n)]
+
+
+def test_a_chat_that_fits_is_left_alone():
+    tokenizer, messages = model().tokenizer, turns(3)
+    ids = tokenizer.render_for_completion(messages)
+    assert chat.fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_the_oldest_turns_go_first_and_as_few_as_possible(system):
+    tokenizer, messages = model().tokenizer, system + turns(21)
+    full = len(tokenizer.render_for_completion(messages))
+    for context in range(200, full, 97):
+        ids, dropped = chat.fit(tokenizer, messages, context, 40)
+        assert dropped % 2 == 0 and dropped > 0
+        rest = system + messages[len(system) + dropped :]
+        assert ids == tokenizer.render_for_completion(rest) and len(ids) <= context - 40
+        more = system + messages[len(system) + dropped - 2 :]
+        assert len(tokenizer.render_for_completion(more)) > context - 40, "one turn fewer would have done"
+
+
+def test_a_long_last_message_takes_the_answers_room_and_then_is_refused():
+    tokenizer = model().tokenizer
+    messages = turns(2) + [{"role": "user", "content": "word " * 40}]
+    alone = len(tokenizer.render_for_completion(messages[2:]))
+    assert chat.fit(tokenizer, messages, alone + 5, 1000) == (tokenizer.render_for_completion(messages[2:]), 2)
+    with pytest.raises(UserError, match=f"{alone} tokens"):
+        chat.fit(tokenizer, messages, alone, 1000)
+
+
+def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():
+    m = model()
+    engine = Engine(m.params, m.config, 1, m.config.sequence_len, m.tokenizer)
+    ids = m.tokenizer.render_for_completion(parrot.messages("hello")[:1])
+    sampling = Sampling(200, temperature=0, stop=chat.ends(m.tokenizer))
+    for piece in chat.reply(engine, ids, sampling, chat.Reader(m.tokenizer)):
+        break
+    assert engine.free == 1
+    reader = chat.Reader(m.tokenizer)
+    assert "".join(p.text for p in chat.reply(engine, ids, sampling, reader)) == parrot.CHATS["hello"]
+    assert reader.finish == "stop"
+
+
+def test_what_is_read_as_one_message():
+    def message(*lines):
+        lines = list(lines)
+        return chat.read_message(lambda prompt: lines.pop(0)), lines
+
+    assert message("one", "two") == ("one", ["two"])
+    assert message("one\\", "two\\", "three", "four") == ("one\ntwo\nthree", ["four"])
+    assert message('"""', "a\\", "", "/clear", ' """ ', "b") == ("a\\\n\n/clear", ["b"])
+
+
+# ---- the terminal
+
+
+def command(*args, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | kwargs.pop("env", {})
+    start = kwargs.pop("start", ["-m", "lib.chat"])
+    flags = ["--run", str(parrot.run()), "--temperature", "0", *args]
+    return [sys.executable, *start, *flags], dict(cwd=ROOT, env=env, **kwargs)
+
+
+SLOWLY = """
+import runpy, time
+from lib.generate.engine import Engine
+step = Engine.step
+Engine.step = lambda self: (time.sleep(0.1), step(self))[1]
+runpy.run_module("lib.chat", run_name="__main__")
+"""
+
+
+def run(*args, **kwargs):
+    args, kwargs = command(*args, **kwargs)
+    return subprocess.run(args, capture_output=True, timeout=120, **dict(text=True) | kwargs)
+
+
+def test_a_single_prompt_prints_the_answer_and_nothing_else():
+    done = run("--prompt", "-", input="What is 37 plus 85?\n".strip())
+    assert (done.returncode, done.stdout) == (0, "Let me see. 37 plus 85 is **122**.\n")
+
+
+def test_bad_input_is_one_sentence():
+    done = run("--prompt", "hello", "--top-p", "2")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Error: top_p must be above 0")
+    done = run("--prompt", "-", input=b"\xff hello", text=False)
+    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr, "bytes that are no text are marked, not fatal"
+    done = run("--prompt", "word " * 2000)
+    assert done.returncode == 2 and "context has 768" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_piped_conversation_with_every_command(tmp_path):
+    file = tmp_path / "chat.json"
+    lines = [
+        "/help",
+        "/regen",
+        "What is 37 plus 85?",
+        "/regen",
+        f"/save {file}",
+        "/clear",
+        "hello",
+        f"/load {file}",
+        "/load nowhere.json",
+        "/save",
+        f"/save {tmp_path}",
+        "/set top_k 3",
+        "/set top_k many",
+        "/set temperature -1",
+        "/set colour 1",
+        "/dance",
+        '"""',
+        "Show me some",
+        '"""',
+        "/quit",
+        "hello",
+    ]
+    done = run(input="\n".join(lines))
+    sum_ = "Let me see. [37+85 = 122] 37 plus 85 is **122**.\n"
+    assert done.stdout.startswith(sum_ + sum_ + "Hello! How can I help?\n") and done.stdout.count("Hello!") == 1
+    assert done.returncode == 0 and "\033" not in done.stdout + done.stderr
+    assert json.loads(file.read_text()) == {"messages": parrot.messages("What is 37 plus 85?")}
+    for said in (
+        "Ctrl-C stops",
+        "no message to answer",
+        "saved 2",
+        "(forgotten)",
+        "took up 2",
+        "nowhere.json cannot be read",
+        "needs the name of a file",
+        "top_k 3 ",
+        f"cannot save to {tmp_path} (IsADirectoryError)",
+        "top_k is an integer, not 'many'",
+        "temperature must be",
+        "no setting 'colour'",
+        "no command /dance",
+    ):
+        assert said in done.stderr, said
+
+
+class Terminal:
+    """The program in a pseudo-terminal, as a person sees it."""
+
+    def __init__(self, *args, **env):
+        self.fd, inside = pty.openpty()
+        args, kwargs = command(*args, start=["-c", SLOWLY], env={"TERM": "xterm", "NO_COLOR": "", **env})
+        self.process = subprocess.Popen(args, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, **kwargs)
+        os.close(inside)
+        self.text = ""
+
+    def until(self, wanted, timeout=120):
+        """All that was shown since the last call, up to `wanted`, which is waited for."""
+        ends = time.monotonic() + timeout
+        while wanted not in self.text:
+            ready, _, _ = select.select([self.fd], [], [], max(0, ends - time.monotonic()))
+            assert ready, f"no {wanted!r} in {self.text!r}"
+            self.text += os.read(self.fd, 65536).decode("utf-8", "replace")  # OSError if the program has left
+        end = self.text.index(wanted) + len(wanted)
+        text, self.text = self.text[:end], self.text[end:]
+        return text
+
+    def waits(self):
+        """Return once the program sleeps: its prompt is shown a moment before it waits for a key."""
+        stat, ends = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 60
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < ends, "the program never sleeps"
+            time.sleep(0.01)
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+    def wait(self):
+        try:
+            return self.process.wait(timeout=60)
+        finally:
+            self.process.kill()
+            os.close(self.fd)
+
+
+def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
+    terminal = Terminal()
+    begin = terminal.until("> \033[0m")
+    assert "context 768 tokens" in begin and "\033[2m" in begin
+    terminal.type("What is 37 plus 85?\n")
+    shown = terminal.until("> \033[0m")
+    assert "\033[2;33m[37+85 = 122]\033[0m" in shown
+    terminal.type("/clear\n")
+    terminal.until("> \033[0m")
+    terminal.type("Count to 120.\n")
+    terminal.until("3 4")
+    terminal.interrupt()
+    shown = terminal.until("> \033[0m")
+    assert "(stopped)" in shown and "120" not in shown
+    terminal.waits()
+    terminal.interrupt()
+    terminal.until("/quit leaves")
+    terminal.type("/clear\n")
+    terminal.until("(forgotten)")
+    terminal.until("> \033[0m")  # before, the terminal takes Ctrl-D for itself
+    terminal.type("\x04")
+    assert terminal.wait() == 0
+
+
+def test_no_color_is_respected():
+    terminal = Terminal(NO_COLOR="1")
+    shown = terminal.until("> ")
+    terminal.type("/quit\n")
+    assert not re.search(r"\033\[[0-9;]*m", shown) and terminal.wait() == 0
+
+
+def test_escape_sequences_of_the_model_do_not_reach_the_terminal(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0))
+    talk._show(chat.Piece(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
+    assert capsys.readouterr().out == "a]0;titleb31m\tc\n"
+
+
+def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monkeypatch, capsys):
+    talk, step = chat.Talk(model(), chat.Settings(temperature=0)), Engine.step
+    made = []
+
+    def interrupted(engine):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("Count to 120.")
+    monkeypatch.undo()
+    assert talk.messages[-1]["role"] == "assistant" and parrot.COUNT.startswith(talk.messages[-1]["content"]) and talk.engine.free
+    talk.ask("hello")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+
+
+def test_int8_weights_say_the_same(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, int8=True))
+    assert talk.engine.params[0]["head"]["int8"].dtype == "int8"
+    talk.ask("hello")
+    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
+
+
+def test_guessing_ahead_says_the_same(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, guess=3))
+    talk.ask("hello")
+    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.guessed
+
+
+def test_a_base_model_goes_on_with_the_text(capsys):
+    talk = chat.Talk(model()._replace(stage="base"), chat.Settings(temperature=0, max_tokens=5))
+    talk.ask("hello")
+    talk.messages.append({"role": "user", "content": "there"})
+    assert talk.prompt() == model().tokenizer.encode("there", bos=True), "only the last text, and nothing of a chat around it"
+    talk.messages.append({"role": "user", "content": "word " * 2000})
+    with pytest.raises(UserError, match="shorten it"):
+        talk.prompt()
+
+
+def test_a_conversation_longer_than_the_context_goes_on_and_says_so(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, max_tokens=30))
+    talk.messages = turns(41)[:40]
+    talk.ask("hello")
+    assert re.search(r"oldest \d+ messages don't fit", capsys.readouterr().err) and len(talk.messages) == 42
+
+
+def test_tokenizer_specials_are_all_accounted_for():
+    tokenizer: Tokenizer = model().tokenizer
+    inside = {tokenizer.special[name] for name in chat.KINDS}
+    assert inside | set(chat.ends(tokenizer)) == set(tokenizer.special.values()) and not inside & set(chat.ends(tokenizer))

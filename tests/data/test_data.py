@@ -1,0 +1,660 @@
+"""lib/data/: splits, readers, downloads from a misbehaving server, token cache, packing, cursors, prefetch."""
+
+import contextlib
+import errno
+import http.server
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from lib.data import sources as data
+from lib import files
+from lib.files import UserError
+from lib.data.tokenizer import Tokenizer
+
+PARITY = Path(__file__).parents[1] / "golden"
+PACKING_DATA = json.loads((PARITY / "packing.json").read_text())
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["the cat sat on the mat and the cat sat"], 270)
+
+
+def make_tokens(lengths, identity="corpus", shards=2):
+    """Documents of the given lengths (bos included) in which every token but bos is unique."""
+    ids, mark = [], 1
+    for n in lengths:
+        ids.append(np.r_[BOS, np.arange(mark, mark + n - 1)].astype(np.uint32))
+        mark += n - 1
+    parts = [ids[i::shards] for i in range(shards)]
+    made = [data.TokenShard(np.concatenate(part), [len(part)], 0) for part in parts]
+    return data.Tokens(identity, BOS, tuple(partial(lambda shard: shard, shard) for shard in made))
+
+
+def lognormal(n, seed=0, mean=4.0, longest=2000):
+    return np.clip(np.random.RandomState(seed).lognormal(mean, 1.0, n), 2, longest).astype(int)
+
+
+def seen(items):
+    """All ids that batches show, padding left out."""
+    rows = np.concatenate([np.c_[x[:, :1], y] for x, y, _ in items])
+    rows[(rows[:, 0] == BOS) & (rows[:, 1] < 0), 0] = -1  # a row of padding only
+    return rows[rows >= 0]
+
+
+def raising(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def corpus(folder, n=60, suffix=".txt"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        (folder / f"{i}{suffix}").write_text(f"document {i}\n" * (i % 7 + 1))
+    return str(folder)
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("name", PACKING_DATA["runs"])
+def test_reference_packing_equals_parity(name, monkeypatch):
+    run, rows = PACKING_DATA["runs"][name], load_file(PARITY / "packing_rows.safetensors")
+    shards = PACKING_DATA["shards"]
+    shards = shards[:-1] if run["split"] == "train" else shards[-1:]
+    made = []
+    for shard in shards:
+        docs, size = shard["token_ids_with_bos"], shard["row_group_size"]
+        groups = [len(docs[i : i + size]) for i in range(0, len(docs), size)]
+        made.append(data.TokenShard(np.concatenate([np.array(d, np.uint16) for d in docs]), groups, 0))
+    tokens = data.Tokens("parity", docs[0][0], tuple(partial(lambda shard: shard, shard) for shard in made))
+    order = partial(data._row_groups, at_once=run["tokenizer_batch_size"])
+    monkeypatch.setitem(data.PACKING, "reference", data.PACKING["reference"]._replace(order=order))
+    start = partial(data.batches, tokens, run["B"], run["T"], packing="reference", buffer_size=run["buffer_size"],
+                    host_index=run["rank"], host_count=run["world_size"])
+    cursor = None
+    if state := run["resume_state"]:  # the reference resumes with an empty buffer behind the row group it has read last
+        index = sum(made[state["pq_idx"]].groups[: state["rg_idx"] + 1])
+        cursor = next(start())[2] | dict(epoch=state["epoch"], shard=state["pq_idx"], index=index, waiting=[])
+    for i, (inputs, targets, cursor) in enumerate(itertools.islice(start(cursor=cursor), run["num_batches"])):
+        np.testing.assert_array_equal(inputs, rows[f"{name}.inputs"][i])
+        np.testing.assert_array_equal(targets, rows[f"{name}.targets"][i])
+        if run["world_size"] == 1:  # the last document read lies in the row group that the reference reports
+            ends = np.cumsum(made[cursor["shard"]].groups)
+            group = int(np.searchsorted(ends, cursor["index"]))
+            assert run["state_after_each_batch"][i] == dict(pq_idx=cursor["shard"], rg_idx=group, epoch=cursor["epoch"])
+
+
+@pytest.mark.parametrize("packing", data.PACKING)
+@pytest.mark.parametrize("sequence_len", [1, 16, 64])
+def test_rows_and_conservation(packing, sequence_len):
+    lengths = lognormal(150, longest=700)  # many longer than the context
+    tokens = make_tokens(lengths)
+    items = list(data.batches(tokens, 4, sequence_len, packing=packing, loop=False, buffer_size=30))
+    for inputs, targets, cursor in items:
+        assert inputs.shape == targets.shape == (4, sequence_len) and inputs.dtype == targets.dtype == np.int32
+        real = targets[:, :-1] >= 0
+        np.testing.assert_array_equal(targets[:, :-1][real], inputs[:, 1:][real])
+        assert packing == "stream" or (inputs[:, 0] == BOS).all()
+    cells = seen(items)
+    ids = cells[cells != BOS]
+    assert ids.size == np.unique(ids).size  # nothing twice
+    assert (lengths - 1).sum() - ids.size == cursor["discarded"]
+    assert cursor["cells"] == cells.size + cursor["padding"]
+    if packing == "reference":
+        assert data.waste(cursor)["discarded"] > 0.05
+    else:
+        assert cursor["discarded"] == 0 and (cells == BOS).sum() == len(lengths) + cursor["added"]
+
+
+def test_bestfit_wastes_little_and_keeps_documents_whole():
+    lengths = lognormal(4000, mean=4.6)
+    tokens, width = make_tokens(lengths), 257
+    whole = {int(start): n for start, n in zip(np.cumsum(lengths - 1) - lengths + 2, lengths) if n <= width}
+    kept = 0
+    for inputs, targets, cursor in data.batches(tokens, 8, 256, loop=False):
+        for row in np.c_[inputs, np.where(targets[:, -1:] < 0, BOS, targets[:, -1:])]:
+            begins = np.flatnonzero(row == BOS)
+            pieces = zip(begins, np.diff(begins, append=row.size))
+            kept += sum(whole.get(int(row[i + 1]), 0) == n for i, n in pieces if n > 1)
+    cost = data.waste(cursor)
+    assert cost["discarded"] == 0 and cost["added"] < 0.01 and cost["padding"] < 0.01
+    assert kept > 0.97 * len(whole)
+
+
+def test_document_far_longer_than_context_is_spread_over_the_epoch():
+    tokens = make_tokens([5000] + [20] * 500, shards=1)
+    share = [np.mean((x > 0) & (x < 5000)) for x, _, _ in data.batches(tokens, 4, 32, loop=False, buffer_size=100)]
+    assert max(share[: len(share) // 2]) > 0.2 and min(share[:-1]) < 0.9 and np.argmax(np.array(share) > 0) < 3
+
+
+@pytest.mark.parametrize("packing", data.PACKING)
+def test_resume_is_exact_at_every_batch_through_epochs(packing):
+    tokens = make_tokens(lognormal(40, longest=200))
+    start = partial(data.batches, tokens, 2, 48, packing=packing, buffer_size=12, seed=3)
+    items = list(itertools.islice(start(), 60))
+    assert items[-1][2]["epoch"] >= 2
+    for at in range(0, 50, 7):
+        cursor = json.loads(json.dumps(items[at][2]))
+        assert cursor == items[at][2] and len(json.dumps(cursor)) < 2000
+        for (x, y, c), (x2, y2, c2) in zip(items[at + 1 : at + 8], start(cursor=cursor)):
+            np.testing.assert_array_equal(x, x2)
+            np.testing.assert_array_equal(y, y2)
+            assert c == c2
+
+
+@pytest.mark.parametrize("packing", data.PACKING)
+def test_hosts_read_everything_once_together(packing):
+    lengths = np.full(90, 17)  # whole rows, so that the reference loses nothing either
+    tokens = make_tokens(lengths)
+    tokens = data.Tokens("corpus", BOS, tuple(partial(lambda s: s._replace(groups=[9] * 5), s) for s in tokens))
+    start = partial(data.batches, tokens, 1, 16, packing=packing, host_count=3, loop=False)
+    parts = [seen(start(host_index=i)) for i in range(3)]
+    ids = np.concatenate(parts)
+    ids = np.sort(ids[ids != BOS])
+    np.testing.assert_array_equal(ids, np.arange(1, 90 * 16 + 1))
+    assert min(map(len, parts)) > 0.2 * ids.size
+
+
+def test_epochs_and_seeds_are_permuted_and_deterministic():
+    tokens = make_tokens([17] * 40)
+    first = lambda **kw: seen(itertools.islice(data.batches(tokens, 4, 16, buffer_size=1, **kw), 10))
+    assert (first() == first()).all()
+    assert (first() != first(seed=1)).any()
+    two = [x for x, _, _ in itertools.islice(data.batches(tokens, 4, 16, buffer_size=1), 20)]
+    assert sorted(np.ravel(two[:10])) == sorted(np.ravel(two[10:])) and (np.ravel(two[:10]) != np.ravel(two[10:])).any()
+
+
+def test_foreign_cursor_is_refused():
+    tokens = make_tokens([30] * 10)
+    cursor = next(data.batches(tokens, 2, 16))[2]
+    changes = [
+        ("corpus", dict(tokens=make_tokens([30] * 10, "other"))), ("packing", dict(packing="stream")),
+        ("batch_size", dict(batch_size=3)), ("sequence_len", dict(sequence_len=15)), ("seed", dict(seed=1)),
+        ("host_count", dict(host_count=2)), ("buffer_size", dict(buffer_size=9)),
+    ]
+    for name, change in changes:
+        with pytest.raises(UserError, match=f"made with {name}"):
+            data.batches(**dict(tokens=tokens, batch_size=2, sequence_len=16, cursor=cursor) | change)
+    with pytest.raises(UserError, match="format None"):
+        data.batches(tokens, 2, 16, cursor={"step": 1})
+
+
+@pytest.mark.parametrize("bad", [dict(batch_size=0), dict(sequence_len=0), dict(buffer_size=0), dict(seed=-1),
+                                 dict(host_index=1), dict(packing="worst")])
+def test_bad_batch_arguments(bad):
+    with pytest.raises(UserError, match=next(iter(bad)).split("_")[0]):
+        data.batches(**dict(tokens=make_tokens([9, 9]), batch_size=1, sequence_len=8) | bad)
+
+
+def test_host_without_documents_is_told():
+    with pytest.raises(UserError, match="host 5 of 6"):
+        next(data.batches(make_tokens([9] * 4), 1, 8, host_index=5, host_count=6))
+
+
+# ---- prefetch
+
+
+def prefetch_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
+
+
+def test_prefetch_pairs_batches_with_cursors_and_ends():
+    tokens = make_tokens([40] * 30)
+    plain = list(data.batches(tokens, 2, 16, loop=False))
+    moved = list(data.prefetch(data.batches(tokens, 2, 16, loop=False), jax.device_put))
+    assert len(moved) == len(plain)
+    for (x, y, c), (x2, y2, c2) in zip(plain, moved):
+        assert isinstance(x2, jax.Array) and (x == np.asarray(x2)).all() and (y == np.asarray(y2)).all() and c == c2
+    assert not prefetch_threads()
+
+
+def test_prefetch_runs_ahead_by_depth_and_closes():
+    asked = []
+
+    def endless():
+        for i in itertools.count():
+            asked.append(i)
+            yield i, i, dict(at=i)
+
+    ahead = data.prefetch(endless(), lambda pair: pair, depth=3)
+    assert next(ahead) == (0, 0, dict(at=0))
+    time.sleep(0.1)
+    assert asked == [0, 1, 2, 3]
+    ahead.close()
+    assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("where", ["iterator", "put"])
+def test_prefetch_raises_in_place(where):
+    def items():
+        yield 1, 1, "first"
+        if where == "iterator":
+            raise UserError("boom")
+        yield 2, 2, "second"
+
+    def put(pair):
+        if where == "put" and pair[0] == 2:
+            raise UserError("boom")
+        return pair
+
+    ahead = data.prefetch(items(), put)
+    assert next(ahead) == (1, 1, "first")
+    with pytest.raises(UserError, match="boom"):
+        next(ahead)
+    assert not prefetch_threads()
+
+
+# ---- sources, splits, readers
+
+
+def test_split_is_disjoint_fixed_and_about_one_in_twenty(tmp_path):
+    texts = [f"text number {i}" for i in range(2000)] + ["the same text"] * 50
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(dict(text=t)) for t in texts[:1000]))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(dict(text=t)) for t in texts[1000:]))
+    train, val = (list(data.documents(str(tmp_path), split)) for split in data.SPLITS)
+    assert not set(train) & set(val) and sorted(train + val) == sorted(texts)
+    assert 60 < len(val) - val.count("the same text") < 140
+    assert train == list(data.documents(str(tmp_path), "train"))
+    os.rename(tmp_path / "a.jsonl", tmp_path / "z.jsonl")  # names and places do not matter, content does
+    os.utime(tmp_path / "z.jsonl", (1, 1))
+    assert train == list(data.documents(str(tmp_path), "train"))
+
+
+def test_one_book_is_cut_into_pieces_and_has_both_sides(tmp_path):
+    book = "\n\n".join(f"chapter {i} " + "word " * 900 for i in range(40)) + "x" * 50_000
+    (tmp_path / "book.txt").write_text(book)
+    train, val = (list(data.documents(str(tmp_path / "book.txt"), split)) for split in data.SPLITS)
+    assert val and train and sum(map(len, train + val)) == len(book)
+    assert max(map(len, train + val)) <= 2 * data.PIECE_CHARS
+    assert "".join(data._pieces(book)) == book
+    assert sum(piece.startswith("chapter") for piece in data._pieces(book)) > 10
+
+
+def test_tiny_corpus_has_a_validation_document(tmp_path):
+    for n in (2, 3, 5):
+        source = corpus(tmp_path / str(n), n)
+        train, val = (list(data.documents(source, split)) for split in data.SPLITS)
+        assert train and val and len(train) + len(val) == n
+
+
+def test_readers(tmp_path):
+    (tmp_path / "a.md").write_bytes("\ufeffmärkdown".encode())
+    (tmp_path / "b.py").write_text("print('hi')")
+    messages = [dict(role="user", content="hello"), dict(role="assistant", content="hi")]
+    lines = [dict(text="line"), dict(messages=messages), messages, dict(text="half \ud800"), dict(text="")]
+    (tmp_path / "c.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    rows = pa.table(dict(id=[1, 2, 3], text=["row one", None, "row three"]))
+    pq.write_table(rows, tmp_path / "d.parquet", row_group_size=2)
+    (tmp_path / "e.bin").write_bytes(b"\x00")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "f.txt").write_text("not read")
+    expected = {"märkdown", "print('hi')", "line", "hello\n\nhi", "half ?", "row one", "row three"}
+    assert {t for split in data.SPLITS for t in data.documents(str(tmp_path), split)} == expected
+    assert set(data.documents(str(tmp_path / "*.parquet"), "train")) < {"row one", "row three"}
+
+
+def test_stdlib_is_there_without_its_tests():
+    shards = data.find_shards("stdlib", "train")
+    paths = [Path(file) for shard in shards for file in shard.files]
+    folders = {part for path in paths for part in path.parts[-3:-1]}
+    assert len(paths) > 300 and not {"test", "tests", "site-packages"} & folders
+    assert len({shard.identity for shard in shards + data.find_shards("stdlib", "val")}) == 2 * len(shards)
+
+
+def write(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    return str(tmp_path / name)
+
+
+def table(tmp_path, **columns):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: "climbmx", "unknown source 'climbmx'.*stdlib.*climbmix"),
+    (lambda p: str(p / "nothing*.txt"), "unknown source"),
+    (lambda p: str(p), "no files in"),
+    (lambda p: write(p, "a.docx", b"x"), "readable endings are .txt"),
+    (lambda p: write(p, "a.txt", b""), "holds 0 different documents"),
+    (lambda p: write(p, "a.txt", b"alone"), "holds 1 different documents"),
+    (lambda p: write(p, "a.txt", "caf\xe9 au lait".encode("latin-1")), "not UTF-8"),
+    (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"txt": "b"}'), "a.jsonl, line 2: expected"),
+    (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"text": 3}'), "line 2: expected"),
+    (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1: expected"),
+    (lambda p: write(p, "a.parquet", b"PAR1 and then nothing"), "cannot read .*a.parquet as parquet"),
+    (lambda p: table(p, body=["x"], n=[1]), "only {'body': 'string', 'n': 'int64'}"),
+    (lambda p: table(p, text=[1, 2]), "no column \"text\" of strings"),
+])
+def test_bad_sources_are_told_in_a_sentence(tmp_path, make, message):
+    with pytest.raises(UserError, match=message) as caught:
+        list(data.documents(make(tmp_path), "train"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_split():
+    with pytest.raises(UserError, match="unknown split 'test': choose one of train, val"):
+        data.documents("stdlib", "test")
+
+
+def test_baselines():
+    texts = ["abc " * 100, "déf " * 50]
+    result = data.baselines(iter(texts))
+    assert result["bytes"] == 400 + 250 and 0 < result["gzip_bpb"] < 1 and 0 < result["xz_bpb"] < 1.5
+    assert data.baselines([os.urandom(5000).decode("latin-1")])["gzip_bpb"] > 5
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server with the layout of the Hub. `faults` are consumed one per request; `log` holds (path, headers)."""
+    monkeypatch.setattr(data, "BACKOFF", 0.001)
+    served, faults, log = {}, [], []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            log.append((self.path, dict(self.headers)))
+            fault = faults.pop(0) if faults else None
+            body = served.get(self.path)
+            if body is None or isinstance(fault, int):
+                self.send_response(fault or 404)
+                self.send_header("Retry-After", "0")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            if isinstance(fault, str) and fault.startswith("http"):
+                self.send_response(302)
+                self.send_header("Location", fault + self.path)
+                return self.end_headers()
+            asked = self.headers["Range"]
+            start = int(asked[6:-1]) if asked and fault != "ignore range" else 0
+            if start and start >= len(body):
+                self.send_response(416)
+                return self.end_headers()
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            half = start + (len(body) - start) // 2
+            self.wfile.write(body[start : half if fault == "truncate" else None])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for i in (0, 1, 2, 6542):
+        table = pa.table(dict(text=[f"shard {i} text {j}" for j in range(40)]))
+        pq.write_table(table, tmp_path / "made.parquet", row_group_size=16)
+        served[f"/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{i:05d}.parquet"] = (
+            tmp_path / "made.parquet").read_bytes()
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.served, server.faults, server.log = served, faults, log
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def climbmix(hub, tmp_path, split="train", shards=1, **kw):
+    return list(data.documents("climbmix", split, shards=shards, cache_dir=tmp_path / "cache", hub=hub.address, **kw))
+
+
+def test_hub_download_split_and_offline_reuse(hub, tmp_path):
+    assert climbmix(hub, tmp_path, shards=3) == [f"shard {i} text {j}" for i in range(3) for j in range(40)]
+    assert climbmix(hub, tmp_path, "val") == [f"shard 6542 text {j}" for j in range(40)]
+    asked = len(hub.log)
+    assert asked == 4 and not list(tmp_path.rglob("*.part"))
+    hub.shutdown()
+    climbmix(hub, tmp_path, shards=3)
+    assert len(hub.log) == asked
+
+
+@pytest.mark.parametrize("faults", [
+    [429, 429, 503], ["truncate"], ["truncate", "truncate", 500, "truncate"], ["truncate", "ignore range"],
+    ["truncate", 416],
+])
+def test_hub_faults_are_survived(hub, tmp_path, faults):
+    hub.faults += faults
+    assert climbmix(hub, tmp_path) == [f"shard 0 text {j}" for j in range(40)]
+    assert len(hub.log) == len(faults) + (faults[-1] != "ignore range")
+    if faults == ["truncate"]:
+        assert hub.log[1][1]["Range"].startswith("bytes=")
+
+
+def test_hub_resumes_a_partial_file_of_an_earlier_run(hub, tmp_path):
+    path, body = next(iter(hub.served.items()))
+    part = tmp_path / "cache/hub/karpathy/climbmix-400b-shuffle/shard_00000.parquet.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(body[:100])
+    assert len(climbmix(hub, tmp_path)) == 40
+    assert hub.log[0][1]["Range"] == "bytes=100-"
+
+
+@pytest.mark.parametrize("fault, message", [
+    ([401], "401.*Hub token"), ([403], "403.*Hub token"), ([404], "404"), ([429] * 50, "429.*run again"),
+])
+def test_hub_refusals_are_told(hub, tmp_path, fault, message):
+    hub.faults += fault
+    with pytest.raises(UserError, match=message) as caught:
+        climbmix(hub, tmp_path, hub_token="wrong")
+    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("shard_00000.parquet"))
+
+
+def test_hub_token_goes_to_the_hub_only(hub, tmp_path):
+    hub.faults.append(hub.address.replace("127.0.0.1", "localhost"))
+    climbmix(hub, tmp_path, hub_token="secret")
+    assert [headers.get("Authorization") for _, headers in hub.log] == ["Bearer secret", None]
+
+
+def test_no_network_is_told(hub, tmp_path):
+    hub.server_close()
+    with pytest.raises(UserError, match="cannot download .*check the network"):
+        climbmix(hub, tmp_path)
+
+
+def test_hub_shard_count_is_checked(tmp_path):
+    for shards in (0, 6543):
+        with pytest.raises(UserError, match="choose 1 to 6542"):
+            data.documents("climbmix", "train", shards=shards, cache_dir=tmp_path)
+
+
+def test_download_to_a_full_disk_is_told(hub, tmp_path):
+    part = tmp_path / "cache/hub/karpathy/climbmix-400b-shuffle/shard_00000.parquet.part"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="the disk is full"):
+        climbmix(hub, tmp_path)
+
+
+def test_hub_tokens_keep_row_groups(hub, tmp_path, tokenizer):
+    tokens = data.open_tokens("climbmix", "train", tokenizer, shards=2, cache_dir=tmp_path / "c", hub=hub.address)
+    assert [shard.groups for shard in tokens] == [[16, 16, 8]] * 2
+
+
+# ---- the token cache
+
+
+def decode(tokens, tokenizer):
+    texts = []
+    for shard in tokens:
+        begins, lengths = data._spans(shard, tokens.bos)
+        texts += [tokenizer.decode(shard.ids[i + 1 : i + n]) for i, n in zip(begins, lengths)]
+        assert sum(shard.groups) == len(begins)
+    return texts
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Tokenise in this process, and count how often."""
+    calls = []
+    monkeypatch.setattr(data, "_tokenise_apart", lambda *job: [calls.append(job), data._tokenise(*job)])
+    return calls
+
+
+def test_tokens_are_the_documents_in_order(tmp_path, tokenizer):
+    source = corpus(tmp_path / "texts")
+    for split in data.SPLITS:
+        tokens = data.open_tokens(source, split, tokenizer, cache_dir=tmp_path / "cache")
+        texts = list(data.documents(source, split))
+        assert decode(tokens, tokenizer) == texts
+        assert tokens[0].ids.dtype == np.uint16 and sum(s.bytes for s in tokens) == sum(len(t.encode()) for t in texts)
+
+
+def test_cache_is_used_and_never_stale(tmp_path, tokenizer, inline):
+    source = corpus(tmp_path / "texts")
+    start = partial(data.open_tokens, source, "train", cache_dir=tmp_path / "cache")
+    first = start(tokenizer)
+    assert start(tokenizer).identity == first.identity and len(inline) == 1
+    other = Tokenizer.train(["a rather different text, different text"], 270)
+    assert start(other).identity != first.identity and len(inline) == 2
+    assert decode(start(other), other) == decode(first, tokenizer)
+    path, = (p for p in Path(source).iterdir() if p.read_text() == "document 1\n" * 2)
+    before = path.stat()
+    path.write_text("document X\n" * 2)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same name, size and time
+    assert start(tokenizer).identity != first.identity and len(inline) == 3
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -1])
+def test_truncated_cache_is_made_anew(tmp_path, tokenizer, inline, keep):
+    source = corpus(tmp_path / "texts")
+    start = partial(data.open_tokens, source, "train", tokenizer, cache_dir=tmp_path / "cache")
+    texts = decode(start(), tokenizer)
+    path, = (tmp_path / "cache/tokens").glob("*.npy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    assert decode(start(), tokenizer) == texts and path.read_bytes() == whole and len(inline) == 2
+
+
+def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 400)
+    go = threading.Event()
+
+    def slow(shard, spec, out):
+        assert shard.name.endswith("[0]") or go.wait(20)
+        data._tokenise(shard, spec, out)
+
+    monkeypatch.setattr(data, "_tokenise_apart", slow)
+    tokens = data.open_tokens(corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache", workers=1)
+    assert len(tokens) > 3
+    rows = data.batches(tokens, 1, 8, packing="stream")
+    next(rows)
+    go.set()
+    assert len(decode(tokens, tokenizer)) > 40
+
+
+def test_script_without_main_guard_runs_once_and_workers_have_no_jax(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from lib.data.sources import *; assert 'jax' not in sys.modules\n"
+        "print('top level')\n"
+        f"texts, tokenizer = {corpus(tmp_path / 'texts')!r}, Tokenizer.load('tokenizer.json')\n"
+        "tokens = open_tokens(texts, 'train', tokenizer, cache_dir='cache')\n"
+        "print(tokens[0].ids.size > 100)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == ["top level", "True"], done.stderr
+
+
+def test_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, tokenizer, monkeypatch):
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    start = partial(data.open_tokens, corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(killed))
+        with pytest.raises(UserError, match="killed by signal 9"):
+            start()
+    assert decode(start(), tokenizer)
+
+
+def test_worker_ends_with_its_parent(tmp_path):
+    worker = subprocess.Popen([sys.executable, "-m", "lib.data.sources"], cwd=Path(data.__file__).parents[1],
+                              stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    os.mkfifo(tmp_path / "endless.txt")  # reading it never ends
+    shard = dict(name="s", identity="", files=[str(tmp_path / "endless.txt")])
+    spec = tmp_path / "t.json"
+    Tokenizer.train(["x"], 265).save(spec)
+    worker.stdin.write(json.dumps([shard, str(spec), str(tmp_path / "out")]).encode() + b"\n")
+    worker.stdin.flush()
+    time.sleep(0.5)
+    assert worker.poll() is None
+    worker.stdin.close()
+    assert worker.wait(10) == 1
+
+
+def test_error_in_a_worker_is_told(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 400)  # a corpus larger than a shard is not read ahead
+    source = corpus(tmp_path / "texts")
+    for path in Path(source).iterdir():
+        path.write_bytes(path.read_bytes() + b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / "cache")
+
+
+def test_full_disk_is_told_and_harms_nothing(tmp_path, tokenizer, inline, monkeypatch):
+    source = corpus(tmp_path / "texts")
+    start = partial(data.open_tokens, source, cache_dir=tmp_path / "cache")
+    texts = decode(start("train", tokenizer), tokenizer)
+
+    @contextlib.contextmanager
+    def full(path):  # writing to /dev/full fails as on a full disk, with whatever error the writer makes of it
+        with files.writing(path):
+            yield Path("/dev/full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "replacing", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            start("val", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match="the disk is full"):
+            start("val", tokenizer)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert decode(start("train", tokenizer), tokenizer) == texts and start("val", tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["file in the way", "no permission"])
+def test_unwritable_cache_is_told(tmp_path, tokenizer, monkeypatch, kind):
+    source = corpus(tmp_path / "texts")
+    (tmp_path / "taken").write_text("")
+    if kind == "no permission":  # simulated, because chmod does not stop root
+        monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "denied")))
+    with pytest.raises(UserError, match="a file stands|no permission to write"):
+        data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / ("taken" if kind[0] == "f" else "fresh"))
+
+
+def test_empty_split_is_told(tmp_path, tokenizer, inline, hub):
+    pq.write_table(pa.table(dict(text=["", None])), tmp_path / "empty.parquet")
+    for path in hub.served:
+        hub.served[path] = (tmp_path / "empty.parquet").read_bytes()
+    with pytest.raises(UserError, match="climbmix has no documents in its val split"):
+        data.open_tokens("climbmix", "val", tokenizer, cache_dir=tmp_path / "cache", hub=hub.address)
+
+
+def test_evaluation_set_in_memory(tokenizer):
+    texts = [f"document {i}" for i in range(9)]
+    assert [len(data.head(iter(texts), size)) for size in (0, 30, 999)] == [1, 3, 9]
+    tokens = data.tokens_of(texts, tokenizer)
+    assert decode(tokens, tokenizer) == texts and tokens[0].bytes == 90
+    assert tokens.identity != data.tokens_of(texts[:-1], tokenizer).identity

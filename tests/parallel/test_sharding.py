@@ -1,0 +1,173 @@
+"""Eight virtual devices, and two processes, against one device; each in processes of its own, which jax's device count needs."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lib.parallel import layout as sharding
+from lib.config import Config
+from lib.files import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = dict(vocab_size=320, sequence_len=32, n_layer=3, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, mlp_dim=128, microbatch=8, window_pattern="SL",
+              total_batch_size=2 * 8 * 32, num_steps=10, warmup_steps=2, loss_chunk=64, compute_dtype="float32", attention="einsum", scan_layers=False)
+LAYOUTS = [("dp", {"data": 8}), ("zero", {"data": 8}), ("fsdp", {"fsdp": 8}), ("fsdp", {"data": 2, "fsdp": 4}), ("tp", {"data": 2, "tensor": 4})]
+# Trains and reports. arguments: json of {config, steps, strategy, mesh, save, restore, hosts}
+TRAIN = """
+import json, re, sys
+import jax, numpy as np
+from collections import Counter
+from lib.train import checkpoint, step as train
+from lib.parallel import layout as sharding
+from lib.config import Config
+a = json.loads(sys.argv[1])
+if a.get("hosts"):
+    sharding.start_hosts(a["hosts"][0], a["hosts"][1], int(sys.argv[2]), 60)
+config = Config(**a["config"])
+rng = np.random.default_rng(0)
+rows = config.total_batch_size // config.sequence_len
+tokens = rng.integers(0, config.vocab_size, (a["steps"], rows, config.sequence_len + 1)).astype(np.int32)
+out = []
+for strategy, mesh in a["layouts"]:
+    layout = sharding.make_layout(strategy, config, mesh=mesh) if strategy else None
+    state = train.init_state(config, layout)
+    step = train.make_train_step(config, layout)
+    if a.get("restore"):
+        state, _ = checkpoint.restore(a["restore"], train.state_template(config, layout))
+    own = slice(jax.process_index() * rows // jax.process_count(), (jax.process_index() + 1) * rows // jax.process_count())
+    losses = []
+    for t in tokens[int(state.step):]:
+        put = lambda x: sharding.put_batch(layout, x[own])
+        state, metrics = step(state, put(t[:, :-1]), put(np.where(t[:, 1:] < 20, -1, t[:, 1:])))
+        losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    if a.get("save"):
+        checkpoint.save(a["save"], int(state.step), state)
+    text = ""
+    if a.get("text"):
+        batch = jax.ShapeDtypeStruct((rows, config.sequence_len), "int32", sharding=layout.batch)
+        text = step.lower(train.state_template(config, layout), batch, batch).compile().as_text()
+    whole = jax.jit(lambda x: x, out_shardings=layout.sharding())(state.params) if layout else state.params
+    if jax.process_index() == 0:
+        out.append(dict(losses=losses, params=[np.asarray(p, np.float64).ravel().tolist() for p in jax.tree.leaves(whole)],
+                        bytes=sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)),
+                        gathers=re.findall(r"= (\\S+) all-gather", text), kinds=Counter(re.findall(r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)\\(", text))))
+if jax.process_index() == 0:
+    print("RESULT" + json.dumps(out))
+"""
+
+
+def train(devices=1, processes=1, **arguments):
+    arguments = dict(config=CONFIG, steps=10, layouts=[[None, None]]) | arguments
+    if processes > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            arguments["hosts"] = ["127.0.0.1:%d" % s.getsockname()[1], processes]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
+    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, json.dumps(arguments), str(i)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for i in range(processes)]
+    try:
+        done = [job.communicate(timeout=300) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0] * processes, "\n".join(err[-2000:] for _, err in done)
+    return json.loads(done[0][0].partition("RESULT")[2])
+
+
+def distance(a, b):
+    """Relative L2 between two lists of parameters, all together."""
+    a, b = (np.concatenate([np.array(p) for p in x["params"]]) for x in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Ten steps on one device, and a checkpoint of them."""
+    folder = tmp_path_factory.mktemp("single")
+    return train(save=str(folder))[0]
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eight")
+    return dict(zip(map(str, LAYOUTS), train(devices=8, layouts=LAYOUTS, text=True))) | {"folder": folder}
+
+
+def check_equal(many, single, steps=slice(None)):
+    """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible where gradients are nearly zero."""
+    (losses, norms), (wanted, wanted_norms) = np.transpose(many["losses"]), np.transpose(single["losses"][steps])
+    np.testing.assert_allclose(losses, wanted, rtol=2e-5)
+    np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
+    if steps.stop is None:
+        assert distance(many, single) < 2e-3
+
+
+@pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
+def test_every_strategy_equals_one_device(single, eight, layout):
+    check_equal(eight[layout], single)
+
+
+def test_what_is_split_takes_less_room(single, eight):
+    size = {name: eight[name]["bytes"] / single["bytes"] for name in map(str, LAYOUTS)}
+    dp, zero, fsdp, both, tp = size.values()
+    assert dp == 1 and 0.4 < zero < 0.6 and fsdp < 0.15 and both < 0.25 and 0.3 < tp < 0.8
+
+
+def test_collectives_are_the_expected_ones(eight):
+    dp, zero, fsdp, *_ = (eight[str(x)] for x in LAYOUTS)
+    # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a batch or sequence in its shape
+    assert set(dp["kinds"]) == {"all-reduce", "all-gather"} and dp["kinds"]["all-reduce"] <= 3
+    widths = {CONFIG[k] for k in ("n_embd", "mlp_dim", "n_head", "head_dim", "n_layer")} | {12, 1, 2, 8}
+    for shape in dp["gathers"]:
+        assert {int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n} <= widths, shape
+    assert zero["kinds"]["reduce-scatter"] and fsdp["kinds"]["reduce-scatter"]
+    assert not {"all-to-all", "collective-permute"} & {*zero["kinds"], *fsdp["kinds"]}
+
+
+@pytest.mark.parametrize("processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})])
+def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, tmp_path, processes, strategy, mesh):
+    """Trained five steps on all processes, saved by all, the rest on one, two and four devices of one process."""
+    half = train(devices=processes, processes=processes, layouts=[[strategy, mesh]], steps=5, save=str(tmp_path))
+    check_equal(half[0], single, slice(0, 5))
+    files = {p.name for p in next(tmp_path.glob("step_*")).iterdir()}
+    assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(list(tmp_path.iterdir())) == 1
+    for devices, layouts in ((1, [[None, None]]), (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]))[: 3 - processes // 2]:
+        for rest in train(devices=devices, layouts=layouts, restore=str(tmp_path)):
+            check_equal(rest, single, slice(5, None))
+
+
+def test_bad_layouts_in_one_sentence():
+    config, devices = Config(**CONFIG), jax.devices() * 4  # four stand-ins: refused before any is used
+    for strategy, mesh, change, said in [
+        ("dp", {"data": 8}, {}, "data=8 needs 8 devices, and there are 4"),
+        ("ddp", None, {}, "ddp"),
+        ("dp", {"pipe": 4}, {}, "pipe"),
+        ("dp", {"tensor": 4}, {}, "splits nothing over the mesh axis tensor=4"),
+        ("dp", None, dict(microbatch=2), "microbatch=2 rows cannot be split over 4 devices"),
+        ("tp", None, dict(n_kv_head=2), "n_kv_head=2"),
+        ("fsdp", None, dict(n_embd=66), "axis embed of blocks.w_in has 66 entries"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            sharding.make_layout(strategy, config.replace(**change), devices, mesh)
+
+
+def test_missing_processes_are_named():
+    code = "import sys; from lib.parallel.layout import start_hosts; start_hosts(sys.argv[1], 3, int(sys.argv[2]), 4)"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % s.getsockname()[1]
+    jobs = [subprocess.Popen([sys.executable, "-c", code, address, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"JAX_PLATFORMS": "cpu"}) for i in (0, 1)]
+    for job in jobs:
+        assert "process 2 of 3 never joined within 4 s" in job.communicate(timeout=60)[1].splitlines()[-1]
+    for arguments in (("nowhere", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0)):
+        with pytest.raises(UserError, match="host:port"):
+            sharding.start_hosts(*arguments)

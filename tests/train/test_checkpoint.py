@@ -1,0 +1,527 @@
+import errno
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lib.train import checkpoint
+from lib.train.checkpoint import (Saver, best, check_hub, interruptible, latest, nbytes, read_meta, restore, save,
+                            upload_to_hub)
+from lib.files import UserError, filesystem
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class State(NamedTuple):
+    params: Any
+    opt_state: Any
+    step: Any
+
+
+def make_state(seed=0):
+    rng = np.random.default_rng(seed)
+    bits = lambda *shape: jnp.asarray(rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16))  # NaNs too
+    params = {"wte": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "blocks": {"wq": bits(2, 3, 4)},
+              "scale": jnp.float32(1.5)}
+    return State(params, ((jnp.zeros((0, 3)), None), [rng.normal(size=4), {"count": 7, "rate": 0.1, "on": True}]),
+                 jnp.int32(seed))
+
+
+def bits(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(np.asarray(x).dtype, np.shape(x), np.asarray(x).tobytes()) for x in leaves]
+
+
+def damage(path, at=-1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request, tmp_path):
+    return tmp_path / "checkpoints" if request.param == "local" else f"memory://{tmp_path.name}/checkpoints"
+
+
+def names(folder):
+    return sorted(str(path).rpartition("/")[2] for path, _ in checkpoint._scan(folder))
+
+
+# ---- round trip ------------------------------------------------------------------------------------------------------
+
+def test_round_trip_is_bitwise_for_every_kind_of_leaf(folder):
+    state = make_state(3)
+    meta = {"config": {"depth": 4}, "cursor": {"row": 2**60}, "loss": 0.1 + 0.2}
+    path = save(folder, 1000, state, meta, metric=jnp.float32(1.5))
+    assert str(path).endswith("/step_00001000")
+    for template in (state, jax.eval_shape(lambda: state.params)):
+        only = None if template is state else "params"
+        got, got_meta = restore(path, template, only)
+        assert bits(got) == bits(state if only is None else state.params)
+        assert got_meta == meta | {"step": 1000, "metric": 1.5}
+    assert read_meta(folder) == meta | {"step": 1000, "metric": 1.5}
+    got, _ = restore(path, state)
+    assert [type(x) for x in jax.tree.leaves(got)] == [type(x) for x in jax.tree.leaves(state)]
+    plain, _ = restore(path)
+    assert bits(plain["params"]) == bits(state.params) and plain["opt_state"]["1"]["1"]["rate"] == 0.1
+
+
+def test_random_keys(tmp_path):
+    tree = {"key": jax.random.split(jax.random.key(5, impl="rbg"), 3)}
+    path = save(tmp_path, 1, tree)
+    for template in (tree, jax.eval_shape(lambda: tree)):
+        got, _ = restore(path, template)
+        assert got["key"].dtype == tree["key"].dtype
+        assert (jax.random.key_data(got["key"]) == jax.random.key_data(tree["key"])).all()
+
+
+def test_template_sharding_is_used(tmp_path):
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    array = jax.device_put(jnp.arange(8.0), sharding)
+    path = save(tmp_path, 1, {"w": array})
+    got, _ = restore(path, {"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)})
+    assert got["w"].sharding == sharding and bits(got) == bits({"w": array})
+
+
+def test_the_saved_state_is_that_of_the_call_though_buffers_are_donated_and_overwritten(tmp_path):
+    step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    x, host, cursor = jnp.arange(300_000.0), np.zeros(1000), {"row": 1}
+    want = np.asarray(x).tobytes()
+    with Saver(tmp_path) as saver:
+        saver.save(1, {"x": x, "host": host}, cursor)
+        for _ in range(3):
+            x = step(x)
+        host[:] = 1
+        cursor["row"] = 2
+    got, meta = restore(tmp_path, {"x": x, "host": host})
+    assert np.asarray(got["x"]).tobytes() == want and not got["host"].any() and meta["row"] == 1
+    files = latest(tmp_path) / "state.safetensors"
+    before = files.read_bytes()
+    step(got["x"]).block_until_ready()  # a restored array may be donated as well
+    assert files.read_bytes() == before
+
+
+def test_transposed_arrays_keep_their_values(tmp_path):
+    a = np.arange(6.0).reshape(2, 3).T
+    got, _ = restore(save(tmp_path, 1, {"a": a}))
+    assert (got["a"] == a).all()
+
+
+def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
+    code = """
+import sys, jax, jax.numpy as jnp
+from lib.train.checkpoint import latest, restore, save
+def loss(w, x):
+    return jnp.mean((jnp.tanh(x @ w) - 0.3) ** 2)
+@jax.jit
+def start():
+    return {"params": jax.random.normal(jax.random.key(0), (8, 8)), "momentum": jnp.zeros((8, 8))}
+@jax.jit
+def step(state, i):
+    value, g = jax.value_and_grad(loss)(state["params"], jax.random.normal(jax.random.key(i), (4, 8)))
+    m = 0.9 * state["momentum"] + g
+    return {"params": state["params"] - 0.1 * m, "momentum": m}, value
+losses = []
+if latest(sys.argv[1]):
+    state, meta = restore(sys.argv[1], jax.eval_shape(start))
+    losses = meta["losses"]
+else:
+    state = start()
+for i in range(len(losses), int(sys.argv[2])):
+    state, value = step(state, i)
+    losses.append(float(value))
+save(sys.argv[1], len(losses), state, {"losses": losses})
+"""
+    run = lambda folder, n: subprocess.Popen([sys.executable, "-c", code, tmp_path / folder, str(n)], cwd=ROOT)
+    together = run("whole", 20), run("parts", 10)
+    assert [process.wait(60) for process in together] == [0, 0] and run("parts", 20).wait(60) == 0
+    (one, one_meta), (two, two_meta) = (restore(tmp_path / f / "step_00000020") for f in ("whole", "parts"))
+    assert bits(one) == bits(two) and one_meta == two_meta
+
+
+def test_two_hosts_save_and_restore_a_sharded_array(tmp_path):
+    code = """
+import sys, jax, numpy as np
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+from lib.train.checkpoint import restore, save
+mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+array = jax.make_array_from_callback((4, 2), sharding, lambda i: np.arange(8.0).reshape(4, 2)[i])
+save(sys.argv[1], 1, {"w": array})
+jax.experimental.multihost_utils.sync_global_devices("saved")
+got = restore(sys.argv[1], {"w": array})[0]["w"]
+assert got.sharding == array.sharding and len(got.addressable_shards) == 1
+assert (got.addressable_shards[0].data == array.addressable_shards[0].data).all()
+"""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % s.getsockname()[1]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", code, tmp_path, address]
+    hosts = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=env) for i in (0, 1)]
+    assert [host.wait(60) for host in hosts] == [0, 0]
+    assert (restore(tmp_path)[0]["w"] == np.arange(8.0).reshape(4, 2)).all()
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+def test_keeps_the_newest_and_the_best_and_nan_is_never_best(folder):
+    with Saver(folder, keep=2) as saver:
+        for step, metric in enumerate([3.0, 1.0, float("nan"), 2.0, 2.5, None], 1):
+            saver.save(step, {"w": np.full(3, step)}, metric=metric)
+    assert names(folder) == ["step_00000002", "step_00000005", "step_00000006"]
+    assert str(best(folder)).endswith("step_00000002") and str(latest(folder)).endswith("step_00000006")
+    assert restore(latest(folder))[1]["metric"] is None
+    assert restore(folder)[0]["w"][0] == 6
+
+
+def test_a_run_taken_up_at_an_earlier_step_is_the_newest(tmp_path):
+    save(tmp_path, 500, {"w": np.zeros(1)})
+    save(tmp_path, 1000, {"w": np.zeros(1)})
+    save(tmp_path, 600, {"w": np.ones(1)}, keep=2)
+    assert latest(tmp_path).name == "step_00000600" and names(tmp_path) == ["step_00000600", "step_00001000"]
+
+
+def test_saving_a_step_again_replaces_it(folder):
+    for value in (1, 2):
+        save(folder, 5, {"w": np.full(3, value)})
+    assert names(folder) == ["step_00000005"] and restore(folder)[0]["w"][0] == 2
+
+
+def test_restore_finds_the_checkpoint_of_a_run_folder(tmp_path):
+    save(tmp_path / "run" / "checkpoints", 7, {"w": np.ones(2)})
+    for path in ("run", "run/checkpoints", "run/checkpoints/step_00000007"):
+        assert restore(str(tmp_path / path))[1]["step"] == 7
+    assert latest(tmp_path / "run" / "none") is None and best(tmp_path / "run" / "none") is None
+
+
+def test_keeping_none_is_refused(tmp_path):
+    with pytest.raises(UserError, match="keep=0"):
+        Saver(tmp_path, keep=0)
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
+
+def truncate(path):
+    os.truncate(path / "params.safetensors", 50)
+
+
+def flip(path):
+    damage(path / "params.safetensors")
+
+
+def lose_file(path):
+    (path / "params.safetensors").unlink()
+
+
+def lose_meta(path):
+    (path / "meta.json").unlink()
+
+
+def cut_meta(path):
+    os.truncate(path / "meta.json", 40)
+
+
+def edit(**entries):
+    def change(path):
+        (path / "meta.json").write_text(json.dumps(json.loads((path / "meta.json").read_text()) | entries))
+    return change
+
+
+DAMAGE = {
+    "truncated": (truncate, "params.safetensors has 50 bytes instead of"),
+    "bit flipped": (flip, "params.safetensors does not match its checksum"),
+    "file missing": (lose_file, "params.safetensors is missing"),
+    "no meta": (lose_meta, "no meta.json"),
+    "meta cut": (cut_meta, "meta.json is damaged"),
+    "foreign": (edit(kind="other"), "not written by rawchat"),
+    "foreign list": (lambda path: (path / "meta.json").write_text("[]"), "not written by rawchat"),
+    "newer": (edit(format=99), "format 99, newer than .* update rawchat"),
+    "path outside": (edit(files={"../x.safetensors": {"bytes": 1, "sha256": ""}}), "meta.json is damaged"),
+    "no files": (edit(files=None), "meta.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused_and_the_newest_good_one_offered(kind, tmp_path):
+    harm, sentence = DAMAGE[kind]
+    state = make_state()
+    save(tmp_path, 1, state)
+    bad = save(tmp_path, 2, state)
+    harm(bad)
+    with pytest.raises(UserError, match=sentence) as e:
+        restore(bad, state)
+    assert "\n" not in str(e.value)
+    with pytest.warns(UserWarning, match=sentence):
+        assert latest(tmp_path).name == "step_00000001"
+    shutil.rmtree(tmp_path / "step_00000001")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="no checkpoint of 1 in"):
+        latest(tmp_path)
+
+
+def test_remote_bit_flip_is_noticed(tmp_path):
+    path = save("memory://b/run", 1, make_state())
+    fs, root = filesystem(path)
+    data = bytearray(fs.cat_file(f"{root}/params.safetensors"))
+    data[-1] ^= 1
+    fs.pipe_file(f"{root}/params.safetensors", bytes(data))
+    with pytest.raises(UserError, match="memory://b/run/step_00000001/params.safetensors does not match its checksum"):
+        restore(path)
+    fs.rm_file(f"{root}/meta.json")  # an upload that never ended
+    with pytest.raises(UserError, match="no meta.json"):
+        restore(path)
+    fs.rm("/b", recursive=True)
+
+
+MISFITS = {
+    "shape": (lambda s: s._replace(step=np.zeros(2, np.int32)), r"step is int32 \(\) in it and int32 \(2,\) here"),
+    "dtype": (lambda s: s._replace(step=np.float32(0)), r"step is int32 \(\) in it and float32 \(\) here"),
+    "missing": (lambda s: s._replace(step=None), r"step is int32 \(\) in it and missing here"),
+    "extra": (lambda s: s._replace(params=s.params | {"ve": jnp.ones(3)}), "params.ve is missing in it"),
+    "all": (lambda s: {"x": jnp.ones(1)}, r"\(and \d more\); use the config"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_template_that_does_not_fit_is_told_where(kind, tmp_path):
+    change, sentence = MISFITS[kind]
+    path = save(tmp_path, 1, make_state())
+    with pytest.raises(UserError, match=f"step_00000001 does not fit: .*{sentence}"):
+        restore(path, change(make_state()))
+
+
+def test_foreign_and_missing_folders(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match="no checkpoint in .*train first"):
+            restore(path)
+    with pytest.raises(UserError, match="step_00000009 is not a checkpoint"):
+        restore(tmp_path / "step_00000009")
+    save(tmp_path, 1, {"params": {"w": np.ones(1)}})
+    with pytest.raises(UserError, match="unknown part of the checkpoint 'opt': choose one of params"):
+        restore(tmp_path, only="opt")
+
+
+def test_what_is_no_array_is_refused_before_writing(tmp_path):
+    for tree in ({"name": "x"}, {"o": np.array([object()])}):
+        with pytest.raises(TypeError, match="put it in the metadata"):
+            save(tmp_path, 1, tree)
+    with pytest.raises(ValueError, match="same path"):
+        save(tmp_path, 1, {"a.b": 1, "a": {"b": 2}})
+    assert names(tmp_path) == []
+
+
+# ---- failed saves ----------------------------------------------------------------------------------------------------
+
+def test_full_disk_harms_nothing_and_is_told_at_the_next_call(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, keep=1)
+    saver.save(1, make_state(1))
+    saver.wait()
+
+    def full(arrays, path):
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(safetensors.numpy, "save_file", full)
+        saver.save(2, make_state(2))
+        with pytest.raises(UserError, match="step_00000002: the disk is full"):
+            saver.save(3, make_state(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+    assert bits(restore(tmp_path, make_state(1))[0]) == bits(make_state(1))
+    saver.save(4, make_state(4))  # room again
+    assert saver.wait().name == "step_00000004"
+
+
+def test_disk_without_room_is_known_before_the_run(tmp_path):
+    assert nbytes({"a": jax.ShapeDtypeStruct((10, 2), jnp.bfloat16), "k": jax.random.key(0)}) == 48
+    with pytest.raises(UserError, match=r"takes 1000000.0 GB but only .* GB are free"):
+        Saver(tmp_path, size=10**15)
+
+
+def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        Saver(tmp_path / "file" / "checkpoints")
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "makedirs", refuse)
+    with pytest.raises(UserError, match="that file system is read-only"):
+        Saver(tmp_path / "new")
+
+
+@pytest.mark.parametrize("address, sentence", [("gs://bucket/run", "install gcsfs"), ("foo://b", "not known: foo")])
+def test_remote_that_cannot_be_had(address, sentence, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=f"cannot reach {address} .*{sentence}.*check the address"):
+        Saver(address)
+
+
+def test_remote_upload_that_breaks_leaves_the_older_one(monkeypatch):
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    folder = "memory://b/run"
+    save(folder, 1, make_state(1))
+    put = MemoryFileSystem.put_file
+
+    def breaking(self, local, remote, **kwargs):
+        if "opt_state" in remote:
+            raise ConnectionError("network is gone")
+        return put(self, local, remote, **kwargs)
+
+    with monkeypatch.context() as network:
+        network.setattr(MemoryFileSystem, "put_file", breaking)
+        with pytest.raises(UserError, match="cannot reach memory://b/run/step_00000002 .network is gone"):
+            save(folder, 2, make_state(2))
+    with pytest.warns(UserWarning, match="no meta.json"):
+        assert latest(folder).endswith("step_00000001")
+    assert latest(save(folder, 2, make_state(2)).rpartition("/")[0]).endswith("step_00000002")
+    filesystem(folder)[0].rm("/b", recursive=True)
+
+
+def test_kill_9_in_the_middle_of_saving(tmp_path):
+    code = """
+import sys, time, numpy as np, safetensors.numpy
+from lib.train.checkpoint import save
+write = safetensors.numpy.save_file
+save(sys.argv[1], 1, {"params": {"w": np.ones(1000)}})
+def slow(arrays, path):
+    write(arrays, path)
+    print("writing", flush=True)
+    time.sleep(60)
+safetensors.numpy.save_file = slow
+save(sys.argv[1], 2, {"params": {"w": np.ones(1000)}})
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.wait()
+    assert any(p.name.endswith(".tmp") for p in tmp_path.iterdir())
+    tree, meta = restore(tmp_path)
+    assert meta["step"] == 1 and tree["params"]["w"].sum() == 1000
+    save(tmp_path, 3, tree)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
+    path = save(tmp_path, 1, {"w": np.ones(3)})
+    path.rename(tmp_path / ".step_00000001.0123abcd.old")
+    (tmp_path / ".step_00000001.0123abcd.tmp").mkdir()
+    Saver(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"] and restore(path)[0]["w"].sum() == 3
+
+
+# ---- Hub -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub on the loopback interface that knows no token."""
+    import huggingface_hub
+    import huggingface_hub.constants
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    make = huggingface_hub.HfApi
+
+    def at(port):
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: make(f"http://127.0.0.1:{port}", token=token))
+
+    at(server.server_port)
+    yield at
+    server.shutdown()
+    server.server_close()
+
+
+def test_hub_with_a_wrong_token(hub, tmp_path, capsys):
+    path = save(tmp_path, 1, {"w": np.ones(2)})
+    with pytest.raises(UserError, match="cannot upload to the Hub repository me/model .*the token is wrong"):
+        check_hub("me/model", "hf_wrong")
+    assert upload_to_hub(path, "me/model", "hf_wrong").result(60) is None
+    out = capsys.readouterr().out
+    assert "warning: cannot upload" in out and len(out.splitlines()) == 1
+
+
+def test_hub_without_network(hub, tmp_path, capsys):
+    hub(1)
+    path = save(tmp_path, 1, {"w": np.ones(2)})
+    assert upload_to_hub(path, "me/model", "hf_any").result(60) is None
+    out = capsys.readouterr().out
+    assert "check the name and the network" in out and len(out.splitlines()) == 1
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_asks_second_stops_and_handlers_come_back(sig, capsys):
+    before = signal.getsignal(sig)
+    with interruptible() as flag:
+        assert not flag.stop
+        os.kill(os.getpid(), sig)
+        time.sleep(0.01)
+        assert flag.stop and "once more" in capsys.readouterr().out
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), sig)
+            time.sleep(1)
+    assert signal.getsignal(sig) is before
+
+
+def test_no_handlers_outside_the_main_thread():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with interruptible() as flag:
+            seen.append((flag.stop, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+def test_sigterm_saves_then_exits(tmp_path):
+    code = """
+import sys, time, numpy as np
+from lib.train.checkpoint import Saver, interruptible
+with interruptible() as flag, Saver(sys.argv[1]) as saver:
+    for step in range(1, 10**6):
+        if step == 3: print("running", flush=True)
+        time.sleep(0.005)
+        if flag.stop:
+            saver.save(step, {"w": np.full(3, step)})
+            break
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "running\n"
+    process.terminate()
+    assert process.wait(30) == 0
+    tree, meta = restore(tmp_path)
+    assert tree["w"][0] == meta["step"] >= 3

@@ -1,0 +1,301 @@
+import errno
+import gzip
+import http.server
+import json
+import math
+import sys
+import threading
+import time
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lib.train import metrics
+from lib.files import UserError
+from lib.train.metrics import WRITERS, Metrics, column, read_jsonl, trace_window
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch):
+    """A wandb without a server: remembers what it is told."""
+    said = types.SimpleNamespace(run=None, calls=[], rows=[], init_error=None)
+
+    def init(**kwargs):
+        if said.init_error:
+            raise said.init_error
+        said.calls.append(kwargs)
+        return types.SimpleNamespace(define_metric=lambda *a, **k: None, log=said.rows.append, finish=lambda: None)
+
+    said.init = init
+    monkeypatch.setitem(sys.modules, "wandb", said)
+    return said
+
+
+@pytest.fixture
+def collector(monkeypatch):
+    """An OTLP collector on the loopback interface; the fixture's value is the list of request bodies."""
+    bodies = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield bodies
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_writer_takes_any_number_and_jsonl_has_it_too(name, tmp_path, fake_wandb, collector):
+    values = {"loss": jnp.float32(1.5), "half": jnp.bfloat16(0.5), "n": 3, "mfu": None, "bad": math.nan, "up": math.inf}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a writer that fails would warn
+        with Metrics(tmp_path, 10, [name], config={"depth": 2}) as m:
+            m.log(1, {"val_bpb": 2.0})
+            got = m.log(2, values)
+    assert math.isnan(got.pop("bad")) and got == {"loss": 1.5, "half": 0.5, "n": 3, "up": math.inf}
+    assert list(map(type, got.values())) == [float, float, int, float]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and rows[1]["loss"] == 1.5 and "mfu" not in rows[1]
+
+
+def test_texts_go_to_jsonl_alone(tmp_path, fake_wandb):
+    with warnings.catch_warnings(), Metrics(tmp_path, 1, ["wandb:online", "tensorboard"]) as log:
+        warnings.simplefilter("error")  # a writer that cannot take them would be switched off
+        log.log(1, {"loss": 2.0, "samples": "Once\n\nupon"})
+        log.log(2, {"loss": 1.0})
+    assert [row.get("samples") for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["Once\n\nupon", None]
+    assert fake_wandb.rows == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+
+
+def test_jsonl_is_strict_json_and_not_a_number_comes_back(tmp_path):
+    with Metrics(tmp_path, 1, []) as m:
+        m.log(1, {"a": math.nan, "b": -math.inf, "c": 0.1})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["a"], line["b"]) == ("NaN", "-Infinity")
+    (row,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["a"]) and row["b"] == -math.inf and row["c"] == 0.1
+
+
+def test_resume_leaves_no_step_twice_and_repairs_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(tmp_path, 10, []) as m:
+        for step in range(1, 8):
+            m.log(step, {"loss": 1.0 / step})
+    with open(path, "a") as f:
+        f.write('{"step": 8, "lo')  # killed while writing
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2, 3, 4, 5, 6, 7]
+    with Metrics(tmp_path, 10, [], resumed=5) as m:
+        m.log(6, {"loss": 9.0, "val_bpb": 2.0})
+    rows = read_jsonl(path)
+    assert column(rows, "loss") == ([1, 2, 3, 4, 5, 6], [1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 9.0])
+    assert column(rows, "val_bpb") == ([6], [2.0])
+    with Metrics(tmp_path, 10, []):
+        pass
+    assert read_jsonl(path) == []  # a new run
+
+
+@pytest.mark.parametrize("bad", ['{"step": 2, "lo\n', "[1]\n", '{"loss": 1}\n'])
+def test_damage_inside_the_file_is_named(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + bad + '{"step": 3}\n')
+    with pytest.raises(UserError, match="metrics.jsonl line 2"):
+        read_jsonl(path)
+
+
+def test_full_disk_loses_nothing_and_warns_once(tmp_path, monkeypatch):
+    class FullDisk:
+        def __init__(self, path, mode):
+            self.f = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.f.close()
+
+        def write(self, data):
+            self.f.write(data[:7])  # the disk takes a part of the line
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Metrics(tmp_path, 9, []) as m:
+        m.log(1, {"loss": 1.0})
+        with monkeypatch.context() as disk, pytest.warns(UserWarning, match="No space left.*goes on") as warned:
+            disk.setattr(metrics, "open", FullDisk, raising=False)
+            m.log(2, {"loss": 2.0})
+            m.log(3, {"loss": 3.0})
+        assert len(warned) == 1
+        assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+        m.log(4, {"loss": 4.0})
+    assert column(read_jsonl(tmp_path / "metrics.jsonl"), "loss") == ([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0])
+
+
+def test_a_failing_writer_is_switched_off_alone(tmp_path, monkeypatch):
+    calls = []
+
+    def write(step, values):
+        calls.append(step)
+        raise ConnectionError("server away\nlong story")
+
+    monkeypatch.setitem(WRITERS, "broken", lambda run: (write, lambda: calls.append("closed")))
+    with Metrics(tmp_path, 9, ["broken"]) as m:
+        with pytest.warns(UserWarning, match=r"no more metrics to broken \(ConnectionError: server away\)"):
+            m.log(1, {"loss": 1.0})
+        m.log(2, {"loss": 2.0})
+    assert calls == [1]
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_unknown_writer_lists_the_names_and_touches_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="unknown metrics writer 'tensorbord'.*tensorboard, wandb:off, wandb:offline"):
+        Metrics(tmp_path, 1, ["tensorbord"])
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_run_folder_blocked_by_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+        Metrics(tmp_path / "run", 1, [])
+
+
+def test_console_prints_some_lines_to_a_log_file(tmp_path, capsys):
+    with Metrics(tmp_path, 200, ["console"]) as m:
+        for step in range(1, 201):
+            m.log(step, {"loss": 2.0, "tokens_per_s": 12345.6, "mfu": 0.415, "lr": 1.0})
+            if step == 101:
+                m.log(step, {"val_bpb": 1.25})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 52  # the first, every fourth, and the evaluation
+    assert lines[0] == "step 1/200  loss 2.0000  12,346 tok/s  MFU 41.5%"
+    assert lines[-1].startswith("step 200/200  loss 2.0000  val bpb 1.2500  12,346 tok/s  MFU 41.5%  ETA 00:0")
+
+
+def test_console_shows_a_bar_in_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Metrics(tmp_path, 10, ["console"], resumed=4) as m:
+        m.log(10, {"loss": 2.0, "mfu": 0.5})
+    out, err = capsys.readouterr()
+    assert out == "" and "10/10" in err and "loss 2.0000  MFU 50.0%" in err
+
+
+def test_tensorboard_reads_the_events_and_resume_hides_the_rest(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(tmp_path, 10, ["tensorboard"]) as m:
+        for step in range(1, 7):
+            m.log(step, {"loss": float(step)})
+    with Metrics(tmp_path, 10, ["tensorboard"], resumed=3) as m:
+        m.log(4, {"loss": 40.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert not any(name.partition(".")[0] == "tensorflow" for name in sys.modules)
+
+
+def test_wandb_takes_up_the_same_run(tmp_path, fake_wandb):
+    for resumed in (None, 5, None):
+        with Metrics(tmp_path, 10, ["wandb:offline"], resumed=resumed, config={"depth": 2}) as m:
+            m.log(6, {"loss": 1.0})
+    first, second, third = fake_wandb.calls
+    assert first["id"] == second["id"] != third["id"]
+    assert first["mode"] == "offline" and first["config"] == {"depth": 2} and first["name"] == tmp_path.name
+    assert fake_wandb.rows[0] == {"step": 6, "loss": 1.0}
+
+
+def test_wandb_without_login_or_package(tmp_path, monkeypatch, fake_wandb):
+    fake_wandb.init_error = RuntimeError("No API key configured.")
+    with pytest.raises(UserError, match="wandb cannot start .No API key.*wandb:offline"):
+        Metrics(tmp_path, 1, ["wandb:online"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Metrics(tmp_path, 1, ["wandb:online"])
+    Metrics(tmp_path, 1, ["wandb:off"]).close()
+
+
+def test_wandb_offline_for_real(tmp_path):
+    pytest.importorskip("wandb", reason="needs the wandb extra")
+    with Metrics(tmp_path, 2, ["wandb:offline"], config={"depth": 2}) as m:
+        m.log(1, {"our_loss": 1.5})
+    (data,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20  # wandb's finish() may return before its service process has written the file
+    while b"our_loss" not in data.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_otlp_gauges_arrive(tmp_path, collector):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the otlp extra")
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+    with Metrics(tmp_path / "run7", 2, ["otlp"]) as m:
+        m.log(1, {"loss": 3.0})
+        m.log(2, {"loss": 1.5, "bad": math.nan})
+    request = ExportMetricsServiceRequest.FromString(collector[-1])
+    (resource,) = request.resource_metrics
+    assert {a.key: a.value.string_value for a in resource.resource.attributes}["run"] == "run7"
+    points = {g.name: g.gauge.data_points[0] for s in resource.scope_metrics for g in s.metrics}
+    assert points["loss"].as_double == 1.5 and points["step"].as_int == 2 and "bad" not in points
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "tensorboard.compat.proto.event_pb2"),
+                                          ("otlp", "opentelemetry.sdk.metrics")])
+def test_a_missing_package_says_what_to_install(name, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"the {name} writer needs .*: pip install"):
+        Metrics(tmp_path, 1, [name])
+
+
+def test_trace_window_profiles_its_steps_only(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", step, folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
+    with trace_window(tmp_path, 3, 5) as tick:
+        for step in range(1, 10):
+            tick(step, jnp.ones(()))
+    assert calls == [("start", 3, str(tmp_path / "trace")), ("stop", 6)]
+    calls.clear()
+    with trace_window(tmp_path, 3, 5) as tick:
+        for step in range(1, 5):
+            tick(step)
+    with trace_window(tmp_path, 1, 0) as tick:
+        for step in range(5):
+            tick(step)
+    assert [c[:2] for c in calls] == [("start", 3), ("stop", 4)]  # a loop that ends early closes its trace
+
+
+def test_trace_is_written_with_scopes_and_a_failure_is_survived(tmp_path):
+    @jax.jit
+    def step(x):
+        with jax.named_scope("attention"):
+            return jnp.sin(x @ x)
+
+    x = step(jnp.ones((64, 64)))
+    with trace_window(tmp_path, 1, 1) as tick:
+        for i in range(3):
+            tick(i, x)
+            x = step(x)
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert b"attention" in trace.read_bytes() and b"jit_step" in trace.read_bytes()
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="no profiler trace .*training goes on"):
+        with trace_window(tmp_path / "file", 0, 0) as tick:
+            tick(0)
+            step(x).block_until_ready()
+            tick(1)
+            tick(2)

@@ -1,0 +1,192 @@
+"""Steps match the reference's, accumulation equals one batch, resume is bitwise, and a broken loss stops the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from lib.train import checkpoint, step as train
+from lib.config import Config
+from lib.files import UserError
+from lib.data.tokenizer import Tokenizer
+
+TINY = Config(vocab_size=100, sequence_len=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64,
+              microbatch=2, total_batch_size=256, num_steps=20, warmup_steps=4, loss_chunk=64)
+
+
+def batches(seed=0, rows=4, start=0, structure=True):
+    """Endless learnable rows: each token follows from the one before; a cursor counts them."""
+    n = start
+    while True:
+        rng = np.random.default_rng((seed, n))
+        x = (rng.integers(0, 100, (rows, 1)) + 7 * np.arange(65)) % 100 if structure else rng.integers(0, 100, (rows, 65))
+        n += 1
+        yield x[:, :-1].astype(np.int32), x[:, 1:].astype(np.int32), {"n": n}
+
+
+def run(config, batches, state=None, **kwargs):
+    return list(train.steps(train.make_train_step(config), state or train.init_state(config), batches, config, **kwargs))
+
+
+def test_it_learns_and_yields_every_step_in_order():
+    steps = run(TINY, batches())
+    assert [s.step for s in steps] == list(range(1, 21))
+    assert steps[-1].metrics["loss"] < steps[0].metrics["loss"] - 0.3
+    assert all(s.state is None for s in steps[:-1]) and int(steps[-1].state.step) == 20 and steps[-1].cursor == {"n": 20}
+    assert set(steps[0].metrics) == {"loss", "grad_norm", "lr", "step_time", "tokens_per_s"}
+    assert steps[0].metrics["lr"] == pytest.approx(0.25) and steps[-1].metrics["lr"] < 0.2
+
+
+def test_metrics_are_read_after_the_next_step_was_sent():
+    calls = []
+    step_fn = train.make_train_step(TINY)
+
+    def spy(*args):
+        calls.append("dispatch")
+        return step_fn(*args)
+
+    for s in train.steps(spy, train.init_state(TINY), batches(), TINY, pause=lambda n: n == 3):
+        calls.append(s.step)
+    assert calls[:8] == ["dispatch", "dispatch", 1, "dispatch", 2, 3, "dispatch", "dispatch"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_accumulation_equals_one_big_batch(optimizer):
+    """Also when the ignored targets are spread unevenly over microbatches."""
+    x, y, _ = next(batches(structure=False))
+    y[0, 3:] = -1
+    results = []
+    for rows in (1, 2, 4):
+        config = TINY.replace(microbatch=rows, optimizer=optimizer)
+        state, metrics = train.make_train_step(config)(train.init_state(config), x, y)
+        results.append((float(metrics["loss"]), float(metrics["grad_norm"]), state.opt_state.m))
+    for loss, norm, momentum in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6) and norm == pytest.approx(results[0][1], rel=1e-5)
+        for a, b in zip(jax.tree.leaves(momentum), jax.tree.leaves(results[0][2])):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_one_compilation_serves_all_rates_and_steps():
+    train._jitted_step.cache_clear()
+    for lr in (0.01, 0.02):
+        config = TINY.replace(matrix_lr=lr, num_steps=3 + int(lr * 100))
+        run(config, batches())
+    assert train._jitted_step.cache_info().misses == 1
+    assert train.make_train_step(TINY)._cache_size() == 1
+
+
+@pytest.mark.parametrize("poison", ["nan", "explosion"])
+def test_a_broken_loss_stops_before_its_state_is_given_away(poison):
+    real = train.make_train_step(TINY)
+
+    def step_fn(state, x, y):
+        state, metrics = real(state, x, y)
+        bad = np.nan if poison == "nan" else 50.0
+        return state, metrics | ({"loss": np.float32(bad)} if int(state.step) == 7 else {})
+
+    seen = []
+    with pytest.raises(UserError, match=r"step 7.*(lower learning rates)"):
+        for s in train.steps(step_fn, train.init_state(TINY), batches(), TINY, pause=lambda n: True):
+            seen.append(s.step)
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_odd_batch_is_no_explosion():
+    real = train.make_train_step(TINY)
+
+    def step_fn(state, x, y):
+        state, metrics = real(state, x, y)
+        return state, metrics | ({"loss": metrics["loss"] + 11} if int(state.step) == 12 else {})
+
+    steps = list(train.steps(step_fn, train.init_state(TINY), batches(), TINY))
+    assert len(steps) == TINY.num_steps and steps[11].metrics["loss"] > 12
+
+
+def test_memory_estimate_counts_what_is_stored():
+    state = train.init_state(TINY)
+    estimate = train.estimate_memory(TINY)
+    assert estimate["parameters"] == sum(a.nbytes for a in jax.tree.leaves(state.params))
+    assert estimate["optimizer"] == sum(a.nbytes for a in jax.tree.leaves(state.opt_state))
+    assert train.estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
+
+
+# ---- whole processes: resume is bitwise, signals save ----------------------------------------------------------------
+
+SCRIPT = """
+import sys, json, hashlib, jax, numpy as np
+sys.path.insert(0, {root!r})
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+from lib.train import checkpoint, step as train
+from lib.data import sources as data
+from lib.config import Config
+from lib.data.tokenizer import Tokenizer
+folder, stop_at = sys.argv[1], int(sys.argv[2])
+tokenizer = Tokenizer.load(folder + "/tokenizer.json")
+config = Config(vocab_size=tokenizer.vocab_size, sequence_len=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64,
+                microbatch=2, total_batch_size=256, num_steps=20, warmup_steps=4, loss_chunk=64)
+tokens = data.open_tokens(folder + "/*.txt", "train", tokenizer, cache_dir=folder + "/cache")
+cursor, saved = None, checkpoint.latest(folder + "/checkpoints")
+state = train.init_state(config)
+if saved:
+    state, meta = checkpoint.restore(saved, train.state_template(config))
+    cursor = meta["cursor"]
+rows = data.batches(tokens, 4, 64, cursor=cursor, buffer_size=8)
+with checkpoint.interruptible() as flag, checkpoint.Saver(folder + "/checkpoints") as saver:
+    for s in train.steps(train.make_train_step(config), state, data.prefetch(rows, jax.device_put), config,
+                         pause=lambda n: n == stop_at or flag.stop):
+        print(json.dumps([s.step, s.metrics["loss"]]), flush=True)
+        if s.state is not None:
+            saver.save(s.step, s.state, dict(cursor=s.cursor))
+            digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(s.state)))
+            print(json.dumps([s.step, s.cursor, digest.hexdigest()]), flush=True)
+            break
+"""
+
+
+def start(folder, stop_at):
+    code = SCRIPT.format(root=str(ROOT), cache=str(ROOT / ".cache" / "jax"))
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(stop_at)], stdout=subprocess.PIPE, text=True,
+                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rng = np.random.default_rng(0)
+    words = ["tea", "sea", "bee", "tree", "free", "see", "a", "the", "green"]
+    for i in range(120):
+        (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(words, rng.integers(3, 120))) + f" {i}.\n")
+    Tokenizer.train((p.read_text() for p in tmp_path.glob("*.txt")), 280).save(tmp_path / "tokenizer.json")
+    return tmp_path
+
+
+def test_twenty_steps_equal_ten_and_ten_in_a_fresh_process_bit_for_bit(corpus, tmp_path_factory):
+    straight = [json.loads(line) for line in start(corpus, 20).communicate()[0].splitlines()]
+    (corpus / "checkpoints").rename(tmp_path_factory.mktemp("old") / "checkpoints")
+    first = [json.loads(line) for line in start(corpus, 10).communicate()[0].splitlines()]
+    second = [json.loads(line) for line in start(corpus, 20).communicate()[0].splitlines()]
+    assert [row[0] for row in first[:-1] + second[:-1]] == list(range(1, 21))
+    assert first[:-1] + second[:-1] == straight[:-1], "the losses"
+    assert second[-1] == straight[-1], "cursor, parameters, optimizer"
+
+
+def test_sigterm_saves_the_step_it_was_in_and_the_run_goes_on(corpus):
+    process = start(corpus, 20)
+    for line in process.stdout:
+        if json.loads(line)[0] == 3:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 0
+    saved = checkpoint.latest(corpus / "checkpoints")
+    step = checkpoint.read_meta(saved)["step"]
+    assert 3 <= step <= 20 and "SIGTERM" in rest
+    if step < 20:
+        lines = [json.loads(line) for line in start(corpus, 20).communicate()[0].splitlines()]
+        assert lines[0][0] == step + 1 and lines[-1][0] == 20
