@@ -136,7 +136,8 @@ join_timeout = 300.0  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
-first = join_hosts(coordinator, host_count, host_index, join_timeout)  # of several processes this one writes and prints
+# of several processes this one writes and prints
+first = join_hosts(coordinator, host_count, host_index, join_timeout)
 folder = open_run(run, needs=FILE)
 tokenizer = load_tokenizer(folder)
 trace_start, trace_stop = parse_steps(trace)

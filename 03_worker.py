@@ -133,7 +133,8 @@ if driver == "wandb":
 else:
     sweep_id = join or space.spec_id(spec)
     here = place / sweep_id
-known = driver == "wandb" and (here / "sweep.json").exists()  # its id says which it is, however the server spells it today
+# its id says which it is, however the server spells it today
+known = driver == "wandb" and (here / "sweep.json").exists()
 spec = journal.read(here) if known else journal.create(here, spec)
 metric, goal = spec["metric"]["name"], spec["metric"]["goal"]
 again = f"--driver {driver} --join {sweep_id}" + (f" --store {store}" if store else "")

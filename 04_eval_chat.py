@@ -204,7 +204,8 @@ bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len
 
 figure, axis = subplots(size=(9, 4.5))
 axis.set_axis_off()
-points, columns = 10, 104  # of the font, and how many of its characters (0.602 of its size wide) fit beside each other
+# of the font, and how many of its characters (0.602 of its size wide) fit beside each other
+points, columns = 10, 104
 x = y = 0
 for token, cost in zip(ids[1:], bits):
     for piece in tokenizer.decode([token]).replace("\t", "    ").splitlines(keepends=True):
@@ -250,7 +251,8 @@ update_json(folder / "results.json", val_source=source, val_bpb=score["bpb"], va
 chats = {stage: sft.open_mixture(mixture, "train") for stage, mixture in taught.items()}
 held_out = {stage: sft.open_mixture(mixture, "val") for stage, mixture in taught.items()}
 for stage, found in chats.items():
-    shown = next((m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0])  # one that uses the calculator
+    # one that uses the calculator
+    shown = next((m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0])
     pairs = zip(*sft.render(tokenizer, shown, config.sequence_len + 1))
     print(f"{stage}, a conversation of its mixture:")
     for learnt, part in itertools.groupby(pairs, key=lambda pair: pair[1]):
@@ -264,7 +266,8 @@ for stage, found in chats.items():
 # `<|python_end|>` is calculated for it, and the result put behind.
 
 # %%
-marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}  # by stage: the tasks' entries, bits per byte, whose they are, all of it
+# by stage: the tasks' entries, bits per byte, whose they are, all of it
+marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}
 
 
 def examine(stage, path, params):

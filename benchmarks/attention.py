@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-sys.path[0] = str(Path(__file__).parents[1])  # instead of this folder: its tokenize.py would hide Python's own
+# instead of this folder: its tokenize.py would hide Python's own
+sys.path[0] = str(Path(__file__).parents[1])
 
 MIB = 2**20
 
@@ -90,7 +91,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
         together = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         rows.append(dict(
             name=name, shape=shape, window=window, compile_s=time.perf_counter() - start,
-            peak_mib=(together if on_cpu else memory.peak_memory_in_bytes) / MIB,  # XLA:CPU's peak lacks temporaries
+            # XLA:CPU's peak lacks temporaries
+            peak_mib=(together if on_cpu else memory.peak_memory_in_bytes) / MIB,
             saved_mib=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals)) / MIB,
             moved_mib=compiled.cost_analysis()["bytes accessed"] / MIB))
         programs[name] = compiled
@@ -98,7 +100,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
         keys = jax.random.split(jax.random.key(0), len(args))
         values = [jax.device_put(jax.random.normal(key, a.shape, a.dtype), device) for key, a in zip(keys, args)]
         times = {name: [] for name in programs}
-        for _ in range(repeats + 1):  # in turns, so that a busy moment hits all of them; the first is a warm-up
+        # in turns, so that a busy moment hits all of them; the first is a warm-up
+        for _ in range(repeats + 1):
             for name, program in programs.items():
                 start = time.perf_counter()
                 jax.block_until_ready(program(*values))

@@ -204,7 +204,8 @@ def main(args: Args):
         jax.block_until_ready(whole(params, config, np.array([long]))[0])
         return time.perf_counter() - clock
 
-    lines = {f"batch {b}": dict(rows=b) for b in sorted({1, *args.batches})}  # what the others are compared with is always there
+    # what the others are compared with is always there
+    lines = {f"batch {b}": dict(rows=b) for b in sorted({1, *args.batches})}
     lines |= {f"batch {b}, one engine": dict(rows=b, sides=1) for b in args.batches if generate.sides_for(ready, b) > 1}
     lines["int8, batch 1"] = dict(rows=1, params=small)
     lines[f"look-up {args.guess}, batch 1"] = dict(rows=1, guess=args.guess)
@@ -216,7 +217,8 @@ def main(args: Args):
             best.setdefault(name, []).append(decode(name, **line))
         for size in (weights, LARGE):
             width[size] = max(width.get(size, 0), read_bandwidth(size))
-        for _ in range(3):  # the first, after other work, is slower: the best of all is that of a warm process
+        # the first, after other work, is slower: the best of all is that of a warm process
+        for _ in range(3):
             ttft.append(first_token()), forward.append(one_forward())
         if args.nanochat:
             for rows, speed in nanochat_speed(args, config, prompts[0]).items():

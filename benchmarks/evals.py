@@ -115,7 +115,8 @@ def main(items: int = 40, sequence_len: int = 1024, n_layer: int = 4, n_embd: in
     params = model.init_params(jax.random.key(0), config)
     noise = lambda i, p: p + 0.02 * jax.random.normal(jax.random.key(i), p.shape)
     leaves, tree = jax.tree.flatten(params)
-    params = jax.tree.unflatten(tree, [noise(i, p) for i, p in enumerate(leaves)])  # projections begin at zero: let all count
+    # projections begin at zero: let all count
+    params = jax.tree.unflatten(tree, [noise(i, p) for i, p in enumerate(leaves)])
     texts = data.head(data.documents("stdlib", "val"), 500_000)
     tokenizer = Tokenizer.train(texts, vocab_size)
     words = re.findall(r"[a-z]{2,12}", " ".join(texts))[:20_000]

@@ -119,8 +119,10 @@ def main(
             raise SystemExit("the server did not start")
         url, rows, memory = found[0], [], []
         print(f"{line.strip()}, {slots} slots, {os.cpu_count()} cores")
-        asyncio.run(crowd(url, max(clients), 4 * max(clients), max_tokens))  # compiles what several prompts at once need
-        while httpx.get(f"{url}/health").json()["warming"]:  # and the server by itself what single ones need
+        # compiles what several prompts at once need
+        asyncio.run(crowd(url, max(clients), 4 * max(clients), max_tokens))
+        # and the server by itself what single ones need
+        while httpx.get(f"{url}/health").json()["warming"]:
             time.sleep(0.2)
         print(
             f"{'clients':>8} {'answers/s':>10} {'tokens/s':>9} {'first text s: median':>21} {'worst':>6} {'answer s: median':>17} {'worst':>6}"

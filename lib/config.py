@@ -16,8 +16,11 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZER_NAMES = ("muon", "adamw")
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
 KERNEL_TILE = 128  # lanes of a TPU register: kernels work on whole tiles of the sequence
-WHOLE_HEAD = 2**21  # sequence_len x head_dim up to which our kernel's accumulators fit on chip (compiled for v5e, v5p, v6e)
-SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12  # leading channels of the residual stream that feed these gates
+# sequence_len x head_dim up to which our kernel's accumulators fit on chip (compiled for v5e, v5p,
+# v6e)
+WHOLE_HEAD = 2**21
+# leading channels of the residual stream that feed these gates
+SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
 REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
 
 
@@ -59,7 +62,8 @@ class Config:
     head_dim: int = 128
     mlp: str = "relu2"  # relu2 | gelu | swiglu
     mlp_dim: int = 3072
-    window_pattern: str = "SSSL"  # tiled over layers: S sees about a quarter of the sequence, L all; the last layer is L
+    # tiled over layers: S sees about a quarter of the sequence, L all; the last layer is L
+    window_pattern: str = "SSSL"
     # parts
     rope_base: float = 100_000.0
     qk_norm: bool = True  # RMSNorm on queries and keys after rotation
@@ -72,25 +76,34 @@ class Config:
     backout: bool = True  # subtract a share of the middle layer's output before the head
     tied_head: bool = False
     # computation
-    attention: str = "auto"  # a key of lib.model.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
-    attention_block: int = 0  # queries and keys per block of splash and pallas, at most; 0: their own default
-    compute_dtype: str = "auto"  # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
-    remat: str = "none"  # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all of it)
+    # a key of lib.model.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
+    attention: str = "auto"
+    # queries and keys per block of splash and pallas, at most; 0: their own default
+    attention_block: int = 0
+    # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
+    compute_dtype: str = "auto"
+    # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all
+    # of it)
+    remat: str = "none"
     loss_chunk: int = 2048  # tokens whose logits exist at one time
-    scan_layers: bool = True  # one compiled body per group of equal layers; False unrolls: slower to compile
-    microbatch: int = 4  # rows per forward pass, of all devices together; gradients accumulate to total_batch_size
+    # one compiled body per group of equal layers; False unrolls: slower to compile
+    scan_layers: bool = True
+    # rows per forward pass, of all devices together; gradients accumulate to total_batch_size
+    microbatch: int = 4
     # training
     optimizer: str = "muon"
     total_batch_size: int = REFERENCE_BATCH  # tokens per optimizer step
     num_steps: int = 2520
-    tokens_per_param: float = 12.0  # planned horizon: training tokens per parameter of the blocks and the head
+    # planned horizon: training tokens per parameter of the blocks and the head
+    tokens_per_param: float = 12.0
     matrix_lr: float = 0.02
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
     scalar_lr: float = 0.5
     adamw_lr: float = 0.001  # the matrices' rate when optimizer is adamw
     weight_decay: float = 0.28
-    reference_tokens: float = 0.0  # horizon of the depth-12 model that weight decay is scaled against; 0 for no scaling
+    # horizon of the depth-12 model that weight decay is scaled against; 0 for no scaling
+    reference_tokens: float = 0.0
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05

@@ -183,7 +183,8 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
-MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}  # which notebook leaves what in a run folder
+# which notebook leaves what in a run folder
+MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}
 
 
 def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
@@ -251,7 +252,8 @@ def secret(name: str) -> str | None:
             value = userdata.get(name)
             print(f"{name}: from Colab's secrets")
             return value
-        except Exception as e:  # not granted, not there, or no browser behind this kernel: each has its own class
+        # not granted, not there, or no browser behind this kernel: each has its own class
+        except Exception as e:
             print(f"{name}: not in Colab's secrets ({type(e).__name__})")
     value = os.environ.get(name) or None
     print(f"{name}: {'from the environment' if value else 'not set, going on without'}")

@@ -80,7 +80,8 @@ def named_specs(config: Config) -> list[tuple[str, Spec]]:
 
 
 def _init_leaf(key, name: str, spec: Spec):
-    for letter in name.encode():  # the key depends on the leaf's name alone: adding a part changes no other part
+    # the key depends on the leaf's name alone: adding a part changes no other part
+    for letter in name.encode():
         key = jax.random.fold_in(key, letter)
     kind, *args = spec.init
     if kind == "constant":

@@ -71,7 +71,8 @@ def run() -> Path:
     ]
     folder = root / ".cache" / f"parrot-{hashlib.sha256(b''.join(p.read_bytes() for p in sources)).hexdigest()[:12]}"
     folder.parent.mkdir(exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:  # the other test files wait for the one that trains
+    # the other test files wait for the one that trains
+    with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             with replacing(folder) as tmp:

@@ -32,7 +32,8 @@ def test_growing_deeper_or_dropping_parts_keeps_the_rest():
         np.testing.assert_array_equal(small["blocks"][name], deep["blocks"][name][:4])
     bare = init_params(0, Config(**SMALL, smear=False, backout=False, value_embeds=False, x0_scales=False, tied_head=True))
     assert set(bare) == {"embed", "blocks"} and "x0_scale" not in bare["blocks"]
-    np.testing.assert_allclose(bare["embed"] / 0.02, small["embed"] / 0.8, rtol=1e-6)  # one key, a tied table's scale
+    # one key, a tied table's scale
+    np.testing.assert_allclose(bare["embed"] / 0.02, small["embed"] / 0.8, rtol=1e-6)
     other = init_params(1, Config(**SMALL))
     assert not np.array_equal(other["embed"], small["embed"])
     assert not np.array_equal(small["blocks"]["wq"][0], small["blocks"]["wq"][1])

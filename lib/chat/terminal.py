@@ -141,7 +141,8 @@ HELP = """/clear        forget the conversation
 A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of many lines and another ends it.
 Ctrl-C stops an answer."""
 TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model may write escape sequences; a terminal must not obey them
+# a model may write escape sequences; a terminal must not obey them
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PLAIN = dict.fromkeys(("you", "tool", "note", "bad", "end"), "")
 COLOURS = {"you": "\033[1;36m", "tool": "\033[2;33m", "note": "\033[2m", "bad": "\033[31m", "end": "\033[0m"}
 
@@ -186,7 +187,8 @@ class Talk:
     def __init__(self, model: Model, settings: Settings, colours: dict = PLAIN, tools: bool = True):
         from lib.sandbox.programs import calculator
 
-        self.model, self.settings, self.colours, self.tools = model, settings, colours, tools  # tools: whether calls are shown
+        # tools: whether calls are shown
+        self.model, self.settings, self.colours, self.tools = model, settings, colours, tools
         self.context = model.config.sequence_len
         params = quantized(model.params, model.config) if settings.int8 else model.params
         self.engine = Engine(params, model.config, 1, self.context, model.tokenizer, calculator, settings.guess)
@@ -282,7 +284,8 @@ class Talk:
                 raise UserError("/save needs the name of a file to write, such as /save chat.json")
             try:
                 write_json(rest, {"messages": self.messages})
-            except (OSError, ValueError) as e:  # a folder, a name that is too long, text that is not Unicode
+            # a folder, a name that is too long, text that is not Unicode
+            except (OSError, ValueError) as e:
                 raise UserError(f"cannot save to {rest} ({type(e).__name__}): name another file") from None
             self.note(f"(saved {len(self.messages)} messages to {rest})")
         elif name == "load":

@@ -41,9 +41,11 @@ SPLITS = ("train", "val")
 FORMAT = 1  # of token shards and cursors; raise it when either changes meaning
 SHARD_BYTES = 8 << 20  # small files share a shard up to about this size
 VAL_EVERY = 20  # one document in 20 is held out, chosen by the hash of its text
-FEW_FILES = 100  # fewer text files than this are cut into pieces, else a single book could not be split
+# fewer text files than this are cut into pieces, else a single book could not be split
+FEW_FILES = 100
 PIECE_CHARS = 8192
-TRIES, BACKOFF = 5, 1.0  # attempts without progress before a download gives up; seconds between them, then doubled
+# attempts without progress before a download gives up; seconds between them, then doubled
+TRIES, BACKOFF = 5, 1.0
 
 
 # ---- files -> documents
@@ -58,7 +60,8 @@ class Shard:
     files: tuple[str, ...]
     split: str = ""  # side to keep by content hash; "" keeps every document
     cut: bool = False
-    held_out: str = ""  # hash of the one validation document of a corpus too small to have one by chance
+    # hash of the one validation document of a corpus too small to have one by chance
+    held_out: str = ""
     url: str = ""  # of the only file, below the Hub's address
 
 
@@ -84,7 +87,8 @@ def _read_jsonl(path: str, cut: bool) -> Iterator[list[str]]:
             record = json.loads(line)
             messages = record if isinstance(record, list) else record.get("messages")
             text = "\n\n".join(m["content"] for m in messages) if messages else record["text"]
-            return text.encode("utf-8", "replace").decode()  # JSON can spell half a character, which no tokenizer takes
+            # JSON can spell half a character, which no tokenizer takes
+            return text.encode("utf-8", "replace").decode()
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {number}: expected a JSON object with a string "text" or a list "messages"'
                             ' of objects with a string "content"') from None
@@ -183,7 +187,8 @@ def _stdlib(split: str, tests: bool, **_) -> list[Shard]:
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - skip
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            with contextlib.suppress(UnicodeDecodeError):  # some tests are in other encodings on purpose
+            # some tests are in other encodings on purpose
+            with contextlib.suppress(UnicodeDecodeError):
                 path.read_text("utf-8")
                 paths.append(path)
     return _local(paths, split, f"the standard library ({root})")
@@ -287,7 +292,8 @@ def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
                     part.unlink()
                 elif e.code != 429 and e.code < 500:
                     raise UserError(f"cannot download {url}: {problem}") from e
-                asked, tries = e.headers["Retry-After"] or "", 2 * TRIES  # a busy server needs more patience
+                # a busy server needs more patience
+                asked, tries = e.headers["Retry-After"] or "", 2 * TRIES
                 pause = min(float(asked), 300) if asked.isdigit() else 0.0
             except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as e:
                 problem = str(getattr(e, "reason", e)) or type(e).__name__
@@ -420,7 +426,8 @@ def _load(path: Path) -> TokenShard | None:
         ids = np.load(path, mmap_mode="r")
         with open(path, "rb") as f:
             f.seek(ids.offset + ids.nbytes)
-            return TokenShard(ids.view(np.ndarray), **json.load(f))  # a view, because slicing a np.memmap is slow
+            # a view, because slicing a np.memmap is slow
+            return TokenShard(ids.view(np.ndarray), **json.load(f))
     except (OSError, EOFError, ValueError):
         return None
 
@@ -435,7 +442,8 @@ def _tokenise_apart(shard: Shard, spec: Path, out: Path):
         [sys.executable, "-m", "lib.data.sources"], cwd=Path(__file__).resolve().parents[2], start_new_session=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
     )
-    with contextlib.suppress(BrokenPipeError), worker:  # where it died early, its last words and return code tell why
+    # where it died early, its last words and return code tell why
+    with contextlib.suppress(BrokenPipeError), worker:
         try:
             worker.stdin.write(json.dumps([asdict(shard), str(spec), str(out)]) + "\n")
             worker.stdin.flush()
@@ -460,7 +468,8 @@ def _tokenise(shard: Shard, spec: Path, out: Path):
         groups.append(len(texts))
         size += sum(len(text.encode()) for text in texts)
     ids = np.concatenate(ids)
-    with replacing(out) as tmp, open(tmp, "wb") as f:  # not np.save, which hides that a disk is full
+    # not np.save, which hides that a disk is full
+    with replacing(out) as tmp, open(tmp, "wb") as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(ids))
         f.write(ids.data)
         f.write(json.dumps(dict(groups=groups, bytes=size)).encode())
@@ -504,10 +513,13 @@ def _row_groups(shard, bos, sequence_len, host, hosts, rng, at_once=128):
 class Packing(NamedTuple):
     """How rows are made. A piece that does not fit is cut: the longest, or the shortest where the rest is lost."""
 
-    order: Callable  # pieces of a shard: where they begin, their lengths, and up to which to read on from each
+    # pieces of a shard: where they begin, their lengths, and up to which to read on from each
+    order: Callable
     oldest_first: bool  # start a row with the piece that has waited longest, not with the longest
-    rest: str  # of a piece that was cut: "bos" puts it back behind a bos, "plain" as it is, "drop" loses it
-    buffer: int | None = None  # pieces to choose from, where the caller's buffer_size does not apply
+    # of a piece that was cut: "bos" puts it back behind a bos, "plain" as it is, "drop" loses it
+    rest: str
+    # pieces to choose from, where the caller's buffer_size does not apply
+    buffer: int | None = None
 
 
 PACKING = {
@@ -554,7 +566,8 @@ def _batches(tokens, mode, settings, position, loop):
     stats = {name: position[name] for name in ("cells", "discarded", "padding", "added")}
     # A piece is (shard, begin, length), and known by its age: an arrival number that only grows.
     waiting, by_length, arrivals = {}, [], itertools.count()  # age -> piece; sorted (length, -age)
-    order, stops, ids = None, (), {}  # pieces of the current shard, how far to read them at once; ids of each shard
+    # pieces of the current shard, how far to read them at once; ids of each shard
+    order, stops, ids = None, (), {}
     idle = False  # nothing has come since this epoch began
 
     def add(piece):
@@ -566,7 +579,8 @@ def _batches(tokens, mode, settings, position, loop):
         nonlocal epoch, place, index, order, stops, idle
         while len(waiting) < buffer_size and (loop or epoch == 1):
             if order is None:
-                rng = np.random.RandomState([seed, epoch, place])  # its numbers never change with numpy's version
+                # its numbers never change with numpy's version
+                rng = np.random.RandomState([seed, epoch, place])
                 begins, lengths, stops = mode.order(tokens[place], bos, sequence_len, host_index, host_count, rng)
                 order = begins.tolist(), lengths.tolist()
                 ids[place] = tokens[place].ids
@@ -587,12 +601,14 @@ def _batches(tokens, mode, settings, position, loop):
             top_up()
             if not waiting:
                 break
-            i = bisect.bisect_right(by_length, (width - at, 1)) - 1  # the longest that fits, of these the oldest
+            # the longest that fits, of these the oldest
+            i = bisect.bisect_right(by_length, (width - at, 1)) - 1
             if at == 0 and mode.oldest_first:
                 age = next(iter(waiting))
                 i = bisect.bisect_left(by_length, (waiting[age][2], -age))
             elif i < 0 and mode.rest == "drop":
-                i = bisect.bisect_right(by_length, (by_length[0][0], 1)) - 1  # the shortest, of these the oldest
+                # the shortest, of these the oldest
+                i = bisect.bisect_right(by_length, (by_length[0][0], 1)) - 1
             age = -by_length.pop(i)[1]  # -1 is the longest
             shard, begin, length = waiting[age]
             n = min(length, width - at)

@@ -38,7 +38,8 @@ SPECIAL_TOKENS = (
 PUBLISHED = ("gpt2", "cl100k_base", "o200k_base")
 FILE = "tokenizer.json"
 PART_TYPES = ("text", "python", "python_output")
-LONGEST_BLANK = 400_000  # characters of white space in a row: from about 500,000 on, tiktoken's regex engine panics
+# characters of white space in a row: from about 500,000 on, tiktoken's regex engine panics
+LONGEST_BLANK = 400_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +194,8 @@ class Tokenizer:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
         with _hub_errors(f"cannot pull a tokenizer from {repo!r}"):
-            get_hf_file_metadata(hf_hub_url(repo, FILE), token=token)  # fails at once; the next line tries 20 s
+            # fails at once; the next line tries 20 s
+            get_hf_file_metadata(hf_hub_url(repo, FILE), token=token)
             path = hf_hub_download(repo, FILE, token=token)
         return cls.from_json(Path(path).read_bytes(), f"{FILE} of {repo}")
 

@@ -17,7 +17,8 @@ from lib.data.sources import CACHE, fetch
 from lib.evals import evaluating, likelihood, stats
 from lib.files import UserError, choose, sha256, write_atomic
 
-BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"  # where nanochat has it from
+# where nanochat has it from
+BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 FEWSHOT_SEED, SHUFFLE_SEED = 1234, 1337
 CONFIG, BASELINES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 
@@ -130,7 +131,8 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
         if label not in chance:
             raise UserError(f"{BASELINES} in {path} has no random baseline for {label}")
         if source not in files:
-            lines = io.StringIO(text(f"{DATA}/{source}"))  # not splitlines, which also cuts at marks inside a text
+            # not splitlines, which also cuts at marks inside a text
+            lines = io.StringIO(text(f"{DATA}/{source}"))
             files[source] = [_item(line, number, source) for number, line in enumerate(lines)]
         items = files[source].copy()
         random.Random(SHUFFLE_SEED).shuffle(items)

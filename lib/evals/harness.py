@@ -207,5 +207,6 @@ if __name__ == "__main__":
         print(f"results: {write(folder, results)}")
 
     setup()
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its bootstrap would fork this process, which runs threads of JAX
+    # its bootstrap would fork this process, which runs threads of JAX
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     tyro.cli(main)

@@ -47,7 +47,8 @@ def python_kinds(text: str) -> Iterator[tuple[int, int, str]]:
     spans, opened = [], None
     for token in found:
         kind, name = token.type, tokenize.tok_name[token.type]
-        if name.endswith("STRING_START"):  # since Python 3.12 (f-strings) a string of several tokens: all of it counts as one
+        # since Python 3.12 (f-strings) a string of several tokens: all of it counts as one
+        if name.endswith("STRING_START"):
             opened = opened or [at(token.start), 0]
             opened[1] += 1
         elif name.endswith("STRING_END"):

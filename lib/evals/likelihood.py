@@ -19,13 +19,16 @@ from lib.model.attention import KERNEL_TILE
 from lib.config import Config
 from lib.files import UserError
 
-BATCH_TOKENS = {"cpu": 1024}  # input tokens of a forward pass: on a CPU, activations that stay in its cache
+# input tokens of a forward pass: on a CPU, activations that stay in its cache
+BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ELSEWHERE = 32768
 CACHE_BATCHES = 8  # tokens that the caches of a batch of ends may hold, in batches
 AHEAD = 2  # batches that the device is given before the first one's answers are waited for
-SHARE_BELOW = 0.8  # a beginning is read apart where that leaves less than this part of the tokens to read
+# a beginning is read apart where that leaves less than this part of the tokens to read
+SHARE_BELOW = 0.8
 SHORTEST = 8  # tokens of a beginning, below which it is not looked at
-NEAR, FAR = 0.85, 0.5  # how far a common beginning may fall behind its neighbours': within a question, among questions
+# how far a common beginning may fall behind its neighbours': within a question, among questions
+NEAR, FAR = 0.85, 0.5
 
 
 class Score(NamedTuple):
@@ -34,7 +37,9 @@ class Score(NamedTuple):
     logprob: float
     tokens: int
     greedy: bool  # every token is the likeliest after those before it
-    cut: int  # tokens of the context that were left out at its beginning, because the model's context is too short
+    # tokens of the context that were left out at its beginning, because the model's context is too
+    # short
+    cut: int
 
 
 @dataclass

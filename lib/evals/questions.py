@@ -32,7 +32,9 @@ from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
 from lib.tasks import Task, hub, tasks
 
-LEAST_WIDTH = 128  # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile faster
+# tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
+# faster
+LEAST_WIDTH = 128
 TIE = 1e-5  # nats: scores closer than this are equal, for rounding alone can move them so far
 TEXT_CHARS = 300  # of a generated text that the record keeps
 
@@ -91,7 +93,8 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
         length = _width(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings)))
         engine = Engines(params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator)
         waiting, busy, made = deque(range(len(prompts))), {}, [[] for _ in prompts]
-        group = max(1, engine.slots // 4)  # rows join in groups of one size: a prefill serves several, and is compiled once
+        # rows join in groups of one size: a prefill serves several, and is compiled once
+        group = max(1, engine.slots // 4)
         while waiting or busy:
             while waiting and engine.free >= group:
                 new = [waiting.popleft() for _ in range(min(group, len(waiting)))]
@@ -260,7 +263,8 @@ def _likelihood(job: Job) -> dict:
     found = _in_batches(job, lengths, 16 * job.batch, scores)
     more, kept = {}, [{} for _ in found]
     correct = _judge(job, [[summed / count for summed, count, _ in one] for one in found])
-    if all(len(one) == 1 for one in found):  # nothing to choose from: would greedy decoding write it?
+    # nothing to choose from: would greedy decoding write it?
+    if all(len(one) == 1 for one in found):
         correct = [float(greedy) for ((_, _, greedy),) in found]
         nats = [-float(summed) for ((summed, _, _),) in found]
         perplexity, error = _ratio(nats, np.ones(len(nats)))
@@ -279,12 +283,14 @@ def _generate(job: Job) -> dict:
     max_tokens = min(job.max_tokens, job.config.sequence_len // 2)
     ready = _each(job, lambda item: _cut(tokenizer.render_for_completion(item["messages"]), job.config.sequence_len - max_tokens))
     stop = (tokenizer.special["<|assistant_end|>"], tokenizer.special["<|user_start|>"], tokenizer.bos)
-    runs = [(i, s) for i in range(len(ready)) for s in range(n)]  # as they come: lengths mixed, so that prefills have few shapes
+    # as they come: lengths mixed, so that prefills have few shapes
+    runs = [(i, s) for i in range(len(ready)) for s in range(n)]
     samplings = [Sampling(max_tokens, job.temperature, seed=_seed(job.seed, job.items[i]["id"], s), stop=stop) for i, s in runs]
     texts, right, at_work = [[None] * n for _ in ready], [[None] * n for _ in ready], {}
     job.bar.reset(len(runs))
     found = job.ask.texts([ready[i][0] for i, _ in runs], samplings)
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # a program's tests run while others are written
+    # a program's tests run while others are written
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         while True:
             with _blaming(job, list(at_work.values()) or job.items):
                 run, ids = next(found, (None, None))
@@ -412,7 +418,8 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
         raise UserError(f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, "
                         "or all are equal")
     found = find(names, tasks() if known is None else known)
-    with ThreadPoolExecutor(8) as pool:  # downloads side by side, and waiting for no network only once
+    # downloads side by side, and waiting for no network only once
+    with ThreadPoolExecutor(8) as pool:
         loaded = dict(zip(found, pool.map(lambda task: items_or_reason(task, limit), found.values())))
     skipped = {name: items for name, items in loaded.items() if isinstance(items, str)}
     for name, why in skipped.items() if progress else ():

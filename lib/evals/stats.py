@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-CONFIDENT = 0.05  # the chance of calling a difference real that is not, over all comparisons made at once (Holm 1979)
+# the chance of calling a difference real that is not, over all comparisons made at once (Holm 1979)
+CONFIDENT = 0.05
 DRAWS = 10_000  # of a bootstrap or permutation test
 BATCH = 500  # of them held at a time
 
@@ -137,7 +138,8 @@ def _paired(a: dict, b: dict):
 
 def _compare_task(a: dict, b: dict) -> dict | None:
     """delta (b - a), stderr, p, n of one task of two records, from the items that both have."""
-    if a.get("kind") == "core" and a.get("limit") != b.get("limit"):  # other items were shown as examples
+    # other items were shown as examples
+    if a.get("kind") == "core" and a.get("limit") != b.get("limit"):
         return None
     ids, one, two = _paired(a, b)
     if not ids:

@@ -22,8 +22,10 @@ from lib.config import Config
 from lib.files import UserError
 from lib.generate.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, top_alternatives
 
-CHUNK = 8  # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
-LONG_CHUNK = 32  # the same when nobody is watching, but rows wait for a tool or for a free slot until it is over
+# tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
+CHUNK = 8
+# the same when nobody is watching, but rows wait for a tool or for a free slot until it is over
+LONG_CHUNK = 32
 WHOLE_CHUNK = 128  # the same when no row waits for anything
 PREFILL = 128  # prompt tokens per prefill pass
 SIDES = 2  # engines side by side on a CPU, if it has the cores; more were not measured
@@ -159,7 +161,8 @@ class _Writer:
 
     def _let_out(self, token: Token):
         """Find stop strings in the bytes of what the model wrote in one go, wherever they cross tokens."""
-        if not self.stops or token.forced or token.id >= len(self.tokenizer.tokens):  # no text, or not the model's own
+        # no text, or not the model's own
+        if not self.stops or token.forced or token.id >= len(self.tokenizer.tokens):
             self.ready += [*self.held, token]
             self.held = []
             return
@@ -173,7 +176,8 @@ class _Writer:
             self.ready.append(self.held.pop(0))
             end -= len(first)
         if found:
-            if end:  # the stop string begins inside a token: keep what is before it, as tokens of its own
+            # the stop string begins inside a token: keep what is before it, as tokens of its own
+            if end:
                 cut = self.tokenizer.encode(first[:end].decode("utf-8", "ignore"))
                 self.ready += [self.held[0]._replace(id=id, top=[]) for id in cut]
             self.held, self.finish = [], "stop"
@@ -206,10 +210,12 @@ class Engine:
         self.rows = empty_rows(slots, config.vocab_size)
         if guess and not draft:
             self.rows["history"] = jnp.zeros((slots, length), jnp.int32)
-        self.guessed = self.right = 0  # how many tokens were guessed so far, and how many of them were right
+        # how many tokens were guessed so far, and how many of them were right
+        self.guessed = self.right = 0
         self.pause = tokenizer.special["<|python_end|>"] if tool else -1
         self.writers: dict[int, _Writer] = {}
-        self.fresh = False  # the first token of a new row is due: hand it out without waiting for a whole chunk
+        # the first token of a new row is due: hand it out without waiting for a whole chunk
+        self.fresh = False
 
     @property
     def free(self) -> int:

@@ -35,7 +35,8 @@ def look_up(history_BL, length_B, token_B, count: int):
 def _draft(params, config: Config, cache, rows, force_BT):
     """A draft model's guesses for every row, each drawn as the row would draw, and its cache with all of them in it."""
     guesses = []
-    for force_B in force_BT.T:  # once more than needed: should all be right, the cache must hold the last one too
+    # once more than needed: should all be right, the cache must hold the last one too
+    for force_B in force_BT.T:
         logits_BTV, cache = model.forward(params, config, jnp.where(rows["alive"], rows["token"], -1)[:, None], cache)
         guesses.append(jnp.where(force_B >= 0, force_B, sample(logits_BTV[:, 0], rows)))
         rows = step_rows(rows | dict(left=rows["left"] + 1), guesses[-1], rows["alive"], jnp.zeros_like(rows["alive"]))

@@ -23,10 +23,14 @@ from jax.experimental.pallas.ops.tpu import splash_attention as sa
 from lib.config import KERNEL_TILE, check_attention
 from lib.files import UserError
 
-RESIDUAL_NAME = "attention_residuals"  # checkpoint_name of what backward needs beside q, k, v: o and its log-sum-exp
-MASKED = -1e30  # a score that can't be seen: finite, so that a block without a visible key gives no inf - inf
-VMEM_BYTES = 64 * 2**20  # what our backward kernel may use of a core's on-chip memory: 128 MiB on v5e and v6e
-BLOCKS = {"splash": 1024, "pallas": 512}  # default positions per block of the kernels; splash: fastest on v6e
+# checkpoint_name of what backward needs beside q, k, v: o and its log-sum-exp
+RESIDUAL_NAME = "attention_residuals"
+# a score that can't be seen: finite, so that a block without a visible key gives no inf - inf
+MASKED = -1e30
+# what our backward kernel may use of a core's on-chip memory: 128 MiB on v5e and v6e
+VMEM_BYTES = 64 * 2**20
+# default positions per block of the kernels; splash: fastest on v6e
+BLOCKS = {"splash": 1024, "pallas": 512}
 
 _interpret = ContextVar("interpret", default=None)
 
@@ -138,7 +142,8 @@ def _blocked_backward(window, block, residuals, do_BKRH):
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
         for parts, new in ((dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
                            (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do))):
-            parts.append(0.0)  # this block of queries is the first to see the last of these blocks of keys
+            # this block of queries is the first to see the last of these blocks of keys
+            parts.append(0.0)
             for j in range(keys.start // block, len(parts)):
                 parts[j] += new[:, :, j * block - keys.start:][:, :, :block]
     return tuple(jnp.concatenate(x, 2).astype(like.dtype) for x, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH)))
@@ -153,7 +158,8 @@ def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
     attend = functools.partial(jax.nn.dot_product_attention, q_BTNH, k_BSKH, v_BSKH, is_causal=True,
                                local_window_size=None if window is None else (window, 0))
     if _has_cudnn_flash(q_BTNH.dtype):
-        with contextlib.suppress(NotImplementedError):  # jax's answer to a head width that this GPU lacks
+        # jax's answer to a head width that this GPU lacks
+        with contextlib.suppress(NotImplementedError):
             return attend(implementation="cudnn")
     return attend(implementation="xla")
 
@@ -182,7 +188,8 @@ def _splash_kernel(T, N, window, block, interpret):
     mask = sa.CausalMask((T, T)) if window is None else sa.LocalMask((T, T), (window, 0), 0)
     sizes = sa.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
                           use_fused_bwd_kernel=True)
-    with jax.ensure_compile_time_eval():  # numpy leaves: what outlives this trace must not belong to it or to a device
+    # numpy leaves: what outlives this trace must not belong to it or to a device
+    with jax.ensure_compile_time_eval():
         kernel = sa.make_splash_mha(sa.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes,
                                     residual_checkpoint_name=RESIDUAL_NAME, interpret=interpret)
         return jax.tree.map(np.asarray, kernel)

@@ -92,7 +92,8 @@ def rope_tables(positions, config: Config):
 def rotate(x_BTNH, cos, sin):
     """Rotary embedding over split halves, by minus the angle (nanochat's sign; Su et al. 2021)."""
     a, b = jnp.split(x_BTNH, 2, axis=-1)
-    return x_BTNH * cos + jnp.concatenate([b, a], axis=-1) * sin  # XLA:CPU takes three passes for the halves one by one
+    # XLA:CPU takes three passes for the halves one by one
+    return x_BTNH * cos + jnp.concatenate([b, a], axis=-1) * sin
 
 
 def write_cache(ring_XSH, new_BTKH, at_BT, length_B):
@@ -103,7 +104,8 @@ def write_cache(ring_XSH, new_BTKH, at_BT, length_B):
     if B == T == 1:  # padding spoils only the slot whose turn it is, and nobody needs that any more
         return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, length_B[0] % S, 0))
     last_B1 = jnp.max(at_BT, axis=1, keepdims=True)
-    slot_BT = jnp.where((at_BT >= 0) & (at_BT > last_B1 - S), at_BT % S, S)  # of more than S new ones the last S stay
+    # of more than S new ones the last S stay
+    slot_BT = jnp.where((at_BT >= 0) & (at_BT > last_B1 - S), at_BT % S, S)
     ring_BKSH = ring_XSH.reshape(B, K, S, H).at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH, mode="drop")
     return ring_BKSH.reshape(ring_XSH.shape)
 
@@ -121,7 +123,8 @@ def cached_attention(q_BTNH, keys, values, at_BT, held_BS, window: int):
     """
     B, T, N, H = q_BTNH.shape
     K = keys[0].shape[0] // B
-    q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)  # M: query heads of a group, then T
+    # M: query heads of a group, then T
+    q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
     s = [jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32) for k_XSH in keys]
     s_BKGTS = jnp.concatenate(s, axis=-1).reshape(B, K, N // K, T, -1) / math.sqrt(H)
     distance = at_BT[:, :, None] - held_BS[:, None]
@@ -157,9 +160,12 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
             *old, at_BT, length_B = kv
             kv = [write_cache(ring, new, at_BT, length_B) for ring, new in zip(old, (k_BTKH, v_BTKH))]
             S = old[0].shape[1]
-            if at_BT.shape[1] == 1:  # decoding: what the one new token overwrote is outside its window
+            # decoding: what the one new token overwrote is outside its window
+            if at_BT.shape[1] == 1:
                 o_BTNH = cached_attention(q_BTNH, kv[:1], kv[1:], at_BT, held_positions(length_B + 1, S), window)
-            else:  # the last of many may overwrite what the first must see: look at the ring as it was, and at the new ones
+            # the last of many may overwrite what the first must see: look at the ring as it was,
+            # and at the new ones
+            else:
                 held_BS = jnp.concatenate([held_positions(length_B, S), at_BT], axis=1)
                 flat = lambda a: a.astype(old[0].dtype).swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
                 keys, values = [old[0], flat(k_BTKH)], [old[1], flat(v_BTKH)]
@@ -454,7 +460,8 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     def chunk(head_grad, xt):
         x, t = xt
         loss, logits, lse = _chunk_loss(x, head, t, config)
-        hit = jnp.arange(config.vocab_size) == t[:, None]  # compared, not scattered: stays in the fusion
+        # compared, not scattered: stays in the fusion
+        hit = jnp.arange(config.vocab_size) == t[:, None]
         d = jnp.exp(logits - lse[:, None]) - hit
         if config.softcap:
             d = d * (1 - jnp.square(logits / config.softcap))

@@ -39,7 +39,8 @@ RULES = {
     "fsdp": {"embed": "fsdp", "vocab": "fsdp", "state": "data"},
     "tp": {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "state": "data"},
 }
-MESH_AXIS = {"dp": "data", "zero": "data", "fsdp": "fsdp", "tp": "tensor"}  # where all devices go unless told
+# where all devices go unless told
+MESH_AXIS = {"dp": "data", "zero": "data", "fsdp": "fsdp", "tp": "tensor"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int
         if n > 1 and axis not in used:
             raise UserError(f"strategy {strategy} splits nothing over the mesh axis {axis}={n}: use {' or '.join(sorted(used))}")
     if devices.size == len(jax.devices()) and (devices == np.asarray(jax.devices())).all():
-        built = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)  # knows the chips' neighbours
+        # knows the chips' neighbours
+        built = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     else:
         built = Mesh(devices.reshape(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
     layout = Layout(built, strategy)
@@ -177,7 +179,8 @@ def equal(a, b) -> bool:
 
 # ---- inside one device's share ---------------------------------------------------------------------------------------
 
-_layout = ContextVar("layout", default=None)  # (Layout, {parameter name: PartitionSpec}) while a share is traced
+# (Layout, {parameter name: PartitionSpec}) while a share is traced
+_layout = ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
@@ -274,7 +277,8 @@ def reduce_gradients(layout: Layout, config: Config, grads):
 
 # ---- the optimizer, which XLA partitions --------------------------------------------------------------------------------
 
-_spread = ContextVar("spread", default=None)  # the Layout whose devices share out the optimizer's matrices
+# the Layout whose devices share out the optimizer's matrices
+_spread = ContextVar("spread", default=None)
 
 
 @contextlib.contextmanager
@@ -314,7 +318,8 @@ def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout:
     from all, count the number of processes and index this one's, from 0. A process that does not come within `timeout` seconds is named
     in the UserError that all others get; JAX itself would abort them.
     """
-    more = dict(initialization_timeout=int(timeout), shutdown_timeout_seconds=3600)  # process 0 may have an upload to finish
+    # process 0 may have an upload to finish
+    more = dict(initialization_timeout=int(timeout), shutdown_timeout_seconds=3600)
     if not coordinator:
         try:
             jax.distributed.initialize(**more)
@@ -356,7 +361,8 @@ def _roll_call(address, count: int, index: int, timeout: float):
         with server, contextlib.ExitStack() as stack:
             while len(joined) < count - 1 and time.monotonic() < deadline:
                 server.settimeout(left())
-                with contextlib.suppress(OSError, ValueError):  # time is up, or a stranger at the port
+                # time is up, or a stranger at the port
+                with contextlib.suppress(OSError, ValueError):
                     peer = stack.enter_context(server.accept()[0])
                     peer.settimeout(min(left(), 5))
                     said = int(peer.makefile().readline(16))
@@ -431,7 +437,8 @@ def end_all(error):
     if store is None:
         return
     _failing.set()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another failed first, or process 0 is gone
+    # another failed first, or process 0 is gone
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
         store.key_value_set(FAILED + "/why", f"process {jax.process_index()} stopped: {first_line(error)}")
     _exit()
 
@@ -452,7 +459,8 @@ def _watch():
         while not done.wait(1.0):
             try:
                 why = _store().key_value_dir_get(FAILED)
-            except (jax.errors.JaxRuntimeError, AttributeError):  # the job is over, or process 0 died: JAX ends us then
+            # the job is over, or process 0 died: JAX ends us then
+            except (jax.errors.JaxRuntimeError, AttributeError):
                 return
             if why and not _failing.is_set():
                 print(f"Error: {why[0][1]}", file=sys.stderr)

@@ -28,7 +28,8 @@ from lib.preflight import hlo, roofline
 from lib.chips import Chip, Slice, tpu_slice
 from lib.files import UserError, choose, first_line, write_json
 
-ENVIRONMENT = {  # libtpu looks for a TPU machine around it unless told; several processes may compile at once
+# libtpu looks for a TPU machine around it unless told; several processes may compile at once
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-1", "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
@@ -108,18 +109,22 @@ def _compile(lowered) -> dict:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as e:
-            if "UNIMPLEMENTED" in str(e):  # a gap of the compiler's own, such as with shards thinner than a register
+            # a gap of the compiler's own, such as with shards thinner than a register
+            if "UNIMPLEMENTED" in str(e):
                 raise UserError(f"this libtpu cannot compile it ({first_line(e)}): take another strategy or mesh, or wider parts") from e
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([GT])", str(e))
             needed = float(found[1]) * {"G": 2**30, "T": 2**40}[found[2]] if found else float("nan")
         seconds = time.perf_counter() - clock
-        dumped = lambda end: max((p.read_text() for p in Path(folder).glob(f"*{end}")), key=len, default="")  # helpers are dumped too
-        report = "".join(dumped("after_optimizations-memory-usage-report.txt").split("Memory Space: ")[1:2])  # the first is HBM
+        # helpers are dumped too
+        dumped = lambda end: max((p.read_text() for p in Path(folder).glob(f"*{end}")), key=len, default="")
+        # the first is HBM
+        report = "".join(dumped("after_optimizations-memory-usage-report.txt").split("Memory Space: ")[1:2])
         buffers = re.findall(r"\( *\d+%\); +([\d.]+)([KMG])iB; +\d+; +\d+; (.*)", report)
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
-        return dict(compiled=compiled, seconds=seconds, needed=needed, text=dumped(".after_optimizations.txt"),  # as_text() fails on some programs
+        # as_text() fails on some programs
+        return dict(compiled=compiled, seconds=seconds, needed=needed, text=dumped(".after_optimizations.txt"),
                     buffers=[(float(n) * unit[u], what) for n, u, what in buffers[:8]])
 
 
@@ -217,7 +222,8 @@ def estimate(config, where: Slice, strategy: str = "dp", mesh: dict | None = Non
                          * config.accumulate)
     guess = train.estimate_memory(one)
     split = size["fsdp"] * size["tensor"]
-    together = guess["parameters"] if strategy == "zero" else 0  # where the new ones come together beside the old ones
+    # where the new ones come together beside the old ones
+    together = guess["parameters"] if strategy == "zero" else 0
     memory = dict(parameters=guess["parameters"] // split, gradients=guess["gradients"] // split + together,
                   optimizer=guess["optimizer"] // (split * (size["data"] if strategy != "dp" else 1)),
                   activations=guess["activations"] // size["tensor"] + guess["logits"] // size["tensor"])
@@ -302,7 +308,8 @@ def _kept(folder: Path | None, question: list, answer=lambda: None):
     return result
 
 
-CODE = ("chips.py", "config.py", "params.py", "model", "parallel", "preflight", "train")  # what an answer depends on
+# what an answer depends on
+CODE = ("chips.py", "config.py", "params.py", "model", "parallel", "preflight", "train")
 
 GIB = 2**30
 

@@ -25,7 +25,8 @@ class Op(NamedTuple):
     type: str
     code: str
     operands: tuple[str, ...]
-    inside: str  # what stands in its parentheses: operands, a constant's value, a parameter's number
+    # what stands in its parentheses: operands, a constant's value, a parameter's number
+    inside: str
     rest: str  # attributes behind them
 
     @property
@@ -133,7 +134,8 @@ def products(op: Op, types: dict[str, str], matrix_unit: int = 1) -> tuple[float
     else:
         a, b, c = re.match(r"(\w+)_(\w+)->(\w+)", re.search(r"dim_labels=(\S+?)(?:,|$)", op.rest)[1]).groups()
         window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", op.rest) or [0, ""])[1]))
-        spatial, pairs, kernel = sorted(x for x in a if x.isdigit()), 1, 1  # the window lists axis 0 first
+        # the window lists axis 0 first
+        spatial, pairs, kernel = sorted(x for x in a if x.isdigit()), 1, 1
         pick = lambda key, i, default: (window[key].split("x")[i] if key in window else default)
         for i, x in enumerate(spatial):
             n, k, o = lhs[a.index(x)], rhs[b.index(x)], out[c.index(x)]
@@ -205,7 +207,8 @@ def _traffic(op: Op, types, computations, roots) -> float:
         if op.code == "slice-start":  # its type begins with the operand
             out = leaves(op.type)[1]
         return out[2] * out[3] + out[2] * source[3]
-    if op.code == "custom-call" and '"tpu_custom_call"' not in op.rest:  # XLA's own: buffers, views, and gathers done elsewhere on the chip
+    # XLA's own: buffers, views, and gathers done elsewhere on the chip
+    if op.code == "custom-call" and '"tpu_custom_call"' not in op.rest:
         return 0.0 if re.search(r'"(AllocateBuffer|ConcatBitcast|Assume\w+)"', op.rest) else 2 * size(op.type)
     if op.code in SLICES:
         return hbm(op.type) + size(op.type) * (hbm(types[op.operands[0]]) > 0)
@@ -288,7 +291,8 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
             if op.code == "custom-call" and '"tpu_custom_call"' in op.rest:
                 kernel = re.search(r"(splash_mha_\w+?|flash_\w+?)(?:_no_residuals|_residuals)?\b", op.scope + " " + op.name)
                 kernel = kernel[1] if kernel else op.name
-                kernels[kernel] = kernels.get(kernel, 0) + times  # its operands are traffic; who knows it accounts for the rest
+                # its operands are traffic; who knows it accounts for the rest
+                kernels[kernel] = kernels.get(kernel, 0) + times
             if not fused:
                 parts[part]["bytes"] += times * _traffic(op, types, computations, roots)
             if op.code == "while":

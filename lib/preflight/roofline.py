@@ -83,10 +83,12 @@ def account(config: Config, matrix_unit: int = 1, data: int = 1, fsdp: int = 1, 
         for kernel, runs in (("fwd", 1 + again), ("dkv", 1)):
             for key, n in kernel_work(config, kernel, matrix_unit).items():
                 parts["attention"][key] += n * runs * L * t / T / tensor
-        lanes = 512 if config.attention_name == "splash" else 4  # splash writes the log-sum-exp 128 times in float32
+        # splash writes the log-sum-exp 128 times in float32
+        lanes = 512 if config.attention_name == "splash" else 4
         add("attention", 0, L * t * config.n_head * lanes * 2 / tensor)
     else:
-        pairs = sum(min(w, T) + 1 for w in config.windows)  # all of a window's scores, in float32, there and back four times
+        # all of a window's scores, in float32, there and back four times
+        pairs = sum(min(w, T) + 1 for w in config.windows)
         add("attention", (12 + 4 * again) * pairs * t * q / tensor, 4 * 4 * pairs * t * config.n_head / tensor)
     chunks = math.ceil(t / A / config.loss_chunk) * A
     add("head+loss", 6 * t * D * V / tensor, chunks * D * V * (2 * e + 8) + t * V * (12 + 3 * e) / tensor)

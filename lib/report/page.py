@@ -111,7 +111,8 @@ def _scores(record: dict) -> dict[str, dict]:
     """{task: entry} of a record, CORE and ChatCORE first as tasks of their own, without the tasks that CORE is made of."""
     sums = {}
     for key, name in (("core", "CORE"), ("chatcore", "ChatCORE")):
-        if found := record.get(key):  # over other tasks or fewer items it is another measure, not to be set beside published ones
+        # over other tasks or fewer items it is another measure, not to be set beside published ones
+        if found := record.get(key):
             other = found.get("partial") if key == "core" else {*map(_key, found.get("tasks", ()))} != CHATCORE
             sums[name + " of a part" * bool(other)] = {
                 "score": found["score"], "stderr": found.get("stderr"), "baseline": 0.0, "n": f"{len(found.get('tasks', ()))} tasks",
@@ -119,7 +120,8 @@ def _scores(record: dict) -> dict[str, dict]:
     return sums | {name: entry for name, entry in record.get("tasks", {}).items() if entry.get("kind") != "core"}
 
 
-CHATCORE = {_key(name) for name in REFERENCES[1][2] if not _is_mean(name)}  # the tasks that nanochat's is the mean of
+# the tasks that nanochat's is the mean of
+CHATCORE = {_key(name) for name in REFERENCES[1][2] if not _is_mean(name)}
 
 
 def _rated(entry: dict) -> bool:
@@ -210,7 +212,8 @@ def verdict(run: Run) -> str:
     words += f", trained on {_short(tokens)} tokens of {_source(run)}" if tokens else ""
     parts = [f"training stopped at step {done:,} of {asked:,}"] if done < asked else []
     for source, stages in list(_text_bits(run).items())[:1]:
-        stage, bits = next(iter(stages.items()))  # the base model: fine-tuning is for chat, and forgets text
+        # the base model: fine-tuning is for chat, and forgets text
+        stage, bits = next(iter(stages.items()))
         xz = f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}" if r.get("xz_bpb") and source == _val_source(run) else ""
         after = "" if stage == "base" else f" after stage {stage}"
         parts.append(f"it needs {bits['bpb']:.3f} bits per byte of unseen {source}{after}{xz}")

@@ -96,7 +96,8 @@ def enter_namespaces(folder, work):
     at_fdcwd, at_recursive = -100, 0x8000
 
     def read_only(path, flags):
-        attributes = (ctypes.c_uint64 * 4)(1 | 2)  # set MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, clear nothing
+        # set MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, clear nothing
+        attributes = (ctypes.c_uint64 * 4)(1 | 2)
         syscall(442, at_fdcwd, path, flags, attributes, ctypes.sizeof(attributes))
 
     call(libc.mount, None, "/", None, rec | private, None)
@@ -119,7 +120,8 @@ def enter_namespaces(folder, work):
     call(libc.mount, "tmpfs", folder + work, "tmpfs", nosuid | nodev, f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700")
     read_only(folder, 0)
     os.chdir(folder)
-    syscall({"x86_64": 155}.get(platform_machine(), 41), ".", ".")  # pivot_root: the old root now lies over the new one
+    # pivot_root: the old root now lies over the new one
+    syscall({"x86_64": 155}.get(platform_machine(), 41), ".", ".")
     call(libc.umount2, ".", 2)  # MNT_DETACH
     os.chdir(work)
 
@@ -159,14 +161,17 @@ def seccomp(metadata):
         raise OSError(f"no list of system calls for {platform_machine()}")
     column = list(AUDIT_ARCH).index(platform_machine())
     load, equal, above, test, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, deny, absent = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50001), (give, 0, 0, 0x50026)  # EPERM, ENOSYS
-    number, arch, arg0 = (load, 0, 0, 0), (load, 0, 0, 4), (load, 0, 0, 16)  # low halves: both processors are little-endian
+    # EPERM, ENOSYS
+    allow, deny, absent = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50001), (give, 0, 0, 0x50026)
+    # low halves: both processors are little-endian
+    number, arch, arg0 = (load, 0, 0, 0), (load, 0, 0, 4), (load, 0, 0, 16)
     pid = os.getpid()
     code = [arch, (equal, 1, 0, AUDIT_ARCH[platform_machine()]), deny, number, (above, 0, 1, 0x40000000), deny]
     for numbers in (REFUSED | (METADATA if metadata else {})).values():
         if numbers[column] is not None:
             code += [(equal, 0, 1, numbers[column]), deny]
-    code += [(equal, 0, 1, CLONE3[column]), absent]  # its flags can't be seen from here; libc then uses clone
+    # its flags can't be seen from here; libc then uses clone
+    code += [(equal, 0, 1, CLONE3[column]), absent]
     code += [(equal, 0, 4, CLONE[column]), arg0, (test, 1, 0, 0x10000), deny, allow]  # CLONE_THREAD
     for numbers in (KILL, TGKILL):
         code += [(equal, 0, 4, numbers[column]), arg0, (equal, 1, 0, pid), deny, allow]

@@ -23,7 +23,8 @@ from lib.files import UserError, choose
 
 # ---------------------------------------------------------------------------------------------------------------- calculator
 
-EXPRESSION, DEPTH, BITS, STRING = 1000, 50, 4096, 10_000  # longest expression, nesting, number, and string or list
+# longest expression, nesting, number, and string or list
+EXPRESSION, DEPTH, BITS, STRING = 1000, 50, 4096, 10_000
 
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -294,7 +295,8 @@ def run_python(code: str, *, timeout: float = 5.0, memory: int = 256 << 20, stdi
         result = _run(code, timeout, memory, stdin, output, layers)
         if not isinstance(result, str):
             return result
-    raise OSError(f"could not build the walls around a program: {result}")  # they could be built before: don't go on without
+    # they could be built before: don't go on without
+    raise OSError(f"could not build the walls around a program: {result}")
 
 
 def run_many(codes, *, workers: int | None = None, **options) -> list[Result]:
@@ -351,8 +353,10 @@ def _run(code, timeout, memory, stdin, output, layers) -> Result | str:
             try:
                 got, why = _listen(pipes, timeout, output, nonce.encode())
             finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: EPERM where only zombies are left
-                    os.killpg(process.pid, signal.SIGKILL)  # not yet waited for, so the number can't be another's
+                # macOS: EPERM where only zombies are left
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    # not yet waited for, so the number can't be another's
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
             _drain(pipes, got, output)
     finally:

@@ -19,7 +19,8 @@ from lib.files import UserError
 from lib.generate.engine import PREFILL, TOP, Engines, Sampling, Token, bucket
 
 ADMIT = 4  # answers begun between two steps: the others wait meanwhile
-QUIET = 15.0  # seconds after which a silent stream sends a comment, so that nothing on the way gives it up
+# seconds after which a silent stream sends a comment, so that nothing on the way gives it up
+QUIET = 15.0
 
 
 class ApiError(Exception):
@@ -67,7 +68,8 @@ class Worker:
         self.engine, self.queue, self.metrics, self.on_failure = engine, queue, metrics, on_failure
         self.waiting, self.busy = collections.deque(), {}
         self.wake, self.closing, self.failed = threading.Condition(), False, None
-        lengths = {1 + bucket(n, 16) for n in range(1, PREFILL + 1)}  # what a prompt of any length is prefilled as
+        # what a prompt of any length is prefilled as
+        lengths = {1 + bucket(n, 16) for n in range(1, PREFILL + 1)}
         self.cold = sorted((n for n in lengths if n < engine.length), reverse=True)
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -191,7 +193,8 @@ class Asked:
     stream: bool
     usage_wanted: bool  # in a stream: a last event with the token counts
     logprobs: bool
-    echo: list[str] = field(default_factory=list)  # of each prompt, what to repeat before the answer
+    # of each prompt, what to repeat before the answer
+    echo: list[str] = field(default_factory=list)
     dropped: int = 0  # oldest messages that were left out
 
 
@@ -302,7 +305,8 @@ class Api:
     def __init__(self, model: Model, settings):
         self.model, self.settings, self.tokenizer = model, settings, model.tokenizer
         self.context = settings.context or model.config.sequence_len
-        self.longest = max(map(len, self.tokenizer.tokens))  # bytes of a token: a text of more than context * longest can't fit
+        # bytes of a token: a text of more than context * longest can't fit
+        self.longest = max(map(len, self.tokenizer.tokens))
         run = Path(settings.run).name or Path(model.path).parent.parent.name
         self.id = re.sub(r"[^\w.-]", "-", f"{run}-{model.stage}")
         self.created = int(time.time())
@@ -393,7 +397,8 @@ class Api:
         repeat = _flag(body, "echo")
         if repeat and logprobs is not None:
             _bad("echo together with logprobs is not supported: ask for one of them", "echo", "unsupported_parameter")
-        wanted = 16 if body.get("max_tokens") is None else _number(body, "max_tokens")  # 16 is OpenAI's default here
+        # 16 is OpenAI's default here
+        wanted = 16 if body.get("max_tokens") is None else _number(body, "max_tokens")
         room = min(self._room(p, wanted if "max_tokens" in body else None, "prompt") for p in prompts)
         return Asked(prompts, logprobs=logprobs is not None, echo=echo if repeat else [],
                      **_asked(body, logprobs=logprobs or 0, stop=(self.tokenizer.bos,), max_tokens=min(room, wanted)))
@@ -459,7 +464,8 @@ class Answers:
         """(which answer, what is new, None or why it ended) until all have; None when nothing came for a while."""
         while not all(reader.finish for reader in self.readers):
             try:
-                async with asyncio.timeout(QUIET):  # unlike wait_for, it can't lose what comes at the last moment
+                # unlike wait_for, it can't lose what comes at the last moment
+                async with asyncio.timeout(QUIET):
                     i, tokens, reason = await self.events.get()
             except TimeoutError:
                 yield None

@@ -32,7 +32,8 @@ from lib.model.transformer import quantized
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)  # seconds, of the histograms
+# seconds, of the histograms
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ class Metrics:
     def text(self, gauges: dict[str, float]) -> str:
         """Everything so far, and `gauges`: what is read now."""
         lines, seen = [], set()
-        for (name, labels), value in sorted(self.counters.items()):  # sorted copies first: another thread may add a name
+        # sorted copies first: another thread may add a name
+        for (name, labels), value in sorted(self.counters.items()):
             if name not in seen:
                 lines.append(f"# TYPE {name} counter")
                 seen.add(name)
@@ -232,7 +234,8 @@ async def _read_json(request, settings: Settings):
     """The body of a request, bounded in size and time."""
     most = settings.body_kib * 1024
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "send JSON, with the header Content-Type: application/json")  # a foreign page can't do that unasked
+        # a foreign page can't do that unasked
+        raise ApiError(415, "send JSON, with the header Content-Type: application/json")
     too_large = ApiError(413, f"the request is larger than {settings.body_kib} KiB")
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > most:
@@ -303,7 +306,8 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     async def respond(request: Request, kind: str):
         body = await _read_json(request, settings)
-        asked = await asyncio.to_thread(getattr(api, kind), body)  # encoding much text takes a while
+        # encoding much text takes a while
+        asked = await asyncio.to_thread(getattr(api, kind), body)
         answers = Answers(api, asked, kind, worker)
         if asked.stream:
             return Events(answers)

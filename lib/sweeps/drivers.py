@@ -22,7 +22,8 @@ from lib.files import UserError, first_line
 from lib.sweeps import space
 from lib.sweeps.journal import BEAT, ENDS, TRIES, Journal, Trial
 
-NOT_AGAIN = "not trained again"  # why a trial of wandb's ended that has the assignment of an earlier one
+# why a trial of wandb's ended that has the assignment of an earlier one
+NOT_AGAIN = "not trained again"
 POLL = 2.0  # seconds between looks at the folder while all that is left is in others' hands
 
 
@@ -39,7 +40,8 @@ class Local:
                 taken = self._take(count)
                 trials = self.book.trials()
             mine = {t.id: t for t in trials if t.worker == self.book.worker and t.state == "running"}
-            if taken:  # without working locks another worker may have been first: its claim holds then
+            # without working locks another worker may have been first: its claim holds then
+            if taken:
                 if got := [mine[id] for id in taken if id in mine]:
                     return got
                 continue
@@ -209,7 +211,8 @@ class Wandb:
         return True
 
     def take(self, count: int = 1, stop=lambda: False) -> list[Trial]:
-        with self.book.deciding():  # what a worker on this folder left unfinished: no need to wait until the server notices
+        # what a worker on this folder left unfinished: no need to wait until the server notices
+        with self.book.deciding():
             known = self.book.trials()
             lost = [t for t in known if t.state == "lost"][:count]
             taken = [got for t in lost if (got := self._begin(t.id, space.constants(self.spec) | t.assignment)) is not None]
@@ -240,7 +243,8 @@ class Wandb:
             self.say(f"{id} is being trained by {before.worker}: left to it")
             return None
         log, finish = self.start_run(id, full, lambda: self.stopped.add(id))
-        if ended is not None:  # trained before, but the server was not told, or asks twice: tell it, and train nothing
+        # trained before, but the server was not told, or asks twice: tell it, and train nothing
+        if ended is not None:
             for step, value in ended.reports.items():
                 log(step, {self.spec["metric"]["name"]: value})
             if ended.state != "done":
@@ -273,7 +277,8 @@ class Wandb:
             try:
                 if not self._beat():  # the sweep was stopped
                     self.stopped.add(trial.id)
-            except UserError as e:  # wandb keeps the numbers of an offline run and sends them later: training goes on
+            # wandb keeps the numbers of an offline run and sends them later: training goes on
+            except UserError as e:
                 self.say(f"{e}; training goes on")
         return "pruned" if trial.id in self.stopped else ""
 
@@ -286,7 +291,8 @@ class Wandb:
 
     def free(self, trial: Trial):
         self.book.free(trial.id)
-        self.runs.pop(trial.id)[1](255)  # with mark_preempting this puts the run back into the server's queue
+        # with mark_preempting this puts the run back into the server's queue
+        self.runs.pop(trial.id)[1](255)
 
     def drop(self, trial: Trial):
         self.runs.pop(trial.id)[1](255)
@@ -306,7 +312,8 @@ def wandb_runs(path):
 
     def start_run(id, assignment, stop):
         settings = dict(sweep_id=sweep, silent=True)
-        if "stop_fn" in getattr(wandb.Settings, "model_fields", {}):  # else the client interrupts the main thread
+        # else the client interrupts the main thread
+        if "stop_fn" in getattr(wandb.Settings, "model_fields", {}):
             settings["stop_fn"] = stop
         try:
             run = wandb.init(entity=entity, project=project, id=id, config=assignment, resume="allow", reinit="finish_previous",

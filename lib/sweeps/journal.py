@@ -27,7 +27,8 @@ from lib.files import UserError, write_json, writing
 from lib.sweeps import space
 
 FORMAT = 1
-LEASE = 150.0  # seconds without a sign of life after which a worker on another machine counts as dead
+# seconds without a sign of life after which a worker on another machine counts as dead
+LEASE = 150.0
 BEAT = 20.0  # seconds between signs of life
 TRIES = 3  # workers that may die on one trial before it counts as failed
 ENDS = ("done", "pruned", "failed")
@@ -128,7 +129,8 @@ class Journal:
 
     def _beats(self):
         while not self._stop.wait(self.beat):
-            with contextlib.suppress(OSError, UserError):  # a disk that is full or away for a while: the next one may succeed
+            # a disk that is full or away for a while: the next one may succeed
+            with contextlib.suppress(OSError, UserError):
                 self.write("beat")
 
     def write(self, what: str, **entries):
@@ -137,7 +139,8 @@ class Journal:
             self._seq += 1
             row = dict(e=what, t=time.time(), n=self._seq) | entries
             data = json.dumps(row).encode() + b"\n"
-            with open(self.path, "ab", buffering=0) as f:  # opened anew each time: a synchronised folder uploads what is closed
+            # opened anew each time: a synchronised folder uploads what is closed
+            with open(self.path, "ab", buffering=0) as f:
                 size = f.tell()
                 try:
                     if f.write(data) < len(data):
@@ -237,7 +240,8 @@ def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
     journals = dict(_events(folder))
     dead = {worker: _dead(folder, worker, events, lease, me) for worker, events in journals.items() if events}
     rows = []
-    for worker, events in journals.items():  # a clock that was set back does not reorder what one worker did
+    # a clock that was set back does not reorder what one worker did
+    for worker, events in journals.items():
         times = itertools.accumulate((e["t"] for e in events), max)
         rows += [(t, worker, e["n"], e) for t, e in zip(times, events)]
     rows.sort(key=lambda row: row[:3])

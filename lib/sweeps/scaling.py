@@ -43,7 +43,8 @@ def parabola(N, L) -> dict:
     if a2 <= 0:
         return dict(N=math.nan, L=math.nan, coefficients=(a2, a1, a0), inside=False)
     low = -a1 / (2 * a2)
-    if not x.min() - 7 < low < x.max() + 7:  # a thousand times beyond what was tried: as good as none
+    # a thousand times beyond what was tried: as good as none
+    if not x.min() - 7 < low < x.max() + 7:
         return dict(N=math.nan, L=math.nan, coefficients=(a2, a1, a0), inside=False)
     return dict(N=float(np.exp(low)), L=float(a0 - a1**2 / (4 * a2)), coefficients=(a2, a1, a0), inside=bool(x.min() <= low <= x.max()))
 

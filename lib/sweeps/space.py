@@ -21,7 +21,8 @@ from lib.files import UserError, choose
 METHODS = ("bayes", "random", "grid")
 KEYS = ("method", "metric", "parameters", "early_terminate", "run_cap", "name", "description", "project", "entity")
 DIALS = {"depth": int, "aspect_ratio": int, "target_flops": float}  # arguments of Config.from_depth
-SETTINGS = {"source": str, "packing": str, "shards": int, "eval_bytes": int, "evals": int, "tokenizer": str}  # all but the Config
+# all but the Config
+SETTINGS = {"source": str, "packing": str, "shards": int, "eval_bytes": int, "evals": int, "tokenizer": str}
 FIELDS = {f.name: f.type for f in dataclasses.fields(Config)} | DIALS
 # what `without` switches off
 PARTS = {
@@ -37,7 +38,8 @@ PARTS = {
     "muon": dict(optimizer="adamw"),
 }
 METRICS = ("val_bpb", "val_loss", "loss")
-BOUNDED = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values", "q_log_uniform_values")  # by min and max
+# by min and max
+BOUNDED = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values", "q_log_uniform_values")
 NORMAL = ("normal", "log_normal")  # by mu and sigma
 
 

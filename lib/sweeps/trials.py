@@ -28,9 +28,11 @@ from lib.params import count_params
 from lib.sweeps import space
 from lib.data.tokenizer import Tokenizer
 
-DEFAULTS = dict(source="stdlib", packing="bestfit", shards=8, eval_bytes=200_000, evals=10)  # of space.SETTINGS
+# of space.SETTINGS
+DEFAULTS = dict(source="stdlib", packing="bestfit", shards=8, eval_bytes=200_000, evals=10)
 CURVE = 120  # points of the training loss kept for pictures
-UNEXPECTED = 3  # failures in a row that no one foresaw after which a worker stops: then it is not the trials
+# failures in a row that no one foresaw after which a worker stops: then it is not the trials
+UNEXPECTED = 3
 
 
 class Bench:

@@ -206,14 +206,16 @@ COUNT_BARE = [*COUNT, "How many {c}s are in {w}?", "How many {c}'s are in {w}?",
 
 
 def counting(rng, split):
-    word, n = _word(rng, split), rng.choice([0, 1, 2, 2, 3])  # else the answer would be 1 most of the time
+    # else the answer would be 1 most of the time
+    word, n = _word(rng, split), rng.choice([0, 1, 2, 2, 3])
     fitting = [c for c in "abcdefghijklmnopqrstuvwxyz" if word.count(c) == n]
     if not fitting:
         return None
     letter = rng.choice(fitting)
     shown = _shown(rng, word)
     question = rng.choice(COUNT_BARE if shown == word else COUNT).format(c=shown.replace(word, letter), w=shown)
-    counted = word if shown[0] == '"' else letters(word)  # what stands there in the tokens that the call needs
+    # what stands there in the tokens that the call needs
+    counted = word if shown[0] == '"' else letters(word)
     parts = [text(f"{_named(shown)}:", letters(word)), *call(f'"{counted}".count("{letter}")', n),
              text(f'The letter "{letter}" appears {n} time{"s" * (n != 1)}.')]
     return word, question, parts, str(n)
@@ -311,7 +313,8 @@ def pyfacts(rng, split):
     elif kind in ("keyword", "builtin"):
         yes = rng.random() < 0.5
         inside = keyword.kwlist if kind == "keyword" else [n for n in dir(builtins) if not n.startswith("_")]
-        subject = rng.choice(inside if yes else words()[: 2 * len(inside)])  # of more words, no would be the answer nearly always
+        # of more words, no would be the answer nearly always
+        subject = rng.choice(inside if yes else words()[: 2 * len(inside)])
         yes = subject in inside
         ask, what = (IS_KEYWORD, "a keyword") if kind == "keyword" else (IS_BUILTIN, "built in")
         ask, answer = rng.choice(ask), "yes" if yes else "no"

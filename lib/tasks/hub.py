@@ -21,7 +21,8 @@ from lib.files import UserError
 from lib.tasks import Task
 from lib.tasks.stdlib import TASKS as STDLIB
 
-ORDER = 42  # seed of the order of items, so that the first few are a fair sample; nanochat's order too
+# seed of the order of items, so that the first few are a fair sample; nanochat's order too
+ORDER = 42
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
 IDENTITY_HELD_OUT = 20  # of those one conversation in so many is for tests
 LISTING = "listing.json"
@@ -266,7 +267,8 @@ class Source(NamedTuple):
     join: Callable[[list[dict]], list[dict]] = list  # rows -> what items are made of
 
 
-BOTH, HELD_OUT = dict(train="train", test="test"), dict(train="train", test="validation")  # labels of some test splits are secret
+# labels of some test splits are secret
+BOTH, HELD_OUT = dict(train="train", test="test"), dict(train="train", test="validation")
 SOURCES: dict[str, Source] = {
     "smoltalk": Source("perplexity", "HuggingFaceTB/smol-smoltalk", "default", BOTH, "messages", smoltalk, None),
     "mmlu": Source("choice", "cais/mmlu", "all", dict(train="auxiliary_train", test="test"), "question choices answer subject", mmlu, 0.25),

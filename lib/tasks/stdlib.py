@@ -13,9 +13,11 @@ ITEMS = 400
 PER_FILE = 16
 LINES_PER_DEF = 60  # files with fewer definitions are tables of numbers and names, not code
 CONTEXT_LINES, NEXT_LINES = 12, 2
-CONTEXT_CHARS, SHORTEST = 400, 24  # the context is cut to whole lines of about so many; a continuation has at least so many
+# the context is cut to whole lines of about so many; a continuation has at least so many
+CONTEXT_CHARS, SHORTEST = 400, 24
 CHOICES = 4
-PASSAGES, PASSAGE_CHARS = 2000, 700  # how many, of about so many characters, so that one fits into a short row
+# how many, of about so many characters, so that one fits into a short row
+PASSAGES, PASSAGE_CHARS = 2000, 700
 
 
 def _depth(line: str) -> int:
@@ -83,7 +85,8 @@ def _cut(side: str) -> set[str]:
 
 def passages(split: str) -> list[dict]:
     """Passages drawn at random: mixed into fine-tuning, they keep a model from forgetting its text. None is in both splits."""
-    found = _cut("train") if split == "train" else _cut("val") - _cut("train")  # files share licences and the like
+    # files share licences and the like
+    found = _cut("train") if split == "train" else _cut("val") - _cut("train")
     found, size = sorted(found), PASSAGES if split == "train" else ITEMS
     return [dict(id=f"source_text/{split}/{i}", text=p) for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))]
 

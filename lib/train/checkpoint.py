@@ -35,7 +35,8 @@ from lib.files import (UserError, choose, filesystem, first_line, is_remote, joi
 from lib.params import templates
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 
-STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}  # training stage: its folder in a run, in order
+# training stage: its folder in a run, in order
+STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}
 KIND, FORMAT = "rawchat checkpoint", 1
 NAME = re.compile(r"step_\d{8,}")
 SHARE_TIMEOUT = 600  # seconds that processes wait for each other's files
@@ -119,10 +120,12 @@ def _like(a, leaf):
     if leaf.sharding is None:
         array = jnp.asarray(a)
     else:
-        array = jax.make_array_from_callback(a.shape, leaf.sharding, lambda index: a[index])  # each host its own part
+        # each host its own part
+        array = jax.make_array_from_callback(a.shape, leaf.sharding, lambda index: a[index])
     if _is_key(leaf):
         impl = []
-        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)  # a ShapeDtypeStruct will do
+        # a ShapeDtypeStruct will do
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
         array = jax.random.wrap_key_data(array, impl=impl[0])
     return array
 
@@ -157,12 +160,14 @@ class Saver:
         self.wait()
         metric = None if metric is None or not math.isfinite(metric) else float(metric)
         record = {"kind": KIND, "format": FORMAT, "step": int(step), "metric": metric, "time": time.time()}
-        record["meta"] = json.loads(json.dumps(meta or {}))  # a copy: the caller's cursor goes on meanwhile
+        # a copy: the caller's cursor goes on meanwhile
+        record["meta"] = json.loads(json.dumps(meta or {}))
         arrays, shapes = _to_host(tree)
         if jax.process_count() == 1:
             self._job = self._pool.submit(_write, self.folder, record, arrays, self.keep)
         else:
-            time_of_0 = multihost_utils.broadcast_one_to_all(np.array([record["time"]]).view(np.uint32))  # JAX has no float64 unless told
+            # JAX has no float64 unless told
+            time_of_0 = multihost_utils.broadcast_one_to_all(np.array([record["time"]]).view(np.uint32))
             record |= {"split": shapes, "time": float(np.asarray(time_of_0).view(np.float64)[0])}
             self._job = self._pool.submit(_write_share, self.folder, record, arrays, self.keep)
 
@@ -231,7 +236,8 @@ def _write_share(folder, record, arrays, keep):
             for name in files:
                 fs.put_file(f"{local}/{name}", f"{root}/{name}")
         fs.pipe_file(f"{root}/.{listed(index)}", json.dumps(files).encode())
-        fs.mv(f"{root}/.{listed(index)}", f"{root}/{listed(index)}")  # whole or not there, for those who wait for it
+        # whole or not there, for those who wait for it
+        fs.mv(f"{root}/.{listed(index)}", f"{root}/{listed(index)}")
         if index:
             _await(lambda: _written(target) == record["time"], lambda: f"process 0 has not finished {target}")
             return target
@@ -312,7 +318,8 @@ def _prune(folder, written, keep):
                 fs.rm_file(f"{root}/meta.json")
                 fs.rm(root, recursive=True)
             else:
-                hidden = path.with_name(f".{path.name}.tmp")  # if killed now, the next run clears it away
+                # if killed now, the next run clears it away
+                hidden = path.with_name(f".{path.name}.tmp")
                 os.rename(path, hidden)
                 shutil.rmtree(hidden)
 
@@ -493,7 +500,8 @@ def _compare(path, arrays, wanted):
 
 # ---- Hugging Face Hub ------------------------------------------------------------------------------------------------
 
-_uploads = ThreadPoolExecutor(1, "hub")  # one at a time: two commits to a repository at once conflict
+# one at a time: two commits to a repository at once conflict
+_uploads = ThreadPoolExecutor(1, "hub")
 
 
 def check_hub(repo: str, token: str | None = None, private: bool = True):

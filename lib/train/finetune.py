@@ -25,10 +25,12 @@ from lib.data.tokenizer import Tokenizer, _turns
 from lib.train.step import TrainState
 
 FORMAT = 1  # of cursors; raise it when they change meaning
-VAL_EVERY, VAL_MOST = 50, 200  # of a source's conversations, one in so many validates, chosen by hash, and at most so many
+# of a source's conversations, one in so many validates, chosen by hash, and at most so many
+VAL_EVERY, VAL_MOST = 50, 200
 BUFFER = 100  # conversations to choose from when a row is filled
 SPEAKERS = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
-    "assistant gpt chatgpt model bing bard".split(), "assistant")  # as ShareGPT files of different origin call them
+    # as ShareGPT files of different origin call them
+    "assistant gpt chatgpt model bing bard".split(), "assistant")
 
 # Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its own (lib.train.checkpoint.STAGES).
 PHASES = {
@@ -171,7 +173,8 @@ def open_mixture(mixture: dict[str, float], split: str) -> Chats:
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
-COUNTS = ("conversations", "truncated", "empty", "targets", "cells", "padding")  # what a cursor has counted so far
+# what a cursor has counted so far
+COUNTS = ("conversations", "truncated", "empty", "targets", "cells", "padding")
 
 
 def batches(chats: Chats, tokenizer: Tokenizer, batch_size: int, sequence_len: int, *, cursor: dict | None = None, seed: int = 0,
@@ -211,7 +214,8 @@ def _batches(chats, tokenizer, settings, position, loop):
     def order(epoch):
         if not settings["shuffle"]:
             return np.arange(len(chats))
-        return np.random.RandomState([seed, epoch]).permutation(len(chats))  # its numbers never change with numpy's version
+        # its numbers never change with numpy's version
+        return np.random.RandomState([seed, epoch]).permutation(len(chats))
 
     waiting = [rendered(i) for i in position["waiting"]]
 
@@ -245,7 +249,8 @@ def _batches(chats, tokenizer, settings, position, loop):
                 fits = [k for k, chat in enumerate(waiting) if len(chat[1]) <= width - at]
                 if not fits:
                     break
-                _, ids, taught, cut = waiting.pop(max(fits, key=lambda k: len(waiting[k][1])))  # max takes the first of equals
+                # max takes the first of equals
+                _, ids, taught, cut = waiting.pop(max(fits, key=lambda k: len(waiting[k][1])))
                 row[at : at + len(ids)], mask[at : at + len(ids)] = ids, taught
                 at += len(ids)
                 counts["conversations"] += 1

@@ -106,7 +106,8 @@ def _console(run: Run):
     def write(step, values):
         nonlocal first
         now = time.monotonic()
-        first = first or (step, now)  # what came before was compiling, and tells nothing about the rest
+        # what came before was compiling, and tells nothing about the rest
+        first = first or (step, now)
         shown.update((key, SHOWN[key].format(values[key])) for key in SHOWN if key in values)
         text = "  ".join(shown[key] for key in SHOWN if key in shown)
         if not bar.disable:
@@ -170,7 +171,8 @@ def _tensorboard(run: Run):
         events.flush()
 
     send(0, file_version="brain.Event:2")
-    send((run.resumed or 0) + 1, session_log=SessionLog(status=SessionLog.START))  # hides what came beyond, if resumed
+    # hides what came beyond, if resumed
+    send((run.resumed or 0) + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(step, values):
         send(step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
@@ -193,7 +195,8 @@ def _wandb(run: Run, mode: str):
     except Exception as e:
         raise UserError(f"wandb cannot start ({first_line(e)}): run `wandb login`, check the network, "
                         "or use wandb:offline or wandb:off") from e
-    active.define_metric("*", step_metric="step")  # its own counter could not go back to an earlier checkpoint's step
+    # its own counter could not go back to an earlier checkpoint's step
+    active.define_metric("*", step_metric="step")
     return lambda step, values: active.log({"step": step} | values), active.finish
 
 
@@ -214,7 +217,8 @@ def _otlp(run: Run):
     provider = MeterProvider([reader], Resource.create({"service.name": "rawchat", "run": run.folder.name}))
     gauge = functools.cache(provider.get_meter("rawchat").create_gauge)
     log, said = logging.getLogger(OTLPMetricExporter.__module__), []
-    log.addFilter(once := lambda record: not said and not said.append(record))  # a dead collector is told of once
+    # a dead collector is told of once
+    log.addFilter(once := lambda record: not said and not said.append(record))
 
     def write(step, values):
         for key, value in ({"step": step} | values).items():

@@ -190,7 +190,8 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
     kept = {"none": whole, "dots": products, "layer": D}[config.remat] * config.n_layer + 4 * D
     kept += whole * (config.remat != "none")
     tokens = config.microbatch * config.sequence_len
-    logits = min(config.loss_chunk, tokens) * config.padded_vocab * (4 + config.dtype.itemsize)  # and their gradients
+    # and their gradients
+    logits = min(config.loss_chunk, tokens) * config.padded_vocab * (4 + config.dtype.itemsize)
     return dict(parameters=n, optimizer=moments, gradients=n * (2 if config.accumulate > 1 else 1),
                 activations=tokens * kept * config.dtype.itemsize, logits=logits)
 

@@ -59,7 +59,8 @@ def test_bytes_that_are_no_text_become_one_mark_and_what_follows_is_kept():
 def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
     tokenizer = model().tokenizer
     content = parrot.CHATS["What is 37 plus 85?"]
-    content = [*content, {"type": "python", "text": "1/0"}, {"type": "python", "text": "2"}]  # the first one gets no answer
+    # the first one gets no answer
+    content = [*content, {"type": "python", "text": "1/0"}, {"type": "python", "text": "2"}]
     ids, mask = tokenizer.render_conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": content}])
     begin = ids.index(tokenizer.special["<|assistant_start|>"]) + 1
     reader, seen = chat.Reader(tokenizer), {}
@@ -230,7 +231,8 @@ class Terminal:
         while wanted not in self.text:
             ready, _, _ = select.select([self.fd], [], [], max(0, ends - time.monotonic()))
             assert ready, f"no {wanted!r} in {self.text!r}"
-            self.text += os.read(self.fd, 65536).decode("utf-8", "replace")  # OSError if the program has left
+            # OSError if the program has left
+            self.text += os.read(self.fd, 65536).decode("utf-8", "replace")
         end = self.text.index(wanted) + len(wanted)
         text, self.text = self.text[:end], self.text[end:]
         return text

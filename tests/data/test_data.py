@@ -90,13 +90,15 @@ def test_reference_packing_equals_parity(name, monkeypatch):
     start = partial(data.batches, tokens, run["B"], run["T"], packing="reference", buffer_size=run["buffer_size"],
                     host_index=run["rank"], host_count=run["world_size"])
     cursor = None
-    if state := run["resume_state"]:  # the reference resumes with an empty buffer behind the row group it has read last
+    # the reference resumes with an empty buffer behind the row group it has read last
+    if state := run["resume_state"]:
         index = sum(made[state["pq_idx"]].groups[: state["rg_idx"] + 1])
         cursor = next(start())[2] | dict(epoch=state["epoch"], shard=state["pq_idx"], index=index, waiting=[])
     for i, (inputs, targets, cursor) in enumerate(itertools.islice(start(cursor=cursor), run["num_batches"])):
         np.testing.assert_array_equal(inputs, rows[f"{name}.inputs"][i])
         np.testing.assert_array_equal(targets, rows[f"{name}.targets"][i])
-        if run["world_size"] == 1:  # the last document read lies in the row group that the reference reports
+        # the last document read lies in the row group that the reference reports
+        if run["world_size"] == 1:
             ends = np.cumsum(made[cursor["shard"]].groups)
             group = int(np.searchsorted(ends, cursor["index"]))
             assert run["state_after_each_batch"][i] == dict(pq_idx=cursor["shard"], rg_idx=group, epoch=cursor["epoch"])
@@ -273,7 +275,8 @@ def test_split_is_disjoint_fixed_and_about_one_in_twenty(tmp_path):
     assert not set(train) & set(val) and sorted(train + val) == sorted(texts)
     assert 60 < len(val) - val.count("the same text") < 140
     assert train == list(data.documents(str(tmp_path), "train"))
-    os.rename(tmp_path / "a.jsonl", tmp_path / "z.jsonl")  # names and places do not matter, content does
+    # names and places do not matter, content does
+    os.rename(tmp_path / "a.jsonl", tmp_path / "z.jsonl")
     os.utime(tmp_path / "z.jsonl", (1, 1))
     assert train == list(data.documents(str(tmp_path), "train"))
 
@@ -618,7 +621,8 @@ def test_full_disk_is_told_and_harms_nothing(tmp_path, tokenizer, inline, monkey
     texts = decode(start("train", tokenizer), tokenizer)
 
     @contextlib.contextmanager
-    def full(path):  # writing to /dev/full fails as on a full disk, with whatever error the writer makes of it
+    # writing to /dev/full fails as on a full disk, with whatever error the writer makes of it
+    def full(path):
         with files.writing(path):
             yield Path("/dev/full")
 

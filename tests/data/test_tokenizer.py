@@ -111,7 +111,8 @@ def test_decode_takes_arrays_special_ids_and_half_characters(tokenizer):
 def test_an_immense_blank_is_encoded_not_a_crash(tokenizer):
     text = "a" + " " * (2 * LONGEST_BLANK + 7) + "b" + "\n" * 10 + "c" * LONGEST_BLANK
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    long = "some words\n  more, " * (LONGEST_BLANK // 10)  # a long text with short blanks must not be cut at all
+    # a long text with short blanks must not be cut at all
+    long = "some words\n  more, " * (LONGEST_BLANK // 10)
     assert tokenizer.encode(long) == tokenizer.encoding.encode_ordinary(long)
 
 

@@ -103,7 +103,8 @@ def test_kinds_add_up_to_the_whole_and_documents_give_its_error():
     inputs, row[0, : len(ids) - 1] = np.maximum(row, 0), ids[1:]
     inputs[0, : len(ids) - 1] = ids[:-1]
     alone = evals.bits_per_byte(params, config, [(inputs, row)], tokenizer.token_bytes)
-    assert found["items"][0]["nats"] == pytest.approx(alone["nats"], rel=1e-5)  # as by packed batches
+    # as by packed batches
+    assert found["items"][0]["nats"] == pytest.approx(alone["nats"], rel=1e-5)
 
 
 # ---- contamination

@@ -169,7 +169,8 @@ def test_a_uniform_model_guesses_no_continuation(t, tokenizer):
     flat = params | {"head": jnp.zeros_like(params["head"])}
     found = [s for one in likelihood.score(flat, config, tokenizer, [([5, 6], [[7, 8, 9]]), ([5], [[0, 0], [0, 1]])]) for s in one]
     assert [s.logprob for s in found] == pytest.approx([-s.tokens * math.log(config.vocab_size) for s in found], rel=1e-5)
-    assert [s.greedy for s in found] == [False, True, False]  # of equals the first, as argmax has it
+    # of equals the first, as argmax has it
+    assert [s.greedy for s in found] == [False, True, False]
 
 
 def reordered(item, rng):
@@ -315,7 +316,8 @@ def test_long_prompts_lose_their_beginning_and_are_counted(t, tokenizer, plain):
     rng = random.Random(3)
     context = [rng.randrange(490) for _ in range(300)]
     (scores,) = likelihood.score(params, config, tokenizer, [(context, [[5, 6], [7]])])
-    assert [s.cut for s in scores] == [300 + 2 - 1 - 256, 300 + 1 - 1 - 256]  # the last token is not an input
+    # the last token is not an input
+    assert [s.cut for s in scores] == [300 + 2 - 1 - 256, 300 + 1 - 1 - 256]
     assert scores[0].logprob == pytest.approx(plain(context[-255:], [5, 6])[0], abs=1e-4)
     (scores,) = likelihood.score(params, config, tokenizer, [(context, [[5, 6], [7]])], max_tokens=400)
     assert [s.cut for s in scores] == [0, 0]

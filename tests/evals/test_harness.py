@@ -120,7 +120,8 @@ def test_choices_agree_with_our_own_scores(results, lm):
         np.testing.assert_allclose(got, [by_hand(lm, *pair) for pair in pairs], atol=1e-4)
         means.append(np.argmax([score / len(after) for score, (_, after) in zip(got, pairs)]) == q["gold"])
         assert sample["acc"] == (np.argmax(got) == q["gold"])
-    assert [item["correct"] for item in ours["items"]] == means  # the same sums, ours decided by their mean per token
+    # the same sums, ours decided by their mean per token
+    assert [item["correct"] for item in ours["items"]] == means
     assert results["results"]["choose"]["acc,none"] == pytest.approx(np.mean([s["acc"] for s in theirs]))
 
 

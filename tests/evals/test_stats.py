@@ -53,7 +53,8 @@ def test_sign_test_is_the_exact_binomial(wins, losses):
 
 
 def test_sign_test_of_very_many_pairs_neither_overflows_nor_differs():
-    near = stats.sign_test(499, 490), stats.sign_test(510, 500)  # on both sides of where the sum goes over to logarithms
+    # on both sides of where the sum goes over to logarithms
+    near = stats.sign_test(499, 490), stats.sign_test(510, 500)
     assert near[0] == pytest.approx(near[1], abs=0.05)
     z = (5200 - 4800 - 1) / math.sqrt(10_000)
     assert stats.sign_test(4800, 5200) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
@@ -82,7 +83,8 @@ def test_error_of_a_mean_of_tasks_covers_the_spread_and_sees_tasks_that_share_qu
     assert score == pytest.approx(((one.mean() - 0.25) + (two.mean() - 0.25)) / 1.5)
     assert stderr == pytest.approx(np.std(apart), rel=0.2)
     alike = stats.mean_centered({"a": task(one, source="x"), "b": task(one, source="x")})[1]
-    assert alike == pytest.approx(stats.proportion(one)[1] / 0.75, rel=0.1)  # the second adds nothing
+    # the second adds nothing
+    assert alike == pytest.approx(stats.proportion(one)[1] / 0.75, rel=0.1)
     assert stats.mean_centered({"a": task([1] * 10)})[1] > 0
     assert all(map(math.isnan, stats.mean_centered({"p": {"kind": "perplexity", "centered": None}})))
 

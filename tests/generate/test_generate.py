@@ -82,13 +82,15 @@ def scripted(monkeypatch, scripts):
     wishes = jnp.array([s + s[-1:] * (longest - len(s)) for s in scripts])
 
     def forward(params, config, tokens_BT, cache):
-        k = jnp.minimum(cache["length"] - 2, longest - 1)  # prompts of three tokens, of which the last is fed first
+        # prompts of three tokens, of which the last is fed first
+        k = jnp.minimum(cache["length"] - 2, longest - 1)
         logits = 9.0 * jax.nn.one_hot(wishes[jnp.arange(len(k)), k], vocab)
         return logits[:, None], cache | {"length": cache["length"] + (tokens_BT[:, 0] >= 0)}
 
     monkeypatch.setattr(model, "forward", forward)
     config = Config(vocab_size=vocab, n_layer=1, n_embd=24, n_head=1, n_kv_head=1, head_dim=2, mlp_dim=8, window_pattern="L",
-                    sequence_len=64, microbatch=1, total_batch_size=64, seed=zlib.crc32(str(scripts).encode()) % 2**31)  # traced anew
+                    # traced anew
+                    sequence_len=64, microbatch=1, total_batch_size=64, seed=zlib.crc32(str(scripts).encode()) % 2**31)
     return Engine(init_params(0, config), config, len(scripts), 64, golden()[2], calculator)
 
 
@@ -223,7 +225,8 @@ def test_no_setting_recompiles():
     for settings in (dict(temperature=0), dict(temperature=0.3, top_k=7), dict(top_p=0.5, min_p=0.1), dict(seed=9, stop=(3, 4, 5)),
                      dict(repetition_penalty=1.3, stop_strings=("x", "yz"), tokenizer=tokenizer)):
         generate.generate(params, config, PROMPTS, 4, **settings)
-    generate.generate(params, config, [p + [60] for p in PROMPTS], 3, temperature=0)  # nor does another length in the same bucket
+    # nor does another length in the same bucket
+    generate.generate(params, config, [p + [60] for p in PROMPTS], 3, temperature=0)
     assert sizes() == before
 
 

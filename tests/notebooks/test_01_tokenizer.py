@@ -68,5 +68,6 @@ def test_a_published_encoding_instead_and_beside(run, tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: published)
     seen = run("--pretrained", "tiktoken:gpt2")
     assert list(seen["compression"]["prose"]) == ["ours", "GPT-2", "GPT-4"]
-    assert len(set(seen["compression"]["prose"].values())) == 1  # here all three are one and the same
+    # here all three are one and the same
+    assert len(set(seen["compression"]["prose"].values())) == 1
     assert Tokenizer.load(tmp_path / "runs" / "small").vocab_size == 257 + 9

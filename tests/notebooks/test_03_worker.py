@@ -51,7 +51,8 @@ def test_a_trial_is_the_run_that_02_train_makes(workdir, sweep):
     assert end["curve"] == [[r["step"], r["loss"]] for r in rows]
     assert end["value"] == rows[-1]["val_bpb"]
 
-    again = script("03_worker", workdir, run="smoke", join=folder.name)  # by its id alone; there is nothing left to train
+    # by its id alone; there is nothing left to train
+    again = script("03_worker", workdir, run="smoke", join=folder.name)
     assert again.returncode == 0 and "0 trial(s) ended here" in again.stdout, again.stdout + again.stderr
     shown = script("03_worker", workdir, run="smoke", join=folder.name, count=-1)
     assert shown.returncode == 0 and "1 done" in shown.stdout

@@ -136,7 +136,8 @@ def test_runs_as_script(source, workdir):
     check_products(source.stem, run)
     results = json.loads((run / "results.json").read_text())
 
-    again = script(source, *args, cwd=workdir)  # continues a finished run: same figures, nothing lost
+    # continues a finished run: same figures, nothing lost
+    again = script(source, *args, cwd=workdir)
     assert again.returncode == 0, again.stdout + again.stderr
     after = json.loads((run / "results.json").read_text())
     assert {k: after[k] for k in ("vocab_size", "val_bpb", "params") if k in results} == {
@@ -265,7 +266,8 @@ def words_of(settings):
 def test_core_is_measured_while_training_and_again_by_04(tmp_path):
     """With flags, in metrics.jsonl and in the record, alike; and a bundle that is not there stops a run before it computes."""
     files = load("core.json")["bundle_files"]
-    shown = [task for task in yaml.safe_load(files["core.yaml"])["icl_tasks"] if task["num_fewshot"] == [0]]  # one of each kind
+    # one of each kind
+    shown = [task for task in yaml.safe_load(files["core.yaml"])["icl_tasks"] if task["num_fewshot"] == [0]]
     for name, text in (files | {"core.yaml": yaml.safe_dump({"icl_tasks": shown})}).items():
         (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "bundle" / name).write_text(text)

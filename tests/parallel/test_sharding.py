@@ -145,7 +145,8 @@ def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, 
 
 
 def test_bad_layouts_in_one_sentence():
-    config, devices = Config(**CONFIG), jax.devices() * 4  # four stand-ins: refused before any is used
+    # four stand-ins: refused before any is used
+    config, devices = Config(**CONFIG), jax.devices() * 4
     for strategy, mesh, change, said in [
         ("dp", {"data": 8}, {}, "data=8 needs 8 devices, and there are 4"),
         ("ddp", None, {}, "ddp"),

@@ -55,13 +55,15 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
     assert sum(four["memory"].values()) == four["peak"] and 31 * 2**30 < four["available"] < 32 * 2**30
     tokens, D, F, V = SMALL["total_batch_size"] / 4, 128, 512, 512
     assert four["bound"]["mlp"]["flops"] == 6 * tokens * 2 * 2 * D * F and four["bound"]["head+loss"]["flops"] == 6 * tokens * D * V
-    assert four["kernels"] == {"splash_mha_fwd": 4, "splash_mha_dkv": 4}  # two layers, two microbatches, none run again under remat="dots"
+    # two layers, two microbatches, none run again under remat="dots"
+    assert four["kernels"] == {"splash_mha_fwd": 4, "splash_mha_dkv": 4}
     kinds = {c["kind"] for c in four["collectives"]}
     assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"} and four["sent"] > 0 and four["bound"]["collectives"]["binds"] == "network"
 
     assert not too_big["fits"] and too_big["peak"] > too_big["available"] and too_big["buffers"][0][0] > 2**30
     assert "bf16[2,65536,256," in too_big["buffers"][0][1]
-    weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)  # bytes of blocks and head, each read once for both rows
+    # bytes of blocks and head, each read once for both rows
+    weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)
     assert decode["fits"] and weights < decode["bytes"] < 4 * weights and decode["tokens_per_s"] == pytest.approx(2 / decode["seconds"])
 
     text = preflight.report_text(too_big)
@@ -69,7 +71,8 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
 
 
 MESHED = dict(vocab_size=2048, sequence_len=256, n_layer=2, n_embd=256, n_head=2, n_kv_head=1, head_dim=128, mlp_dim=1024, window_pattern="L",
-              compute_dtype="bfloat16", attention="splash", loss_chunk=256)  # all parts, Muon; one key head, at which libtpu used to fail
+              # all parts, Muon; one key head, at which libtpu used to fail
+              compute_dtype="bfloat16", attention="splash", loss_chunk=256)
 ASK = """
 import json, sys
 from lib.preflight import compile as preflight
@@ -180,7 +183,8 @@ ENTRY %main (a: s32[], b: bf16[10,64,128], c: f32[10,64,128]) -> (s32[], bf16[10
 def test_loops_count_as_often_as_they_run_and_cuts_are_not_wholes():
     found = hlo.analyse(PROGRAM, matrix_unit=256, devices=4)
     mlp = found["components"]["mlp"]
-    assert mlp["flops"] == 10 * 2 * 64 * 128 * 256 and mlp["busy"] == 2 * mlp["flops"]  # 128 summed on a unit of 256
+    # 128 summed on a unit of 256
+    assert mlp["flops"] == 10 * 2 * 64 * 128 * 256 and mlp["busy"] == 2 * mlp["flops"]
     # a cut of x in, a piece of the kept out, the loop's counter; the product stays on the chip
     assert mlp["bytes"] == 10 * (64 * 128 * 2 + 4 + 64 * 128 * 4)
     collective, = found["collectives"]
@@ -212,7 +216,8 @@ def test_shapes_give_the_products_that_the_config_counts():
     attention = config.total_batch_size * 12 * 128 * sum(w + 1 for w in config.windows)
     assert sum(part["flops"] for part in made.values()) == pytest.approx(expected + attention)
     narrow = roofline.kernel_work(preflight.for_tpu(config).replace(attention="splash"), "fwd", 256)
-    assert narrow["busy"] == 1.5 * narrow["flops"]  # head width 128 half fills a unit of 256 in one product of two
+    # head width 128 half fills a unit of 256 in one product of two
+    assert narrow["busy"] == 1.5 * narrow["flops"]
 
 
 def test_the_bound_is_what_binds():
@@ -315,7 +320,8 @@ def test_microbatch_as_asked(capsys):
     assert preflight.with_microbatch(config, "2", cpu).microbatch == 2
     assert preflight.with_microbatch(config, "auto", cpu) == config and "no search" in capsys.readouterr().out
     before = config.replace(microbatch=1, remat="none").to_dict()
-    assert preflight.with_microbatch(config, "auto", cpu, before=before).remat == "none"  # a run that goes on keeps what it found
+    # a run that goes on keeps what it found
+    assert preflight.with_microbatch(config, "auto", cpu, before=before).remat == "none"
     with pytest.raises(UserError, match="preset, auto or a number"):
         preflight.with_microbatch(config, "many", cpu)
 

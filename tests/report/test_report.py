@@ -106,7 +106,8 @@ def test_any_part_of_a_run_gives_a_page(tmp_path, names):
     assert sentence in page.text and sentence[0].isupper() and sentence.endswith(".") and "None" not in sentence
     check_markdown(text)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    assert not [v for k, v in page.attrs if k in ("src", "href") or v and "url(" in v]  # needs nothing from anywhere
+    # needs nothing from anywhere
+    assert not [v for k, v in page.attrs if k in ("src", "href") or v and "url(" in v]
     assert "nan" not in page.text.lower().split() and "None" not in page.text
     for link in re.findall(r"!\[.*?\]\((.+?)\)", text):
         assert ElementTree.parse(run / link).getroot().tag.endswith("svg")
@@ -240,7 +241,8 @@ def test_published_figures_stand_beside_ones_own(tmp_path):
     whole = record("sft", {}, chatcore={"score": 0.2, "stderr": 0.01, "tasks": ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"]})
     rows = report._beside(report.read(put(tmp_path / "part", {"evals/base.json": json.dumps(partial)})), [])[1]
     assert "this run" in [row[0] for row in report._beside(report.read(put(tmp_path / "all", {"evals/sft.json": json.dumps(whole)})), [])[1]]
-    assert "this run" not in [row[0] for row in rows]  # a part of CORE is not CORE, and a mean over other tasks not ChatCORE
+    # a part of CORE is not CORE, and a mean over other tasks not ChatCORE
+    assert "this run" not in [row[0] for row in rows]
 
 
 def test_writing_twice_gives_the_same_but_for_its_time(tmp_path):

@@ -234,7 +234,8 @@ LABEL = {level: "+".join(level) or "limits" for level in LEVELS}
 @pytest.fixture(scope="module")
 def world():
     """What programs may not touch, set up so that a touch is seen; and `results` of all RUNS, made side by side."""
-    base = Path(tempfile.mkdtemp(prefix="world-"))  # pytest's own folders let no other user in, and only the sandbox is to keep out
+    # pytest's own folders let no other user in, and only the sandbox is to keep out
+    base = Path(tempfile.mkdtemp(prefix="world-"))
     base.chmod(0o755)
     (base / "canary" / "folder").mkdir(parents=True)
     (base / "canary" / "precious").write_text("precious")
@@ -242,7 +243,8 @@ def world():
     (base / "temp").mkdir()
     for path in base.rglob("*"):
         path.chmod(0o777)
-    shutil.copy(sandbox.JAIL, base / "jail.py")  # a name by which its processes, and no other's, are known
+    # a name by which its processes, and no other's, are known
+    shutil.copy(sandbox.JAIL, base / "jail.py")
 
     tcp, abstract = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX)
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -476,7 +478,8 @@ def test_dies_with_its_caller(level, tmp_path):
             f"sandbox.run_python('while True: pass', timeout=60, layers={level!r})")  # fmt: skip
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     wanted = 3 if "namespaces" in level else 1
-    wait_until(lambda: len(processes(str(tmp_path / "jail.py"))) >= wanted + 1)  # the caller's own command line holds the word too
+    # the caller's own command line holds the word too
+    wait_until(lambda: len(processes(str(tmp_path / "jail.py"))) >= wanted + 1)
     caller.kill()
     caller.wait()
     wait_until(lambda: processes(str(tmp_path / "jail.py")) == [])

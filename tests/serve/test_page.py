@@ -255,7 +255,8 @@ def test_nothing_that_is_written_becomes_code(page, context):
     context.on("request", lambda r: requests.append(r.url))
     send(page, ATTACK)
     finished(page)
-    send(page, "<img src=x onerror=window.hacked=1>")  # the user's own words, in the bubble, the list and the title
+    # the user's own words, in the bubble, the list and the title
+    send(page, "<img src=x onerror=window.hacked=1>")
     page.wait_for_timeout(300)
     page.keyboard.press("Escape")
     finished(page)

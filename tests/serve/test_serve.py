@@ -108,7 +108,8 @@ def test_a_chat(ai, name):
     assert choice.message.parts == parrot.CHATS[SUM], "who knows of tools sees the calls"
     assert choice.finish_reason == "stop" and answer.model == name and answer.object == "chat.completion"
     prompt = len(model().tokenizer.render_for_completion(ASK[SUM]))
-    made = len(model().tokenizer.render_conversation(parrot.messages(SUM))[0]) - prompt - 1  # without <|assistant_end|>
+    # without <|assistant_end|>
+    made = len(model().tokenizer.render_conversation(parrot.messages(SUM))[0]) - prompt - 1
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
         prompt,
         made,
@@ -458,7 +459,8 @@ def test_a_full_queue_is_429_and_late_ones_503(narrow):
 
 def test_large_and_slow_requests_are_refused(narrow):
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 9000}]})
-    for content in (big, iter([big[:5000].encode(), big[5000:].encode()])):  # with a length, and in chunks of none
+    # with a length, and in chunks of none
+    for content in (big, iter([big[:5000].encode(), big[5000:].encode()])):
         answer = narrow.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
         assert answer.status_code == 413 and "8 KiB" in answer.json()["error"]["message"]
     with socket.create_connection(("127.0.0.1", narrow.server.port)) as raw:
@@ -565,7 +567,8 @@ def test_other_pages_and_other_names_are_kept_out(http):
         (http.server.url, 200),
     ):
         assert http.get("/v1/models", headers={"Origin": origin}).status_code == status, origin
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what a form on a foreign page could send
+    # what a form on a foreign page could send
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         assert http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": kind}).status_code == 415
 
 

@@ -77,8 +77,10 @@ def test_draws_stay_within_what_was_asked():
             assert a["warmup_steps"] in range(5, 41, 5) and a["num_steps"] in range(16, 301, 16) and a["mlp"] == "relu2"
             assert isinstance(a["num_steps"], int) and isinstance(a["warmup_steps"], int)
         assert len({space.key(t.assignment) for t in found}) == 30
-        assert np.median([t.assignment["matrix_lr"] for t in found]) < 0.4  # logarithmic: a plain uniform has 0.5
-        assert space.ask(spec, found[:9], seed=3) == found[9].assignment  # a draw is a function of what is known
+        # logarithmic: a plain uniform has 0.5
+        assert np.median([t.assignment["matrix_lr"] for t in found]) < 0.4
+        # a draw is a function of what is known
+        assert space.ask(spec, found[:9], seed=3) == found[9].assignment
 
 
 def test_grid_walks_every_combination_once_and_bayes_ends_when_nothing_is_left():
@@ -253,7 +255,8 @@ def test_without_locks_the_earlier_claim_holds(book, monkeypatch):
     boss, a = drivers.Local(book, sweep()), {"depth": 1, "seed": 1}
     mine = boss.take()[0]
     assert mine.assignment == a
-    events_of(book.folder, "far", dict(e="claim", id=mine.id, a=a, tries=1), t=mine.begun - 5)  # synchronised only now
+    # synchronised only now
+    events_of(book.folder, "far", dict(e="claim", id=mine.id, a=a, tries=1), t=mine.begun - 5)
     assert boss.report(mine, 1, {"val_bpb": 1.0}) == "lost"
     assert [t.worker for t in book.trials()] == ["far"]
 

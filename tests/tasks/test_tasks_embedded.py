@@ -85,7 +85,8 @@ def test_answers_are_true():
         assert re.search(rf"\b{letter}(s|'s|\b)", asked(item).replace(item["about"], ""))
         assert item["about"].count(letter) == int(item["answer"])
     counts = collections.Counter(item["answer"] for item in items_of("counting", "test"))
-    assert counts.most_common(1)[0][1] < 0.45 * sum(counts.values())  # always saying the commonest is no success
+    # always saying the commonest is no success
+    assert counts.most_common(1)[0][1] < 0.45 * sum(counts.values())
     for item in items_of("strings", "test"):
         word = item["about"]
         expected = {word[::-1], word.upper(), word[0], word[-1], word * 2, word * 3, word * 4, f"{len(word)}letters"}

@@ -275,7 +275,8 @@ DEFINED = "def area(r):\n    return half(math.pi * r * r)\n"
     (ROWS["humaneval"][1]["messages"][1]["content"], True),
     (BODY, True),  # the body alone, as a base model continues the prompt
     (f"```python\n{BODY}```", True),
-    (f"Sure:\n```python\n{DEFINED}```\nDone.", True),  # needs the prompt's import and its helper function
+    # needs the prompt's import and its helper function
+    (f"Sure:\n```python\n{DEFINED}```\nDone.", True),
     (f"```\n{DEFINED}", True),  # the fence was never closed
     (DEFINED.replace("half(", "("), False),
     ("    return 0\n", False),

@@ -35,7 +35,8 @@ class State(NamedTuple):
 
 def make_state(seed=0):
     rng = np.random.default_rng(seed)
-    bits = lambda *shape: jnp.asarray(rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16))  # NaNs too
+    # NaNs too
+    bits = lambda *shape: jnp.asarray(rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16))
     params = {"wte": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "blocks": {"wq": bits(2, 3, 4)},
               "scale": jnp.float32(1.5)}
     return State(params, ((jnp.zeros((0, 3)), None), [rng.normal(size=4), {"count": 7, "rate": 0.1, "on": True}]),

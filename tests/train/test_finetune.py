@@ -104,7 +104,8 @@ def test_long_conversations_are_cut_and_counted_and_silent_ones_left_out(tokeniz
     mixed = chats(chat("hi", "x" * 500), chat("y" * 500, "never reached"), chat("a", "b"))
     *_, (inputs, targets, cursor) = sft.batches(mixed, tokenizer, 4, 64, loop=False)
     assert (cursor["conversations"], cursor["truncated"], cursor["empty"]) == (2, 1, 1)
-    assert sorted((targets >= 0).sum(1)) == [0, 0, 2, 64 - 5] and targets.max() < TINY.vocab_size  # bos, 2 + hi + 1 come before
+    # bos, 2 + hi + 1 come before
+    assert sorted((targets >= 0).sum(1)) == [0, 0, 2, 64 - 5] and targets.max() < TINY.vocab_size
     with pytest.raises(UserError, match="in none of 1 conversations"):
         next(sft.batches(chats(chat("y" * 500, "x")), tokenizer, 1, 64))
 

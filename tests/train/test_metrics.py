@@ -233,7 +233,8 @@ def test_wandb_offline_for_real(tmp_path):
     with Metrics(tmp_path, 2, ["wandb:offline"], config={"depth": 2}) as m:
         m.log(1, {"our_loss": 1.5})
     (data,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 20  # wandb's finish() may return before its service process has written the file
+    # wandb's finish() may return before its service process has written the file
+    deadline = time.monotonic() + 20
     while b"our_loss" not in data.read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -276,7 +277,8 @@ def test_trace_window_profiles_its_steps_only(tmp_path, monkeypatch):
     with trace_window(tmp_path, 1, 0) as tick:
         for step in range(5):
             tick(step)
-    assert [c[:2] for c in calls] == [("start", 3), ("stop", 4)]  # a loop that ends early closes its trace
+    # a loop that ends early closes its trace
+    assert [c[:2] for c in calls] == [("start", 3), ("stop", 4)]
 
 
 def test_trace_is_written_with_scopes_and_a_failure_is_survived(tmp_path):

@@ -27,7 +27,8 @@ def test_updates_match_the_reference_at_each_of_six_steps(group):
     group = recorded["groups"][group]
     muon = group["kind"] == "muon"
 
-    def stack(what):  # theirs are outputs by inputs, one weight each; ours inputs by outputs, stacked
+    # theirs are outputs by inputs, one weight each; ours inputs by outputs, stacked
+    def stack(what):
         arrays = [data[f"{what}.{name}"] for name in group["params"]]
         return np.stack([a.T for a in arrays]) if muon else np.concatenate([a.ravel() for a in arrays])
 
@@ -149,7 +150,8 @@ def test_rates_and_schedules_are_data_not_code(name, params):
         programs.append(jax.jit(optimizer.update).lower(grads, state, params).as_text())
         results.append(state.hyper)
     assert programs[0] == programs[1]
-    assert all(a != b for a, b in zip(*map(jax.tree.leaves, results)) if a != 0.2)  # smear's rate is fixed
+    # smear's rate is fixed
+    assert all(a != b for a, b in zip(*map(jax.tree.leaves, results)) if a != 0.2)
     assert optim.compile_key(one) == optim.compile_key(two)
     assert optim.compile_key(one) != optim.compile_key(one.replace(n_layer=4))
 
