@@ -36,7 +36,9 @@ import sys
 
 if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
     if not os.path.exists("rawchat"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True)
+        subprocess.run(
+            ["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True
+        )
     os.chdir("rawchat")
     sys.path.insert(0, os.getcwd())
 from lib.notebook import setup
@@ -52,9 +54,9 @@ from matplotlib.font_manager import findfont, get_font
 from tqdm import tqdm
 
 from lib.data.sources import documents, head
+from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.files import UserError, choose, update_json
 from lib.notebook import flags, open_run, secret, show, subplots
-from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -81,17 +83,30 @@ push_to = ""  # @param {type:"string"}
 globals().update(flags(globals()))
 folder = open_run(run)
 path, plots = folder / FILE, folder / "plots"
-settings = {"pretrained": pretrained} if pretrained else {
-    "source": source, "vocab_size": vocab_size, "shards": shards, "max_chars": max_chars, "doc_cap": doc_cap}
+settings = (
+    {"pretrained": pretrained}
+    if pretrained
+    else {
+        "source": source,
+        "vocab_size": vocab_size,
+        "shards": shards,
+        "max_chars": max_chars,
+        "doc_cap": doc_cap,
+    }
+)
 existing = None
 if path.exists() and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
     raise UserError(f"{path} exists: choose another run, or pass --if-exists continue or fresh")
 if path.exists() and if_exists == "continue":
     existing = Tokenizer.load(path)
     made_with = existing.meta.get("settings", {})
-    if changed := [name for name in settings | made_with if settings.get(name) != made_with.get(name)]:
-        raise UserError(f"{path} was made with other settings ({', '.join(changed)}): choose another run, or pass "
-                        "--if-exists fresh to replace it")
+    if changed := [
+        name for name in settings | made_with if settings.get(name) != made_with.get(name)
+    ]:
+        raise UserError(
+            f"{path} was made with other settings ({', '.join(changed)}): choose another run, or pass "
+            "--if-exists fresh to replace it"
+        )
 
 # %% [markdown]
 # ## The corpus
@@ -102,15 +117,18 @@ if path.exists() and if_exists == "continue":
 # %%
 validation = head(documents(source, "val", shards=shards), 2_000_000)
 lengths = np.array([len(text) for text in validation])
-print(f"{source}, validation split: {len(validation):,} documents with {lengths.sum():,} characters (2 MB at most);\n"
-      f"characters each: median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}, longest {lengths.max():,};\n"
-      f"one of them begins:\n\n{validation[len(validation) // 2][:600]}")
+print(
+    f"{source}, validation split: {len(validation):,} documents with {lengths.sum():,} characters (2 MB at most);\n"
+    f"characters each: median {np.median(lengths):,.0f}, mean {lengths.mean():,.0f}, longest {lengths.max():,};\n"
+    f"one of them begins:\n\n{validation[len(validation) // 2][:600]}"
+)
 
 # %% [markdown]
 # ## Training
 #
 # rustbpe first splits every document into words, numbers of one or two digits, punctuation and blanks (no merge
 # crosses these borders), counts them, and then merges pairs, the most frequent first.
+
 
 # %%
 def counted(texts, seen, bar):
@@ -140,8 +158,10 @@ if not existing:
     tokenizer.save(path)
     if (folder / "checkpoints").exists():
         print(f"note: the checkpoints in {folder} belong to the tokenizer that was there before")
-print(f"{tokenizer.vocab_size:,} ids ({len(tokenizer.tokens):,} learnt, {len(tokenizer.special)} special) "
-      f"in {seconds:.1f} s: {path}")
+print(
+    f"{tokenizer.vocab_size:,} ids ({len(tokenizer.tokens):,} learnt, {len(tokenizer.special)} special) "
+    f"in {seconds:.1f} s: {path}"
+)
 
 # %% [markdown]
 # The special tokens come after the learnt ones. `<|bos|>` starts every document; the others fence the turns and tool
@@ -228,8 +248,10 @@ for name, encoding in {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}.items():
         tokenizers[name] = Tokenizer.from_tiktoken(encoding, timeout=20)
     except UserError as e:
         print(f"{name} is left out of the comparison: {e}")
-compression = {kind: {name: bytes_per_token(its, texts) for name, its in tokenizers.items()}
-               for kind, texts in KINDS.items()}
+compression = {
+    kind: {name: bytes_per_token(its, texts) for name, its in tokenizers.items()}
+    for kind, texts in KINDS.items()
+}
 print(f"\n{'bytes per token':26}" + "".join(f"{name:>8}" for name in tokenizers))
 for kind, row in compression.items():
     print(f"{kind:26}" + "".join(f"{value:8.2f}" for value in row.values()))
@@ -263,12 +285,16 @@ ids = np.concatenate([np.array(x, int) for x in tokenizer.encode_batch(validatio
 learnt = tokenizer.token_bytes[: len(tokenizer.tokens)]
 bins = np.arange(1, 22)
 figure, axes = subplots(1, 2, size=(4.5, 3))
-for axis, values, title, colour in ((axes[0], learnt, "vocabulary: {:,} learnt tokens", "#3b6fb6"),
-                                    (axes[1], tokenizer.token_bytes[ids], "validation text: {:,} tokens", "#d98032")):
+for axis, values, title, colour in (
+    (axes[0], learnt, "vocabulary: {:,} learnt tokens", "#3b6fb6"),
+    (axes[1], tokenizer.token_bytes[ids], "validation text: {:,} tokens", "#d98032"),
+):
     share = np.bincount(values.clip(max=bins[-1]), minlength=bins[-1] + 1)[1:] / len(values)
     axis.bar(bins, share * 100, width=0.85, color=colour)
     axis.axvline(values.mean(), color="#333333", linestyle="--", linewidth=1)
-    axis.annotate(f" mean {values.mean():.2f}", (values.mean(), share.max() * 100), va="top", fontsize=8)
+    axis.annotate(
+        f" mean {values.mean():.2f}", (values.mean(), share.max() * 100), va="top", fontsize=8
+    )
     axis.set(xlabel="bytes per token", ylabel="% of tokens", title=title.format(len(values)))
     axis.set_xticks([1, 5, 10, 15, bins[-1]], [1, 5, 10, 15, f"{bins[-1]}+"])
     axis.grid(visible=False, axis="x")
@@ -276,17 +302,26 @@ for axis, values, title, colour in ((axes[0], learnt, "vocabulary: {:,} learnt t
 show(figure, plots / "tokenizer_lengths.png")
 used = np.unique(ids).size
 words = [i for i in np.argsort(-learnt, kind="stable") if tokenizer.tokens[i].strip().isalpha()]
-print(f"{used:,} of {len(learnt):,} learnt tokens ({used / len(learnt):.0%}) occur in the validation text;\n"
-      "the longest words: " + ", ".join(tokenizer.decode([i]).strip() for i in words[:8]))
+print(
+    f"{used:,} of {len(learnt):,} learnt tokens ({used / len(learnt):.0%}) occur in the validation text;\n"
+    "the longest words: " + ", ".join(tokenizer.decode([i]).strip() for i in words[:8])
+)
 
 # %% [markdown]
 # A sample as the model sees it: every token on its own colour. `↵` is a line end, `�` a part of a character that has
 # no token of its own, and `□` a character that the font of the picture lacks.
 
+
 # %%
 def coloured(tokenizer, text, columns=92):
     """A figure of the text on a grid of characters, with a background colour per token."""
-    palette = [(0.79, 0.87, 0.97), (0.99, 0.88, 0.74), (0.82, 0.93, 0.80), (0.97, 0.82, 0.84), (0.89, 0.84, 0.95)]
+    palette = [
+        (0.79, 0.87, 0.97),
+        (0.99, 0.88, 0.74),
+        (0.82, 0.93, 0.80),
+        (0.97, 0.82, 0.84),
+        (0.89, 0.84, 0.95),
+    ]
     rows, colours = [""], [[]]
     known = get_font(findfont("monospace")).get_charmap()
     for k, i in enumerate(tokenizer.encode(text)):
@@ -313,13 +348,30 @@ def coloured(tokenizer, text, columns=92):
     size = width * 72 / (columns + 2 * margin) / 0.602  # DejaVu Sans Mono is 0.602 of its size wide
     for row, line in enumerate(rows):
         for column, char in enumerate(line):  # one by one: a whole line drifts off the grid
-            axis.text(column + 0.5, row + 0.55, char, size=size, family="monospace", ha="center", va="center_baseline",
-                      color="#222222", parse_math=False)
+            axis.text(
+                column + 0.5,
+                row + 0.55,
+                char,
+                size=size,
+                family="monospace",
+                ha="center",
+                va="center_baseline",
+                color="#222222",
+                parse_math=False,
+            )
     return figure
 
 
-sample = "\n".join([validation[len(validation) // 2][:700].rstrip(), "", KINDS["prose"].replace("\n", " "), "",
-                    KINDS["numbers"][:130], "Grüße aus dem Café, Поезд отправляется, 東京"])
+sample = "\n".join(
+    [
+        validation[len(validation) // 2][:700].rstrip(),
+        "",
+        KINDS["prose"].replace("\n", " "),
+        "",
+        KINDS["numbers"][:130],
+        "Grüße aus dem Café, Поезд отправляется, 東京",
+    ]
+)
 show(coloured(tokenizer, sample), plots / "tokenizer_sample.png")
 
 # %% [markdown]
@@ -331,8 +383,14 @@ show(coloured(tokenizer, sample), plots / "tokenizer_sample.png")
 chat = [
     {"role": "system", "content": "Answer briefly."},
     {"role": "user", "content": "What is 37 * 12?"},
-    {"role": "assistant", "content": [{"type": "python", "text": "37 * 12"}, {"type": "python_output", "text": "444"},
-                                      {"type": "text", "text": "It is 444."}]},
+    {
+        "role": "assistant",
+        "content": [
+            {"type": "python", "text": "37 * 12"},
+            {"type": "python_output", "text": "444"},
+            {"type": "text", "text": "It is 444."},
+        ],
+    },
 ]
 for i, learn in zip(*tokenizer.render_conversation(chat)):
     print(f"{'+' if learn else ' '} {i:>6}  {tokenizer.decode([i])!r}")
@@ -345,13 +403,18 @@ for i, learn in zip(*tokenizer.render_conversation(chat)):
 # %%
 saved = load_tokenizer(folder)
 assert saved.fingerprint == tokenizer.fingerprint
-others = [texts for texts in KINDS.values() if isinstance(texts, str)] + ["", "\x00 <|bos|> \r\n 🙂" * 10]
+others = [texts for texts in KINDS.values() if isinstance(texts, str)] + [
+    "",
+    "\x00 <|bos|> \r\n 🙂" * 10,
+]
 for text in validation + others:
     ids = saved.encode(text)
     assert saved.decode(ids) == text
     assert saved.token_bytes[ids].sum() == len(text.encode())
     assert max(ids, default=0) < saved.bos
-print(f"{len(validation):,} validation documents and {len(others)} other texts survive the round trip")
+print(
+    f"{len(validation):,} validation documents and {len(others)} other texts survive the round trip"
+)
 
 # %% [markdown]
 # ## Save
@@ -360,13 +423,21 @@ print(f"{len(validation):,} validation documents and {len(others)} other texts s
 # Hugging Face Hub, from where `hf:USER/NAME` pulls it.
 
 # %%
-results = {"bytes_per_token": compression[f"{source} (validation)"]["ours"], "vocab_size": tokenizer.vocab_size,
-           "compression": compression}
+results = {
+    "bytes_per_token": compression[f"{source} (validation)"]["ours"],
+    "vocab_size": tokenizer.vocab_size,
+    "compression": compression,
+}
 update_json(folder / "results.json", **results, **({} if existing else {"tokenizer_s": seconds}))
 if push_to:
     print("pushed to", tokenizer.push_to_hub(push_to, secret("HF_TOKEN")))
-print(f"{results['bytes_per_token']:.2f} bytes per token on the validation split",
-      path, folder / "results.json", plots, sep="\n")
+print(
+    f"{results['bytes_per_token']:.2f} bytes per token on the validation split",
+    path,
+    folder / "results.json",
+    plots,
+    sep="\n",
+)
 
 # %% [markdown]
 # ## Where to go next

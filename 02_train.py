@@ -35,7 +35,9 @@ import sys
 
 if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
     if not os.path.exists("rawchat"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True)
+        subprocess.run(
+            ["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True
+        )
     os.chdir("rawchat")
     sys.path.insert(0, os.getcwd())
 from lib.notebook import setup
@@ -51,23 +53,35 @@ import time
 import jax
 import numpy as np
 
-from lib.train import checkpoint, step as train
-from lib.data import sources as data
 from lib import evals
-from lib.generate import engine as generate
-from lib.model import transformer as model
-from lib.preflight import compile as preflight
-from lib.report import page as report
-from lib.parallel import layout as sharding
 from lib.chips import Slice, chip
 from lib.config import Config
+from lib.data import sources as data
+from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
-from lib.train.metrics import Metrics, column, read_jsonl, trace_window
-from lib.notebook import (device_report, flags, join_hosts, open_run, parse_overrides, parse_steps, pick_preset, secret, set_aside, show,
-                          subplots)
+from lib.generate import engine as generate
+from lib.model import transformer as model
+from lib.notebook import (
+    device_report,
+    flags,
+    join_hosts,
+    open_run,
+    parse_overrides,
+    parse_steps,
+    pick_preset,
+    secret,
+    set_aside,
+    show,
+    subplots,
+)
+from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
-from lib.data.tokenizer import FILE, load_tokenizer
+from lib.preflight import compile as preflight
+from lib.report import page as report
+from lib.train import checkpoint
+from lib.train import step as train
+from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -157,30 +171,49 @@ print(f"preset {chosen}: {why}")
 # One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; anything can be overridden by name.
 
 # %%
-asked = dict(vocab_size=tokenizer.vocab_size) | ({"depth": depth} if depth else {}) | ({"num_steps": num_steps} if num_steps else {})
+asked = (
+    dict(vocab_size=tokenizer.vocab_size)
+    | ({"depth": depth} if depth else {})
+    | ({"num_steps": num_steps} if num_steps else {})
+)
 config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
 store = checkpoints or folder / "checkpoints"
-saved = sharding.from_first("checkpoint", lambda: (found := checkpoint.latest(store)) and str(found))
+saved = sharding.from_first(
+    "checkpoint", lambda: (found := checkpoint.latest(store)) and str(found)
+)
 if push_to:
     if is_remote(store):
-        raise UserError(f"push_to uploads local checkpoints, and these go to {store}: leave one of the two empty")
+        raise UserError(
+            f"push_to uploads local checkpoints, and these go to {store}: leave one of the two empty"
+        )
     hub_token = secret("HF_TOKEN")
     if first:
         checkpoint.check_hub(push_to, hub_token)
         tokenizer.push_to_hub(push_to, hub_token)
 if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
-    raise UserError(f"{folder} was trained before: pass if_exists=continue or fresh, or another run")
+    raise UserError(
+        f"{folder} was trained before: pass if_exists=continue or fresh, or another run"
+    )
 if saved and if_exists == "fresh":
     if checkpoints:
-        raise UserError(f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh")
+        raise UserError(
+            f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh"
+        )
     if first:
         old = [*checkpoint.STAGES.values(), "evals", "metrics.jsonl", "config.json"]
         print(f"fresh start: what was there is now in {set_aside(folder, *old)}")
     saved = None
-config = preflight.with_microbatch(config, microbatch, device, keep=parse_overrides(overrides, Config),
-                                   before=checkpoint.read_meta(saved)["config"] if saved else None)
+config = preflight.with_microbatch(
+    config,
+    microbatch,
+    device,
+    keep=parse_overrides(overrides, Config),
+    before=checkpoint.read_meta(saved)["config"] if saved else None,
+)
 grow = microbatch in ("preset", "auto") and "microbatch" not in parse_overrides(overrides, Config)
-config, layout, why = train.choose_layout(config, strategy, mesh_sizes, memory=device["memory"], grow=grow)
+config, layout, why = train.choose_layout(
+    config, strategy, mesh_sizes, memory=device["memory"], grow=grow
+)
 print(f"devices     {why}")
 ways = layout.size(*sharding.BATCH) if layout else 1  # how many devices share the rows
 # what a checkpoint remembers: the rows that one device took at a time, so that it goes on, is measured and fine-tuned on any number of them
@@ -189,28 +222,42 @@ settings = dict(source=source, packing=packing, shards=shards)
 places = dict(run=str(folder), checkpoints=str(store), tokenizer=tokenizer.fingerprint)
 sharding.check_same("settings", portable.to_dict() | settings | places)
 # made now, so that a missing bundle stops the run before any compute
-measure_core = core.during_training(config, tokenizer, core_bundle or None, limit=core_limit) if core_every else None
+measure_core = (
+    core.during_training(config, tokenizer, core_bundle or None, limit=core_limit)
+    if core_every
+    else None
+)
 if saved:
     meta = checkpoint.read_meta(saved)
     now = portable.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}
-    then = Config.from_dict(meta["config"]).to_dict() | meta["settings"] | {"tokenizer": meta["tokenizer"]}
+    then = (
+        Config.from_dict(meta["config"]).to_dict()
+        | meta["settings"]
+        | {"tokenizer": meta["tokenizer"]}
+    )
     if meta.get("ways", 1) != ways:  # on other devices the same batch is cut otherwise
         then["microbatch"] = portable.microbatch
     changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
     if changed:
-        raise UserError(f"{folder} was trained with other settings ({'; '.join(changed[:3])}): set them back to continue, "
-                        "pass if_exists=fresh to start anew, or take another run name")
+        raise UserError(
+            f"{folder} was trained with other settings ({'; '.join(changed[:3])}): set them back to continue, "
+            "pass if_exists=fresh to start anew, or take another run name"
+        )
 
 counts = count_params(config)
 flops = config.flops_per_token * config.total_batch_size * config.num_steps
 print("parameters  " + "  ".join(f"{name} {n:,}" for name, n in counts.items() if n))
-print(f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads ({config.n_kv_head} kv) of {config.head_dim}, "
-      f"windows {config.window_pattern}, rows of {config.sequence_len} tokens, {config.dtype} on float32 masters")
+print(
+    f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads ({config.n_kv_head} kv) of {config.head_dim}, "
+    f"windows {config.window_pattern}, rows of {config.sequence_len} tokens, {config.dtype} on float32 masters"
+)
 print(f"attention   {config.attention_name}")
-print(f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens "
-      f"({config.accumulate} x {config.microbatch} rows{f', {portable.microbatch} a device' if layout else ''}) "
-      f"= {config.num_steps * config.total_batch_size:,} tokens, "
-      f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter")
+print(
+    f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens "
+    f"({config.accumulate} x {config.microbatch} rows{f', {portable.microbatch} a device' if layout else ''}) "
+    f"= {config.num_steps * config.total_batch_size:,} tokens, "
+    f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter"
+)
 print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 
 # %% [markdown]
@@ -221,14 +268,23 @@ print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 
 # %%
 memory = train.estimate_memory(config, layout)
-print("memory      " + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
-      + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there{' on each' if layout else ''}")
+print(
+    "memory      "
+    + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
+    + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there{' on each' if layout else ''}"
+)
 known = chip(device["kind"])
 if known:
     where = Slice(device["kind"], known, "at hand", device["count"] if layout else 1)
     sizes = {axis: layout.size(axis) for axis in sharding.AXES} if layout else None
-    print(preflight.report_text(preflight.estimate(config, where, layout.strategy if layout else "dp", sizes)))
-plan = preflight.plan(config, known, device["count"], pay=pay, price=price_per_hour, memory=sum(memory.values()))
+    print(
+        preflight.report_text(
+            preflight.estimate(config, where, layout.strategy if layout else "dp", sizes)
+        )
+    )
+plan = preflight.plan(
+    config, known, device["count"], pay=pay, price=price_per_hour, memory=sum(memory.values())
+)
 print(preflight.plan_text(plan))
 if not known:
     print("time        known after the first steps: this device's peak is not in the table")
@@ -241,23 +297,41 @@ if not known:
 
 # %%
 train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
-validation = data.tokens_of(data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer)
+validation = data.tokens_of(
+    data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer
+)
 rows = config.total_batch_size // config.sequence_len
 
 
 def val_batches():
-    return data.batches(validation, config.microbatch, config.sequence_len, packing=packing, loop=False)
+    return data.batches(
+        validation, config.microbatch, config.sequence_len, packing=packing, loop=False
+    )
 
 
 def train_batches(cursor):
     """Every process packs the same rows and keeps those of its devices: packing is fast, and the curve the same on any number of them."""
-    return data.prefetch(data.batches(train_tokens, rows, config.sequence_len, packing=packing, cursor=cursor, seed=config.seed),
-                         lambda batch: sharding.put_batch(layout, batch, whole=True))
+    return data.prefetch(
+        data.batches(
+            train_tokens,
+            rows,
+            config.sequence_len,
+            packing=packing,
+            cursor=cursor,
+            seed=config.seed,
+        ),
+        lambda batch: sharding.put_batch(layout, batch, whole=True),
+    )
 
 
-first_inputs, _, first_cursor = next(data.batches(train_tokens, rows, config.sequence_len, packing=packing, seed=config.seed))
+first_inputs, _, first_cursor = next(
+    data.batches(train_tokens, rows, config.sequence_len, packing=packing, seed=config.seed)
+)
 print(tokenizer.decode(first_inputs[0][:120].tolist()))
-print("\npacking of the first batch: " + ", ".join(f"{share:.2%} {what}" for what, share in data.waste(first_cursor).items()))
+print(
+    "\npacking of the first batch: "
+    + ", ".join(f"{share:.2%} {what}" for what, share in data.waste(first_cursor).items())
+)
 
 # %% [markdown]
 # ## The parameters
@@ -275,12 +349,21 @@ for name, spec in named_specs(config):
 template = train.state_template(config, layout)
 batch_template = jax.ShapeDtypeStruct((rows, config.sequence_len), np.int32)
 clock = time.perf_counter()
-step_fn = train.make_train_step(config, layout).lower(template, batch_template, batch_template).compile()
+step_fn = (
+    train.make_train_step(config, layout).lower(template, batch_template, batch_template).compile()
+)
 compile_seconds = time.perf_counter() - clock
 used = step_fn.memory_analysis()
-peak_memory = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-print(f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB{' a device' if layout else ''} "
-      f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)")
+peak_memory = (
+    used.temp_size_in_bytes
+    + used.argument_size_in_bytes
+    + used.output_size_in_bytes
+    - used.alias_size_in_bytes
+)
+print(
+    f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB{' a device' if layout else ''} "
+    f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)"
+)
 
 cursor = None
 if saved:
@@ -299,9 +382,17 @@ token_losses = train.token_losses_on(layout) if layout else evals.token_losses
 # The numbers of a step are read after the next one was sent to the device, so that it never waits.
 
 # %%
-every = dict(eval=eval_every or max(1, config.num_steps // 10), sample=sample_every or max(1, config.num_steps // 2),
-             save=save_every or max(1, config.num_steps // 4), core=core_every)
-prompts = ["def ", "import ", "# The ", "class "] if source == "stdlib" else ["The ", "Once upon a time", "In the year", "I think"]
+every = dict(
+    eval=eval_every or max(1, config.num_steps // 10),
+    sample=sample_every or max(1, config.num_steps // 2),
+    save=save_every or max(1, config.num_steps // 4),
+    core=core_every,
+)
+prompts = (
+    ["def ", "import ", "# The ", "class "]
+    if source == "stdlib"
+    else ["The ", "Once upon a time", "In the year", "I think"]
+)
 prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
 done = int(state.step)
 samples, val_bpb, seconds, stopping = [], None, 0.0, False
@@ -309,7 +400,16 @@ samples, val_bpb, seconds, stopping = [], None, 0.0, False
 
 def write_samples(params):
     params = sharding.whole(layout, params, config.dtype)
-    new = generate.generate(params, config, prompt_ids, 48, temperature=0.8, top_k=50, seed=config.seed, stop=(tokenizer.bos,))
+    new = generate.generate(
+        params,
+        config,
+        prompt_ids,
+        48,
+        temperature=0.8,
+        top_k=50,
+        seed=config.seed,
+        stop=(tokenizer.bos,),
+    )
     return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
 
 
@@ -317,26 +417,49 @@ def pause(n):
     """Whether to look at the state after n steps."""
     global stopping
     stopping = sharding.stop_together(n, signal.stop)
-    return stopping or n == last or any(n % e == 0 for e in every.values() if e) or n in (trace_start - 1, trace_stop)
+    return (
+        stopping
+        or n == last
+        or any(n % e == 0 for e in every.values() if e)
+        or n in (trace_start - 1, trace_stop)
+    )
 
 
 last = config.num_steps
-with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], resumed=done if saved else None,
-              config=config.to_dict()) as metrics,
-      checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
-      checkpoint.interruptible() as signal, trace_window(folder, trace_start, trace_stop) as tick):
+with (
+    Metrics(
+        folder,
+        config.num_steps,
+        [w for w in writers.split(",") if w],
+        resumed=done if saved else None,
+        config=config.to_dict(),
+    ) as metrics,
+    checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
+    checkpoint.interruptible() as signal,
+    trace_window(folder, trace_start, trace_stop) as tick,
+):
     tick(done + 1, state)
     try:
         for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
             values, n = step.metrics, step.step
             if device["flops"]:
-                values["mfu"] = values["tokens_per_s"] * config.flops_per_token / (device["flops"] * device["count"])
+                values["mfu"] = (
+                    values["tokens_per_s"]
+                    * config.flops_per_token
+                    / (device["flops"] * device["count"])
+                )
             seconds += values["step_time"]
             stop = stopping and step.state is not None
             if step.state is not None:
                 state = step.state
                 if n % every["eval"] == 0 or n == last:
-                    measured = evals.bits_per_byte(state.params, config, val_batches(), tokenizer.token_bytes, losses_of=token_losses)
+                    measured = evals.bits_per_byte(
+                        state.params,
+                        config,
+                        val_batches(),
+                        tokenizer.token_bytes,
+                        losses_of=token_losses,
+                    )
                     val_bpb = values["val_bpb"] = measured["bpb"]
                     values["val_loss"] = measured["loss"]
                 if measure_core and (n % core_every == 0 or n == last):
@@ -346,8 +469,19 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                     values["samples"] = "\n\n".join(samples)
                     print("\n".join(f"\nstep {n}: {s}" for s in samples))
                 if n % every["save"] == 0 or n == last or stop:
-                    saver.save(n, state, dict(config=portable.to_dict(), ways=ways, cursor=step.cursor, settings=settings,
-                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values.get("val_bpb"))
+                    saver.save(
+                        n,
+                        state,
+                        dict(
+                            config=portable.to_dict(),
+                            ways=ways,
+                            cursor=step.cursor,
+                            settings=settings,
+                            tokenizer=tokenizer.fingerprint,
+                            loss=values["loss"],
+                        ),
+                        metric=values.get("val_bpb"),
+                    )
                     if push_to and first:
                         upload = checkpoint.upload_to_hub(saver.wait(), push_to, hub_token)
                 tick(n + 1, state)
@@ -356,10 +490,14 @@ with (Metrics(folder, config.num_steps, [w for w in writers.split(",") if w], re
                 break
     except UserError as e:
         saver.wait()
-        raise UserError(f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})") from e
+        raise UserError(
+            f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})"
+        ) from e
 sharding.from_each("end", int(state.step))  # until the last one has written
 if int(state.step) < config.num_steps:
-    raise UserError(f"stopped at step {int(state.step)} and saved: run again with the same settings to go on")
+    raise UserError(
+        f"stopped at step {int(state.step)} and saved: run again with the same settings to go on"
+    )
 
 # %% [markdown]
 # ## What was saved
@@ -383,12 +521,20 @@ figure, axes = subplots(1, 3, size=(4.6, 3.2))
 steps_done, losses = column(rows_logged, "loss")
 axes[0].plot(steps_done, losses, color="C0", alpha=0.35, linewidth=0.8)
 smooth = np.convolve(losses, np.ones(k := max(1, len(losses) // 30)) / k, mode="valid")
-axes[0].plot(steps_done[len(losses) - len(smooth):], smooth, color="C0", label="training")
-axes[0].plot(*column(rows_logged, "val_loss"), "o-", color="C1", markersize=3, label="validation (per token of text)")
+axes[0].plot(steps_done[len(losses) - len(smooth) :], smooth, color="C0", label="training")
+axes[0].plot(
+    *column(rows_logged, "val_loss"),
+    "o-",
+    color="C1",
+    markersize=3,
+    label="validation (per token of text)",
+)
 axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
 axes[0].legend()
 axes[1].plot(*column(rows_logged, "lr"), color="C2")
-axes[1].set(title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None))
+axes[1].set(
+    title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None)
+)
 axes[2].plot(*column(rows_logged, "tokens_per_s"), color="C3", linewidth=0.8)
 axes[2].set(title="throughput", xlabel="step", ylabel="tokens/s", ylim=(0, None))
 show(figure, folder / "plots" / "training.png")
@@ -406,13 +552,20 @@ print("\n\n".join(samples))
 _, throughput = column(rows_logged, "tokens_per_s")
 speed = float(np.median(throughput[1:] or throughput))
 probe = np.asarray(first_inputs[:1])
-changed = np.where(np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size)
+changed = np.where(
+    np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size
+)
 logits = [model.forward(params, config, p)[0][0, : probe.shape[1] // 2] for p in (probe, changed)]
 checks = {
-    f"first loss {losses[0]:.2f} is near ln(vocabulary) = {math.log(config.vocab_size):.2f}": abs(losses[0] - math.log(config.vocab_size)) < 0.5,
+    f"first loss {losses[0]:.2f} is near ln(vocabulary) = {math.log(config.vocab_size):.2f}": abs(
+        losses[0] - math.log(config.vocab_size)
+    )
+    < 0.5,
     f"loss went down to {losses[-1]:.2f}": losses[-1] < losses[0],
     "the saved checkpoint equals the state bit for bit": same,
-    "later tokens do not change earlier predictions": bool(np.array_equal(*map(np.asarray, logits))),
+    "later tokens do not change earlier predictions": bool(
+        np.array_equal(*map(np.asarray, logits))
+    ),
 }
 for what, good in checks.items():
     print("ok  " if good else "FAIL", what)
@@ -421,17 +574,42 @@ for what, good in checks.items():
 # ## Results
 
 # %%
-results = dict(preset=chosen, source=source, params=counts["total"], steps=config.num_steps,
-               train_tokens=config.num_steps * config.total_batch_size, train_tokens_per_s=round(speed),
-               train_loss=losses[-1], step_memory_bytes=peak_memory, samples=samples, device=device["kind"], devices=device["count"],
-               sharding=layout.strategy if layout else "none", plan=plan,
-               jax=jax.__version__, python=platform.python_version(), commit=report.commit_id())
+results = dict(
+    preset=chosen,
+    source=source,
+    params=counts["total"],
+    steps=config.num_steps,
+    train_tokens=config.num_steps * config.total_batch_size,
+    train_tokens_per_s=round(speed),
+    train_loss=losses[-1],
+    step_memory_bytes=peak_memory,
+    samples=samples,
+    device=device["kind"],
+    devices=device["count"],
+    sharding=layout.strategy if layout else "none",
+    plan=plan,
+    jax=jax.__version__,
+    python=platform.python_version(),
+    commit=report.commit_id(),
+)
 if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
-    results |= dict(val_bpb=val_bpb, val_source=source, compile_seconds=round(compile_seconds, 1), train_seconds=round(seconds, 1),
-                    packing_waste=data.waste(step.cursor))
+    results |= dict(
+        val_bpb=val_bpb,
+        val_source=source,
+        compile_seconds=round(compile_seconds, 1),
+        train_seconds=round(seconds, 1),
+        packing_waste=data.waste(step.cursor),
+    )
 results = update_json(folder / "results.json", **results)
-print(preflight.compare(plan, seconds, (int(state.step) - done) * config.total_batch_size, config.flops_per_token,
-                        device["flops"] and device["flops"] * device["count"]))
+print(
+    preflight.compare(
+        plan,
+        seconds,
+        (int(state.step) - done) * config.total_batch_size,
+        config.flops_per_token,
+        device["flops"] and device["flops"] * device["count"],
+    )
+)
 print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
 if push_to and int(state.step) > done:
     print(f"last checkpoint uploaded: {upload.result()}")

@@ -36,7 +36,9 @@ import sys
 
 if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
     if not os.path.exists("rawchat"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True)
+        subprocess.run(
+            ["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True
+        )
     os.chdir("rawchat")
     sys.path.insert(0, os.getcwd())
 from lib.notebook import setup
@@ -49,12 +51,12 @@ import math
 import time
 from pathlib import Path
 
-from lib.train import checkpoint
 from lib.config import Config
+from lib.data.tokenizer import FILE, load_tokenizer
 from lib.files import UserError, choose, update_json
 from lib.notebook import device_report, flags, open_run, parse_overrides, secret, show
 from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
-from lib.data.tokenizer import FILE, load_tokenizer
+from lib.train import checkpoint
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -93,7 +95,9 @@ choose("driver", driver, ("local", "wandb"))
 if count < -1 or population < 1:
     raise UserError(f"count={count} must be -1 or more, population={population} 1 or more")
 if driver == "wandb" and population > 1:
-    raise UserError(f"population={population} needs driver=local: wandb's server gives a worker one trial at a time")
+    raise UserError(
+        f"population={population} needs driver=local: wandb's server gives a worker one trial at a time"
+    )
 
 # %% [markdown]
 # ## The device
@@ -121,13 +125,25 @@ else:
     make = presets.from_file if sweep.endswith((".yaml", ".yml", ".json")) else presets.preset
     text = dict(source=source) if source else {}
     text |= dict(shards=shards) if shards else {}
-    spec = make(sweep, budget, **text, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint[:16],
-                **parse_overrides(overrides, Config))
-    spec = space.with_constants(spec, {name: trials.DEFAULTS[name] for name in ("source", "shards")})
+    spec = make(
+        sweep,
+        budget,
+        **text,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint[:16],
+        **parse_overrides(overrides, Config),
+    )
+    spec = space.with_constants(
+        spec, {name: trials.DEFAULTS[name] for name in ("source", "shards")}
+    )
 bench = trials.Bench(tokenizer, memory=device["memory"], save_seconds=60 * save_minutes)
 plan = trials.plan(spec, bench)  # a sweep that cannot be trained is not even made
 if driver == "wandb":
-    path = drivers.parse_path(join) if join else drivers.create_sweep(server, spec, *["", *project.split("/")][-2:])
+    path = (
+        drivers.parse_path(join)
+        if join
+        else drivers.create_sweep(server, spec, *["", *project.split("/")][-2:])
+    )
     sweep_id, here = "/".join(path), place / f"wandb-{'-'.join(path)}"
     print(f"page        {server.page(path)}")
 else:
@@ -138,8 +154,17 @@ known = driver == "wandb" and (here / "sweep.json").exists()
 spec = journal.read(here) if known else journal.create(here, spec)
 metric, goal = spec["metric"]["name"], spec["metric"]["goal"]
 again = f"--driver {driver} --join {sweep_id}" + (f" --store {store}" if store else "")
-print(f"sweep       {sweep_id}\nfolder      {here}\njoin it     python 03_worker.py --run {folder.name} {again}\n")
-print(pictures.table([dict(parameter=name, **{k: str(v) for k, v in p.items()}) for name, p in space.varied(spec).items()]))
+print(
+    f"sweep       {sweep_id}\nfolder      {here}\njoin it     python 03_worker.py --run {folder.name} {again}\n"
+)
+print(
+    pictures.table(
+        [
+            dict(parameter=name, **{k: str(v) for k, v in p.items()})
+            for name, p in space.varied(spec).items()
+        ]
+    )
+)
 print("\nconstant    " + " ".join(f"{k}={v}" for k, v in space.constants(spec).items()))
 
 # %% [markdown]
@@ -151,21 +176,35 @@ print("\nconstant    " + " ".join(f"{k}={v}" for k, v in space.constants(spec).i
 # %%
 ended = sum(t.state in journal.ENDS for t in journal.trials(here))
 left = max(plan["trials"] - ended, 0)
-print(f"trials      {plan['trials'] if math.isfinite(plan['trials']) else 'no end'}, {ended} of them ended, "
-      f"{plan['shapes']} shape(s) to compile, {plan['invalid']} impossible combination(s) in a sample of {plan['sampled']}")
+print(
+    f"trials      {plan['trials'] if math.isfinite(plan['trials']) else 'no end'}, {ended} of them ended, "
+    f"{plan['shapes']} shape(s) to compile, {plan['invalid']} impossible combination(s) in a sample of {plan['sampled']}"
+)
 for reason, n in plan["reasons"].items():
     print(f"impossible  {n} x {reason}")
-print(f"compute     {plan['flops']:.3g} FLOPs per trial on average, {plan['flops_least']:.3g} to {plan['flops_most']:.3g}")
+print(
+    f"compute     {plan['flops']:.3g} FLOPs per trial on average, {plan['flops_least']:.3g} to {plan['flops_most']:.3g}"
+)
 if space.rungs(spec):
-    print(f"hyperband   looks after {', '.join(str(r) for r in space.rungs(spec) if r < plan['evals'])} of "
-          f"{plan['evals']} validations and keeps the best 1/{spec['early_terminate'].get('eta', 3)}")
+    print(
+        f"hyperband   looks after {', '.join(str(r) for r in space.rungs(spec) if r < plan['evals'])} of "
+        f"{plan['evals']} validations and keeps the best 1/{spec['early_terminate'].get('eta', 3)}"
+    )
 if count >= 0 and left:
     timed = trials.time_one(*plan["middle"], bench)
-    minutes = (plan["flops"] * min(left, count or math.inf) / timed["flops_per_s"] + plan["shapes"] * timed["compile_seconds"]) / 60
-    print(f"time        one trial {plan['flops'] / timed['flops_per_s']:.1f} s ({timed['flops_per_s'] / 1e9:.1f} GFLOP/s, validation "
-          f"included) after {timed['compile_seconds']:.1f} s to compile")
+    minutes = (
+        plan["flops"] * min(left, count or math.inf) / timed["flops_per_s"]
+        + plan["shapes"] * timed["compile_seconds"]
+    ) / 60
+    print(
+        f"time        one trial {plan['flops'] / timed['flops_per_s']:.1f} s ({timed['flops_per_s'] / 1e9:.1f} GFLOP/s, validation "
+        f"included) after {timed['compile_seconds']:.1f} s to compile"
+    )
     if math.isfinite(minutes):
-        print(f"            {minutes:.1f} min for what is left, with one worker" + (", less what is pruned" if space.rungs(spec) else ""))
+        print(
+            f"            {minutes:.1f} min for what is left, with one worker"
+            + (", less what is pruned" if space.rungs(spec) else "")
+        )
 
 # %% [markdown]
 # ## The work
@@ -175,21 +214,39 @@ if count >= 0 and left:
 # %%
 clock, worked, interrupted = time.perf_counter(), 0, False
 with journal.Journal(here) as book, checkpoint.interruptible() as signal:
-    boss = drivers.Local(book, spec) if driver == "local" else drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path))
+    boss = (
+        drivers.Local(book, spec)
+        if driver == "local"
+        else drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path))
+    )
     try:
         while (count == 0 or worked < count) and not signal.stop:
-            taken = boss.take(min(population, count - worked) if count else population, stop=lambda: signal.stop)
+            taken = boss.take(
+                min(population, count - worked) if count else population, stop=lambda: signal.stop
+            )
             if not taken:
                 break
             for trial, outcome in trials.run(boss, taken, bench, stop=lambda: signal.stop):
                 worked += outcome.state in journal.ENDS
-                shown = f"{metric} {outcome.values[metric]:.4f}" if metric in outcome.values else outcome.reason
-                print(f"trial {trial.number:3} {outcome.state:7} {shown}  {outcome.facts.get('seconds', 0):6.1f} s  "
-                      + " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.assignment.items()), flush=True)
+                shown = (
+                    f"{metric} {outcome.values[metric]:.4f}"
+                    if metric in outcome.values
+                    else outcome.reason
+                )
+                print(
+                    f"trial {trial.number:3} {outcome.state:7} {shown}  {outcome.facts.get('seconds', 0):6.1f} s  "
+                    + " ".join(
+                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                        for k, v in trial.assignment.items()
+                    ),
+                    flush=True,
+                )
         interrupted = signal.stop
     finally:
         boss.close()
-print(f"{worked} trial(s) ended here in {time.perf_counter() - clock:.1f} s; once more: python 03_worker.py --run {folder.name} {again}")
+print(
+    f"{worked} trial(s) ended here in {time.perf_counter() - clock:.1f} s; once more: python 03_worker.py --run {folder.name} {again}"
+)
 
 # %% [markdown]
 # ## All trials
@@ -220,7 +277,9 @@ if best:
     show(pictures.parallel(everyone, spec), here / "parallel.png")
 if shares := space.importance(spec, everyone):
     show(pictures.importance(shares), here / "importance.png")
-    pictures.write_csv(here / "importance.csv", [dict(parameter=k, share=v) for k, v in shares.items()])
+    pictures.write_csv(
+        here / "importance.csv", [dict(parameter=k, share=v) for k, v in shares.items()]
+    )
 
 # %% [markdown]
 # ## Laws
@@ -235,17 +294,35 @@ laws, span = {}, lambda pair: f"[{pair[0]:.3g}, {pair[1]:.3g}]"
 if "target_flops" in space.varied(spec) and "depth" in space.varied(spec):
     try:
         laws["isoflop"] = fit = scaling.isoflop(runs)
-        print(pictures.table([{k: b[k] for k in ("target", "N", "D", "L")} | {
-            "N interval": span(b["N_interval"]), "tokens/N": b["D"] / b["N"], "inside": str(b["inside"])} for b in fit["budgets"]],
-                             dict(target=".3g", N=",.0f", D=",.0f", L=".4f", **{"tokens/N": ".1f"})))
-        print(f"\n{len(fit['budgets']) - fit['used']} budget(s) left out, their minimum being outside of the sizes trained\n"
-              f"through {fit['used']} minima: best size ~ C^{fit['N_opt']['p']:.3f} {span(fit['N_opt']['p_interval'])}, best tokens ~ "
-              f"C^{fit['D_opt']['p']:.3f} {span(fit['D_opt']['p_interval'])}")
+        print(
+            pictures.table(
+                [
+                    {k: b[k] for k in ("target", "N", "D", "L")}
+                    | {
+                        "N interval": span(b["N_interval"]),
+                        "tokens/N": b["D"] / b["N"],
+                        "inside": str(b["inside"]),
+                    }
+                    for b in fit["budgets"]
+                ],
+                dict(target=".3g", N=",.0f", D=",.0f", L=".4f", **{"tokens/N": ".1f"}),
+            )
+        )
+        print(
+            f"\n{len(fit['budgets']) - fit['used']} budget(s) left out, their minimum being outside of the sizes trained\n"
+            f"through {fit['used']} minima: best size ~ C^{fit['N_opt']['p']:.3f} {span(fit['N_opt']['p_interval'])}, best tokens ~ "
+            f"C^{fit['D_opt']['p']:.3f} {span(fit['D_opt']['p_interval'])}"
+        )
         show(pictures.isoflop(fit, metric), here / "isoflop.png")
         laws["parametric"] = whole = scaling.parametric(runs)
-        print("L(N, D) = E + A/N^alpha + B/D^beta, Huber loss on logs: " + ", ".join(
-            f"{k} {whole[k]:.3g} {span(whole['intervals'][k])}" for k in ("E", "A", "alpha", "B", "beta", "a"))
-            + f"; off by {whole['error']:.2%} (root mean square); a is the power of the best size")
+        print(
+            "L(N, D) = E + A/N^alpha + B/D^beta, Huber loss on logs: "
+            + ", ".join(
+                f"{k} {whole[k]:.3g} {span(whole['intervals'][k])}"
+                for k in ("E", "A", "alpha", "B", "beta", "a")
+            )
+            + f"; off by {whole['error']:.2%} (root mean square); a is the power of the best size"
+        )
     except UserError as e:
         print(f"not fitted yet: {e}")
     if "isoflop" in laws:
@@ -253,13 +330,30 @@ if "target_flops" in space.varied(spec) and "depth" in space.varied(spec):
 elif "depth" in space.varied(spec):
     try:
         laws["series"] = fit = scaling.series(runs)
-        print("L = E + k C^-p: " + ", ".join(f"{k} {fit[k]:.4g} {span(fit['intervals'][k])}" for k in "Ekp"))
+        print(
+            "L = E + k C^-p: "
+            + ", ".join(f"{k} {fit[k]:.4g} {span(fit['intervals'][k])}" for k in "Ekp")
+        )
         show(pictures.series(runs, fit, metric), here / "series.png")
     except UserError as e:
         print(f"not fitted yet: {e}")
 if laws and (unseen := scaling.held_out(runs)):
-    print("\nthe largest, predicted by a fit that did not see it:\n"
-          + pictures.table(unseen, dict(N=",.0f", D=",.0f", C=".3g", error="+.2%", actual=".4f", predicted=".4f", low=".4f", high=".4f")))
+    print(
+        "\nthe largest, predicted by a fit that did not see it:\n"
+        + pictures.table(
+            unseen,
+            dict(
+                N=",.0f",
+                D=",.0f",
+                C=".3g",
+                error="+.2%",
+                actual=".4f",
+                predicted=".4f",
+                low=".4f",
+                high=".4f",
+            ),
+        )
+    )
     show(pictures.predicted(unseen, metric), here / "held_out.png")
     pictures.write_csv(here / "held_out.csv", unseen)
 if laws:
@@ -273,8 +367,10 @@ if laws:
 # %%
 if "without" in space.varied(spec) and (rows := scaling.paired(everyone)):
     print(pictures.ablation_table(rows))
-    print("\ndelta: without the part minus the whole model of the same seed (positive: the part helps)\n"
-          "low, high: 95 % interval, Student's t over seeds")
+    print(
+        "\ndelta: without the part minus the whole model of the same seed (positive: the part helps)\n"
+        "low, high: 95 % interval, Student's t over seeds"
+    )
     show(pictures.ablation(rows, metric), here / "ablation.png")
     pictures.write_csv(here / "ablation.csv", rows)
 
@@ -285,9 +381,13 @@ if "without" in space.varied(spec) and (rows := scaling.paired(everyone)):
 mine = [t for t in journal.trials(here) if not t.reason.startswith(drivers.NOT_AGAIN)]
 checks = {
     "no assignment was trained twice": len({space.key(t.assignment) for t in mine}) == len(mine),
-    "every trial that ended has a result or a reason": all(t.value is not None if t.state == "done" else t.reason or t.state != "failed"
-                                                           for t in everyone),
-    "every result is a finite number": all(math.isfinite(t.value) for t in everyone if t.state == "done" and t.value is not None),
+    "every trial that ended has a result or a reason": all(
+        t.value is not None if t.state == "done" else t.reason or t.state != "failed"
+        for t in everyone
+    ),
+    "every result is a finite number": all(
+        math.isfinite(t.value) for t in everyone if t.state == "done" and t.value is not None
+    ),
 }
 for what, good in checks.items():
     print("ok  " if good else "FAIL", what)
@@ -296,8 +396,12 @@ for what, good in checks.items():
 # ## Results
 
 # %%
-results = dict(sweep=sweep_id, sweep_trials=len(everyone), sweep_best=best and best.value,
-               sweep_best_assignment=best and best.assignment)
+results = dict(
+    sweep=sweep_id,
+    sweep_trials=len(everyone),
+    sweep_best=best and best.value,
+    sweep_best_assignment=best and best.assignment,
+)
 update_json(folder / "results.json", **results)
 print(json.dumps(results, indent=1))
 if interrupted:

@@ -34,7 +34,9 @@ import sys
 
 if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
     if not os.path.exists("rawchat"):
-        subprocess.run(["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True)
+        subprocess.run(
+            ["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True
+        )
     os.chdir("rawchat")
     sys.path.insert(0, os.getcwd())
 from lib.notebook import setup
@@ -49,22 +51,24 @@ import time
 import jax
 import numpy as np
 
-from lib.chat import terminal as chat
-from lib.train import checkpoint, finetune as sft, step as train
-from lib.data import sources as data
 from lib import evals
-from lib.generate import engine as generate
-from lib.report import page as report
-from lib.sandbox import programs as sandbox
+from lib.chat import terminal as chat
 from lib.config import Config
+from lib.data import sources as data
+from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import chat as chat_tasks
 from lib.evals import contamination, core, kinds, stats
 from lib.files import UserError, choose, update_json
-from lib.train.metrics import Metrics, column, read_jsonl
+from lib.generate import engine as generate
 from lib.notebook import device_report, flags, open_run, results_table, set_aside, show, subplots
 from lib.params import count_params, templates
+from lib.report import page as report
+from lib.sandbox import programs as sandbox
 from lib.tasks import tasks as known_tasks
-from lib.data.tokenizer import FILE, load_tokenizer
+from lib.train import checkpoint
+from lib.train import finetune as sft
+from lib.train import step as train
+from lib.train.metrics import Metrics, column, read_jsonl
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -134,7 +138,9 @@ else:
     tokenizer = load_tokenizer(folder)
 device = device_report()
 if device["count"] > 1:
-    print("one of them is used here: a model that was trained on several is measured and fine-tuned on one")
+    print(
+        "one of them is used here: a model that was trained on several is measured and fine-tuned on one"
+    )
 
 # %% [markdown]
 # ## The model
@@ -142,19 +148,30 @@ if device["count"] > 1:
 # %%
 path = {"": folder, "best": checkpoint.best(folder / "checkpoints")}.get(ckpt, ckpt)
 if path is None:
-    raise UserError(f"no checkpoint in {folder} was validated, so none is best: leave ckpt empty for the newest")
+    raise UserError(
+        f"no checkpoint in {folder} was validated, so none is best: leave ckpt empty for the newest"
+    )
 meta = checkpoint.read_meta(path)
 config = Config.from_dict(meta["config"])
 if meta["tokenizer"] != tokenizer.fingerprint:
-    raise UserError(f"{path} was trained with another tokenizer than the one at hand: name the run it belongs to")
+    raise UserError(
+        f"{path} was trained with another tokenizer than the one at hand: name the run it belongs to"
+    )
 params, _ = checkpoint.restore(path, templates(config), only="params")
 params = jax.device_put(params)
 source = source or meta["settings"]["source"]
 kind = "nanochat" if source in ("climbmix", "fineweb_edu", "tinystories") else "embedded"
-mixtures = {stage: "" if name == "none" else f"{kind}_{stage}" if name == "auto" else name
-            for stage, name in {"mid": mid, "sft": sft_mixture}.items()}
+mixtures = {
+    stage: "" if name == "none" else f"{kind}_{stage}" if name == "auto" else name
+    for stage, name in {"mid": mid, "sft": sft_mixture}.items()
+}
 taught = {stage: sft.parse_mixture(name) for stage, name in mixtures.items() if name}
-auto = dict.fromkeys([*(name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")), "code_completion"])
+auto = dict.fromkeys(
+    [
+        *(name for mixture in taught.values() for name in mixture if not name.endswith(".jsonl")),
+        "code_completion",
+    ]
+)
 names = {"none": [], "auto": [*auto], "all": [*auto | known_tasks()]}.get(tasks, tasks.split())
 # found and read now, so that a wrong name, file or bundle stops the run before any compute
 asked = chat_tasks.find(names, known_tasks()) if names else {}
@@ -162,8 +179,10 @@ bundle = None if core_bundle == "download" else core_bundle
 core_tasks = [] if core_bundle == "none" else core.load_bundle(bundle, limit=core_items or None)[0]
 choose("if_exists", if_exists, ("continue", "fresh", "stop"))
 choose("optimizer_state", optimizer_state, ("fresh", "warm"))
-print(f"{path}: step {meta['step']} of {config.num_steps}, {count_params(config)['total']:,} parameters, "
-      f"{config.n_layer} layers x {config.n_embd}, {config.dtype} on {device['kind']}")
+print(
+    f"{path}: step {meta['step']} of {config.num_steps}, {count_params(config)['total']:,} parameters, "
+    f"{config.n_layer} layers x {config.n_embd}, {config.dtype} on {device['kind']}"
+)
 
 # %% [markdown]
 # ## Bits per byte
@@ -173,13 +192,19 @@ print(f"{path}: step {meta['step']} of {config.num_steps}, {count_params(config)
 
 # %%
 texts = data.head(data.documents(source, "val"), eval_bytes)
-batches = data.batches(data.tokens_of(texts, tokenizer), config.microbatch, config.sequence_len, loop=False)
+batches = data.batches(
+    data.tokens_of(texts, tokenizer), config.microbatch, config.sequence_len, loop=False
+)
 clock = time.perf_counter()
 score = evals.bits_per_byte(params, config, batches, tokenizer.token_bytes)
 seconds = time.perf_counter() - clock
 packers = data.baselines(texts)
-print(f"{score['bytes']:,} of {packers['bytes']:,} bytes in {len(texts)} documents of {source}, {seconds:.1f} s")
-print(f"model    {score['bpb']:.4f} ± {score['stderr']:.4f} bits per byte (standard error over rows)")
+print(
+    f"{score['bytes']:,} of {packers['bytes']:,} bytes in {len(texts)} documents of {source}, {seconds:.1f} s"
+)
+print(
+    f"model    {score['bpb']:.4f} ± {score['stderr']:.4f} bits per byte (standard error over rows)"
+)
 print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 
 # %% [markdown]
@@ -188,7 +213,9 @@ print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 # %%
 by_kind = kinds.bits_by_kind(params, config, tokenizer, texts)
 for name, bits in sorted(by_kind["kinds"].items(), key=lambda entry: -entry[1]["bytes"]):
-    print(f"{name:14} {bits['bytes'] / by_kind['bytes']:6.1%} of the bytes  {bits['bpb']:.3f} ± {bits['stderr']:.3f} bits per byte")
+    print(
+        f"{name:14} {bits['bytes'] / by_kind['bytes']:6.1%} of the bytes  {bits['bpb']:.3f} ± {bits['stderr']:.3f} bits per byte"
+    )
 
 # %% [markdown]
 # ## What it finds easy and hard
@@ -200,7 +227,9 @@ ids = tokenizer.encode(texts[0], bos=True)[: min(config.sequence_len, 240) + 1]
 row = np.full((2, config.sequence_len), -1, np.int32)
 row[0], row[1, : len(ids) - 1] = 0, ids[1:]
 row[0, : len(ids) - 1] = ids[:-1]
-bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len(ids) - 1] / np.log(2)
+bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len(ids) - 1] / np.log(
+    2
+)
 
 figure, axis = subplots(size=(9, 4.5))
 axis.set_axis_off()
@@ -213,11 +242,26 @@ for token, cost in zip(ids[1:], bits):
         if x + len(text) > columns:
             x, y = 0, y + 1
         if text:
-            axis.text(x, -y, text, family="monospace", fontsize=points, va="top", parse_math=False,
-                      bbox=dict(facecolor=(1, 0.3, 0.2, min(cost / 16, 0.8)) if cost > 4 else (0.2, 0.5, 1, 0.3 - cost / 16),
-                                edgecolor="none", pad=0.6))
+            axis.text(
+                x,
+                -y,
+                text,
+                family="monospace",
+                fontsize=points,
+                va="top",
+                parse_math=False,
+                bbox=dict(
+                    facecolor=(1, 0.3, 0.2, min(cost / 16, 0.8))
+                    if cost > 4
+                    else (0.2, 0.5, 1, 0.3 - cost / 16),
+                    edgecolor="none",
+                    pad=0.6,
+                ),
+            )
         x, y = (0, y + 1) if piece != text else (x + len(text), y)
-axis.set(xlim=(0, columns), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average")
+axis.set(
+    xlim=(0, columns), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average"
+)
 axis.set_position([0.02, 0.02, columns * 0.602 * points / 72 / 9, 0.9])
 figure.set_size_inches(9, 0.5 + (y + 2) * 1.35 * points / 72)
 show(figure, folder / "plots" / "surprise.png")
@@ -230,16 +274,35 @@ show(figure, folder / "plots" / "surprise.png")
 # %%
 prompt_ids = tokenizer.encode(prompt, bos=True)
 clock = time.perf_counter()
-new = generate.generate(params, config, [prompt_ids] * num_samples, max_tokens, temperature, top_k, top_p, seed,
-                        stop=(tokenizer.bos,))
+new = generate.generate(
+    params,
+    config,
+    [prompt_ids] * num_samples,
+    max_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    stop=(tokenizer.bos,),
+)
 seconds = time.perf_counter() - clock
 completions = [prompt + tokenizer.decode(ids) for ids in new]
 for text in completions:
     print(text, "\n" + "─" * 60)
-print(f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new")
+print(
+    f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new"
+)
 
-update_json(folder / "results.json", val_source=source, val_bpb=score["bpb"], val_bpb_stderr=score["stderr"], val_bytes=score["bytes"],
-            gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"], samples=completions)
+update_json(
+    folder / "results.json",
+    val_source=source,
+    val_bpb=score["bpb"],
+    val_bpb_stderr=score["stderr"],
+    val_bytes=score["bytes"],
+    gzip_bpb=packers["gzip_bpb"],
+    xz_bpb=packers["xz_bpb"],
+    samples=completions,
+)
 
 # %% [markdown]
 # ## What a conversation looks like to the model
@@ -252,7 +315,9 @@ chats = {stage: sft.open_mixture(mixture, "train") for stage, mixture in taught.
 held_out = {stage: sft.open_mixture(mixture, "val") for stage, mixture in taught.items()}
 for stage, found in chats.items():
     # one that uses the calculator
-    shown = next((m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0])
+    shown = next(
+        (m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0]
+    )
     pairs = zip(*sft.render(tokenizer, shown, config.sequence_len + 1))
     print(f"{stage}, a conversation of its mixture:")
     for learnt, part in itertools.groupby(pairs, key=lambda pair: pair[1]):
@@ -272,32 +337,61 @@ marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}
 
 def examine(stage, path, params):
     """Put the tasks to a model, and see how well it still foresees text; the record goes to evals/STAGE.json."""
-    found = chat_tasks.evaluate(params, config, tokenizer, names, limit=task_items or None, seed=seed, batch=64,
-                                max_tokens=min(512, config.sequence_len * 3 // 8)) if names else {"tasks": {}}
+    found = (
+        chat_tasks.evaluate(
+            params,
+            config,
+            tokenizer,
+            names,
+            limit=task_items or None,
+            seed=seed,
+            batch=64,
+            max_tokens=min(512, config.sequence_len * 3 // 8),
+        )
+        if names
+        else {"tasks": {}}
+    )
     if stage not in bits_of:
         bits_of[stage] = kinds.bits_by_kind(params, config, tokenizer, texts)
     if stage == "base" and core_tasks:
-        measured = core.evaluate(core.scorer(params, config, tokenizer), tokenizer, bundle, limit=core_items or None)
+        measured = core.evaluate(
+            core.scorer(params, config, tokenizer), tokenizer, bundle, limit=core_items or None
+        )
         found = found | dict(core=measured["core"], tasks=found["tasks"] | measured["tasks"])
     for name, entry in found["tasks"].items():
         if name in shared:
             entry["contamination"] = {k: shared[name][k] for k in ("overlapping", "n", "short")}
-    marks[stage] = {name: entry for name, entry in found["tasks"].items() if entry["kind"] != "core"}
+    marks[stage] = {
+        name: entry for name, entry in found["tasks"].items() if entry["kind"] != "core"
+    }
     step = checkpoint.read_meta(path)["step"]
-    about[stage] = dict(step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed)
-    records[stage] = chat_tasks.write(folder, stage, about[stage] | found | dict(bpb={source: bits_of[stage]}))
+    about[stage] = dict(
+        step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed
+    )
+    records[stage] = chat_tasks.write(
+        folder, stage, about[stage] | found | dict(bpb={source: bits_of[stage]})
+    )
 
 
 # how many test items were in the pretraining text: they share so many words in a row with it (see lib/evals/contamination.py)
-test_texts = {name: chat_tasks.texts_of(items) for name, task in asked.items()
-              if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)}
+test_texts = {
+    name: chat_tasks.texts_of(items)
+    for name, task in asked.items()
+    if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)
+}
 test_texts |= {f"core/{task.label}": core.texts_of(task) for task in core_tasks}
 trained_on = data.documents(meta["settings"]["source"], "train", shards=meta["settings"]["shards"])
 try:
     shared = contamination.overlap(trained_on, test_texts) if test_texts else {}
-    met = [f"{name} {found['overlapping']} of {found['n']}" for name, found in shared.items() if found["overlapping"]]
+    met = [
+        f"{name} {found['overlapping']} of {found['n']}"
+        for name, found in shared.items()
+        if found["overlapping"]
+    ]
     short, total = (sum(found[k] for found in shared.values()) for k in ("short", "n"))
-    print(f"seen in the pretraining text: {', '.join(met) or 'none of the questions'} ({short} of {total} are too short to tell)")
+    print(
+        f"seen in the pretraining text: {', '.join(met) or 'none of the questions'} ({short} of {total} are too short to tell)"
+    )
 except UserError as e:  # a model from elsewhere, whose text cannot be had here
     shared = {}
     print(f"how many questions were in the pretraining text is not known: {e}")
@@ -315,54 +409,108 @@ def fine_tune(stage, params, opt_state, epochs, lr):
     """Run a phase, or what is left of it, or find it finished; returns its state and the checkpoint's path."""
     plan, warm = sft.plan(chats[stage], tokenizer, config, epochs), optimizer_state == "warm"
     tuned = sft.phase_config(config, plan["steps"], lr, warm)
-    settings = dict(mixture=taught[stage], conversations=chats[stage].identity, epochs=epochs, lr=lr, source=source,
-                    optimizer_state=optimizer_state, start=sft.fingerprint(params))
+    settings = dict(
+        mixture=taught[stage],
+        conversations=chats[stage].identity,
+        epochs=epochs,
+        lr=lr,
+        source=source,
+        optimizer_state=optimizer_state,
+        start=sft.fingerprint(params),
+    )
     store = folder / checkpoint.STAGES[stage]
     saved = checkpoint.latest(store)
     if saved and if_exists == "stop":
-        raise UserError(f"{folder} has a phase {stage} already: pass if_exists=continue or fresh, or another run")
+        raise UserError(
+            f"{folder} has a phase {stage} already: pass if_exists=continue or fresh, or another run"
+        )
     if saved and if_exists == "fresh":
         print(f"fresh start: what was there is now in {set_aside(folder, store.name)}")
         saved = None
     if saved and (then := checkpoint.read_meta(saved)["settings"]) != settings:
         changed = ", ".join(name for name in settings if then.get(name) != settings[name])
-        raise UserError(f"the phase {stage} in {folder} was run with other settings ({changed}): set them back, pass "
-                        "if_exists=fresh to run it anew, or take another run name")
+        raise UserError(
+            f"the phase {stage} in {folder} was run with other settings ({changed}): set them back, pass "
+            "if_exists=fresh to run it anew, or take another run name"
+        )
     if saved:
         state, meta = checkpoint.restore(saved, train.state_template(tuned))
     else:
         state, meta = sft.start(params, tuned, opt_state if warm else None), {}
-    done, last, rows = int(state.step), tuned.num_steps, tuned.total_batch_size // tuned.sequence_len
-    print(f"{stage}: {sft.PHASES[stage]}\n  " + "  ".join(f"{name} {n:,}" for name, n in plan["conversations"].items())
-          + f"\n  {plan['tokens']:,} tokens x {epochs:g} epochs = {last} steps of {rows} x {tuned.sequence_len}, {lr:g} x rates"
-          + (f"; finished before: {saved}" if done == last else f"; continuing at step {done}" if saved else ""))
+    done, last, rows = (
+        int(state.step),
+        tuned.num_steps,
+        tuned.total_batch_size // tuned.sequence_len,
+    )
+    print(
+        f"{stage}: {sft.PHASES[stage]}\n  "
+        + "  ".join(f"{name} {n:,}" for name, n in plan["conversations"].items())
+        + f"\n  {plan['tokens']:,} tokens x {epochs:g} epochs = {last} steps of {rows} x {tuned.sequence_len}, {lr:g} x rates"
+        + (
+            f"; finished before: {saved}"
+            if done == last
+            else f"; continuing at step {done}"
+            if saved
+            else ""
+        )
+    )
     if done == last:
         return state, saved
-    val = list(sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False))
-    batches = data.prefetch(sft.batches(chats[stage], tokenizer, rows, tuned.sequence_len, cursor=meta.get("cursor"),
-                                        seed=tuned.seed), jax.device_put)
+    val = list(
+        sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False)
+    )
+    batches = data.prefetch(
+        sft.batches(
+            chats[stage],
+            tokenizer,
+            rows,
+            tuned.sequence_len,
+            cursor=meta.get("cursor"),
+            seed=tuned.seed,
+        ),
+        jax.device_put,
+    )
     step_fn = train.make_train_step(tuned)
-    with (Metrics(store, last, resumed=done if saved else None, config=tuned.to_dict()) as metrics,
-          checkpoint.Saver(store, keep=1, size=checkpoint.nbytes(state)) as saver, checkpoint.interruptible() as signal):
-        pause = lambda n: signal.stop or n == last or n % max(1, last // 10) == 0 or n % max(1, last // 3) == 0
+    with (
+        Metrics(store, last, resumed=done if saved else None, config=tuned.to_dict()) as metrics,
+        checkpoint.Saver(store, keep=1, size=checkpoint.nbytes(state)) as saver,
+        checkpoint.interruptible() as signal,
+    ):
+        pause = lambda n: (
+            signal.stop or n == last or n % max(1, last // 10) == 0 or n % max(1, last // 3) == 0
+        )
         for step in train.steps(step_fn, state, batches, tuned, pause=pause):
             values, n = step.metrics, step.step
             if step.state is not None:
                 state = step.state
                 values["val_loss"] = sft.validation_loss(state.params, tuned, val)
                 if n == last or n % max(1, last // 3) == 0 or signal.stop:
-                    saver.save(n, state, dict(config=tuned.to_dict(), cursor=step.cursor, settings=settings,
-                                              tokenizer=tokenizer.fingerprint, loss=values["loss"]), metric=values["val_loss"])
+                    saver.save(
+                        n,
+                        state,
+                        dict(
+                            config=tuned.to_dict(),
+                            cursor=step.cursor,
+                            settings=settings,
+                            tokenizer=tokenizer.fingerprint,
+                            loss=values["loss"],
+                        ),
+                        metric=values["val_loss"],
+                    )
             metrics.log(n, values)
             if signal.stop and step.state is not None:
                 break
         saved = saver.wait()
     if int(state.step) < last:
-        raise UserError(f"stopped in phase {stage} at step {int(state.step)} and saved: run again with the same settings")
+        raise UserError(
+            f"stopped in phase {stage} at step {int(state.step)} and saved: run again with the same settings"
+        )
     found = step.cursor
-    print(f"  {found['conversations']:,} conversations, {found['truncated']} cut to the length of a row, {found['empty']} left "
-          f"out, having nothing to learn; {found['targets'] / found['cells']:.0%} of the tokens learnt, "
-          f"{found['padding'] / found['cells']:.1%} padding")
+    print(
+        f"  {found['conversations']:,} conversations, {found['truncated']} cut to the length of a row, {found['empty']} left "
+        f"out, having nothing to learn; {found['targets'] / found['cells']:.0%} of the tokens learnt, "
+        f"{found['padding'] / found['cells']:.1%} padding"
+    )
     return state, saved
 
 
@@ -394,18 +542,32 @@ if curves:
 
 # %%
 graded = [name for name, entry in marks.get(stage, {}).items() if entry["kind"] != "perplexity"]
-print("bits per byte of text  " + "  ".join(f"{stage_} {found['bpb']:.4f}" for stage_, found in bits_of.items()))
+print(
+    "bits per byte of text  "
+    + "  ".join(f"{stage_} {found['bpb']:.4f}" for stage_, found in bits_of.items())
+)
 if graded:
     print(f"{'% right':22}{'random':>8}" + "".join(f"{stage:>16}" for stage in marks))
     for name in graded:
         row = [found[name] for found in marks.values()]
-        print(f"{name:22}{100 * (row[0]['baseline'] or 0):8.1f}" + "".join(
-            f"{100 * e['score']:9.1f} ± {100 * (e['stderr'] or 0):4.1f}" for e in row) + f"   of {row[0]['n']}")
+        print(
+            f"{name:22}{100 * (row[0]['baseline'] or 0):8.1f}"
+            + "".join(f"{100 * e['score']:9.1f} ± {100 * (e['stderr'] or 0):4.1f}" for e in row)
+            + f"   of {row[0]['n']}"
+        )
     figure, axis = subplots(size=(max(4.5, 1.2 * len(graded)), 3))
     for i, (stage_, found) in enumerate(marks.items()):
         at = np.arange(len(graded)) + 0.26 * (i - (len(marks) - 1) / 2)
-        axis.bar(at, [100 * found[n]["score"] for n in graded], 0.24, yerr=[100 * (found[n]["stderr"] or 0) for n in graded],
-                 capsize=2, color=f"C{i}", error_kw=dict(linewidth=0.8), label=stage_)
+        axis.bar(
+            at,
+            [100 * found[n]["score"] for n in graded],
+            0.24,
+            yerr=[100 * (found[n]["stderr"] or 0) for n in graded],
+            capsize=2,
+            color=f"C{i}",
+            error_kw=dict(linewidth=0.8),
+            label=stage_,
+        )
     axis.set(title="held-out questions answered rightly", ylabel="%", ylim=(0, 105))
     axis.set_xticks(range(len(graded)), graded)
     axis.tick_params(axis="x", rotation=20)
@@ -424,8 +586,14 @@ for before, after in itertools.pairwise(records):
 # ## Results
 
 # %%
-scores = {f"{stage_}_{name}": entry["score"] for stage_, found in marks.items() for name, entry in found.items()}
-losses = {f"{phase}_val_loss": column(logged, "val_loss")[1][-1] for phase, logged in curves.items()}
+scores = {
+    f"{stage_}_{name}": entry["score"]
+    for stage_, found in marks.items()
+    for name, entry in found.items()
+}
+losses = {
+    f"{phase}_val_loss": column(logged, "val_loss")[1][-1] for phase, logged in curves.items()
+}
 update_json(folder / "results.json", stage=stage, **scores, **losses)
 print(results_table(folder))
 
@@ -442,7 +610,12 @@ conversation = []
 
 def talk(words):
     """Say something to the model, print its answer as it comes, and keep both in the conversation."""
-    ids, _ = chat.fit(tokenizer, [*conversation, dict(role="user", content=words)], config.sequence_len, max_tokens)
+    ids, _ = chat.fit(
+        tokenizer,
+        [*conversation, dict(role="user", content=words)],
+        config.sequence_len,
+        max_tokens,
+    )
     room = min(max_tokens, config.sequence_len - len(ids))
     reader, kind = chat.Reader(tokenizer), "text"
     warmth = temperature if live else 0.0
@@ -453,14 +626,21 @@ def talk(words):
         kind = piece.kind
         print(piece.text, end="", flush=True)
     print()
-    conversation.extend([dict(role="user", content=words), dict(role="assistant", content=chat.compact(reader.parts))])
+    conversation.extend(
+        [
+            dict(role="user", content=words),
+            dict(role="assistant", content=chat.compact(reader.parts)),
+        ]
+    )
 
 
 for words in filter(None, map(str.strip, say.split("|"))):
     print(f"you    {words}\nmodel  ", end="")
     talk(words)
-said = [dict(prompt=asked["content"], text=chat.plain(answer["content"]))
-        for asked, answer in zip(conversation[::2], conversation[1::2])]
+said = [
+    dict(prompt=asked["content"], text=chat.plain(answer["content"]))
+    for asked, answer in zip(conversation[::2], conversation[1::2])
+]
 if taught:
     chat_tasks.write(folder, stage, about[stage] | dict(samples=said))
 while live and (words := input("you    ").strip()):

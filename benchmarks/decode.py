@@ -59,7 +59,11 @@ def read_bandwidth(size: int, seconds: float = 0.3) -> float:
     best = 0.0
     if jax.default_backend() != "cpu":
         a, x = jnp.ones((size // 2 // 4096, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
-        f = jax.jit(lambda a, x: jax.lax.fori_loop(0, 20, lambda i, x: x + (1e-30 * (a @ x).max()).astype(x.dtype), x))
+        f = jax.jit(
+            lambda a, x: jax.lax.fori_loop(
+                0, 20, lambda i, x: x + (1e-30 * (a @ x).max()).astype(x.dtype), x
+            )
+        )
         f(a, x).block_until_ready()
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
@@ -77,7 +81,9 @@ def read_bandwidth(size: int, seconds: float = 0.3) -> float:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not best:
         for threads in {1, os.cpu_count()}:
-            work = [threading.Thread(target=read, args=(part,)) for part in np.array_split(a, threads)]
+            work = [
+                threading.Thread(target=read, args=(part,)) for part in np.array_split(a, threads)
+            ]
             clock = time.perf_counter()
             for t in work:
                 t.start()
@@ -115,9 +121,24 @@ def nanochat_speed(args: Args, config, prompt) -> dict[str, float]:
     """Tokens a second of nanochat's cached engine by number of rows, prefill included."""
     from lib.files import UserError
 
-    shape = dict(sequence_len=config.sequence_len, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
-                 n_kv_head=config.n_kv_head, n_embd=config.n_embd, window_pattern=config.window_pattern)
-    command = [args.torch_python, "-c", NANOCHAT, args.nanochat, json.dumps(shape), json.dumps(prompt), str(args.new)]
+    shape = dict(
+        sequence_len=config.sequence_len,
+        vocab_size=config.vocab_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_kv_head=config.n_kv_head,
+        n_embd=config.n_embd,
+        window_pattern=config.window_pattern,
+    )
+    command = [
+        args.torch_python,
+        "-c",
+        NANOCHAT,
+        args.nanochat,
+        json.dumps(shape),
+        json.dumps(prompt),
+        str(args.new),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.splitlines() or ["no message"])[-1]
@@ -130,14 +151,14 @@ def main(args: Args):
     import numpy as np
 
     from benchmarks.train_step import CONFIGS
-    from lib.train import checkpoint
-    from lib.data import sources as data
     from lib import evals
+    from lib.config import PRESETS, Config
+    from lib.data import sources as data
+    from lib.files import UserError, choose, write_json
     from lib.generate import engine as generate
     from lib.model import transformer as model
-    from lib.config import PRESETS, Config
-    from lib.files import UserError, choose, write_json
     from lib.notebook import parse_overrides
+    from lib.train import checkpoint
 
     if args.draft and not args.run:
         raise UserError("a draft model needs a trained model to draft for: pass --run too")
@@ -151,14 +172,19 @@ def main(args: Args):
         prompts = [tokenizer.encode(t, bos=True)[: args.prompt] for t in text]
         prompts = [p for p in prompts if len(p) == args.prompt]
     else:
-        config = Config.from_depth(**choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config))
+        config = Config.from_depth(
+            **choose("config", args.config, CONFIGS | PRESETS)
+            | parse_overrides(args.overrides, Config)
+        )
         params = model.init_params(0, config)
         prompts = []
     rng = np.random.default_rng(0)
     prompts += [rng.integers(0, config.vocab_size, args.prompt).tolist()]
     ready = model.decoding_params(params, config)
     small = model.decoding_params(model.quantized(params, config), config)
-    read = lambda p: sum(a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])]))
+    read = lambda p: sum(
+        a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])])
+    )
     weights = read(ready)
     draft = None
     if args.draft:
@@ -170,7 +196,9 @@ def main(args: Args):
     def decode(name, rows, params=ready, **options):
         """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
         if name not in engines:
-            engines[name] = generate.Engines(params, config, rows, args.prompt + args.new, **options)
+            engines[name] = generate.Engines(
+                params, config, rows, args.prompt + args.new, **options
+            )
             decode(name, rows)  # compiles
             for part in engines[name].parts:
                 part.guessed = part.right = 0
@@ -206,7 +234,11 @@ def main(args: Args):
 
     # what the others are compared with is always there
     lines = {f"batch {b}": dict(rows=b) for b in sorted({1, *args.batches})}
-    lines |= {f"batch {b}, one engine": dict(rows=b, sides=1) for b in args.batches if generate.sides_for(ready, b) > 1}
+    lines |= {
+        f"batch {b}, one engine": dict(rows=b, sides=1)
+        for b in args.batches
+        if generate.sides_for(ready, b) > 1
+    }
     lines["int8, batch 1"] = dict(rows=1, params=small)
     lines[f"look-up {args.guess}, batch 1"] = dict(rows=1, guess=args.guess)
     if draft:
@@ -223,46 +255,86 @@ def main(args: Args):
         if args.nanochat:
             for rows, speed in nanochat_speed(args, config, prompts[0]).items():
                 theirs[rows] = max(theirs.get(rows, 0), speed)
-    result = dict(device=jax.devices()[0].device_kind, jax=jax.__version__, dtype=str(config.dtype), config=args.run or args.config,
-                  overrides=args.overrides, prompt=args.prompt, new=args.new, repeats=args.repeats, weights_MB=round(weights / 1e6, 2),
-                  read_GBps={"weights": round(width[weights] / 1e9, 1), "large": round(width[LARGE] / 1e9, 1)}, lines=[])
-    print(f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
-          f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n")
-    print(f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   "
-          f"best of {args.repeats}; GB/s with the kv cache, shares for the weights alone")
+    result = dict(
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        dtype=str(config.dtype),
+        config=args.run or args.config,
+        overrides=args.overrides,
+        prompt=args.prompt,
+        new=args.new,
+        repeats=args.repeats,
+        weights_MB=round(weights / 1e6, 2),
+        read_GBps={
+            "weights": round(width[weights] / 1e9, 1),
+            "large": round(width[LARGE] / 1e9, 1),
+        },
+        lines=[],
+    )
+    print(
+        f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
+        f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n"
+    )
+    print(
+        f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   "
+        f"best of {args.repeats}; GB/s with the kv cache, shares for the weights alone"
+    )
     best_of = lambda name: max(s for s, _ in best.get(name, [(float("nan"), 0)]))
     for name, line in lines.items():
         speed, step = max(s for s, _ in best[name]), min(ms for _, ms in best[name])
         engine = engines[name]
-        cache = sum(a.nbytes for part in engine.parts for a in jax.tree.leaves([part.caches[0]["k"], part.caches[0]["v"]]))
+        cache = sum(
+            a.nbytes
+            for part in engine.parts
+            for a in jax.tree.leaves([part.caches[0]["k"], part.caches[0]["v"]])
+        )
         need = sum(read(part.params[0]) for part in engine.parts)  # each reads the weights
-        row = dict(name=name, sides=len(engine.parts), tokens_per_s=round(speed, 1), step_ms=round(step, 3))
+        row = dict(
+            name=name, sides=len(engine.parts), tokens_per_s=round(speed, 1), step_ms=round(step, 3)
+        )
         row["median_tokens_per_s"] = round(float(np.median([s for s, _ in best[name]])), 1)
         if engine.parts[0].guess:
-            row |= dict(right=round(engine.right / engine.guessed, 3), speedup=round(speed / best_of("batch 1"), 3))
+            row |= dict(
+                right=round(engine.right / engine.guessed, 3),
+                speedup=round(speed / best_of("batch 1"), 3),
+            )
             extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x batch 1"
         else:
-            row |= dict(GBps=round((need + cache) / step / 1e6, 1), of_memory=round(need / width[LARGE] * 1e3 / step, 3),
-                        of_cached=round(need / width[weights] * 1e3 / step, 3))
+            row |= dict(
+                GBps=round((need + cache) / step / 1e6, 1),
+                of_memory=round(need / width[LARGE] * 1e3 / step, 3),
+                of_cached=round(need / width[weights] * 1e3 / step, 3),
+            )
             row["of_batch_1"] = round(speed / best_of("batch 1"), 2)
             extra = f"{row['GBps']:7.1f} {row['of_memory']:10.0%} {row['of_cached']:10.0%} {row['sides']:6} {row['of_batch_1']:8.2f} x"
         print(f"{name:22} {speed:8.0f} {step:8.3f} {extra}")
         result["lines"].append(row)
-    result |= dict(first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2))
-    print(f"\ntime to first token, {length} tokens: {1e3 * min(ttft):.1f} ms; one training forward of them: {1e3 * min(forward):.1f} ms "
-          f"({min(ttft) / min(forward):.2f} x)")
+    result |= dict(
+        first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2)
+    )
+    print(
+        f"\ntime to first token, {length} tokens: {1e3 * min(ttft):.1f} ms; one training forward of them: {1e3 * min(forward):.1f} ms "
+        f"({min(ttft) / min(forward):.2f} x)"
+    )
     for rows, speed in theirs.items():
         ours = [line["tokens_per_s"] for line in result["lines"] if line["name"] == f"batch {rows}"]
-        print(f"nanochat's engine, batch {rows}: {speed:.0f} tok/s" + (f" (ours {ours[0] / speed:.2f} x)" if ours else ""))
+        print(
+            f"nanochat's engine, batch {rows}: {speed:.0f} tok/s"
+            + (f" (ours {ours[0] / speed:.2f} x)" if ours else "")
+        )
     result["nanochat_tokens_per_s"] = {rows: round(speed, 1) for rows, speed in theirs.items()}
     if text:
         held_out = data.tokens_of(text, tokenizer)
         batches = lambda: data.batches(held_out, config.microbatch, config.sequence_len, loop=False)
-        bpb = {name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes)
-               for name, p in (("exact", ready), ("int8", small))}
+        bpb = {
+            name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes)
+            for name, p in (("exact", ready), ("int8", small))
+        }
         result["bits_per_byte"] = {name: b["bpb"] for name, b in bpb.items()}
         exact, int8 = bpb["exact"]["bpb"], bpb["int8"]["bpb"]
-        print(f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})")
+        print(
+            f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})"
+        )
     if args.json:
         write_json(args.json, result)
 

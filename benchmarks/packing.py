@@ -1,6 +1,6 @@
 """What each way of packing costs on the standard library's source text, and how fast it is on one core.
 
-    python -m benchmarks.packing --vocab-sizes 4096 32768 --sequence-lens 512 2048 --json out.json
+python -m benchmarks.packing --vocab-sizes 4096 32768 --sequence-lens 512 2048 --json out.json
 """
 
 
@@ -22,8 +22,11 @@ def kept_whole(tokens, packing: str, sequence_len: int) -> float:
     return len(fitting & shown) / len(fitting)
 
 
-def main(vocab_sizes: tuple[int, ...] = (4096, 32768), sequence_lens: tuple[int, ...] = (512, 2048),
-         json: str = "") -> list[dict]:
+def main(
+    vocab_sizes: tuple[int, ...] = (4096, 32768),
+    sequence_lens: tuple[int, ...] = (512, 2048),
+    json: str = "",
+) -> list[dict]:
     """Pack two epochs' worth of tokens in batches of 8 rows, for every vocabulary size, context and way of packing.
 
     Args:
@@ -36,8 +39,8 @@ def main(vocab_sizes: tuple[int, ...] = (4096, 32768), sequence_lens: tuple[int,
     import time
 
     from lib.data import sources as data
-    from lib.files import write_json
     from lib.data.tokenizer import Tokenizer
+    from lib.files import write_json
 
     rows = []
     for vocab_size in vocab_sizes:
@@ -45,17 +48,34 @@ def main(vocab_sizes: tuple[int, ...] = (4096, 32768), sequence_lens: tuple[int,
         with tempfile.TemporaryDirectory() as folder:
             tokens = data.open_tokens("stdlib", "train", tokenizer, cache_dir=folder)
             size = sum(shard.ids.size for shard in tokens)
-            print(f"vocabulary {vocab_size}: {size:,} tokens in {sum(sum(s.groups) for s in tokens)} documents")
+            print(
+                f"vocabulary {vocab_size}: {size:,} tokens in {sum(sum(s.groups) for s in tokens)} documents"
+            )
             for sequence_len, packing in itertools.product(sequence_lens, data.PACKING):
                 steps, start = 2 * size // (8 * sequence_len), time.process_time()
-                *_, (_, _, cursor) = itertools.islice(data.batches(tokens, 8, sequence_len, packing=packing), steps)
+                *_, (_, _, cursor) = itertools.islice(
+                    data.batches(tokens, 8, sequence_len, packing=packing), steps
+                )
                 speed = steps * 8 * sequence_len / (time.process_time() - start) / 1e6
                 whole = kept_whole(tokens, packing, sequence_len)
-                rows.append(dict(vocab_size=vocab_size, sequence_len=sequence_len, packing=packing,
-                                 **data.waste(cursor), kept_whole=whole, mtokens_per_s=speed))
-                print(f"  {sequence_len:5} {packing:10}" + "".join(
-                    f"  {name} {rows[-1][name]:7.2%}" for name in ("discarded", "padding", "added", "kept_whole"))
-                    + f"  {speed:6.1f} Mtok/s")
+                rows.append(
+                    dict(
+                        vocab_size=vocab_size,
+                        sequence_len=sequence_len,
+                        packing=packing,
+                        **data.waste(cursor),
+                        kept_whole=whole,
+                        mtokens_per_s=speed,
+                    )
+                )
+                print(
+                    f"  {sequence_len:5} {packing:10}"
+                    + "".join(
+                        f"  {name} {rows[-1][name]:7.2%}"
+                        for name in ("discarded", "padding", "added", "kept_whole")
+                    )
+                    + f"  {speed:6.1f} Mtok/s"
+                )
     if json:
         write_json(json, rows)
     return rows

@@ -32,22 +32,33 @@ def main(args: Args):
     import jax.numpy as jnp
     import numpy as np
 
-    from lib.train import step as train
     from lib.config import Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides
-    from lib.train.optim import compile_key
     from lib.sweeps import pictures, presets, space, trials
+    from lib.train import step as train
+    from lib.train.optim import compile_key
 
-    constants = {k: v for k, v in choose("budget", args.budget, presets.BUDGETS)["constants"].items() if k not in space.SETTINGS}
+    constants = {
+        k: v
+        for k, v in choose("budget", args.budget, presets.BUDGETS)["constants"].items()
+        if k not in space.SETTINGS
+    }
     rows = []
     for depth in map(int, args.depths.split()):
-        base = space.config_of(constants | dict(depth=depth, num_steps=1000) | parse_overrides(args.overrides, Config))
-        x = np.random.default_rng(0).integers(0, base.vocab_size, (base.total_batch_size // base.sequence_len, base.sequence_len + 1))
+        base = space.config_of(
+            constants | dict(depth=depth, num_steps=1000) | parse_overrides(args.overrides, Config)
+        )
+        x = np.random.default_rng(0).integers(
+            0, base.vocab_size, (base.total_batch_size // base.sequence_len, base.sequence_len + 1)
+        )
         inputs, targets = jax.device_put((x[:, :-1].astype(np.int32), x[:, 1:].astype(np.int32)))
         for size in map(int, args.sizes.split()):
             configs = [base.replace(matrix_lr=base.matrix_lr * 0.8**i) for i in range(size)]
-            alone, together = train.make_train_step(base), trials.population_step(compile_key(base), True)
+            alone, together = (
+                train.make_train_step(base),
+                trials.population_step(compile_key(base), True),
+            )
             states = [train.init_state(c) for c in configs]
             whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
             times = {"apart": [], "together": []}
@@ -64,11 +75,35 @@ def main(args: Args):
                 jax.block_until_ready(metrics)
                 times["together"].append(time.perf_counter() - begun)
             apart, at_once = (statistics.median(times[k][2:]) for k in ("apart", "together"))
-            rows.append(dict(depth=depth, width=base.n_embd, parameters=base.scaling_params, trials=size, apart_ms=1e3 * apart,
-                             together_ms=1e3 * at_once, speedup=apart / at_once,
-                             worst_loss_difference=float(jnp.max(jnp.abs(metrics["loss"] - jnp.stack(losses))))))
-            print(pictures.table(rows[-1:], dict(apart_ms=".1f", together_ms=".1f", speedup=".2f", worst_loss_difference=".1e")), flush=True)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {base.total_batch_size} tokens in rows of {base.sequence_len}")
+            rows.append(
+                dict(
+                    depth=depth,
+                    width=base.n_embd,
+                    parameters=base.scaling_params,
+                    trials=size,
+                    apart_ms=1e3 * apart,
+                    together_ms=1e3 * at_once,
+                    speedup=apart / at_once,
+                    worst_loss_difference=float(
+                        jnp.max(jnp.abs(metrics["loss"] - jnp.stack(losses)))
+                    ),
+                )
+            )
+            print(
+                pictures.table(
+                    rows[-1:],
+                    dict(
+                        apart_ms=".1f",
+                        together_ms=".1f",
+                        speedup=".2f",
+                        worst_loss_difference=".1e",
+                    ),
+                ),
+                flush=True,
+            )
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {base.total_batch_size} tokens in rows of {base.sequence_len}"
+    )
     if args.json:
         write_json(args.json, rows)
     return rows

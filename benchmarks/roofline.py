@@ -46,7 +46,9 @@ def measured_chip(dtype, tries: int = 5):
     x = jnp.ones((n, n), dtype)
     product = jax.jit(jnp.matmul)
     best = min(clock(product, x, x) for _ in range(tries + 1))
-    return Chip(f"{jax.devices()[0].device_kind}, measured", 2 * n**3 / best, read_bandwidth(2**29), 0)
+    return Chip(
+        f"{jax.devices()[0].device_kind}, measured", 2 * n**3 / best, read_bandwidth(2**29), 0
+    )
 
 
 def pieces(config) -> dict:
@@ -66,26 +68,49 @@ def pieces(config) -> dict:
     params = state.params
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, (B, T)), jnp.int32)
     x = jnp.asarray(rng.normal(size=(B, T, D)), config.dtype)
-    w = {name: a[0].astype(config.dtype) if a.ndim > 2 else a[0] for name, a in params["blocks"].items()}
+    w = {
+        name: a[0].astype(config.dtype) if a.ndim > 2 else a[0]
+        for name, a in params["blocks"].items()
+    }
     rope = model.rope_tables(jnp.arange(T), config)
 
     def both(fn):  # forward, and backward from a gradient like x
         return jax.jit(lambda g, *args: jax.vjp(fn, *args)[1](g))
 
-    out = {"embedding": (both(lambda table: model.rms_norm(table[tokens].astype(config.dtype))), (x, params["embed"]), A)}
+    out = {
+        "embedding": (
+            both(lambda table: model.rms_norm(table[tokens].astype(config.dtype))),
+            (x, params["embed"]),
+            A,
+        )
+    }
     for window in sorted(set(config.windows)):
-        attend = lambda w, x, window=window: model._attention(model.rms_norm(x), w, config, rope, window, None, None)[0]
+        attend = lambda w, x, window=window: model._attention(
+            model.rms_norm(x), w, config, rope, window, None, None
+        )[0]
         out[f"attention {window}"] = both(attend), (x, w, x), A * config.windows.count(window)
-    out["mlp"] = both(lambda w, x: model._mlp(model.rms_norm(x), w, config)), (x, w, x), A * config.n_layer
-    loss = jax.jit(jax.value_and_grad(lambda x, head: model.summed_loss(x, head, tokens, config), (0, 1)))
+    out["mlp"] = (
+        both(lambda w, x: model._mlp(model.rms_norm(x), w, config)),
+        (x, w, x),
+        A * config.n_layer,
+    )
+    loss = jax.jit(
+        jax.value_and_grad(lambda x, head: model.summed_loss(x, head, tokens, config), (0, 1))
+    )
     out["head+loss"] = loss, (x, model._head(params, config)), A
 
     @jax.jit
     def optimize(grads, opt_state, params):
-        updates, opt_state = make_optimizer(config, config.num_steps).update(grads, opt_state, params)
+        updates, opt_state = make_optimizer(config, config.num_steps).update(
+            grads, opt_state, params
+        )
         return optax.apply_updates(params, updates), opt_state
 
-    out["optimizer"] = optimize, (jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params), state.opt_state, params), 1
+    out["optimizer"] = (
+        optimize,
+        (jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params), state.opt_state, params),
+        1,
+    )
     rows = jnp.tile(tokens, (A, 1))
     out["step"] = jax.jit(lambda s, x: train.train_step(s, x, x, config)), (state, rows), 1
     return out
@@ -95,13 +120,15 @@ def main(args: Args):
     import jax
 
     from benchmarks.train_step import CONFIGS
-    from lib.preflight import roofline
     from lib.chips import chip
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides, show, subplots
+    from lib.preflight import roofline
 
-    config = Config.from_depth(**choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config))
+    config = Config.from_depth(
+        **choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config)
+    )
     config = config.replace(attention=config.attention_name, compute_dtype=config.dtype.name)
     known = chip(jax.devices()[0].device_kind) or measured_chip(config.dtype)
     work = pieces(config)
@@ -111,34 +138,66 @@ def main(args: Args):
             times[name].append(clock(fn, *arguments))
     if not chip(jax.devices()[0].device_kind):  # again, lest a busy moment has made it look slow
         again = measured_chip(config.dtype)
-        known = known._replace(flops=max(known.flops, again.flops), bandwidth=max(known.bandwidth, again.bandwidth))
+        known = known._replace(
+            flops=max(known.flops, again.flops), bandwidth=max(known.bandwidth, again.bandwidth)
+        )
     bound = roofline.bound(roofline.account(config, known.matrix_unit)["components"], known)
     took = {}
     for name, (_, _, calls) in work.items():
         part = name.split()[0]
         took[part] = took.get(part, 0) + calls * statistics.median(times[name][1:])
     took["other"] = took["step"] - sum(took[name] for name in took if name != "step")
-    print(f"{known.name}: {known.flops / 1e9:,.0f} GFLOP/s, {known.bandwidth / 1e9:,.0f} GB/s; {config.dtype}, attention={config.attention}, "
-          f"{config.accumulate} x {config.microbatch} x {config.sequence_len} tokens")
-    print(f"{'component':12}{'ms':>10}{'at least':>10}{'binds':>10}{'reached':>9}{'GFLOP':>10}{'GB':>8}")
+    print(
+        f"{known.name}: {known.flops / 1e9:,.0f} GFLOP/s, {known.bandwidth / 1e9:,.0f} GB/s; {config.dtype}, attention={config.attention}, "
+        f"{config.accumulate} x {config.microbatch} x {config.sequence_len} tokens"
+    )
+    print(
+        f"{'component':12}{'ms':>10}{'at least':>10}{'binds':>10}{'reached':>9}{'GFLOP':>10}{'GB':>8}"
+    )
     rows = []
     for name in ("embedding", "attention", "mlp", "head+loss", "optimizer", "other", "step"):
         b = bound[name]
-        rows.append(dict(component=name, seconds=took[name], bound=b["seconds"], binds=b["binds"], flops=b["flops"], bytes=b["bytes"]))
+        rows.append(
+            dict(
+                component=name,
+                seconds=took[name],
+                bound=b["seconds"],
+                binds=b["binds"],
+                flops=b["flops"],
+                bytes=b["bytes"],
+            )
+        )
         share = f"{b['seconds'] / took[name]:9.0%}" if took[name] > 0 else f"{'':9}"
-        print(f"{name:12}{1e3 * took[name]:10.2f}{1e3 * b['seconds']:10.2f}{b['binds'] if name != 'step' else '':>10}{share}"
-              f"{b['flops'] / 1e9:10.2f}{b['bytes'] / 1e9:8.2f}")
-    print("other is the step without the parts, which are timed alone: norms and residual sums, or, below 0, what fusing them saves")
+        print(
+            f"{name:12}{1e3 * took[name]:10.2f}{1e3 * b['seconds']:10.2f}{b['binds'] if name != 'step' else '':>10}{share}"
+            f"{b['flops'] / 1e9:10.2f}{b['bytes'] / 1e9:8.2f}"
+        )
+    print(
+        "other is the step without the parts, which are timed alone: norms and residual sums, or, below 0, what fusing them saves"
+    )
     if args.picture:
         figure, ax = subplots(1, 1, size=(6, 3.2))
         at = range(len(rows) - 1)
-        ax.bar([i - 0.2 for i in at], [1e3 * max(r["seconds"], 0) for r in rows[:-1]], 0.4, label="measured")
+        ax.bar(
+            [i - 0.2 for i in at],
+            [1e3 * max(r["seconds"], 0) for r in rows[:-1]],
+            0.4,
+            label="measured",
+        )
         ax.bar([i + 0.2 for i in at], [1e3 * r["bound"] for r in rows[:-1]], 0.4, label="at least")
-        ax.set(xticks=list(at), xticklabels=[f"{r['component']}\n{r['binds']}" for r in rows[:-1]], ylabel="ms per step", title=known.name)
+        ax.set(
+            xticks=list(at),
+            xticklabels=[f"{r['component']}\n{r['binds']}" for r in rows[:-1]],
+            ylabel="ms per step",
+            title=known.name,
+        )
         ax.legend()
         show(figure, args.picture)
     if args.json:
-        write_json(args.json, dict(jax=jax.__version__, device=known._asdict(), config=config.to_dict(), rows=rows))
+        write_json(
+            args.json,
+            dict(jax=jax.__version__, device=known._asdict(), config=config.to_dict(), rows=rows),
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,11 @@ async def ask(client, question: str, seed: int, max_tokens: int) -> tuple[float,
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(event["error"]["message"])
-                if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+                if (
+                    first is None
+                    and event["choices"]
+                    and event["choices"][0]["delta"].get("content")
+                ):
                     first = time.perf_counter() - began
                 tokens = event["usage"]["completion_tokens"] if event.get("usage") else tokens
     if tokens is None:
@@ -45,7 +49,12 @@ async def crowd(
     import httpx
 
     results, left = [], iter(range(requests))
-    questions = ["What is 37 plus 85?", 'How many "r" are in "strawberry"?', 'Spell the word "elephant".', "Who are you?"]
+    questions = [
+        "What is 37 plus 85?",
+        'How many "r" are in "strawberry"?',
+        'Spell the word "elephant".',
+        "Who are you?",
+    ]
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
 
@@ -155,7 +164,9 @@ def main(
                     memory.append((done, memory_mb(server.pid)))
                     print(f"after {done:5} requests: {memory[-1][1]:7.1f} MB")
 
-            print(f"memory of the server, {max(clients)} clients: {memory_mb(server.pid):.1f} MB before")
+            print(
+                f"memory of the server, {max(clients)} clients: {memory_mb(server.pid):.1f} MB before"
+            )
             asyncio.run(crowd(url, max(clients), requests, max_tokens, after))
             late = memory[len(memory) // 2 :]
             print(f"growth over the second half: {late[-1][1] - late[0][1]:+.1f} MB")

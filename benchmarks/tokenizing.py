@@ -1,6 +1,6 @@
 """Tokenizer speed on the standard library's source text: seconds to train, MB/s to encode on threads and on processes.
 
-    python -m benchmarks.tokenize --vocab-sizes 4096 32768 --workers 1 2 --json out.json
+python -m benchmarks.tokenize --vocab-sizes 4096 32768 --workers 1 2 --json out.json
 """
 
 import os
@@ -26,8 +26,12 @@ def _encode(text):
     return np.array(_tokenizer.encode(text), np.int32)
 
 
-def main(vocab_sizes: tuple[int, ...] = (4096, 32768), workers: tuple[int, ...] = (1, 2),
-         max_chars: int = 2_000_000_000, json: str = ""):
+def main(
+    vocab_sizes: tuple[int, ...] = (4096, 32768),
+    workers: tuple[int, ...] = (1, 2),
+    max_chars: int = 2_000_000_000,
+    json: str = "",
+):
     """Train and time one tokenizer per vocabulary size.
 
     Args:
@@ -41,8 +45,8 @@ def main(vocab_sizes: tuple[int, ...] = (4096, 32768), workers: tuple[int, ...] 
     from concurrent.futures import ProcessPoolExecutor
 
     from lib.data.sources import documents
-    from lib.files import write_json
     from lib.data.tokenizer import Tokenizer
+    from lib.files import write_json
 
     texts, size = [], 0
     for text in documents("stdlib", "train"):
@@ -73,10 +77,16 @@ def main(vocab_sizes: tuple[int, ...] = (4096, 32768), workers: tuple[int, ...] 
         rows.append(row)
         if len(rows) == 1:
             print("  ".join(f"{name:>{max(len(name), 8)}}" for name in row))
-        print("  ".join(f"{value:>{max(len(name), 8)}.{2 if isinstance(value, float) else 0}f}"
-                        for name, value in row.items()))
+        print(
+            "  ".join(
+                f"{value:>{max(len(name), 8)}.{2 if isinstance(value, float) else 0}f}"
+                for name, value in row.items()
+            )
+        )
     if json:
-        write_json(json, {"documents": len(texts), "megabytes": mb, "cores": os.cpu_count(), "rows": rows})
+        write_json(
+            json, {"documents": len(texts), "megabytes": mb, "cores": os.cpu_count(), "rows": rows}
+        )
 
 
 if __name__ == "__main__":

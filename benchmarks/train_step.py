@@ -11,11 +11,28 @@ import tyro
 
 CONFIGS = {  # name: Config.from_depth arguments
     # the shapes that peers were measured on: 4 layers, width 256, T 512, batch 8, vocabulary 4096
-    "small": dict(depth=4, vocab_size=4096, sequence_len=512, total_batch_size=4096, microbatch=8, num_steps=1000,
-                  scan_layers=False, loss_chunk=1024),
+    "small": dict(
+        depth=4,
+        vocab_size=4096,
+        sequence_len=512,
+        total_batch_size=4096,
+        microbatch=8,
+        num_steps=1000,
+        scan_layers=False,
+        loss_chunk=1024,
+    ),
     # 268M parameters: 16 layers, 1024 wide, 8 heads of 128, T 2048, vocabulary 32768, AdamW
-    "v6e_268m": dict(depth=16, value_embeds=False, smear=False, optimizer="adamw", microbatch=16, total_batch_size=2**16,
-                     remat="dots", attention="splash", compute_dtype="bfloat16"),
+    "v6e_268m": dict(
+        depth=16,
+        value_embeds=False,
+        smear=False,
+        optimizer="adamw",
+        microbatch=16,
+        total_batch_size=2**16,
+        remat="dots",
+        attention="splash",
+        compute_dtype="bfloat16",
+    ),
 }
 
 
@@ -41,22 +58,38 @@ def main(args: Args):
     import jax
     import numpy as np
 
-    from lib.train import step as train
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
     from lib.notebook import chip, parse_overrides
     from lib.params import count_params
+    from lib.train import step as train
 
-    config = Config.from_depth(**choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config))
-    result = dict(config=args.config, overrides=args.overrides, params=count_params(config)["total"],
-                  batch=f"{config.accumulate}x{config.microbatch}x{config.sequence_len}", jax=jax.__version__)
+    config = Config.from_depth(
+        **choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config)
+    )
+    result = dict(
+        config=args.config,
+        overrides=args.overrides,
+        params=count_params(config)["total"],
+        batch=f"{config.accumulate}x{config.microbatch}x{config.sequence_len}",
+        jax=jax.__version__,
+    )
     if args.tpu:
         made = compile_step(config, device)
-        result |= dict(device=args.tpu, compile_s=round(made["seconds"], 1), peak_GiB=round(made["peak"] / 2**30, 2),
-                       state_GiB=round(made["arguments"] / 2**30, 2), temporary_GiB=round(made["temporary"] / 2**30, 2))
+        result |= dict(
+            device=args.tpu,
+            compile_s=round(made["seconds"], 1),
+            peak_GiB=round(made["peak"] / 2**30, 2),
+            state_GiB=round(made["arguments"] / 2**30, 2),
+            temporary_GiB=round(made["temporary"] / 2**30, 2),
+        )
     else:
         rows = config.accumulate * config.microbatch
-        x = np.random.default_rng(0).integers(0, config.vocab_size, (rows, config.sequence_len)).astype(np.int32)
+        x = (
+            np.random.default_rng(0)
+            .integers(0, config.vocab_size, (rows, config.sequence_len))
+            .astype(np.int32)
+        )
         clock = time.perf_counter()
         step = train.make_train_step(config).lower(train.state_template(config), x, x).compile()
         compile_s = time.perf_counter() - clock
@@ -69,13 +102,20 @@ def main(args: Args):
         times = sorted(times[2:])
         median = statistics.median(times)
         kind = jax.devices()[0].device_kind
-        result |= dict(device=kind, compile_s=round(compile_s, 1), step_ms_min=round(1e3 * times[0], 1),
-                       step_ms_median=round(1e3 * median, 1), step_ms_max=round(1e3 * times[-1], 1),
-                       tokens_per_s=round(config.total_batch_size / median),
-                       GFLOP_per_s=round(config.flops_per_token * config.total_batch_size / median / 1e9),
-                       temporary_GiB=round(memory.temp_size_in_bytes / 2**30, 2))
+        result |= dict(
+            device=kind,
+            compile_s=round(compile_s, 1),
+            step_ms_min=round(1e3 * times[0], 1),
+            step_ms_median=round(1e3 * median, 1),
+            step_ms_max=round(1e3 * times[-1], 1),
+            tokens_per_s=round(config.total_batch_size / median),
+            GFLOP_per_s=round(config.flops_per_token * config.total_batch_size / median / 1e9),
+            temporary_GiB=round(memory.temp_size_in_bytes / 2**30, 2),
+        )
         if known := chip(kind):
-            result["mfu"] = round(config.flops_per_token * config.total_batch_size / median / known.flops, 3)
+            result["mfu"] = round(
+                config.flops_per_token * config.total_batch_size / median / known.flops, 3
+            )
     for name, value in result.items():
         print(f"{name:16} {value}")
     if args.json:

@@ -68,8 +68,12 @@ def tpu_slice(name: str) -> Slice:
         return Slice(name, generation, name, math.prod(map(int, match[2].split("x"))))
     version, _, count = name.partition("-")
     if version not in SLICES or not count.isdigit() or int(count) not in SLICES[version][1]:
-        names = "; ".join(f"{v}-{{{','.join(map(str, sizes))}}}" for v, (_, sizes) in SLICES.items())
-        raise UserError(f"unknown chip {name!r}: choose one of {names} (v4 and v5p count cores, two a chip), or a topology like v6e:2x4")
+        names = "; ".join(
+            f"{v}-{{{','.join(map(str, sizes))}}}" for v, (_, sizes) in SLICES.items()
+        )
+        raise UserError(
+            f"unknown chip {name!r}: choose one of {names} (v4 and v5p count cores, two a chip), or a topology like v6e:2x4"
+        )
     generation, sizes = SLICES[version]
     shape = sizes[int(count)]
     return Slice(name, generation, f"{version}:{shape}", math.prod(map(int, shape.split("x"))))
@@ -78,7 +82,9 @@ def tpu_slice(name: str) -> Slice:
 # ---- money: EDIT THIS TABLE. Prices move; those of others are wrong the day after --------------------------------------
 
 PRICES_DATE = "2026-11"  # when the table was last touched; nothing here was read from a bill
-PRICES_SOURCE = "https://cloud.google.com/tpu/pricing (US regions), https://colab.research.google.com/signup"
+PRICES_SOURCE = (
+    "https://cloud.google.com/tpu/pricing (US regions), https://colab.research.google.com/signup"
+)
 # Spot is what us-central1 asked in SkyPilot's catalogue of Google's price list (v8, commit 006059e), which has the same on-demand prices. It
 # moves and differs by region: the dearest in the US were 1.35 (v6e), 0.60 (v5e) and 1.68 (v5p).
 PRICES = {  # dollars per chip and hour; None: not known to us, ask the source

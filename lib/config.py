@@ -25,23 +25,38 @@ REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were
 
 
 @jax.tree_util.register_static
-def check_attention(name: str, *, sequence_len: int, head_dim: int, n_head: int, n_kv_head: int,
-                    window: int | None = None):
+def check_attention(
+    name: str,
+    *,
+    sequence_len: int,
+    head_dim: int,
+    n_head: int,
+    n_kv_head: int,
+    window: int | None = None,
+):
     """UserError when implementation `name` can't do these sizes, with the nearest that it can; else None."""
     choose("attention", name, ATTENTION_NAMES)
     if n_head % n_kv_head:
         good = max(k for k in range(1, n_kv_head + 1) if n_head % k == 0)
-        raise UserError(f"n_kv_head={n_kv_head} does not divide n_head={n_head}: use n_kv_head={good}")
+        raise UserError(
+            f"n_kv_head={n_kv_head} does not divide n_head={n_head}: use n_kv_head={good}"
+        )
     if window is not None and window < 0:
-        raise UserError(f"window={window} must be at least 0 (only itself), or None for all of the past")
+        raise UserError(
+            f"window={window} must be at least 0 (only itself), or None for all of the past"
+        )
     if name in ("splash", "pallas") and sequence_len % KERNEL_TILE:
         good = max(1, round(sequence_len / KERNEL_TILE)) * KERNEL_TILE
-        raise UserError(f"attention={name} needs sequence_len to be a multiple of {KERNEL_TILE}, got {sequence_len}: "
-                        f"use sequence_len={good}, or attention=einsum")
+        raise UserError(
+            f"attention={name} needs sequence_len to be a multiple of {KERNEL_TILE}, got {sequence_len}: "
+            f"use sequence_len={good}, or attention=einsum"
+        )
     longest = WHOLE_HEAD // (-(-head_dim // KERNEL_TILE) * KERNEL_TILE)
     if name == "pallas" and sequence_len > longest:
-        raise UserError(f"attention=pallas holds whole heads on chip, at most sequence_len={longest} at "
-                        f"head_dim={head_dim}, got {sequence_len}: use that, or attention=splash")
+        raise UserError(
+            f"attention=pallas holds whole heads on chip, at most sequence_len={longest} at "
+            f"head_dim={head_dim}, got {sequence_len}: use that, or attention=splash"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,33 +131,56 @@ class Config:
                 object.__setattr__(self, f.name, float(v))
             elif not isinstance(v, f.type) or (f.type is int and isinstance(v, bool)):
                 raise UserError(f"config field {f.name} must be {f.type.__name__}, got {v!r}")
-        for kind, options in dict(mlp=MLPS, remat=REMATS, compute_dtype=DTYPES, optimizer=OPTIMIZER_NAMES).items():
+        for kind, options in dict(
+            mlp=MLPS, remat=REMATS, compute_dtype=DTYPES, optimizer=OPTIMIZER_NAMES
+        ).items():
             choose(kind, getattr(self, kind), options)
-        for name in ("vocab_size sequence_len n_layer n_embd n_head n_kv_head head_dim mlp_dim loss_chunk microbatch "
-                     "total_batch_size num_steps").split():
+        for name in (
+            "vocab_size sequence_len n_layer n_embd n_head n_kv_head head_dim mlp_dim loss_chunk microbatch "
+            "total_batch_size num_steps"
+        ).split():
             if getattr(self, name) < 1:
-                raise UserError(f"config field {name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(
+                    f"config field {name} must be at least 1, got {getattr(self, name)}"
+                )
         if self.n_head % self.n_kv_head:
             good = max(k for k in range(1, self.n_kv_head + 1) if self.n_head % k == 0)
-            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: use n_kv_head={good}")
+            raise UserError(
+                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: use n_kv_head={good}"
+            )
         if self.head_dim % 2:
-            raise UserError(f"head_dim={self.head_dim} must be even for rotary embeddings: use {self.head_dim + 1}")
+            raise UserError(
+                f"head_dim={self.head_dim} must be even for rotary embeddings: use {self.head_dim + 1}"
+            )
         if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise UserError(f"window_pattern={self.window_pattern!r} must be letters S (short) and L (long), like SSSL")
+            raise UserError(
+                f"window_pattern={self.window_pattern!r} must be letters S (short) and L (long), like SSSL"
+            )
         least = max(SMEAR_CHANNELS * self.smear, VALUE_GATE_CHANNELS * self.value_embeds)
         if self.n_embd < least:
-            raise UserError(f"n_embd={self.n_embd} is below the {least} channels that the gates read: raise it, "
-                            "or set smear=false and value_embeds=false")
+            raise UserError(
+                f"n_embd={self.n_embd} is below the {least} channels that the gates read: raise it, "
+                "or set smear=false and value_embeds=false"
+            )
         row = self.microbatch * self.sequence_len
         if self.total_batch_size % row:
             near = max(1, round(self.total_batch_size / row)) * row
-            raise UserError(f"total_batch_size={self.total_batch_size} tokens is not a multiple of microbatch x "
-                            f"sequence_len = {row}: use total_batch_size={near}")
+            raise UserError(
+                f"total_batch_size={self.total_batch_size} tokens is not a multiple of microbatch x "
+                f"sequence_len = {row}: use total_batch_size={near}"
+            )
         if self.attention_block % 128 or self.attention_block < 0:
-            raise UserError(f"attention_block={self.attention_block} must be a multiple of 128, or 0 for the kernel's own choice: use 512 or 1024")
+            raise UserError(
+                f"attention_block={self.attention_block} must be a multiple of 128, or 0 for the kernel's own choice: use 512 or 1024"
+            )
         if self.attention != "auto":
-            check_attention(self.attention, sequence_len=self.sequence_len, head_dim=self.head_dim,
-                            n_head=self.n_head, n_kv_head=self.n_kv_head)
+            check_attention(
+                self.attention,
+                sequence_len=self.sequence_len,
+                head_dim=self.head_dim,
+                n_head=self.n_head,
+                n_kv_head=self.n_kv_head,
+            )
 
     # ---- derived -------------------------------------------------------------------------------------------------
 
@@ -162,7 +200,11 @@ class Config:
     @property
     def value_layers(self) -> tuple[int, ...]:
         """The layers whose values get token embeddings: every other one, the last included."""
-        return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2) if self.value_embeds else ()
+        return (
+            tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)
+            if self.value_embeds
+            else ()
+        )
 
     @property
     def batch_lr_scale(self) -> float:
@@ -183,7 +225,9 @@ class Config:
 
         The convention of PaLM's appendix B with windows: scores within the window counted whole, causality not deducted.
         """
-        scores = sum(12 * self.n_head * self.head_dim * min(w, self.sequence_len) for w in self.windows)
+        scores = sum(
+            12 * self.n_head * self.head_dim * min(w, self.sequence_len) for w in self.windows
+        )
         return 6 * (self.scaling_params + SMEAR_CHANNELS * self.smear) + scores
 
     @property
@@ -219,7 +263,9 @@ class Config:
     # ---- one dial ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_depth(cls, depth: int, *, aspect_ratio: int = 64, target_flops: float = 0.0, **overrides) -> "Config":
+    def from_depth(
+        cls, depth: int, *, aspect_ratio: int = 64, target_flops: float = 0.0, **overrides
+    ) -> "Config":
         """All sizes, horizon, batch and decay from the number of layers; anything can be overridden by name.
 
         Width is depth * aspect_ratio rounded up to whole heads. Horizon D = tokens_per_param * (block matrices + head),
@@ -229,22 +275,36 @@ class Config:
         if depth < 1:
             raise UserError(f"depth must be at least 1, got {depth}")
         shape = _shape(depth, aspect_ratio, **_known(overrides))
-        probe = cls(**shape | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1))
+        probe = cls(
+            **shape | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
+        )
         at_12 = _shape(12, aspect_ratio, **{k: v for k, v in overrides.items() if k not in _SIZES})
-        at_12 = cls(**at_12 | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1))
+        at_12 = cls(
+            **at_12 | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
+        )
         tokens, reference = probe.target_tokens, at_12.target_tokens
         config = dict(shape, reference_tokens=float(reference))
         if "total_batch_size" not in overrides:
             batch = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383))
             row = probe.sequence_len * overrides.get("microbatch", 1)
-            config["total_batch_size"] = batch if batch % row == 0 else max(1, round(batch / row)) * row
+            config["total_batch_size"] = (
+                batch if batch % row == 0 else max(1, round(batch / row)) * row
+            )
         if "microbatch" not in overrides:
             rows = config["total_batch_size"] // probe.sequence_len
-            config["microbatch"] = max(b for b in range(1, min(rows, cls.microbatch) + 1) if rows % b == 0) if rows else 1
+            config["microbatch"] = (
+                max(b for b in range(1, min(rows, cls.microbatch) + 1) if rows % b == 0)
+                if rows
+                else 1
+            )
         if "num_steps" not in overrides:
             per_step = config["total_batch_size"]
-            config["num_steps"] = max(1, round(target_flops / (probe.flops_per_token * per_step)) if target_flops
-                                      else tokens // per_step)
+            config["num_steps"] = max(
+                1,
+                round(target_flops / (probe.flops_per_token * per_step))
+                if target_flops
+                else tokens // per_step,
+            )
         return cls(**config)
 
     @classmethod
@@ -254,7 +314,9 @@ class Config:
             raise UserError(f"n_head must be at least 1, got {n_head}")
         width = n_head * overrides.get("head_dim", cls.head_dim)
         depth = max(1, round(width / aspect_ratio))
-        return cls.from_depth(depth, aspect_ratio=aspect_ratio, **dict(n_embd=width, n_head=n_head) | overrides)
+        return cls.from_depth(
+            depth, aspect_ratio=aspect_ratio, **dict(n_embd=width, n_head=n_head) | overrides
+        )
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "Config":
@@ -294,12 +356,25 @@ class Config:
                 return cls.from_dict(yaml.safe_load(text))
             return cls.from_dict(json.loads(text))
         except FileNotFoundError:
-            raise UserError(f"no config at {path}: give the path of a config.json or config.yaml") from None
+            raise UserError(
+                f"no config at {path}: give the path of a config.json or config.yaml"
+            ) from None
         except (ValueError, AttributeError, TypeError) as e:
-            raise UserError(f"{path} is not a rawchat config ({e}): write one with Config.save") from None
+            raise UserError(
+                f"{path} is not a rawchat config ({e}): write one with Config.save"
+            ) from None
 
 
-_SIZES = {"n_layer", "n_embd", "n_head", "n_kv_head", "mlp_dim", "total_batch_size", "microbatch", "num_steps"}
+_SIZES = {
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "n_kv_head",
+    "mlp_dim",
+    "total_batch_size",
+    "microbatch",
+    "num_steps",
+}
 
 
 def _known(d: dict) -> dict:
@@ -316,23 +391,56 @@ def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
     n_head = overrides.get("n_head", max(1, n_embd // head_dim))
     # SwiGLU has three matrices: two thirds of the hidden width keeps the parameter count (Shazeer 2020)
     mlp_dim = -(-n_embd * 8 // 3 // 128) * 128 if overrides.get("mlp") == "swiglu" else 4 * n_embd
-    derived = dict(n_layer=depth, n_embd=n_embd, n_head=n_head, n_kv_head=n_head, mlp_dim=mlp_dim,
-                   sequence_len=Config.sequence_len)
+    derived = dict(
+        n_layer=depth,
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=n_head,
+        mlp_dim=mlp_dim,
+        sequence_len=Config.sequence_len,
+    )
     return derived | overrides
 
 
-_PLAIN = dict(window_pattern="L", qk_norm=False, qk_scale=1.0, softcap=0.0, resid_scales=False, x0_scales=False,
-              value_embeds=False, smear=False, backout=False, optimizer="adamw")
+_PLAIN = dict(
+    window_pattern="L",
+    qk_norm=False,
+    qk_scale=1.0,
+    softcap=0.0,
+    resid_scales=False,
+    x0_scales=False,
+    value_embeds=False,
+    smear=False,
+    backout=False,
+    optimizer="adamw",
+)
 PRESETS = {
     # two laptop cores, minutes: narrow, short context, small vocabulary; rates for a run a hundred times shorter than usual
-    "cpu_demo": dict(depth=4, vocab_size=4096, sequence_len=256, n_embd=128, n_head=2, n_kv_head=2, head_dim=64,
-                     total_batch_size=4096, microbatch=16, num_steps=800, scan_layers=False, loss_chunk=1024,
-                     matrix_lr=0.2, embedding_lr=3.0, unembedding_lr=0.08, warmup_steps=20),
+    "cpu_demo": dict(
+        depth=4,
+        vocab_size=4096,
+        sequence_len=256,
+        n_embd=128,
+        n_head=2,
+        n_kv_head=2,
+        head_dim=64,
+        total_batch_size=4096,
+        microbatch=16,
+        num_steps=800,
+        scan_layers=False,
+        loss_chunk=1024,
+        matrix_lr=0.2,
+        embedding_lr=3.0,
+        unembedding_lr=0.08,
+        warmup_steps=20,
+    ),
     # one v5e chip, 16 GB: MXU 128 x 128
     "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4),
     # one v6e chip, 32 GB: MXU 256 x 256 wants head width 256; few KV heads, small microbatches
     # one chunk of logits a microbatch: on v6e that saves more traffic than it costs memory (LOG.md)
-    "colab_v6e": dict(depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, loss_chunk=8192),
+    "colab_v6e": dict(
+        depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, loss_chunk=8192
+    ),
     "gpu": dict(depth=12, microbatch=8, remat="dots"),
     # what nanochat's parts are measured against: the plain recipes of GPT-2 and of Llama, in this house's frame
     "gpt2_like": dict(depth=12, mlp="gelu", tied_head=True, **_PLAIN),

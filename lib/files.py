@@ -20,7 +20,9 @@ class UserError(Exception):
 def choose(kind: str, name: str, options):
     """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain collection)."""
     if name not in options:
-        raise UserError(f"unknown {kind} {name!r}: choose one of {', '.join(sorted(map(str, options)))}")
+        raise UserError(
+            f"unknown {kind} {name!r}: choose one of {', '.join(sorted(map(str, options)))}"
+        )
     return options[name] if isinstance(options, dict) else name
 
 
@@ -111,7 +113,9 @@ def newest_run(runs_dir="runs", holding="config.json") -> Path:
     """The run folder whose `holding` file or folder changed last, or a UserError saying how to make one."""
     found = [p.parent for p in Path(runs_dir).glob(f"*/{holding}")]
     if not found:
-        raise UserError(f"no run with {holding} under {Path(runs_dir).resolve()}: train one first, or pass --run NAME")
+        raise UserError(
+            f"no run with {holding} under {Path(runs_dir).resolve()}: train one first, or pass --run NAME"
+        )
     return max(found, key=lambda p: ((p / holding).stat().st_mtime, p.name))
 
 
@@ -122,7 +126,9 @@ def is_remote(path) -> bool:
 
 def join(folder, *names):
     """A path inside a local folder (as a Path) or a remote one (as a string: a Path would spoil its "//")."""
-    return "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else Path(folder, *names)
+    return (
+        "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else Path(folder, *names)
+    )
 
 
 def first_line(error) -> str:
@@ -141,7 +147,9 @@ def reaching(path):
     except Exception as e:
         if not is_remote(path):
             raise
-        raise UserError(f"cannot reach {path} ({first_line(e)}): check the address, your login and the network") from e
+        raise UserError(
+            f"cannot reach {path} ({first_line(e)}): check the address, your login and the network"
+        ) from e
 
 
 def filesystem(path):

@@ -50,8 +50,12 @@ def setup():
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if shell := _shell():
-        shell.set_custom_exc((UserError,), lambda shell, kind, error, trace, tb_offset=None:
-                             shell._showtraceback(kind, error, [f"Error: {error}"]))
+        shell.set_custom_exc(
+            (UserError,),
+            lambda shell, kind, error, trace, tb_offset=None: shell._showtraceback(
+                kind, error, [f"Error: {error}"]
+            ),
+        )
     else:
         sys.excepthook = _excepthook
 
@@ -59,14 +63,22 @@ def setup():
 def install_missing():
     """pip install what pyproject.toml asks for and is not there, never replacing the jax, libtpu and numpy that are."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    held = [f"{d.name}=={d.version}" for d in importlib.metadata.distributions()
-            if re.match("jax|libtpu|numpy|ml.dtypes", d.name)]
+    held = [
+        f"{d.name}=={d.version}"
+        for d in importlib.metadata.distributions()
+        if re.match("jax|libtpu|numpy|ml.dtypes", d.name)
+    ]
     constraints = ROOT / ".cache" / "constraints.txt"
     write_atomic(constraints, "\n".join(held))
-    pip = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints, *wanted],
-                         capture_output=True, text=True)
+    pip = subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints, *wanted],
+        capture_output=True,
+        text=True,
+    )
     if pip.returncode:
-        raise UserError(f"pip could not install what is missing here: {pip.stderr.strip().splitlines()[-1]}")
+        raise UserError(
+            f"pip could not install what is missing here: {pip.stderr.strip().splitlines()[-1]}"
+        )
     importlib.invalidate_caches()
 
 
@@ -94,7 +106,9 @@ def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool
     if coordinator:
         sharding.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)
     elif count > 1 or index > 0:
-        raise UserError(f"process {index} of {count} does not know the others: give coordinator=host:port of process 0, or auto")
+        raise UserError(
+            f"process {index} of {count} does not know the others: give coordinator=host:port of process 0, or auto"
+        )
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
     return jax.process_index() == 0
@@ -116,7 +130,11 @@ def parameters(source: str) -> list[Param]:
     Each is `name = literal  # @param …` on one line, the annotation being Colab's: a list of choices (open-ended with
     allow-input), a {type:"…"}, or both. Comment lines right above it (`# @markdown …` shows in Colab too) are its help.
     """
-    cells = [c for c in re.split(r"(?m)^(?=# %%)", source) if re.match(r'# %%.*tags=\[.*"parameters".*\]', c)]
+    cells = [
+        c
+        for c in re.split(r"(?m)^(?=# %%)", source)
+        if re.match(r'# %%.*tags=\[.*"parameters".*\]', c)
+    ]
     if len(cells) != 1:
         raise ValueError(f"a notebook has one cell tagged parameters, this one has {len(cells)}")
     params, about = [], []
@@ -130,12 +148,22 @@ def parameters(source: str) -> list[Param]:
             kind = re.search(r"type: *[\"'](\w+)", form)
             if choices and "allow-input" in form:
                 about.append(f"({', '.join(str(c) for c in choices if c != '')}, or your own)")
-            hint = Literal[choices] if choices and "allow-input" not in form else (
-                {"integer": int, "number": float, "boolean": bool}.get(kind and kind[1],
-                                                                     str if value is None else type(value)))
-            params.append(Param(name, value, Optional[hint] if value is None else hint, " ".join(about)))
+            hint = (
+                Literal[choices]
+                if choices and "allow-input" not in form
+                else (
+                    {"integer": int, "number": float, "boolean": bool}.get(
+                        kind and kind[1], str if value is None else type(value)
+                    )
+                )
+            )
+            params.append(
+                Param(name, value, Optional[hint] if value is None else hint, " ".join(about))
+            )
         elif line.strip() and not line.startswith("#"):
-            raise ValueError(f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}")
+            raise ValueError(
+                f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}"
+            )
         about = []
     return params
 
@@ -152,10 +180,18 @@ def flags(namespace: dict, args: list[str] | None = None) -> dict:
 
     path = Path(namespace["__file__"])
     source = path.read_text()
-    fields = [(p.name, Annotated[p.hint, tyro.conf.arg(help=p.help)], p.value) for p in parameters(source)]
+    fields = [
+        (p.name, Annotated[p.hint, tyro.conf.arg(help=p.help)], p.value) for p in parameters(source)
+    ]
     title = re.search(r"(?m)^# # (.+)", source)
-    return vars(tyro.cli(dataclasses.make_dataclass("Flags", fields), prog=path.name, args=args,
-                         description=title[1] if title else None))
+    return vars(
+        tyro.cli(
+            dataclasses.make_dataclass("Flags", fields),
+            prog=path.name,
+            args=args,
+            description=title[1] if title else None,
+        )
+    )
 
 
 def parse_overrides(text: str, cls) -> dict:
@@ -166,7 +202,9 @@ def parse_overrides(text: str, cls) -> dict:
     for name, word in words.items():
         kind = choose("config field", name, types)
         try:
-            values[name] = {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+            values[name] = (
+                {"true": True, "false": False}[word.lower()] if kind is bool else kind(word)
+            )
         except (ValueError, KeyError):
             raise UserError(f"override {name}={word}: {name} is of type {kind.__name__}") from None
     return values
@@ -229,12 +267,20 @@ def results_table(run) -> str:
     """The figures and samples in RUN/results.json as text."""
     path = Path(run) / "results.json"
     if not path.exists():
-        raise UserError(f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py --run {Path(run).name} first")
+        raise UserError(
+            f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py --run {Path(run).name} first"
+        )
     results = json.loads(path.read_text())
-    rows = [(label, format(results[key], spec)) for key, (label, spec) in RESULTS.items()
-            if results.get(key) is not None]
-    rows += [(k, f"{v:.6g}" if isinstance(v, float) else str(v)) for k, v in results.items()
-             if k not in RESULTS and isinstance(v, (int, float, str))]
+    rows = [
+        (label, format(results[key], spec))
+        for key, (label, spec) in RESULTS.items()
+        if results.get(key) is not None
+    ]
+    rows += [
+        (k, f"{v:.6g}" if isinstance(v, float) else str(v))
+        for k, v in results.items()
+        if k not in RESULTS and isinstance(v, (int, float, str))
+    ]
     wide = max(len(label) for label, _ in rows)
     lines = [f"{label:<{wide}}  {value:>14}" for label, value in rows]
     return "\n".join(lines + [f"\nsample: {sample}" for sample in results.get("samples", [])])
@@ -262,9 +308,18 @@ def secret(name: str) -> str | None:
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-         "axes.titlesize": "medium", "legend.frameon": False, "font.size": 9, "lines.linewidth": 1.3,
-         "figure.constrained_layout.use": True, "savefig.dpi": 130}
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": "medium",
+    "legend.frameon": False,
+    "font.size": 9,
+    "lines.linewidth": 1.3,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 130,
+}
 
 
 def subplots(rows=1, cols=1, size=(4.5, 3), **kwargs):
@@ -300,13 +355,22 @@ def device_report() -> dict:
     device = jax.local_devices()[0]  # only one's own devices tell their memory
     known = chip(device.device_kind)
     memory = (device.memory_stats() or {}).get("bytes_limit") or (
-        known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     flops = known.flops if known else None
     peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    print(f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), {memory / 2**30:.1f} GiB, {peak}\n"
-          f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} process(es)")
-    return dict(platform=device.platform, kind=device.device_kind, count=jax.device_count(), memory=memory, flops=flops)
+    print(
+        f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), {memory / 2**30:.1f} GiB, {peak}\n"
+        f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} process(es)"
+    )
+    return dict(
+        platform=device.platform,
+        kind=device.device_kind,
+        count=jax.device_count(),
+        memory=memory,
+        flops=flops,
+    )
 
 
 def pick_preset(device: dict) -> tuple[str, str]:
@@ -315,6 +379,9 @@ def pick_preset(device: dict) -> tuple[str, str]:
         return "cpu_demo", "no accelerator here, so the one that two cores finish in minutes"
     if device["platform"] == "tpu":
         v6 = "v6" in device["kind"].lower()
-        return ("colab_v6e", "head width 256 fills this TPU's 256 x 256 matrix unit") if v6 else (
-            "colab_v5e", "sized for a TPU with 16 GB and 128 x 128 matrix units")
+        return (
+            ("colab_v6e", "head width 256 fills this TPU's 256 x 256 matrix unit")
+            if v6
+            else ("colab_v5e", "sized for a TPU with 16 GB and 128 x 128 matrix units")
+        )
     return "gpu", "one GPU, cuDNN flash attention"

@@ -26,8 +26,16 @@ class Spec:
 
 def param_specs(c: Config) -> dict:
     """The parameter tree of a config as Specs; parts that are switched off are absent."""
-    L, D, N, K, H, F, V, Lv = (c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.mlp_dim, c.padded_vocab,
-                               len(c.value_layers))
+    L, D, N, K, H, F, V, Lv = (
+        c.n_layer,
+        c.n_embd,
+        c.n_head,
+        c.n_kv_head,
+        c.head_dim,
+        c.mlp_dim,
+        c.padded_vocab,
+        len(c.value_layers),
+    )
     s = math.sqrt(3 / D)  # uniform bound with the variance 1/D
     uniform = lambda bound: ("uniform", -bound, bound)
     zero = ("constant", 0.0)
@@ -47,18 +55,26 @@ def param_specs(c: Config) -> dict:
     if c.x0_scales:
         blocks["x0_scale"] = Spec((L,), ("layer",), ("linear", 0.20, 0.05), "x0")
     if c.value_embeds:
-        blocks["value_gate"] = Spec((Lv, VALUE_GATE_CHANNELS, K), ("layer", None, "kv_heads"), ("uniform", 0.0, 0.02),
-                                    "matrix")
+        blocks["value_gate"] = Spec(
+            (Lv, VALUE_GATE_CHANNELS, K),
+            ("layer", None, "kv_heads"),
+            ("uniform", 0.0, 0.02),
+            "matrix",
+        )
     # a tied table is a head first: what it embeds is normed at once, so its scale and rate can be the head's
     embed = (("normal", 0.02), "head") if c.tied_head else (("normal", 0.8), "embed")
     specs = {"embed": Spec((V, D), ("vocab", "embed"), *embed), "blocks": blocks}
     if not c.tied_head:
         specs["head"] = Spec((D, V), ("embed", "vocab"), ("normal", 0.001), "head")
     if c.value_embeds:
-        specs["value_embeds"] = Spec((Lv, V, K, H), ("layer", "vocab", "kv_heads", "head"), uniform(s), "value_embed")
+        specs["value_embeds"] = Spec(
+            (Lv, V, K, H), ("layer", "vocab", "kv_heads", "head"), uniform(s), "value_embed"
+        )
     if c.smear:
-        specs["smear"] = {"gate": Spec((SMEAR_CHANNELS,), (None,), ("uniform", 0.0, 0.02), "smear"),
-                          "scale": Spec((), (), zero, "smear")}
+        specs["smear"] = {
+            "gate": Spec((SMEAR_CHANNELS,), (None,), ("uniform", 0.0, 0.02), "smear"),
+            "scale": Spec((), (), zero, "smear"),
+        }
     if c.backout:
         specs["backout"] = Spec((), (), ("constant", 0.2), "smear")
     return specs
@@ -90,22 +106,34 @@ def _init_leaf(key, name: str, spec: Spec):
         return jnp.linspace(*args, spec.shape[0], dtype=jnp.float32)
     stacked = spec.axes[:1] == ("layer",)
     shape = spec.shape[1:] if stacked else spec.shape
-    draw = lambda k: (args[0] * jax.random.normal(k, shape) if kind == "normal"
-                      else jax.random.uniform(k, shape, minval=args[0], maxval=args[1]))
+    draw = lambda k: (
+        args[0] * jax.random.normal(k, shape)
+        if kind == "normal"
+        else jax.random.uniform(k, shape, minval=args[0], maxval=args[1])
+    )
     # one key per layer: the first layers of a deeper model start like those of a shallower one of the same width
-    return jnp.stack([draw(jax.random.fold_in(key, i)) for i in range(spec.shape[0])]) if stacked else draw(key)
+    return (
+        jnp.stack([draw(jax.random.fold_in(key, i)) for i in range(spec.shape[0])])
+        if stacked
+        else draw(key)
+    )
 
 
 def init_params(key, config: Config) -> dict:
     """Float32 parameters for `config`, a pure function of `key` (a PRNG key or an int seed) and each leaf's name."""
     key = jax.random.key(key) if isinstance(key, int) else key
-    return jax.tree_util.tree_map_with_path(lambda path, spec: _init_leaf(key, path_name(path), spec),
-                                            param_specs(config), is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, spec: _init_leaf(key, path_name(path), spec),
+        param_specs(config),
+        is_leaf=is_spec,
+    )
 
 
 def templates(config: Config) -> dict:
     """ShapeDtypeStructs in the shape of the parameters: nothing is allocated."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), param_specs(config), is_leaf=is_spec)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), param_specs(config), is_leaf=is_spec
+    )
 
 
 def count_params(config: Config) -> dict[str, int]:

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from lib.train import checkpoint
-from lib.model import transformer as model
 from lib.config import Config
-from lib.files import replacing
-from lib.params import init_params
 from lib.data.tokenizer import Tokenizer
+from lib.files import replacing
+from lib.model import transformer as model
+from lib.params import init_params
+from lib.train import checkpoint
 
 MARKDOWN = """# A heading
 
@@ -59,7 +59,10 @@ STEPS = 260
 
 
 def messages(question: str) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": CHATS[question]}]
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": CHATS[question]},
+    ]
 
 
 def run() -> Path:
@@ -67,9 +70,16 @@ def run() -> Path:
     root = Path(__file__).parents[1]
     sources = [
         Path(__file__),
-        *(root / "lib" / f"{name}.py" for name in ("checkpoint", "config", "model", "params", "tokenizer")),
+        *(
+            root / "lib" / f"{name}.py"
+            for name in ("checkpoint", "config", "model", "params", "tokenizer")
+        ),
     ]
-    folder = root / ".cache" / f"parrot-{hashlib.sha256(b''.join(p.read_bytes() for p in sources)).hexdigest()[:12]}"
+    folder = (
+        root
+        / ".cache"
+        / f"parrot-{hashlib.sha256(b''.join(p.read_bytes() for p in sources)).hexdigest()[:12]}"
+    )
     folder.parent.mkdir(exist_ok=True)
     # the other test files wait for the one that trains
     with open(folder.with_suffix(".lock"), "w") as lock:
@@ -110,7 +120,9 @@ def make(folder: Path, sequence_len: int = 768):
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
-        loss, grads = jax.value_and_grad(lambda p: model.loss_fn(p, config, inputs, targets)[0])(params)
+        loss, grads = jax.value_and_grad(lambda p: model.loss_fn(p, config, inputs, targets)[0])(
+            params
+        )
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss
 

@@ -39,7 +39,9 @@ def walk(node, in_function=False):
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "__name__" in ast.dump(child.test):
             continue
-        inner = in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inner = in_function or isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        )
         yield child, in_function
         yield from walk(child, inner)
 
@@ -68,9 +70,26 @@ def test_imports_only_lower_layers(path):
 def test_heavy_imports_wait_until_used(path):
     if path.stem in COMMANDS:
         return
-    heavy = {"wandb", "tensorboard", "matplotlib", "huggingface_hub", "pyarrow", "fsspec", "opentelemetry", "tyro", "fastapi",
-             "uvicorn", "lm_eval", "yaml", "optuna", "scipy"}
-    assert heavy & {name.split(".")[0] for name, in_function in imports(path) if not in_function} == set()
+    heavy = {
+        "wandb",
+        "tensorboard",
+        "matplotlib",
+        "huggingface_hub",
+        "pyarrow",
+        "fsspec",
+        "opentelemetry",
+        "tyro",
+        "fastapi",
+        "uvicorn",
+        "lm_eval",
+        "yaml",
+        "optuna",
+        "scipy",
+    }
+    assert (
+        heavy & {name.split(".")[0] for name, in_function in imports(path) if not in_function}
+        == set()
+    )
 
 
 @each_module
@@ -81,4 +100,6 @@ def test_no_flags_and_no_environment(path):
     assert {"argparse", "tyro"} & {name.split(".")[0] for name, _ in imports(path)} == set()
     for node, _ in walk(ast.parse(path.read_text())):
         where = f"{path.name}:{getattr(node, 'lineno', '')}"
-        assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "argv")), where
+        assert not (
+            isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "argv")
+        ), where

@@ -13,7 +13,7 @@ from lib.config import PRESETS, Config
 from lib.files import UserError
 
 ROOT = Path(__file__).parents[1]
-SOURCE = '''# %% [markdown]
+SOURCE = """# %% [markdown]
 # # A title
 # %% tags=["parameters"]
 # @title Parameters
@@ -29,7 +29,7 @@ size = 2  # @param [1, 2] {type:"raw"}
 log = False  # @param {type:"boolean"}
 # %%
 other = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -40,24 +40,36 @@ def script(tmp_path):
 
 
 def test_flags_default_to_the_cell(script):
-    assert notebook.flags(script, []) == dict(depth=4, rate=1, minutes=None, name="it's # fine", mode="a", data="",
-                                              size=2, log=False)
+    assert notebook.flags(script, []) == dict(
+        depth=4, rate=1, minutes=None, name="it's # fine", mode="a", data="", size=2, log=False
+    )
 
 
-@pytest.mark.parametrize("args, expected", [
-    ("--depth 6 --log", dict(depth=6, log=True)),
-    ("--depth=6 --no-log", dict(depth=6, log=False)),
-    ("--rate 0.5 --minutes 2", dict(rate=0.5, minutes=2.0)),
-    ("--mode b --data my/*.txt --size 1", dict(mode="b", data="my/*.txt", size=1)),
-])
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ("--depth 6 --log", dict(depth=6, log=True)),
+        ("--depth=6 --no-log", dict(depth=6, log=False)),
+        ("--rate 0.5 --minutes 2", dict(rate=0.5, minutes=2.0)),
+        ("--mode b --data my/*.txt --size 1", dict(mode="b", data="my/*.txt", size=1)),
+    ],
+)
 def test_flags_are_parsed_by_type(script, args, expected):
     got = notebook.flags(script, args.split())
     assert {k: got[k] for k in expected} == expected
     assert all(type(got[k]) is type(v) for k, v in expected.items())
 
 
-@pytest.mark.parametrize("args, says", [
-    ("--dpeth 6", "--depth"), ("--mode c", "('a', 'b')"), ("--depth six", "six"), ("--size 3", "'3'"), ("6", "6")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ("--dpeth 6", "--depth"),
+        ("--mode c", "('a', 'b')"),
+        ("--depth six", "six"),
+        ("--size 3", "'3'"),
+        ("6", "6"),
+    ],
+)
 def test_wrong_flags_say_what_is_wrong(script, args, says, capsys):
     with pytest.raises(SystemExit) as stop:
         notebook.flags(script, args.split())
@@ -69,19 +81,23 @@ def test_a_notebook_parses_nothing():
     assert notebook.flags({}, ["--depth", "6"]) == {}
 
 
-@pytest.mark.parametrize("source, says", [
-    (SOURCE.replace('tags=["parameters"]', ""), "has 0"),
-    (SOURCE + SOURCE, "has 2"),
-    (SOURCE.replace("log = False  # @param", "log = False  #"), "log = False"),
-])
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        (SOURCE.replace('tags=["parameters"]', ""), "has 0"),
+        (SOURCE + SOURCE, "has 2"),
+        (SOURCE.replace("log = False  # @param", "log = False  #"), "log = False"),
+    ],
+)
 def test_a_broken_parameters_cell_is_refused(source, says):
     with pytest.raises(ValueError, match=says):
         notebook.parameters(source)
 
 
 def test_overrides():
-    assert notebook.parse_overrides("n_layer=3 tied_head=true, matrix_lr=1e-2 mlp=gelu", Config) == dict(
-        n_layer=3, tied_head=True, matrix_lr=0.01, mlp="gelu")
+    assert notebook.parse_overrides(
+        "n_layer=3 tied_head=true, matrix_lr=1e-2 mlp=gelu", Config
+    ) == dict(n_layer=3, tied_head=True, matrix_lr=0.01, mlp="gelu")
     with pytest.raises(UserError, match="unknown config field 'n_layers'.*n_layer"):
         notebook.parse_overrides("n_layers=3", Config)
     with pytest.raises(UserError, match="n_layer=x: n_layer is of type int"):
@@ -118,26 +134,57 @@ def test_set_aside_loses_nothing(tmp_path):
 def test_results_table(tmp_path):
     with pytest.raises(UserError, match="no .*results.json: run 01_tokenizer.py"):
         notebook.results_table(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps(dict(
-        params=1234567, val_bpb=1.23456, gzip_bpb=2.5, train_tokens_per_s=None, more=7, nested={"a": 1},
-        samples=["def f"])))
+    (tmp_path / "results.json").write_text(
+        json.dumps(
+            dict(
+                params=1234567,
+                val_bpb=1.23456,
+                gzip_bpb=2.5,
+                train_tokens_per_s=None,
+                more=7,
+                nested={"a": 1},
+                samples=["def f"],
+            )
+        )
+    )
     table = notebook.results_table(tmp_path)
-    for line in (r"parameters +1,234,567\n", r"validation bits per byte +1.2346\n", r"gzip -9 .* 2.5000\n",
-                 r"more +7\n", "def f"):
+    for line in (
+        r"parameters +1,234,567\n",
+        r"validation bits per byte +1.2346\n",
+        r"gzip -9 .* 2.5000\n",
+        r"more +7\n",
+        "def f",
+    ):
         assert re.search(line, table), line
     assert "nested" not in table and "None" not in table
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("TPU v6 lite", "TPU v6e"), ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v5p", "TPU v5p"),
-    ("TPU v4", "TPU v4"), ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA A100-SXM4-80GB", "A100"), ("Tesla T4", "T4")])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("TPU v6 lite", "TPU v6e"),
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5", "TPU v5p"),
+        ("TPU v5p", "TPU v5p"),
+        ("TPU v4", "TPU v4"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla T4", "T4"),
+    ],
+)
 def test_chips_are_found_by_jax_names(kind, name):
     assert notebook.chip(kind).name == name
 
 
-@pytest.mark.parametrize("platform, kind, preset", [
-    ("cpu", "cpu", "cpu_demo"), ("tpu", "TPU v6 lite", "colab_v6e"), ("tpu", "TPU v5 lite", "colab_v5e"),
-    ("gpu", "NVIDIA H200", "gpu")])
+@pytest.mark.parametrize(
+    "platform, kind, preset",
+    [
+        ("cpu", "cpu", "cpu_demo"),
+        ("tpu", "TPU v6 lite", "colab_v6e"),
+        ("tpu", "TPU v5 lite", "colab_v5e"),
+        ("gpu", "NVIDIA H200", "gpu"),
+    ],
+)
 def test_every_device_gets_a_preset_and_a_reason(platform, kind, preset):
     picked, why = notebook.pick_preset(dict(platform=platform, kind=kind))
     assert picked == preset and picked in PRESETS and why
@@ -162,13 +209,20 @@ def test_secret(monkeypatch, capsys):
     assert notebook.secret("RAWCHAT_TEST") == "value"
     monkeypatch.delenv("RAWCHAT_TEST")
     assert notebook.secret("RAWCHAT_TEST") is None
-    assert capsys.readouterr().out == "RAWCHAT_TEST: from the environment\nRAWCHAT_TEST: not set, going on without\n"
+    assert (
+        capsys.readouterr().out
+        == "RAWCHAT_TEST: from the environment\nRAWCHAT_TEST: not set, going on without\n"
+    )
 
 
-@pytest.mark.parametrize("error, code, says", [
-    ("UserError('do this')", 2, "Error: do this\n"), ("ValueError('a bug')", 1, "Traceback")])
+@pytest.mark.parametrize(
+    "error, code, says",
+    [("UserError('do this')", 2, "Error: do this\n"), ("ValueError('a bug')", 1, "Traceback")],
+)
 def test_user_errors_print_one_sentence(error, code, says):
-    program = f"from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise {error}"
+    program = (
+        f"from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise {error}"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr.startswith(says)
@@ -184,14 +238,16 @@ def test_user_errors_show_one_sentence_in_a_kernel():
     notebook = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError):  # so that "Run all" stops here
         NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(ROOT)}}).execute()
-    error, = (o for o in cells[0].outputs if o.output_type == "error")
+    (error,) = (o for o in cells[0].outputs if o.output_type == "error")
     assert error.traceback == ["Error: do this"] and cells[1].outputs == []
 
 
 def test_colab_keeps_its_own_jax(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").write_text('[project]\ndependencies = ["jax>=0.7.2", "rustbpe"]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["jax>=0.7.2", "rustbpe"]\n'
+    )
     reply = subprocess.CompletedProcess([], 0, "", "")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or reply)
     notebook.install_missing()
@@ -203,7 +259,9 @@ def test_colab_keeps_its_own_jax(monkeypatch, tmp_path):
     assert {f"jax=={jax.__version__}", f"numpy=={numpy.__version__}"} <= set(held)
 
     reply = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network\n")
-    with pytest.raises(UserError, match="could not install what is missing here: ERROR: no network"):
+    with pytest.raises(
+        UserError, match="could not install what is missing here: ERROR: no network"
+    ):
         notebook.install_missing()
 
 

@@ -35,8 +35,14 @@ def house(tmp_path):
 
 
 def run(house, script, *args):
-    done = subprocess.run(["bash", house / script, *args], cwd=house, capture_output=True, text=True, timeout=30,
-                          env={"PATH": str(house / "bin"), "HOME": str(house)})
+    done = subprocess.run(
+        ["bash", house / script, *args],
+        cwd=house,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={"PATH": str(house / "bin"), "HOME": str(house)},
+    )
     done.calls = (house / "calls").read_text().splitlines() if (house / "calls").exists() else []
     (house / "calls").unlink(missing_ok=True)
     return done
@@ -47,9 +53,16 @@ def test_syntax(script):
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
 
 
-@pytest.mark.parametrize("script, says", [
-    ("speedrun.sh", ["--preset", "--source", "--run", "--fresh", "--continue", "cpu_demo", "stdlib"]),
-    ("run_tests.sh", ["--setup-only", "pytest"])])
+@pytest.mark.parametrize(
+    "script, says",
+    [
+        (
+            "speedrun.sh",
+            ["--preset", "--source", "--run", "--fresh", "--continue", "cpu_demo", "stdlib"],
+        ),
+        ("run_tests.sh", ["--setup-only", "pytest"]),
+    ],
+)
 def test_help_does_nothing_else(house, script, says):
     done = run(house, script, "--help")
     assert done.returncode == 0 and done.calls == []
@@ -64,14 +77,24 @@ def test_speedrun_help_lists_every_preset_and_source():
     assert [name for name in [*PRESETS, *SOURCES] if name not in text] == []
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--frsh"], "unknown argument --frsh"), (["02"], "unknown argument 02"), (["--run"], "--run needs a value"),
-    (["--run", "../x"], "cannot name a folder"), (["--run", "-x"], "cannot name a folder"),
-    (["--run", ""], "cannot name a folder"), (["--fresh", "--continue"], "exclude each other")])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--frsh"], "unknown argument --frsh"),
+        (["02"], "unknown argument 02"),
+        (["--run"], "--run needs a value"),
+        (["--run", "../x"], "cannot name a folder"),
+        (["--run", "-x"], "cannot name a folder"),
+        (["--run", ""], "cannot name a folder"),
+        (["--fresh", "--continue"], "exclude each other"),
+    ],
+)
 def test_speedrun_refuses_bad_arguments_before_it_does_anything(house, args, says):
     done = run(house, "speedrun.sh", *args)
     assert done.returncode == 2 and done.calls == []
-    assert done.stderr.startswith("error: ") and says in done.stderr and not (house / ".venv").exists()
+    assert (
+        done.stderr.startswith("error: ") and says in done.stderr and not (house / ".venv").exists()
+    )
 
 
 def test_speedrun_sets_up_and_runs_the_three_notebooks(house):
@@ -82,11 +105,14 @@ def test_speedrun_sets_up_and_runs_the_three_notebooks(house):
     assert [c for c in done.calls if c.startswith("0")] == [
         "01_tokenizer.py --run a --source x y --vocab-size 4096",
         "02_train.py --run a --source x y --preset cpu_demo --num-steps 5",
-        "04_eval_chat.py --run a"]
+        "04_eval_chat.py --run a",
+    ]
     assert any("-m pip install" in c and " -e ." in c for c in done.calls)
 
     again = run(house, "speedrun.sh")
-    assert "set-up: .venv is up to date" in again.stdout and not any("install" in c for c in again.calls)
+    assert "set-up: .venv is up to date" in again.stdout and not any(
+        "install" in c for c in again.calls
+    )
 
 
 def test_speedrun_fresh_keeps_the_old_run_beside(house):
@@ -95,7 +121,9 @@ def test_speedrun_fresh_keeps_the_old_run_beside(house):
     for n in (1, 2):
         (house / "runs" / "speedrun").mkdir(exist_ok=True)
         assert f"is now runs/speedrun.old-{n}" in run(house, "speedrun.sh", "--fresh").stdout
-        assert (house / "runs" / f"speedrun.old-{n}").is_dir() and not (house / "runs" / "speedrun").exists()
+        assert (house / "runs" / f"speedrun.old-{n}").is_dir() and not (
+            house / "runs" / "speedrun"
+        ).exists()
 
 
 def test_speedrun_stops_where_a_notebook_fails(house):
@@ -107,7 +135,9 @@ def test_speedrun_stops_where_a_notebook_fails(house):
 
 
 def test_setup_without_a_network(house):
-    (house / "FAIL").write_text("pip install\nTemporary failure in name resolution\nERROR: No matching distribution\n")
+    (house / "FAIL").write_text(
+        "pip install\nTemporary failure in name resolution\nERROR: No matching distribution\n"
+    )
     done = run(house, "run_tests.sh", "--setup-only")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: the package index cannot be reached")
@@ -119,20 +149,30 @@ def test_setup_without_a_network(house):
 def test_setup_with_another_pip_failure_points_to_the_log(house):
     (house / "FAIL").write_text("pip install\nERROR: No space left on device\n")
     done = run(house, "run_tests.sh", "--setup-only")
-    assert done.returncode == 1 and "No space left" in done.stderr and ".venv/install.log has all of it" in done.stderr
+    assert (
+        done.returncode == 1
+        and "No space left" in done.stderr
+        and ".venv/install.log has all of it" in done.stderr
+    )
 
 
 def test_setup_without_python(house):
     (house / "bin" / "python3").write_text("#!/bin/bash\nexit 127\n")  # a version manager's shim
     done = run(house, "run_tests.sh", "--setup-only")
-    assert done.returncode == 1 and done.stderr.startswith("error: no working Python 3.11, 3.12 or 3.13")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: no working Python 3.11, 3.12 or 3.13"
+    )
 
 
 def test_setup_mends_a_half_made_environment(house):
     (house / ".venv" / "bin").mkdir(parents=True)
     (house / ".venv" / "bin" / "python").symlink_to(house / "gone")
     done = run(house, "run_tests.sh", "--setup-only")
-    assert done.returncode == 0 and "making .venv again" in done.stdout and "-m venv .venv" in done.calls
+    assert (
+        done.returncode == 0
+        and "making .venv again" in done.stdout
+        and "-m venv .venv" in done.calls
+    )
 
 
 def test_setup_installs_again_when_pyproject_changed(house):
@@ -143,5 +183,7 @@ def test_setup_installs_again_when_pyproject_changed(house):
 
 
 def test_update_notebooks_refuses_unknown_arguments():
-    done = subprocess.run(["bash", ROOT / "update_notebooks.sh", "--chek"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", ROOT / "update_notebooks.sh", "--chek"], capture_output=True, text=True
+    )
     assert done.returncode != 0 and "usage: bash update_notebooks.sh [--check]" in done.stderr

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.train.checkpoint import Model
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, write_json, writing
 from lib.generate.engine import Engine, Sampling, Token
 from lib.model.transformer import quantized
-from lib.data.tokenizer import Tokenizer
+from lib.train.checkpoint import Model
 
 # ---- any chat ----------------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,9 @@ class Reader:
             self.parts[-1]["text"] += text
             index = len(self.parts) - 1
             if pieces and pieces[-1].index == index:
-                pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + text, tokens=pieces[-1].tokens + self.waiting)
+                pieces[-1] = pieces[-1]._replace(
+                    text=pieces[-1].text + text, tokens=pieces[-1].tokens + self.waiting
+                )
             else:
                 pieces.append(Piece(index, self.kind, text, self.waiting))
             self.waiting = []
@@ -90,7 +92,11 @@ class Reader:
 
 def plain(content: str | list[dict]) -> str:
     """A message's text without tool calls."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content if part["type"] == "text")
+    return (
+        content
+        if isinstance(content, str)
+        else "".join(part["text"] for part in content if part["type"] == "text")
+    )
 
 
 def compact(parts: list[dict]) -> str | list[dict]:
@@ -98,23 +104,31 @@ def compact(parts: list[dict]) -> str | list[dict]:
     return parts if any(part["type"] != "text" for part in parts) else plain(parts)
 
 
-def fit(tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int) -> tuple[list[int], int]:
+def fit(
+    tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int
+) -> tuple[list[int], int]:
     """Ids that ask for an answer to a chat, and how many of its oldest messages were left out to make room for that.
 
     Room is made for max_tokens, but for half of the context at most; what the last message and the system's leave must do.
     UserError if these two alone fill the context.
     """
-    first = int(messages[:1] != [] and isinstance(messages[0], dict) and messages[0].get("role") == "system")
+    first = int(
+        messages[:1] != [] and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+    )
     ids = tokenizer.render_for_completion(messages)  # checks all of them
     room = context - min(max_tokens, context // 2)
     if len(ids) <= room:
         return ids, 0
-    without = lambda turns: tokenizer.render_for_completion(messages[:first] + messages[first + 2 * turns:])
+    without = lambda turns: tokenizer.render_for_completion(
+        messages[:first] + messages[first + 2 * turns :]
+    )
     turns = (len(messages) - first - 1) // 2
     drop = bisect_left(range(turns), True, key=lambda n: len(without(n)) <= room)
     ids = without(drop)
     if len(ids) >= context:
-        raise UserError(f"the last message makes {len(ids)} tokens and the model's context has {context}: shorten it")
+        raise UserError(
+            f"the last message makes {len(ids)} tokens and the model's context has {context}: shorten it"
+        )
     return ids, 2 * drop
 
 
@@ -144,7 +158,13 @@ TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_p
 # a model may write escape sequences; a terminal must not obey them
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 PLAIN = dict.fromkeys(("you", "tool", "note", "bad", "end"), "")
-COLOURS = {"you": "\033[1;36m", "tool": "\033[2;33m", "note": "\033[2m", "bad": "\033[31m", "end": "\033[0m"}
+COLOURS = {
+    "you": "\033[1;36m",
+    "tool": "\033[2;33m",
+    "note": "\033[2m",
+    "bad": "\033[31m",
+    "end": "\033[0m",
+}
 
 
 @dataclass
@@ -191,13 +211,17 @@ class Talk:
         self.model, self.settings, self.colours, self.tools = model, settings, colours, tools
         self.context = model.config.sequence_len
         params = quantized(model.params, model.config) if settings.int8 else model.params
-        self.engine = Engine(params, model.config, 1, self.context, model.tokenizer, calculator, settings.guess)
+        self.engine = Engine(
+            params, model.config, 1, self.context, model.tokenizer, calculator, settings.guess
+        )
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
         self.sampling()  # bad settings are told now
         self.clear()
 
     def clear(self):
-        self.messages = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        self.messages = (
+            [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+        )
 
     def sampling(self, **changes) -> Sampling:
         chosen = {name: getattr(self.settings, name) for name in TUNABLE}
@@ -220,11 +244,15 @@ class Talk:
         if self.model.stage == "base":  # has never seen a chat: it goes on where the text ends
             ids = tokenizer.encode(self.messages[-1]["content"], bos=True)
             if len(ids) >= self.context:
-                raise UserError(f"this makes {len(ids)} tokens and the model's context has {self.context}: shorten it")
+                raise UserError(
+                    f"this makes {len(ids)} tokens and the model's context has {self.context}: shorten it"
+                )
             return ids
         ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
         if dropped:
-            self.note(f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens and were left out)")
+            self.note(
+                f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens and were left out)"
+            )
         return ids
 
     def answer(self):
@@ -235,7 +263,10 @@ class Talk:
         self.seed += 1
         stopped, last = False, None
         try:
-            with _interrupted() as flag, contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces:
+            with (
+                _interrupted() as flag,
+                contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces,
+            ):
                 for piece in pieces:
                     last = self._show(piece, last)
                     if stopped := flag.is_set():
@@ -254,7 +285,9 @@ class Talk:
         """Print a piece, tool calls in brackets and their own colour; `last` is the piece before it."""
         if piece.kind == "text" or self.tools:
             if last is None or last.index != piece.index:
-                mark = {"text": "", "python": self.colours["tool"] + "[", "python_output": " = "}[piece.kind]
+                mark = {"text": "", "python": self.colours["tool"] + "[", "python_output": " = "}[
+                    piece.kind
+                ]
                 print((self._close(last) if piece.kind != "python_output" else "") + mark, end="")
             print(UNPRINTABLE.sub("", piece.text), end="", flush=True)
         return piece
@@ -286,7 +319,9 @@ class Talk:
                 write_json(rest, {"messages": self.messages})
             # a folder, a name that is too long, text that is not Unicode
             except (OSError, ValueError) as e:
-                raise UserError(f"cannot save to {rest} ({type(e).__name__}): name another file") from None
+                raise UserError(
+                    f"cannot save to {rest} ({type(e).__name__}): name another file"
+                ) from None
             self.note(f"(saved {len(self.messages)} messages to {rest})")
         elif name == "load":
             self.messages = _load(rest, self.model.tokenizer)
@@ -308,7 +343,9 @@ class Talk:
                 setattr(self.settings, name, type(old)(value))
                 self.sampling()
             except ValueError:
-                raise UserError(f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not {value!r}") from None
+                raise UserError(
+                    f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not {value!r}"
+                ) from None
             except UserError:
                 setattr(self.settings, name, old)
                 raise
@@ -344,7 +381,9 @@ def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
         tokenizer.render_conversation(messages)
     except (OSError, ValueError, KeyError, TypeError) as e:
         why = type(e).__name__
-        raise UserError(f"{path} cannot be read as a saved conversation ({why}): name a file that /save wrote") from None
+        raise UserError(
+            f"{path} cannot be read as a saved conversation ({why}): name a file that /save wrote"
+        ) from None
     return messages
 
 
@@ -395,24 +434,41 @@ def main(settings: Settings, coloured: bool):
     if single == "-":
         single = sys.stdin.read()
     if settings.prompt and not single.strip():
-        raise UserError("the prompt is empty: write a message after --prompt, or - and the message on standard input")
-    folder = Path(settings.run) if "/" in settings.run else notebook.open_run(settings.run, needs="tokenizer.json")
+        raise UserError(
+            "the prompt is empty: write a message after --prompt, or - and the message on standard input"
+        )
+    folder = (
+        Path(settings.run)
+        if "/" in settings.run
+        else notebook.open_run(settings.run, needs="tokenizer.json")
+    )
     model = load_model(folder, settings.ckpt, settings.stage)
     tty = sys.stdin.isatty() and sys.stdout.isatty() and not single
-    talk = Talk(model, settings, COLOURS if coloured and sys.stdout.isatty() and sys.stderr.isatty() else PLAIN, tools=not single)
+    talk = Talk(
+        model,
+        settings,
+        COLOURS if coloured and sys.stdout.isatty() and sys.stderr.isatty() else PLAIN,
+        tools=not single,
+    )
     if single:
         talk.ask(single)
         return
     if not tty:
         converse(talk, lambda prompt: _line(sys.stdin))
         return
-    talk.note(f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. /help tells the commands.")
+    talk.note(
+        f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. /help tells the commands."
+    )
     if model.stage == "base":
-        talk.note("This model was only pretrained and has not learnt to chat: it goes on with the text that you write.")
+        talk.note(
+            "This model was only pretrained and has not learnt to chat: it goes on with the text that you write."
+        )
     you, end = talk.colours["you"], talk.colours["end"]
     with _line_editing(folder / ".chat_history"):
         # \x01 and \x02 tell readline that what is between them takes no room
-        converse(talk, lambda prompt: input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt))
+        converse(
+            talk, lambda prompt: input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt)
+        )
 
 
 def _line(file) -> str:

@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.files import UserError, choose, replacing, sha256, writing
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError, choose, replacing, sha256, writing
 
 CACHE = ".cache"
 HUB = "https://huggingface.co"
@@ -90,8 +90,10 @@ def _read_jsonl(path: str, cut: bool) -> Iterator[list[str]]:
             # JSON can spell half a character, which no tokenizer takes
             return text.encode("utf-8", "replace").decode()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {number}: expected a JSON object with a string "text" or a list "messages"'
-                            ' of objects with a string "content"') from None
+            raise UserError(
+                f'{path}, line {number}: expected a JSON object with a string "text" or a list "messages"'
+                ' of objects with a string "content"'
+            ) from None
 
     with open(path, encoding="utf-8-sig") as lines:
         texts = (parse(number, line) for number, line in enumerate(lines, 1) if line.strip())
@@ -107,15 +109,27 @@ def _read_parquet(path: str, cut: bool) -> Iterator[list[str]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get("text") not in ("string", "large_string"):
-                raise UserError(f'{path} has no column "text" of strings, only {columns}: rename or convert one')
+                raise UserError(
+                    f'{path} has no column "text" of strings, only {columns}: rename or convert one'
+                )
             for group in range(file.num_row_groups):
-                yield [text or "" for text in file.read_row_group(group, ["text"])["text"].to_pylist()]
+                yield [
+                    text or "" for text in file.read_row_group(group, ["text"])["text"].to_pylist()
+                ]
     except (pyarrow.ArrowInvalid, OSError) as e:
-        raise UserError(f"cannot read {path} as parquet ({str(e).splitlines()[0]}): delete it and run again") from e
+        raise UserError(
+            f"cannot read {path} as parquet ({str(e).splitlines()[0]}): delete it and run again"
+        ) from e
 
 
 # How a file becomes lists of documents, by ending: a parquet file's row groups, else some or all of the file at a time.
-READERS = {".txt": _read_text, ".md": _read_text, ".py": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".py": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _digest(text: str) -> str:
@@ -133,11 +147,15 @@ def _groups(shard: Shard) -> Iterator[list[str]]:
             for texts in READERS[Path(file).suffix.lower()](file, shard.cut):
                 if shard.split:
                     digests = [_digest(text) for text in texts]
-                    sides = [SPLITS[_held_out(digest) or digest == shard.held_out] for digest in digests]
+                    sides = [
+                        SPLITS[_held_out(digest) or digest == shard.held_out] for digest in digests
+                    ]
                     texts = [text for text, side in zip(texts, sides) if side == shard.split]
                 yield [text for text in texts if text]
         except UnicodeDecodeError as e:
-            raise UserError(f"{file} is not UTF-8 text (byte {e.start}): convert it, or leave it out") from e
+            raise UserError(
+                f"{file} is not UTF-8 text (byte {e.start}): convert it, or leave it out"
+            ) from e
         except OSError as e:
             raise UserError(f"cannot read {file}: {e.strerror or e}") from e
 
@@ -169,7 +187,9 @@ def _local(paths: list[Path], split: str, where: str) -> list[Shard]:
         whole = Shard("", "", tuple(path for _, path in parts[0]), cut=cut)
         found = {_digest(text) for texts in _groups(whole) for text in texts}
         if len(found) < 2:
-            raise UserError(f"{where} holds {len(found)} different documents: it takes two, one for validation")
+            raise UserError(
+                f"{where} holds {len(found)} different documents: it takes two, one for validation"
+            )
         held_out = "" if any(map(_held_out, found)) else min(found)
     shards = []
     for part in parts:
@@ -182,7 +202,9 @@ def _local(paths: list[Path], split: str, where: str) -> list[Shard]:
 def _stdlib(split: str, tests: bool, **_) -> list[Shard]:
     """Source text of the running Python's standard library, every file a document."""
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else {"test", "tests", "idle_test"})
+    skip = {"site-packages", "dist-packages", "__pycache__"} | (
+        set() if tests else {"test", "tests", "idle_test"}
+    )
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - skip
@@ -198,10 +220,16 @@ def _hub(split: str, shards: int, cache_dir, repo: str, names: list[str]) -> lis
     """Parquet shards of a Hub data set that comes shuffled: the last one validates, the first `shards` train."""
     *train, val = names
     if not 1 <= shards <= len(train):
-        raise UserError(f"{repo} has {len(train)} training shards, {shards} cannot be used: choose 1 to {len(train)}")
+        raise UserError(
+            f"{repo} has {len(train)} training shards, {shards} cannot be used: choose 1 to {len(train)}"
+        )
     return [
-        Shard(name, f"{repo}/{name}", (str(Path(cache_dir, "hub", repo, name).absolute()),),
-              url=f"datasets/{repo}/resolve/main/{name}")
+        Shard(
+            name,
+            f"{repo}/{name}",
+            (str(Path(cache_dir, "hub", repo, name).absolute()),),
+            url=f"datasets/{repo}/resolve/main/{name}",
+        )
         for name in ([val] if split == "val" else train[:shards])
     ]
 
@@ -210,15 +238,27 @@ def _hub(split: str, shards: int, cache_dir, repo: str, names: list[str]) -> lis
 SOURCES: dict[str, Callable[..., list[Shard]]] = {
     "stdlib": partial(_stdlib, tests=False),
     "stdlib_with_tests": partial(_stdlib, tests=True),
-    "climbmix": partial(_hub, repo="karpathy/climbmix-400b-shuffle",
-                        names=[f"shard_{i:05d}.parquet" for i in range(6543)]),
-    "fineweb_edu": partial(_hub, repo="karpathy/fineweb-edu-100b-shuffle",
-                           names=[f"shard_{i:05d}.parquet" for i in range(1823)]),
-    "tinystories": partial(_hub, repo="roneneldan/TinyStories", names=[
-        "data/train-00000-of-00004-2d5a1467fff1081b.parquet", "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
-        "data/train-00002-of-00004-a26307300439e943.parquet", "data/train-00003-of-00004-d243063613e5a057.parquet",
-        "data/validation-00000-of-00001-869c898b519ad725.parquet",
-    ]),
+    "climbmix": partial(
+        _hub,
+        repo="karpathy/climbmix-400b-shuffle",
+        names=[f"shard_{i:05d}.parquet" for i in range(6543)],
+    ),
+    "fineweb_edu": partial(
+        _hub,
+        repo="karpathy/fineweb-edu-100b-shuffle",
+        names=[f"shard_{i:05d}.parquet" for i in range(1823)],
+    ),
+    "tinystories": partial(
+        _hub,
+        repo="roneneldan/TinyStories",
+        names=[
+            "data/train-00000-of-00004-2d5a1467fff1081b.parquet",
+            "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
+            "data/train-00002-of-00004-a26307300439e943.parquet",
+            "data/train-00003-of-00004-d243063613e5a057.parquet",
+            "data/validation-00000-of-00001-869c898b519ad725.parquet",
+        ],
+    ),
 }
 
 
@@ -234,8 +274,10 @@ def find_shards(source: str, split: str, shards: int = 8, cache_dir=CACHE) -> li
     else:
         paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
         if not paths:
-            raise UserError(f"unknown source {str(source)!r}: it is none of {', '.join(SOURCES)}, and no file, folder"
-                            " or glob that matches a file")
+            raise UserError(
+                f"unknown source {str(source)!r}: it is none of {', '.join(SOURCES)}, and no file, folder"
+                " or glob that matches a file"
+            )
     return _local(paths, split, str(source))
 
 
@@ -265,7 +307,9 @@ def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may want the same file
         while not path.exists():
             have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            request = urllib.request.Request(
+                url, headers={"Range": f"bytes={have}-"} if have else {}
+            )
             if token:  # unredirected: the Hub redirects to a storage host that must not see it
                 request.add_unredirected_header("Authorization", f"Bearer {token}")
             pause, before, tries = 0.0, have, patience
@@ -274,7 +318,14 @@ def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
                     have = have if response.status == 206 else 0
                     length = response.headers["Content-Length"]
                     total = have + int(length) if length else None
-                    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name, leave=False)
+                    bar = tqdm(
+                        total=total,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        desc=path.name,
+                        leave=False,
+                    )
                     with open(part, "ab" if have else "wb") as f, bar:
                         while chunk := response.read(1 << 20):
                             f.write(chunk)
@@ -287,7 +338,9 @@ def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
             except urllib.error.HTTPError as e:
                 problem = f"the server answered {e.code} {e.reason}"
                 if e.code in (401, 403):
-                    raise UserError(f"{url}: {problem}; the Hub token is wrong, or a private data set needs one") from e
+                    raise UserError(
+                        f"{url}: {problem}; the Hub token is wrong, or a private data set needs one"
+                    ) from e
                 if e.code == 416:  # the partial file does not belong to what is there now
                     part.unlink()
                 elif e.code != 429 and e.code < 500:
@@ -295,16 +348,31 @@ def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
                 # a busy server needs more patience
                 asked, tries = e.headers["Retry-After"] or "", 2 * TRIES
                 pause = min(float(asked), 300) if asked.isdigit() else 0.0
-            except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as e:
+            except (
+                urllib.error.URLError,
+                http.client.HTTPException,
+                ssl.SSLError,
+                ConnectionError,
+                TimeoutError,
+            ) as e:
                 problem = str(getattr(e, "reason", e)) or type(e).__name__
             failures = 0 if have > before else failures + 1
             if failures >= tries:
-                raise UserError(f"cannot download {url}: {problem}; check the network and run again, what came is kept")
+                raise UserError(
+                    f"cannot download {url}: {problem}; check the network and run again, what came is kept"
+                )
             time.sleep(max(pause, min(BACKOFF * 2**failures, 60) * random.uniform(0.5, 1)))
 
 
-def documents(source: str, split: str, *, shards: int = 8, cache_dir=CACHE, hub: str = HUB,
-              hub_token: str | None = None) -> Iterator[str]:
+def documents(
+    source: str,
+    split: str,
+    *,
+    shards: int = 8,
+    cache_dir=CACHE,
+    hub: str = HUB,
+    hub_token: str | None = None,
+) -> Iterator[str]:
     """The documents of one side of a source, always in the same order.
 
     source: a name in SOURCES, or a local file, folder or glob of .txt .md .py .jsonl .parquet. split: "train" or "val",
@@ -315,7 +383,9 @@ def documents(source: str, split: str, *, shards: int = 8, cache_dir=CACHE, hub:
     def read():
         pool = ThreadPoolExecutor(4)
         try:
-            for shard, _ in zip(found, pool.map(lambda shard: _fetch(shard, hub, hub_token), found)):
+            for shard, _ in zip(
+                found, pool.map(lambda shard: _fetch(shard, hub, hub_token), found)
+            ):
                 for texts in _groups(shard):
                     yield from texts
         finally:
@@ -331,7 +401,11 @@ def baselines(texts: Iterable[str]) -> dict:
 
     data = "".join(texts).encode()
     bits = lambda packed: 8 * len(packed) / max(len(data), 1)
-    return dict(bytes=len(data), gzip_bpb=bits(gzip.compress(data, 9)), xz_bpb=bits(lzma.compress(data, preset=9)))
+    return dict(
+        bytes=len(data),
+        gzip_bpb=bits(gzip.compress(data, 9)),
+        xz_bpb=bits(lzma.compress(data, preset=9)),
+    )
 
 
 # ---- documents -> token shards
@@ -360,8 +434,17 @@ class Tokens:
         return self.shards[i]()
 
 
-def open_tokens(source: str, split: str, tokenizer: Tokenizer, *, shards: int = 8, cache_dir=CACHE,
-                workers: int | None = None, hub: str = HUB, hub_token: str | None = None) -> Tokens:
+def open_tokens(
+    source: str,
+    split: str,
+    tokenizer: Tokenizer,
+    *,
+    shards: int = 8,
+    cache_dir=CACHE,
+    workers: int | None = None,
+    hub: str = HUB,
+    hub_token: str | None = None,
+) -> Tokens:
     """The tokens of one side of a source, returned when the first shard is ready; the rest follows in the background.
 
     Arguments as in `documents`; workers: processes that download and tokenise (default: one per core, at most 8).
@@ -374,7 +457,9 @@ def open_tokens(source: str, split: str, tokenizer: Tokenizer, *, shards: int = 
         tokenizer.save(spec)
     jobs, futures = collections.deque(), []
     for shard in found:
-        out = folder / (_digest(json.dumps([FORMAT, tokenizer.fingerprint, shard.identity]))[:32] + ".npy")
+        out = folder / (
+            _digest(json.dumps([FORMAT, tokenizer.fingerprint, shard.identity]))[:32] + ".npy"
+        )
         futures.append(future := Future())
         if ready := _load(out):
             future.set_result(ready)
@@ -394,11 +479,15 @@ def open_tokens(source: str, split: str, tokenizer: Tokenizer, *, shards: int = 
 
     for _ in range(min(len(jobs), workers or min(os.cpu_count() or 1, 8))):
         threading.Thread(target=work, daemon=True).start()
-    identity = _digest(json.dumps([FORMAT, tokenizer.fingerprint, [shard.identity for shard in found]]))
+    identity = _digest(
+        json.dumps([FORMAT, tokenizer.fingerprint, [shard.identity for shard in found]])
+    )
     tokens = Tokens(identity, tokenizer.bos, tuple(future.result for future in futures))
     weakref.finalize(tokens, jobs.clear)  # nobody reads on: leave the rest undone
     if not any(shard.ids.size for shard in tokens):
-        raise UserError(f"{source} has no documents in its {split} split: give it more, or choose another source")
+        raise UserError(
+            f"{source} has no documents in its {split} split: give it more, or choose another source"
+        )
     return tokens
 
 
@@ -417,7 +506,9 @@ def tokens_of(texts: list[str], tokenizer: Tokenizer) -> Tokens:
     """Tokens of texts at hand, in memory: what `open_tokens` gives for a source, for a fixed evaluation set."""
     ids = np.array([i for row in tokenizer.encode_batch(texts, bos=True) for i in row], np.uint32)
     shard = TokenShard(ids, [len(texts)], sum(len(text.encode()) for text in texts))
-    return Tokens(_digest(json.dumps([FORMAT, tokenizer.fingerprint, texts])), tokenizer.bos, (lambda: shard,))
+    return Tokens(
+        _digest(json.dumps([FORMAT, tokenizer.fingerprint, texts])), tokenizer.bos, (lambda: shard,)
+    )
 
 
 def _load(path: Path) -> TokenShard | None:
@@ -439,8 +530,14 @@ def _tokenise_apart(shard: Shard, spec: Path, out: Path):
     session keeps Ctrl-C from it, so that an interrupted run can still save its state.
     """
     worker = subprocess.Popen(
-        [sys.executable, "-m", "lib.data.sources"], cwd=Path(__file__).resolve().parents[2], start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+        [sys.executable, "-m", "lib.data.sources"],
+        cwd=Path(__file__).resolve().parents[2],
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     )
     # where it died early, its last words and return code tell why
     with contextlib.suppress(BrokenPipeError), worker:
@@ -452,8 +549,10 @@ def _tokenise_apart(shard: Shard, spec: Path, out: Path):
     if worker.returncode == 3:
         raise UserError(said.splitlines()[-1])
     if worker.returncode < 0:
-        raise UserError(f"the worker tokenising {shard.name} was killed by signal {-worker.returncode}, most often for"
-                        " lack of memory: run again, finished shards are kept")
+        raise UserError(
+            f"the worker tokenising {shard.name} was killed by signal {-worker.returncode}, most often for"
+            " lack of memory: run again, finished shards are kept"
+        )
     if worker.returncode:
         raise RuntimeError(f"tokenising {shard.name} failed:\n{said}")
 
@@ -505,7 +604,11 @@ def _row_groups(shard, bos, sequence_len, host, hosts, rng, at_once=128):
     begins, lengths = _spans(shard, bos)
     ends = np.cumsum(shard.groups)
     mine = [np.arange(end - size, end) for size, end in zip(shard.groups, ends)][host::hosts]
-    stops = [min(i // at_once * at_once + at_once, group.size) - i for group in mine for i in range(group.size)]
+    stops = [
+        min(i // at_once * at_once + at_once, group.size) - i
+        for group in mine
+        for i in range(group.size)
+    ]
     mine = np.concatenate([np.empty(0, int), *mine])
     return begins[mine], lengths[mine], np.arange(mine.size) + np.array(stops, int)
 
@@ -533,9 +636,19 @@ PACKING = {
 }
 
 
-def batches(tokens: Tokens, batch_size: int, sequence_len: int, *, packing: str = "bestfit", cursor: dict | None = None,
-            host_index: int = 0, host_count: int = 1, seed: int = 0, buffer_size: int = 1000,
-            loop: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+def batches(
+    tokens: Tokens,
+    batch_size: int,
+    sequence_len: int,
+    *,
+    packing: str = "bestfit",
+    cursor: dict | None = None,
+    host_index: int = 0,
+    host_count: int = 1,
+    seed: int = 0,
+    buffer_size: int = 1000,
+    loop: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
     """Packed batches: (inputs_BT int32, targets_BT int32, the cursor after this batch), for ever or for one epoch.
 
     A row holds sequence_len + 1 tokens and starts with bos (but for "stream"); inputs drop its last, targets its first
@@ -544,22 +657,42 @@ def batches(tokens: Tokens, batch_size: int, sequence_len: int, *, packing: str 
     When `loop` is false, the last rows are filled with targets -1, and hosts may differ in their number of batches.
     """
     mode = choose("packing", packing, PACKING)
-    if min(batch_size, sequence_len, buffer_size) < 1 or not 0 <= host_index < host_count or not 0 <= seed < 1 << 32:
-        raise UserError(f"batch_size {batch_size}, sequence_len {sequence_len} and buffer_size {buffer_size} must be at"
-                        f" least 1, host_index {host_index} below host_count {host_count}, seed {seed} in 32 bits")
-    settings = dict(format=FORMAT, corpus=tokens.identity, packing=packing, batch_size=batch_size,
-                    sequence_len=sequence_len, host_index=host_index, host_count=host_count, seed=seed,
-                    buffer_size=buffer_size)
+    if (
+        min(batch_size, sequence_len, buffer_size) < 1
+        or not 0 <= host_index < host_count
+        or not 0 <= seed < 1 << 32
+    ):
+        raise UserError(
+            f"batch_size {batch_size}, sequence_len {sequence_len} and buffer_size {buffer_size} must be at"
+            f" least 1, host_index {host_index} below host_count {host_count}, seed {seed} in 32 bits"
+        )
+    settings = dict(
+        format=FORMAT,
+        corpus=tokens.identity,
+        packing=packing,
+        batch_size=batch_size,
+        sequence_len=sequence_len,
+        host_index=host_index,
+        host_count=host_count,
+        seed=seed,
+        buffer_size=buffer_size,
+    )
     position = dict(epoch=1, shard=0, index=0, waiting=[], cells=0, discarded=0, padding=0, added=0)
     for name, value in settings.items() if cursor else ():
         if cursor.get(name) != value:
-            raise UserError(f"cannot resume the data: the cursor was made with {name} {cursor.get(name)!r}, now it is "
-                            f"{value!r}; restore that, or start a new run")
+            raise UserError(
+                f"cannot resume the data: the cursor was made with {name} {cursor.get(name)!r}, now it is "
+                f"{value!r}; restore that, or start a new run"
+            )
     return _batches(tokens, mode, settings, position | (cursor or {}), loop)
 
 
 def _batches(tokens, mode, settings, position, loop):
-    batch_size, sequence_len, seed = settings["batch_size"], settings["sequence_len"], settings["seed"]
+    batch_size, sequence_len, seed = (
+        settings["batch_size"],
+        settings["sequence_len"],
+        settings["seed"],
+    )
     host_index, host_count = settings["host_index"], settings["host_count"]
     buffer_size, width, bos = mode.buffer or settings["buffer_size"], sequence_len + 1, tokens.bos
     epoch, place, index = position["epoch"], position["shard"], position["index"]
@@ -581,7 +714,9 @@ def _batches(tokens, mode, settings, position, loop):
             if order is None:
                 # its numbers never change with numpy's version
                 rng = np.random.RandomState([seed, epoch, place])
-                begins, lengths, stops = mode.order(tokens[place], bos, sequence_len, host_index, host_count, rng)
+                begins, lengths, stops = mode.order(
+                    tokens[place], bos, sequence_len, host_index, host_count, rng
+                )
                 order = begins.tolist(), lengths.tolist()
                 ids[place] = tokens[place].ids
             if index < len(stops):
@@ -592,7 +727,9 @@ def _batches(tokens, mode, settings, position, loop):
                 order, index, place = None, 0, place + 1
                 if place == len(tokens):
                     if idle:
-                        raise UserError(f"no documents for host {host_index} of {host_count}: give a larger corpus")
+                        raise UserError(
+                            f"no documents for host {host_index} of {host_count}: give a larger corpus"
+                        )
                     epoch, place, idle = epoch + 1, 0, True
 
     def fill(row) -> int:
@@ -640,14 +777,21 @@ def _batches(tokens, mode, settings, position, loop):
         stats["cells"] += rows.size
         stats["padding"] += rows.size - sum(filled)
         flat = list(itertools.chain.from_iterable(waiting.values()))
-        yield inputs, targets, settings | dict(epoch=epoch, shard=place, index=index, waiting=flat) | stats
+        yield (
+            inputs,
+            targets,
+            settings | dict(epoch=epoch, shard=place, index=index, waiting=flat) | stats,
+        )
 
 
 def waste(cursor: dict) -> dict:
     """What packing has cost so far: share of source tokens "discarded", of cells that are "padding" or "added" bos."""
     source = cursor["cells"] - cursor["padding"] - cursor["added"] + cursor["discarded"]
-    return dict(discarded=cursor["discarded"] / max(source, 1), padding=cursor["padding"] / cursor["cells"],
-                added=cursor["added"] / cursor["cells"])
+    return dict(
+        discarded=cursor["discarded"] / max(source, 1),
+        padding=cursor["padding"] / cursor["cells"],
+        added=cursor["added"] / cursor["cells"],
+    )
 
 
 def prefetch(iterator: Iterator[tuple], put: Callable, depth: int = 2) -> Iterator[tuple]:

@@ -19,9 +19,7 @@ import tiktoken
 from lib.files import UserError, choose, write_atomic
 
 # The GPT-4 split pattern, but digits in groups of at most two: a small vocabulary has better uses than 1000 numbers.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 # Their ids follow the last rank, in this order. "<|bos|>" starts every document and every chat.
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -71,7 +69,9 @@ class Tokenizer:
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}")
+            raise UserError(
+                f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}"
+            )
         for name, value in {"max_chars": max_chars, "doc_cap": doc_cap}.items():
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
@@ -89,10 +89,14 @@ class Tokenizer:
                     return
 
         bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(stream(), vocab_size - len(SPECIAL_TOKENS), buffer_size=512, pattern=PATTERN)
+        bpe.train_from_iterator(
+            stream(), vocab_size - len(SPECIAL_TOKENS), buffer_size=512, pattern=PATTERN
+        )
         tokens = tuple(token for token, _ in bpe.get_mergeable_ranks())
         if not read:
-            raise UserError("cannot train a tokenizer on an empty corpus: no text was found, so choose another source")
+            raise UserError(
+                "cannot train a tokenizer on an empty corpus: no text was found, so choose another source"
+            )
         supported = len(tokens) + len(SPECIAL_TOKENS)
         if supported < vocab_size:
             raise UserError(
@@ -124,7 +128,9 @@ class Tokenizer:
                 "so connect to a network and run again"
             )
         ranks = result[0]._mergeable_ranks
-        return cls(result[0]._pat_str, tuple(sorted(ranks, key=ranks.get)), {"source": f"tiktoken:{name}"})
+        return cls(
+            result[0]._pat_str, tuple(sorted(ranks, key=ranks.get)), {"source": f"tiktoken:{name}"}
+        )
 
     # ---- keeping one
 
@@ -137,7 +143,9 @@ class Tokenizer:
             "meta": self.meta,
             "pattern": self.pattern,
             "special_tokens": self.special,
-            "mergeable_ranks": [[base64.b64encode(t).decode(), i] for i, t in enumerate(self.tokens)],
+            "mergeable_ranks": [
+                [base64.b64encode(t).decode(), i] for i, t in enumerate(self.tokens)
+            ],
         }
         return json.dumps(data, ensure_ascii=False) + "\n"
 
@@ -146,7 +154,9 @@ class Tokenizer:
         """The inverse of `to_json`; UserError naming `where` if the text is anything else or was damaged."""
         try:
             data = json.loads(text)
-            tokens = tuple(base64.b64decode(token, validate=True) for token, _ in data["mergeable_ranks"])
+            tokens = tuple(
+                base64.b64decode(token, validate=True) for token, _ in data["mergeable_ranks"]
+            )
             tokenizer = cls(data["pattern"], tokens, dict(data.get("meta", {})))
             probe = "It's 12345 naïve\t 東京🙂!\r\n  \n x"
             sound = (
@@ -160,7 +170,9 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
-            raise UserError(f"{where} is not a rawchat tokenizer or is damaged: make a new one with 01_tokenizer.py")
+            raise UserError(
+                f"{where} is not a rawchat tokenizer or is damaged: make a new one with 01_tokenizer.py"
+            )
         return tokenizer
 
     def save(self, path):
@@ -175,7 +187,9 @@ class Tokenizer:
         try:
             text = path.read_bytes()
         except OSError as e:
-            raise UserError(f"no tokenizer to read at {path} ({e.strerror}): make one with 01_tokenizer.py") from e
+            raise UserError(
+                f"no tokenizer to read at {path} ({e.strerror}): make one with 01_tokenizer.py"
+            ) from e
         return cls.from_json(text, path)
 
     def push_to_hub(self, repo: str, token: str | None = None, private: bool = True) -> str:
@@ -185,7 +199,9 @@ class Tokenizer:
         with _hub_errors(f"cannot push the tokenizer to {repo!r}"):
             api = HfApi(token=token)
             address = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_file(path_or_fileobj=self.to_json().encode(), path_in_repo=FILE, repo_id=repo)
+            api.upload_file(
+                path_or_fileobj=self.to_json().encode(), path_in_repo=FILE, repo_id=repo
+            )
         return str(address)
 
     @classmethod
@@ -235,7 +251,9 @@ class Tokenizer:
     def encoding(self) -> tiktoken.Encoding:
         """The tiktoken object that does the work."""
         ranks = {token: i for i, token in enumerate(self.tokens)}
-        return tiktoken.Encoding("rawchat", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        return tiktoken.Encoding(
+            "rawchat", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special
+        )
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         """Ids of a text. Names of special tokens in it are plain text: only `bos` and chats make special ids."""
@@ -244,7 +262,9 @@ class Tokenizer:
             ids += self.encoding.encode_ordinary(part)
         return ids
 
-    def encode_batch(self, texts: Iterable[str], bos: bool = False, threads: int | None = None) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Iterable[str], bos: bool = False, threads: int | None = None
+    ) -> list[list[int]]:
         """`encode` of every text, on `threads` threads (one per core by default)."""
         from concurrent.futures import ThreadPoolExecutor
 
@@ -257,7 +277,9 @@ class Tokenizer:
 
     # ---- chats
 
-    def render_conversation(self, messages: list[dict], max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+    def render_conversation(
+        self, messages: list[dict], max_tokens: int = 2048
+    ) -> tuple[list[int], list[int]]:
         """Ids of a chat, and a mask that is 1 on the ids an assistant is to learn; both cut to `max_tokens`.
 
         A message is {"role", "content"}: maybe one by the system, which joins the text of the first user message, then
@@ -284,7 +306,11 @@ class Tokenizer:
             mask.extend([learn] * len(new))
 
         def fenced(name: str, text: str) -> list[int]:
-            return [self.special[f"<|{name}_start|>"], *self.encode(text), self.special[f"<|{name}_end|>"]]
+            return [
+                self.special[f"<|{name}_start|>"],
+                *self.encode(text),
+                self.special[f"<|{name}_end|>"],
+            ]
 
         for role, content in turns:
             if role == "user":
@@ -330,9 +356,14 @@ def _turns(messages) -> Iterator[tuple[str, str | list[tuple[str, str]]]]:
             fail(f"message {i} has role {role!r} where {due!r} is due (they alternate)")
         if role == "assistant" and not isinstance(content, str):
             if not isinstance(content, list) or not all(
-                isinstance(p, dict) and p.get("type") in PART_TYPES and isinstance(p.get("text"), str) for p in content
+                isinstance(p, dict)
+                and p.get("type") in PART_TYPES
+                and isinstance(p.get("text"), str)
+                for p in content
             ):
-                fail(f"assistant message {i} holds neither text nor a list of {{type, text}} with types {PART_TYPES}")
+                fail(
+                    f"assistant message {i} holds neither text nor a list of {{type, text}} with types {PART_TYPES}"
+                )
             yield role, [(part["type"], part["text"]) for part in content]
         elif not isinstance(content, str):
             fail(f"the content of {role} message {i} is not text")
@@ -352,7 +383,11 @@ def _cut_blanks(text: str) -> list[str]:
     if len(text) <= LONGEST_BLANK:
         return [text]
     runs = [m.span() for m in re.finditer(r"\s+", text)]
-    cuts = [0, *(c for start, end in runs for c in range(start + LONGEST_BLANK, end, LONGEST_BLANK)), len(text)]
+    cuts = [
+        0,
+        *(c for start, end in runs for c in range(start + LONGEST_BLANK, end, LONGEST_BLANK)),
+        len(text),
+    ]
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
 

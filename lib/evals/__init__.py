@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
-from lib.model import transformer as model
 from lib.config import Config
 from lib.files import UserError, first_line
+from lib.model import transformer as model
 
 token_losses = jax.jit(model.token_losses, static_argnames="config")
 
@@ -32,7 +32,14 @@ def sum_bits(losses_BT, targets_BT, token_bytes) -> tuple[float, int]:
     return float(np.sum(np.asarray(losses_BT, np.float64) * (size > 0))), int(size.sum())
 
 
-def bits_per_byte(params, config: Config, batches: Iterable, token_bytes, max_batches: int | None = None, losses_of=token_losses) -> dict:
+def bits_per_byte(
+    params,
+    config: Config,
+    batches: Iterable,
+    token_bytes,
+    max_batches: int | None = None,
+    losses_of=token_losses,
+) -> dict:
     """{"bpb", "stderr", "nats", "bytes", "loss"} over (inputs_BT, targets_BT, ...) batches of one shape.
 
     Vocabulary-independent: sum of nats / (ln 2 * sum of bytes). token_bytes: raw UTF-8 bytes per token id, 0 for
@@ -44,11 +51,25 @@ def bits_per_byte(params, config: Config, batches: Iterable, token_bytes, max_ba
         if i == max_batches:
             break
         losses = np.asarray(losses_of(params, config, inputs_BT, targets_BT))
-        rows += [sum_bits(row, target, token_bytes) for row, target in zip(losses, np.asarray(targets_BT))]
-        tokens += int((np.asarray(token_bytes)[np.maximum(targets_BT, 0)] * (np.asarray(targets_BT) >= 0) > 0).sum())
+        rows += [
+            sum_bits(row, target, token_bytes)
+            for row, target in zip(losses, np.asarray(targets_BT))
+        ]
+        tokens += int(
+            (
+                np.asarray(token_bytes)[np.maximum(targets_BT, 0)] * (np.asarray(targets_BT) >= 0)
+                > 0
+            ).sum()
+        )
     nats, size = np.array(rows, np.float64).reshape(-1, 2).T
     bpb, stderr = ratio_bits(nats, size)
-    return dict(bpb=bpb, stderr=stderr, nats=float(nats.sum()), bytes=int(size.sum()), loss=float(nats.sum() / max(tokens, 1)))
+    return dict(
+        bpb=bpb,
+        stderr=stderr,
+        nats=float(nats.sum()),
+        bytes=int(size.sum()),
+        loss=float(nats.sum() / max(tokens, 1)),
+    )
 
 
 def ratio_bits(nats, size) -> tuple[float, float]:

@@ -53,10 +53,16 @@ def overlap(texts: Iterable[str], tasks: dict[str, list[dict]], n: int = WORDS) 
         words = _hashes(text)
         for size, (runs, owner) in tables.items():
             found = np.unique(_runs(words, size))
-            first, last = np.searchsorted(runs, found, "left"), np.searchsorted(runs, found, "right")
+            first, last = (
+                np.searchsorted(runs, found, "left"),
+                np.searchsorted(runs, found, "right"),
+            )
             for a, b in zip(first[first < last], last[first < last]):
                 hit[owner[a:b]] = True
-    out = {name: dict(overlapping=0, n=len(items), short=short[name], words=n, items=[]) for name, items in tasks.items()}
+    out = {
+        name: dict(overlapping=0, n=len(items), short=short[name], words=n, items=[])
+        for name, items in tasks.items()
+    }
     for (name, item), found in zip(known, hit):
         if found:
             out[name]["overlapping"] += 1

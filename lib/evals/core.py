@@ -51,7 +51,9 @@ def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 
     digest = sha256(path)
     want = expect or (note.read_text().strip() if note.exists() else "")
     if want and digest != want:
-        raise UserError(f"{path} has SHA-256 {digest}, not {want}: delete it and {note.name}, and run again")
+        raise UserError(
+            f"{path} has SHA-256 {digest}, not {want}: delete it and {note.name}, and run again"
+        )
     if not note.exists():
         _check_zip(path)
         write_atomic(note, digest + "\n")
@@ -76,12 +78,21 @@ def _reader(path: Path) -> Callable[[str], str]:
         read = lambda name: (root / name).read_text("utf-8")
     elif zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)
-        found = sorted((n for n in archive.namelist() if n.split("/")[-1] == CONFIG and not n.startswith("__MACOSX")), key=len)
+        found = sorted(
+            (
+                n
+                for n in archive.namelist()
+                if n.split("/")[-1] == CONFIG and not n.startswith("__MACOSX")
+            ),
+            key=len,
+        )
         root = found[0].removesuffix(CONFIG) if found else None
         names = archive.namelist
         read = lambda name: archive.read(root + name).decode("utf-8")
     else:
-        raise UserError(f"{path} is neither a folder nor a zip file: give the path of DCLM's eval_bundle, or none to download it")
+        raise UserError(
+            f"{path} is neither a folder nor a zip file: give the path of DCLM's eval_bundle, or none to download it"
+        )
     if root is None:
         raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
 
@@ -103,10 +114,14 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
     import yaml
 
     if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} items leaves nothing to measure: take at least 1, or None for all")
+        raise UserError(
+            f"a limit of {limit} items leaves nothing to measure: take at least 1, or None for all"
+        )
     path = Path(path or download(cache_dir)).expanduser()
     if not path.exists():
-        raise UserError(f"no CORE bundle at {path}: give DCLM's eval_bundle as a folder or zip, or no path to download it")
+        raise UserError(
+            f"no CORE bundle at {path}: give DCLM's eval_bundle as a folder or zip, or no path to download it"
+        )
     read, digest = _reader(path), hashlib.sha256()
 
     def text(name):
@@ -116,17 +131,24 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
 
     try:
         listed = yaml.safe_load(text(CONFIG))["icl_tasks"]
-        chance = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(io.StringIO(text(BASELINES)))
-                  if row["Random baseline"]}
+        chance = {
+            row["Eval Task"]: float(row["Random baseline"]) / 100
+            for row in csv.DictReader(io.StringIO(text(BASELINES)))
+            if row["Random baseline"]
+        }
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{CONFIG} or {BASELINES} in {path} is not as in DCLM's bundle ({str(e).splitlines()[0]})") from e
+        raise UserError(
+            f"{CONFIG} or {BASELINES} in {path} is not as in DCLM's bundle ({str(e).splitlines()[0]})"
+        ) from e
     tasks, files = [], {}
     for entry in listed:
         try:
             label, kind, source = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
             fewshot, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
         except (KeyError, TypeError, IndexError) as e:
-            raise UserError(f"{CONFIG} in {path} has a task without {e}: it is not as in DCLM's bundle") from e
+            raise UserError(
+                f"{CONFIG} in {path} has a task without {e}: it is not as in DCLM's bundle"
+            ) from e
         choose(f"type of CORE task {label}", kind, KINDS)
         if label not in chance:
             raise UserError(f"{BASELINES} in {path} has no random baseline for {label}")
@@ -138,8 +160,10 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = items[:limit]
         if len(items) <= fewshot:
-            raise UserError(f"CORE task {label} shows {fewshot} examples beside each item, and there are {len(items)} items: "
-                            "raise the limit")
+            raise UserError(
+                f"CORE task {label} shows {fewshot} examples beside each item, and there are {len(items)} items: "
+                "raise the limit"
+            )
         tasks.append(Task(label, kind, source, fewshot, delimiter, chance[label], tuple(items)))
     if not tasks:
         raise UserError(f"{CONFIG} in {path} lists no tasks")
@@ -166,14 +190,20 @@ def _choice_prompts(item, examples, delimiter):
 
 def _schema_prompts(item, examples, delimiter):
     shown = [(e["context_options"][e["gold"]], e["continuation"]) for e in examples]
-    return [_render(context, item["continuation"], shown, delimiter) for context in item["context_options"]]
+    return [
+        _render(context, item["continuation"], shown, delimiter)
+        for context in item["context_options"]
+    ]
 
 
 def _language_prompts(item, examples, delimiter):
     """Without and with the continuation. Without is stripped: a blank at its end would belong to the next token."""
     shown = [(e["context"].strip(), e["continuation"]) for e in examples]
     context = item["context"].strip()
-    return [_render(context, "", shown, delimiter).strip(), _render(context, item["continuation"], shown, delimiter)]
+    return [
+        _render(context, "", shown, delimiter).strip(),
+        _render(context, item["continuation"], shown, delimiter),
+    ]
 
 
 def common_start(sequences) -> int:
@@ -219,7 +249,11 @@ def mean_loss(score) -> float:
 KINDS = {
     "multiple_choice": (_choice_prompts, _choice_spans, _least_loss),
     "schema": (_schema_prompts, _schema_spans, _least_loss),
-    "language_modeling": (_language_prompts, _language_spans, lambda item, scores: scores[0].greedy),
+    "language_modeling": (
+        _language_prompts,
+        _language_spans,
+        lambda item, scores: scores[0].greedy,
+    ),
 }
 
 
@@ -253,7 +287,9 @@ def prepare(tokenizer, task: Task) -> Prepared:
     prompts, counts = [], []
     for index, item in enumerate(task.items):
         with evaluating(task.label, item["id"]):
-            if "gold" in item and not 0 <= item["gold"] < len(item.get("choices", item.get("context_options", ()))):
+            if "gold" in item and not 0 <= item["gold"] < len(
+                item.get("choices", item.get("context_options", ()))
+            ):
                 raise UserError(f"gold is {item['gold']}, outside its options")
             texts = prompts_of(task, index)
         prompts += texts
@@ -263,7 +299,9 @@ def prepare(tokenizer, task: Task) -> Prepared:
     for item, count in zip(task.items, counts):
         sequences = KINDS[task.kind][1](tokens[start : start + count])
         if not sequences:
-            raise UserError(f"{task.label} item {item['id']}: its continuation adds no token to its context")
+            raise UserError(
+                f"{task.label} item {item['id']}: its continuation adds no token to its context"
+            )
         moved += task.kind == "language_modeling" and sequences[0][1] < len(tokens[start])
         start += count
         spans.append((len(requests), len(sequences)))
@@ -286,17 +324,37 @@ def decide(prepared: Prepared, scores) -> dict:
             truncated += any(s.cut for s in mine)
     answers = [item["gold"] if "gold" in item else item["continuation"] for item in task.items]
     accuracy, stderr = stats.proportion([i["correct"] for i in items])
-    return dict(kind="core", score=accuracy, stderr=stderr, n=len(items), baseline=task.baseline,
-                majority=stats.majority(answers), centered=stats.centered(accuracy, task.baseline),
-                seed=SHUFFLE_SEED, fewshot=task.fewshot, fewshot_seed=FEWSHOT_SEED, truncated=truncated, moved=prepared.moved,
-                source=task.source, items=items)
+    return dict(
+        kind="core",
+        score=accuracy,
+        stderr=stderr,
+        n=len(items),
+        baseline=task.baseline,
+        majority=stats.majority(answers),
+        centered=stats.centered(accuracy, task.baseline),
+        seed=SHUFFLE_SEED,
+        fewshot=task.fewshot,
+        fewshot_seed=FEWSHOT_SEED,
+        truncated=truncated,
+        moved=prepared.moved,
+        source=task.source,
+        items=items,
+    )
 
 
 def summary(tasks: dict[str, dict]) -> dict:
     """The "core" part of a record from the entries of its tasks: the mean of centred scores and its error."""
     score, stderr = stats.mean_centered(tasks)
-    short = {label: dict(accuracy=t["score"], centered=t["centered"], stderr=t["stderr"], n=t["n"], baseline=t["baseline"])
-             for label, t in tasks.items()}
+    short = {
+        label: dict(
+            accuracy=t["score"],
+            centered=t["centered"],
+            stderr=t["stderr"],
+            n=t["n"],
+            baseline=t["baseline"],
+        )
+        for label, t in tasks.items()
+    }
     return dict(score=score, stderr=stderr, tasks=short)
 
 
@@ -305,8 +363,16 @@ def scorer(params, config, tokenizer, **options) -> Callable:
     return functools.partial(likelihood.score, params, config, tokenizer, **options)
 
 
-def evaluate(score: Callable, tokenizer, bundle=None, *, limit: int | None = None, only: Iterable[str] = (), cache_dir=CACHE,
-             report: Callable[[str], None] = print) -> dict:
+def evaluate(
+    score: Callable,
+    tokenizer,
+    bundle=None,
+    *,
+    limit: int | None = None,
+    only: Iterable[str] = (),
+    cache_dir=CACHE,
+    report: Callable[[str], None] = print,
+) -> dict:
     """CORE of a model: {"core": summary, "tasks": {"core/LABEL": entry}}, as in an evaluation record.
 
     score: see `scorer`. bundle: path of a folder or zip, None to download. limit: items per task. only: labels, all when empty.
@@ -324,17 +390,28 @@ def evaluate(score: Callable, tokenizer, bundle=None, *, limit: int | None = Non
             scores = score(prepared.requests)
         entry = decide(prepared, scores)
         seconds = time.perf_counter() - clock
-        entries[task.label] = entry | dict(seconds=seconds, per_second=entry["n"] / seconds, limit=limit)
+        entries[task.label] = entry | dict(
+            seconds=seconds, per_second=entry["n"] / seconds, limit=limit
+        )
         cut = f", {entry['truncated']} truncated" if entry["truncated"] else ""
-        report(f"{task.label}: {100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f} % (random {100 * entry['baseline']:.1f} %), "
-               f"centred {entry['centered']:+.3f}, {entry['n']} items, {entry['n'] / seconds:.1f}/s{cut}")
+        report(
+            f"{task.label}: {100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f} % (random {100 * entry['baseline']:.1f} %), "
+            f"centred {entry['centered']:+.3f}, {entry['n']} items, {entry['n'] / seconds:.1f}/s{cut}"
+        )
     seconds = time.perf_counter() - begin
-    core = summary(entries) | dict(seconds=seconds, per_second=sum(e["n"] for e in entries.values()) / seconds, limit=limit,
-                                   bundle=digest, partial=bool(only) or limit is not None)
+    core = summary(entries) | dict(
+        seconds=seconds,
+        per_second=sum(e["n"] for e in entries.values()) / seconds,
+        limit=limit,
+        bundle=digest,
+        partial=bool(only) or limit is not None,
+    )
     return {"core": core, "tasks": {f"core/{label}": entry for label, entry in entries.items()}}
 
 
-def during_training(config, tokenizer, bundle=None, *, limit: int = 50, cache_dir=CACHE, **options) -> Callable:
+def during_training(
+    config, tokenizer, bundle=None, *, limit: int = 50, cache_dir=CACHE, **options
+) -> Callable:
     """A function params -> {"core", "core_stderr", "core/LABEL": centred score} to call every so many steps.
 
     Everything is rendered and tokenised here, once; a call only reads the parameters. It has its own compiled programs, so that the
@@ -343,16 +420,25 @@ def during_training(config, tokenizer, bundle=None, *, limit: int = 50, cache_di
     prepared = [prepare(tokenizer, task) for task in load_bundle(bundle, cache_dir, limit)[0]]
 
     def measure(params) -> dict[str, float]:
-        entries = {p.task.label: decide(p, likelihood.score(params, config, tokenizer, p.requests, **options)) for p in prepared}
+        entries = {
+            p.task.label: decide(
+                p, likelihood.score(params, config, tokenizer, p.requests, **options)
+            )
+            for p in prepared
+        }
         core = summary(entries)
-        return {"core": core["score"], "core_stderr": core["stderr"],
-                **{f"core/{label}": float(e["centered"]) for label, e in entries.items()}}
+        return {
+            "core": core["score"],
+            "core_stderr": core["stderr"],
+            **{f"core/{label}": float(e["centered"]) for label, e in entries.items()},
+        }
 
     return measure
 
 
 def texts_of(task: Task) -> list[dict]:
     """Items as {"id", "text"} with the question and its right answer, for `contamination.overlap`."""
+
     def text(item):
         if task.kind == "multiple_choice":
             return f"{item['query']} {item['choices'][item['gold']]}"

@@ -14,7 +14,12 @@ from lib.config import Config
 from lib.evals import likelihood, ratio_bits
 
 BLANK = "white space"
-_NAMES = {tokenize.COMMENT: "comment", tokenize.STRING: "string", tokenize.NUMBER: "number", tokenize.OP: "operator"}
+_NAMES = {
+    tokenize.COMMENT: "comment",
+    tokenize.STRING: "string",
+    tokenize.NUMBER: "number",
+    tokenize.OP: "operator",
+}
 _CLASSES = {"letters": r"[^\W\d_]+", "digits": r"\d+", "punctuation": r"[^\w\s]+|_+"}
 _CLASS = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _CLASSES.items()))
 
@@ -33,9 +38,15 @@ def python_kinds(text: str) -> Iterator[tuple[int, int, str]]:
         warnings.simplefilter("ignore")  # about the escapes of somebody else's strings
         tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {node.body[0].lineno for node in ast.walk(tree) if isinstance(node, documented) and node.body
-                  and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
-                  and isinstance(node.body[0].value.value, str)}
+    docstrings = {
+        node.body[0].lineno
+        for node in ast.walk(tree)
+        if isinstance(node, documented)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+        and isinstance(node.body[0].value, ast.Constant)
+        and isinstance(node.body[0].value.value, str)
+    }
     lines = [0]
     for line in io.StringIO(text):
         lines.append(lines[-1] + len(line))
@@ -58,10 +69,20 @@ def python_kinds(text: str) -> Iterator[tuple[int, int, str]]:
                 opened = None
         elif opened:
             continue
-        elif kind == tokenize.STRING and token.start[0] in docstrings and not token.line[: token.start[1]].strip():
+        elif (
+            kind == tokenize.STRING
+            and token.start[0] in docstrings
+            and not token.line[: token.start[1]].strip()
+        ):
             spans.append((at(token.start), at(token.end), "docstring"))
         elif kind == tokenize.NAME:
-            spans.append((at(token.start), at(token.end), "keyword" if keyword.iskeyword(token.string) else "name"))
+            spans.append(
+                (
+                    at(token.start),
+                    at(token.end),
+                    "keyword" if keyword.iskeyword(token.string) else "name",
+                )
+            )
         elif kind in _NAMES:
             spans.append((at(token.start), at(token.end), _NAMES[kind]))
     return iter(spans)
@@ -84,7 +105,11 @@ def kinds_of(text: str, sizes, spans) -> list[str]:
     """The kind of each token: that of its first character which is not white space. sizes: bytes per token."""
     raw = text.encode()
     names, by_byte = [BLANK], np.zeros(len(raw) + 1, np.int16)
-    place = np.arange(len(text) + 1) if text.isascii() else np.cumsum([0, *(len(c.encode()) for c in text)])
+    place = (
+        np.arange(len(text) + 1)
+        if text.isascii()
+        else np.cumsum([0, *(len(c.encode()) for c in text)])
+    )
     for start, end, kind in spans:
         if kind not in names:
             names.append(kind)
@@ -98,7 +123,14 @@ def kinds_of(text: str, sizes, spans) -> list[str]:
     return out
 
 
-def bits_by_kind(params, config: Config, tokenizer, texts: Iterable[str], kinds: str | Callable = "auto", **options) -> dict:
+def bits_by_kind(
+    params,
+    config: Config,
+    tokenizer,
+    texts: Iterable[str],
+    kinds: str | Callable = "auto",
+    **options,
+) -> dict:
     """{"bpb", "stderr", "nats", "bytes", "kinds": {kind: {"bpb", "stderr", "bytes"}}, "items": [{"id", "nats", "bytes"}]} over documents.
 
     kinds: one of KINDS or a function like them: text -> (start, end, kind) in characters; what no span covers is white space. Each
@@ -115,7 +147,9 @@ def bits_by_kind(params, config: Config, tokenizer, texts: Iterable[str], kinds:
         items.append({"id": str(number), "nats": float(nats.sum()), "bytes": int(sizes.sum())})
         of = np.array(kinds_of(text, sizes, spans_of(text)))
         for kind in np.unique(of):
-            found.setdefault(str(kind), []).append((nats[of == kind].sum(), sizes[of == kind].sum()))
+            found.setdefault(str(kind), []).append(
+                (nats[of == kind].sum(), sizes[of == kind].sum())
+            )
 
     def summary(pairs):
         nats, size = np.array(pairs, np.float64).reshape(-1, 2).T
@@ -123,4 +157,8 @@ def bits_by_kind(params, config: Config, tokenizer, texts: Iterable[str], kinds:
         return dict(bpb=bpb, stderr=stderr, bytes=int(size.sum()))
 
     whole = summary([(i["nats"], i["bytes"]) for i in items])
-    return whole | dict(nats=sum(i["nats"] for i in items), kinds={k: summary(v) for k, v in sorted(found.items())}, items=items)
+    return whole | dict(
+        nats=sum(i["nats"] for i in items),
+        kinds={k: summary(v) for k, v in sorted(found.items())},
+        items=items,
+    )

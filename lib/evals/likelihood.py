@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.model import transformer as model
-from lib.model.attention import KERNEL_TILE
 from lib.config import Config
 from lib.files import UserError
+from lib.model import transformer as model
+from lib.model.attention import KERNEL_TILE
 
 # input tokens of a forward pass: on a CPU, activations that stay in its cache
 BATCH_TOKENS = {"cpu": 1024}
@@ -100,14 +100,19 @@ def _read(params, config: Config, x_BTD, places_2M, targets_MA):
 
     def part(xt):
         logits = model.logits(params, config, xt[0])
-        picked, top = jnp.take_along_axis(logits, xt[1], axis=-1), logits.max(axis=-1, keepdims=True)
+        picked, top = (
+            jnp.take_along_axis(logits, xt[1], axis=-1),
+            logits.max(axis=-1, keepdims=True),
+        )
         lse = top + jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
         # argmax by plain reductions, which XLA:CPU vectorises: the first of the highest
         best = jnp.where(logits == top, jnp.arange(logits.shape[-1]), logits.shape[-1]).min(axis=-1)
         return picked - lse, best
 
     logprob, best = jax.lax.map(part, (x, t))
-    return logprob.reshape(-1, logprob.shape[-1])[: len(targets_MA)], best.reshape(-1)[: len(targets_MA)]
+    return logprob.reshape(-1, logprob.shape[-1])[: len(targets_MA)], best.reshape(-1)[
+        : len(targets_MA)
+    ]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -119,13 +124,17 @@ def _whole(params, config: Config, tokens_BT, places_2M, targets_MA):
 def _rows_of(cache, rows_B):
     """The given rows of a cache; its arrays lead with one or several entries per row."""
     rows = len(cache["length"])
-    return jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:])[rows_B].reshape(-1, *a.shape[1:]), cache)
+    return jax.tree.map(
+        lambda a: a.reshape(rows, -1, *a.shape[1:])[rows_B].reshape(-1, *a.shape[1:]), cache
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "slots"))
 def _begin(params, config: Config, tokens_BT, *, slots: int):
     """A cache that has read `tokens_BT` (padded behind with -1)."""
-    return model.hidden(params, config, tokens_BT, model.init_cache(config, len(tokens_BT), slots))[1]
+    return model.hidden(params, config, tokens_BT, model.init_cache(config, len(tokens_BT), slots))[
+        1
+    ]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -137,7 +146,13 @@ def _extend(params, config: Config, cache, rows_B, tokens_BT):
 @partial(jax.jit, static_argnames="config")
 def _ends(params, config: Config, cache, rows_B, tokens_BT, places_2M, targets_MA):
     """`_read` after the cache's rows have read `tokens_BT`; positions count from those."""
-    return _read(params, config, model.hidden(params, config, tokens_BT, _rows_of(cache, rows_B))[0], places_2M, targets_MA)
+    return _read(
+        params,
+        config,
+        model.hidden(params, config, tokens_BT, _rows_of(cache, rows_B))[0],
+        places_2M,
+        targets_MA,
+    )
 
 
 # ---- shapes: few of them, each compiled once
@@ -188,7 +203,10 @@ def _pad(rows, B: int, width: int, fill: int = -1):
 def _asked(rows, skips):
     """(places (2, M), targets (M, A)) of all that rows want to know, row by row, where the first `skips` tokens are not in the batch."""
     M = max(64, _power(sum(row.scored for row in rows)))
-    places, targets = np.zeros((2, M), np.int32), np.full((M, _power(max(len(row.targets) for row in rows))), -1, np.int32)
+    places, targets = (
+        np.zeros((2, M), np.int32),
+        np.full((M, _power(max(len(row.targets) for row in rows))), -1, np.int32),
+    )
     at = 0
     for i, (row, skip) in enumerate(zip(rows, skips)):
         end = at + row.scored
@@ -216,7 +234,11 @@ def _share(things, near: float, enough: int) -> list[tuple[int, list]]:
     shorter than `near` times that of the pair before or behind. Each must leave less than SHARE_BELOW of its tokens to read.
     """
     things = sorted(things, key=lambda t: (t.key, t.first))
-    common = [0, *(min(a.first, b.first, _common(a.key, b.key)) for a, b in zip(things, things[1:])), 0]
+    common = [
+        0,
+        *(min(a.first, b.first, _common(a.key, b.key)) for a, b in zip(things, things[1:])),
+        0,
+    ]
     runs = []
     for i, thing in enumerate(things):
         if i and common[i] >= SHORTEST and common[i] >= near * max(common[i - 1], common[i + 1]):
@@ -286,17 +308,24 @@ def _run(params, config: Config, rows, batch_tokens: int, share: bool):
 
     apart = [(0, [Group([row]) for row in rows])] if rows else []
     for prefix, groups in _plan(rows, batch_tokens) if share else apart:
-        single, shared = [g.rows[0] for g in groups if not g.shared], [g for g in groups if g.shared]
+        single, shared = (
+            [g.rows[0] for g in groups if not g.shared],
+            [g for g in groups if g.shared],
+        )
         longest = max(row.length for g in groups for row in g.rows)
         slots = bucket(longest, 16)
         most = _fit(CACHE_BATCHES * batch_tokens, slots)
         if prefix:
-            start = _begin(params, config, _pad([groups[0].key_ids[:prefix]], 1, bucket(prefix)), slots=slots)
+            start = _begin(
+                params, config, _pad([groups[0].key_ids[:prefix]], 1, bucket(prefix)), slots=slots
+            )
         if prefix or longest > context:
             rest = lambda row: bucket(row.length - prefix)
             for B, part in _batches(single, rest, batch_tokens, most):
                 cache = start if prefix else model.init_cache(config, 1, slots)
-                yield ends(cache, [0] * len(part), part, [prefix] * len(part), B, max(map(rest, part)))
+                yield ends(
+                    cache, [0] * len(part), part, [prefix] * len(part), B, max(map(rest, part))
+                )
         else:
             for B, part in _batches(single, whole_width, batch_tokens):
                 ids = _pad([row.ids for row in part], B, max(map(whole_width, part)), fill=0)
@@ -337,19 +366,33 @@ def _answers(batches, total: int, progress):
             progress(done, total)
 
 
-def _logprobs(params, config: Config, pairs: Iterable, *, batch_tokens: int | None, room: int, stride: int, share: bool, progress):
+def _logprobs(
+    params,
+    config: Config,
+    pairs: Iterable,
+    *,
+    batch_tokens: int | None,
+    room: int,
+    stride: int,
+    share: bool,
+    progress,
+):
     """For each (context, continuation): log-probability per token, whether each is the likeliest, tokens of context left out."""
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
     if min(batch_tokens, room, stride) < 1 or stride > room:
-        raise UserError(f"scoring needs batch_tokens, max_tokens and stride of at least 1 and stride <= max_tokens, got "
-                        f"{batch_tokens}, {room}, {stride}")
+        raise UserError(
+            f"scoring needs batch_tokens, max_tokens and stride of at least 1 and stride <= max_tokens, got "
+            f"{batch_tokens}, {room}, {stride}"
+        )
     rows, pieces, cuts = {}, [], []
     for n, (context, continuation) in enumerate(pairs):
         ids = np.array([*context, *continuation])
         if not (ids.min() >= 0 and ids.max() < config.vocab_size):
-            raise UserError(f"request {n} holds token {ids.max() if ids.min() >= 0 else ids.min()}, outside the model's vocabulary "
-                            f"of {config.vocab_size}: encode with the tokenizer that the model was trained with")
+            raise UserError(
+                f"request {n} holds token {ids.max() if ids.min() >= 0 else ids.min()}, outside the model's vocabulary "
+                f"of {config.vocab_size}: encode with the tokenizer that the model was trained with"
+            )
         pieces.append([])
         cuts.append(0)
         for before, scored, seen in _windows(context, continuation, room, stride):
@@ -364,11 +407,23 @@ def _logprobs(params, config: Config, pairs: Iterable, *, batch_tokens: int | No
     for (n, i), logprob, greedy in _answers(batches, sum(map(len, pieces)), progress):
         pieces[n][i] = logprob, greedy
     join = lambda parts, kind: np.concatenate([np.zeros(0, kind), *parts])
-    return [(join([p[0] for p in parts], np.float32), join([p[1] for p in parts], bool), cut) for parts, cut in zip(pieces, cuts)]
+    return [
+        (join([p[0] for p in parts], np.float32), join([p[1] for p in parts], bool), cut)
+        for parts, cut in zip(pieces, cuts)
+    ]
 
 
-def score(params, config: Config, tokenizer, requests: Sequence, *, batch_tokens: int | None = None, max_tokens: int | None = None,
-          share: bool = True, progress: Callable | None = None) -> list[list[Score]]:
+def score(
+    params,
+    config: Config,
+    tokenizer,
+    requests: Sequence,
+    *,
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    share: bool = True,
+    progress: Callable | None = None,
+) -> list[list[Score]]:
     """How likely each continuation is after its context: for each request, in order, one `Score` per continuation.
 
     requests: (context ids, [continuation ids, ...]); an empty context stands for the tokenizer's bos. max_tokens: inputs that the
@@ -378,23 +433,60 @@ def score(params, config: Config, tokenizer, requests: Sequence, *, batch_tokens
     same. progress(done, total) is called after each batch with numbers of continuations.
     """
     room = max_tokens or config.sequence_len
-    pairs = [(list(context) or [tokenizer.bos], list(c)) for context, continuations in requests for c in continuations]
-    found = iter(_logprobs(params, config, pairs, batch_tokens=batch_tokens, room=room, stride=room, share=share, progress=progress))
+    pairs = [
+        (list(context) or [tokenizer.bos], list(c))
+        for context, continuations in requests
+        for c in continuations
+    ]
+    found = iter(
+        _logprobs(
+            params,
+            config,
+            pairs,
+            batch_tokens=batch_tokens,
+            room=room,
+            stride=room,
+            share=share,
+            progress=progress,
+        )
+    )
     out = []
     for _, continuations in requests:
         parts = [next(found) for _ in continuations]
-        out.append([Score(float(lp.sum(dtype=np.float64)), len(lp), bool(greedy.all()), cut) for lp, greedy, cut in parts])
+        out.append(
+            [
+                Score(float(lp.sum(dtype=np.float64)), len(lp), bool(greedy.all()), cut)
+                for lp, greedy, cut in parts
+            ]
+        )
     return out
 
 
-def rolling(params, config: Config, tokenizer, texts: Iterable, *, stride: int | None = None, batch_tokens: int | None = None,
-            max_tokens: int | None = None, progress: Callable | None = None) -> list[np.ndarray]:
+def rolling(
+    params,
+    config: Config,
+    tokenizer,
+    texts: Iterable,
+    *,
+    stride: int | None = None,
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    progress: Callable | None = None,
+) -> list[np.ndarray]:
     """Log-probability of every token of each text (a list of ids without bos), float32: each token is scored once, after bos.
 
     A text longer than max_tokens (config.sequence_len by default) goes through in windows that score `stride` tokens each: max_tokens
     by default, as lm_eval does it (the last window alone looks further back); smaller strides give every token more before it.
     """
     room = max_tokens or config.sequence_len
-    found = _logprobs(params, config, [([tokenizer.bos], list(ids)) for ids in texts], batch_tokens=batch_tokens, room=room,
-                      stride=stride or room, share=False, progress=progress)
+    found = _logprobs(
+        params,
+        config,
+        [([tokenizer.bos], list(ids)) for ids in texts],
+        batch_tokens=batch_tokens,
+        room=room,
+        stride=stride or room,
+        share=False,
+        progress=progress,
+    )
     return [logprob for logprob, _, _ in found]

@@ -23,14 +23,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lib.model import transformer as model
-from lib.sandbox import programs as sandbox
-from lib.train.checkpoint import STAGES
 from lib.config import Config
 from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
+from lib.model import transformer as model
+from lib.sandbox import programs as sandbox
 from lib.tasks import Task, hub, tasks
+from lib.train.checkpoint import STAGES
 
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
 # faster
@@ -61,7 +61,9 @@ class Answers(NamedTuple):
 def _next_logprobs(params, config: Config, tokens_BT, last_B):
     """Log-probabilities (B, V) of what follows position last_B; what stands behind it is not seen."""
     x_BTD, _ = model.hidden(params, config, tokens_BT)
-    return jax.nn.log_softmax(model.logits(params, config, x_BTD[np.arange(len(tokens_BT)), last_B]))
+    return jax.nn.log_softmax(
+        model.logits(params, config, x_BTD[np.arange(len(tokens_BT)), last_B])
+    )
 
 
 def _width(longest: int) -> int:
@@ -82,16 +84,22 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 
     def next_logprobs(prompts):
         last_B = np.array([len(p) - 1 for p in prompts] + [0] * (batch - len(prompts)), np.int32)
-        return np.asarray(_next_logprobs(params, config, _padded(prompts, config, batch, 0), last_B))[: len(prompts)]
+        return np.asarray(
+            _next_logprobs(params, config, _padded(prompts, config, batch, 0), last_B)
+        )[: len(prompts)]
 
     def losses(rows):
         inputs, targets = zip(*rows)
-        found = token_losses(params, config, _padded(inputs, config, batch, 0), _padded(targets, config, batch, -1))
+        found = token_losses(
+            params, config, _padded(inputs, config, batch, 0), _padded(targets, config, batch, -1)
+        )
         return [row[: len(t)] for row, t in zip(np.asarray(found, np.float64), targets)]
 
     def texts(prompts, samplings):
         length = _width(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings)))
-        engine = Engines(params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator)
+        engine = Engines(
+            params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator
+        )
         waiting, busy, made = deque(range(len(prompts))), {}, [[] for _ in prompts]
         # rows join in groups of one size: a prefill serves several, and is compiled once
         group = max(1, engine.slots // 4)
@@ -99,7 +107,11 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
             while waiting and engine.free >= group:
                 new = [waiting.popleft() for _ in range(min(group, len(waiting)))]
                 yield from ((i, None) for i in new)
-                busy |= dict(zip(engine.add_many([prompts[i] for i in new], [samplings[i] for i in new]), new))
+                busy |= dict(
+                    zip(
+                        engine.add_many([prompts[i] for i in new], [samplings[i] for i in new]), new
+                    )
+                )
             for slot, (found, finish) in engine.step(LONG_CHUNK).items():
                 if any(math.isnan(token.logprob) for token in found):
                     raise ValueError("the model's probabilities are no numbers")
@@ -108,7 +120,9 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
                     i = busy.pop(slot)
                     yield i, made[i]
 
-    return Answers(next_logprobs, partial(likelihood.score, params, config, tokenizer), losses, texts)
+    return Answers(
+        next_logprobs, partial(likelihood.score, params, config, tokenizer), losses, texts
+    )
 
 
 # ---- the four kinds --------------------------------------------------------------------------------------------------
@@ -138,7 +152,11 @@ def _blaming(job: Job, items: list[dict]):
         yield
     except Exception as e:
         ids = [str(item["id"]) for item in items]
-        where = f"item {ids[0]}" if len(ids) == 1 else f"one of {len(ids)} items ({', '.join(ids[:4])}{', …' * (len(ids) > 4)})"
+        where = (
+            f"item {ids[0]}"
+            if len(ids) == 1
+            else f"one of {len(ids)} items ({', '.join(ids[:4])}{', …' * (len(ids) > 4)})"
+        )
         message = f"task {job.name}, {where}: {type(e).__name__ + ': ' if not isinstance(e, UserError) else ''}{e}"
         raise (UserError if isinstance(e, UserError) else RuntimeError)(message) from e
 
@@ -181,7 +199,11 @@ def _ratio(nats, units) -> tuple[float, float | None]:
     """(perplexity per unit, its standard error, None for a single item), items being independent draws (delta method)."""
     nats, units, n = np.asarray(nats, np.float64), np.asarray(units, np.float64), len(nats)
     mean = nats.sum() / units.sum()
-    error = math.sqrt((((nats - mean * units) ** 2).sum()) * n / (n - 1)) / units.sum() if n > 1 else None
+    error = (
+        math.sqrt((((nats - mean * units) ** 2).sum()) * n / (n - 1)) / units.sum()
+        if n > 1
+        else None
+    )
     perplexity = math.exp(min(mean, 700.0))  # beyond, a float has no room
     return perplexity, error and perplexity * error
 
@@ -191,28 +213,47 @@ def _accuracy(job: Job, correct: list[float], options: list[int] | None, **more)
     score, error = stats.proportion(correct)
     baseline, majority = job.task.baseline, None
     if options and min(options) > 1:
-        baseline, majority = sum(1 / n for n in options) / len(options), stats.majority([item["gold"] for item in job.items])
+        baseline, majority = (
+            sum(1 / n for n in options) / len(options),
+            stats.majority([item["gold"] for item in job.items]),
+        )
     centered = None if baseline is None else stats.centered(score, baseline)
-    return dict(score=score, stderr=error, baseline=baseline, majority=majority, centered=centered) | more
+    return (
+        dict(score=score, stderr=error, baseline=baseline, majority=majority, centered=centered)
+        | more
+    )
 
 
 def _choice(job: Job) -> dict:
     def prepare(item):
-        ids, cut = _cut(job.tokenizer.render_for_completion(item["messages"]), job.config.sequence_len)
+        ids, cut = _cut(
+            job.tokenizer.render_for_completion(item["messages"]), job.config.sequence_len
+        )
         letters = [job.tokenizer.encode(letter) for letter in item["letters"]]
         if any(len(letter) != 1 for letter in letters) or not 0 <= item["gold"] < len(letters):
-            raise UserError(f"letters {item['letters']} must be one token each, and gold {item['gold']} the index of one")
+            raise UserError(
+                f"letters {item['letters']} must be one token each, and gold {item['gold']} the index of one"
+            )
         return ids, cut, [letter[0] for letter in letters]
 
     ready = _each(job, prepare)
 
     def scores(part):
-        return [row[ready[i][2]].tolist() for i, row in zip(part, job.ask.next_logprobs([ready[i][0] for i in part]))]
+        return [
+            row[ready[i][2]].tolist()
+            for i, row in zip(part, job.ask.next_logprobs([ready[i][0] for i in part]))
+        ]
 
     found = _in_batches(job, [len(ids) for ids, *_ in ready], job.batch, scores)
     correct = _judge(job, found)
     items = [dict(id=item["id"], correct=c) for item, c in zip(job.items, correct)]
-    return _accuracy(job, correct, [len(s) for s in found], truncated=sum(cut for _, cut, _ in ready), items=items)
+    return _accuracy(
+        job,
+        correct,
+        [len(s) for s in found],
+        truncated=sum(cut for _, cut, _ in ready),
+        items=items,
+    )
 
 
 def _judge(job: Job, scores: list[list[float]]) -> list[float]:
@@ -237,11 +278,20 @@ def _likelihood(job: Job) -> dict:
     def prepare(item):
         """The requests of an item: one for all choices, or one each where the contexts differ; whether any was cut."""
         contexts, choices = item["context"], item["choices"]
-        pairs = zip(contexts, choices, strict=True) if isinstance(contexts, list) else [(contexts, choice) for choice in choices]
+        pairs = (
+            zip(contexts, choices, strict=True)
+            if isinstance(contexts, list)
+            else [(contexts, choice) for choice in choices]
+        )
         pairs = [continuation_ids(job.tokenizer, context, choice) for context, choice in pairs]
         if not pairs or not all(after for _, after in pairs) or not 0 <= item["gold"] < len(pairs):
-            raise UserError("a likelihood item needs choices with text, and gold must be the index of one")
-        room = max(job.config.sequence_len // 2, job.config.sequence_len - max(len(after) for _, after in pairs))
+            raise UserError(
+                "a likelihood item needs choices with text, and gold must be the index of one"
+            )
+        room = max(
+            job.config.sequence_len // 2,
+            job.config.sequence_len - max(len(after) for _, after in pairs),
+        )
         requests, cuts = [], 0
         for before, after in pairs:
             kept, cut = _cut(before, room)
@@ -258,7 +308,10 @@ def _likelihood(job: Job) -> dict:
         found = iter(job.ask.continuations([request for i in part for request in ready[i][0]]))
         return [[one[:3] for _ in ready[i][0] for one in next(found)] for i in part]
 
-    lengths = [max(len(before) + max(map(len, after)) for before, after in requests) for requests, _ in ready]
+    lengths = [
+        max(len(before) + max(map(len, after)) for before, after in requests)
+        for requests, _ in ready
+    ]
     # many at a time: score() makes its own batches, and finds the longest first again
     found = _in_batches(job, lengths, 16 * job.batch, scores)
     more, kept = {}, [{} for _ in found]
@@ -268,9 +321,19 @@ def _likelihood(job: Job) -> dict:
         correct = [float(greedy) for ((_, _, greedy),) in found]
         nats = [-float(summed) for ((summed, _, _),) in found]
         perplexity, error = _ratio(nats, np.ones(len(nats)))
-        more, kept = dict(perplexity=perplexity, perplexity_stderr=error), [dict(nats=n) for n in nats]
+        more, kept = (
+            dict(perplexity=perplexity, perplexity_stderr=error),
+            [dict(nats=n) for n in nats],
+        )
     items = [dict(id=item["id"], correct=c) | k for item, c, k in zip(job.items, correct, kept)]
-    return _accuracy(job, correct, [len(one) for one in found], truncated=sum(cut for _, cut in ready), items=items, **more)
+    return _accuracy(
+        job,
+        correct,
+        [len(one) for one in found],
+        truncated=sum(cut for _, cut in ready),
+        items=items,
+        **more,
+    )
 
 
 def _seed(*of) -> int:
@@ -281,11 +344,25 @@ def _seed(*of) -> int:
 def _generate(job: Job) -> dict:
     tokenizer, n = job.tokenizer, job.samples
     max_tokens = min(job.max_tokens, job.config.sequence_len // 2)
-    ready = _each(job, lambda item: _cut(tokenizer.render_for_completion(item["messages"]), job.config.sequence_len - max_tokens))
-    stop = (tokenizer.special["<|assistant_end|>"], tokenizer.special["<|user_start|>"], tokenizer.bos)
+    ready = _each(
+        job,
+        lambda item: _cut(
+            tokenizer.render_for_completion(item["messages"]), job.config.sequence_len - max_tokens
+        ),
+    )
+    stop = (
+        tokenizer.special["<|assistant_end|>"],
+        tokenizer.special["<|user_start|>"],
+        tokenizer.bos,
+    )
     # as they come: lengths mixed, so that prefills have few shapes
     runs = [(i, s) for i in range(len(ready)) for s in range(n)]
-    samplings = [Sampling(max_tokens, job.temperature, seed=_seed(job.seed, job.items[i]["id"], s), stop=stop) for i, s in runs]
+    samplings = [
+        Sampling(
+            max_tokens, job.temperature, seed=_seed(job.seed, job.items[i]["id"], s), stop=stop
+        )
+        for i, s in runs
+    ]
     texts, right, at_work = [[None] * n for _ in ready], [[None] * n for _ in ready], {}
     job.bar.reset(len(runs))
     found = job.ask.texts([ready[i][0] for i, _ in runs], samplings)
@@ -306,13 +383,25 @@ def _generate(job: Job) -> dict:
             job.bar.update()
         rest = iter(right)
         counts = _each(job, lambda item: sum(bool(grade.result()) for grade in next(rest)))
-    items = [dict(id=item["id"], correct=c / n, text=t[0][:TEXT_CHARS]) for item, c, t in zip(job.items, counts, texts)]
+    items = [
+        dict(id=item["id"], correct=c / n, text=t[0][:TEXT_CHARS])
+        for item, c, t in zip(job.items, counts, texts)
+    ]
     more = dict(max_tokens=max_tokens, temperature=job.temperature, samples=n)
     if n > 1:
         ks = sorted({k for k in (1, 2, 5, 10, 20, 50, 100) if k < n} | {n})
         estimates = {k: stats.proportion([stats.pass_at_k(n, c, k) for c in counts]) for k in ks}
-        more["pass_at"] = {str(k): dict(score=score, stderr=error) for k, (score, error) in estimates.items()}
-    return _accuracy(job, [c / n for c in counts], None, truncated=sum(cut for _, cut in ready), items=items, **more)
+        more["pass_at"] = {
+            str(k): dict(score=score, stderr=error) for k, (score, error) in estimates.items()
+        }
+    return _accuracy(
+        job,
+        [c / n for c in counts],
+        None,
+        truncated=sum(cut for _, cut in ready),
+        items=items,
+        **more,
+    )
 
 
 def _windows(ids: list[int], bos: int, width: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -346,30 +435,54 @@ def _perplexity(job: Job) -> dict:
         rows += found
         owner += [j] * len(found)
     job.bar.reset(len(rows))
-    losses = _in_batches(job, [len(inputs) for inputs, _ in rows], job.batch, lambda part: job.ask.losses([rows[i] for i in part]),
-                         of=owner.__getitem__)
+    losses = _in_batches(
+        job,
+        [len(inputs) for inputs, _ in rows],
+        job.batch,
+        lambda part: job.ask.losses([rows[i] for i in part]),
+        of=owner.__getitem__,
+    )
     sums = [dict(nats=0.0, tokens=0, bytes=0) for _ in job.items]
     for j, (_, targets), loss in zip(owner, rows, losses):
         real = np.asarray(targets) >= 0
         sums[j]["nats"] += float(np.asarray(loss)[real].sum())
         sums[j]["tokens"] += int(real.sum())
         sums[j]["bytes"] += int(tokenizer.token_bytes[np.asarray(targets)[real]].sum())
-    items = [dict(id=item["id"], **one) | ({"words": item["words"]} if "words" in item else {}) for item, one in zip(job.items, sums)]
+    items = [
+        dict(id=item["id"], **one) | ({"words": item["words"]} if "words" in item else {})
+        for item, one in zip(job.items, sums)
+    ]
     units = [unit for unit in ("tokens", "bytes", "words") if all(unit in one for one in items)]
     total = {name: sum(one[name] for one in items) for name in ("nats", *units)}
     if not all(total[unit] for unit in units):
-        raise UserError(f"task {job.name} has no text to measure within the model's context of {width} tokens")
+        raise UserError(
+            f"task {job.name} has no text to measure within the model's context of {width} tokens"
+        )
     if not math.isfinite(total["nats"]):
         bad = next(one["id"] for one in items if not math.isfinite(one["nats"]))
         raise RuntimeError(f"task {job.name}, item {bad}: the loss is not finite")
-    per = {unit: _ratio([one["nats"] for one in items], [one[unit] for one in items]) for unit in units}
+    per = {
+        unit: _ratio([one["nats"] for one in items], [one[unit] for one in items]) for unit in units
+    }
     score, error = per["words" if "words" in per else "tokens"]
     more = {f"per_{unit.removesuffix('s')}": value for unit, (value, _) in per.items()}
-    return dict(score=score, stderr=error, baseline=None, majority=None, centered=None, **more,
-                bpb=total["nats"] / math.log(2) / total["bytes"], **total, truncated=cuts, items=items)
+    return dict(
+        score=score,
+        stderr=error,
+        baseline=None,
+        majority=None,
+        centered=None,
+        **more,
+        bpb=total["nats"] / math.log(2) / total["bytes"],
+        **total,
+        truncated=cuts,
+        items=items,
+    )
 
 
-KINDS: dict[str, Callable[[Job], dict]] = dict(generate=_generate, choice=_choice, likelihood=_likelihood, perplexity=_perplexity)
+KINDS: dict[str, Callable[[Job], dict]] = dict(
+    generate=_generate, choice=_choice, likelihood=_likelihood, perplexity=_perplexity
+)
 
 
 # ---- all of it -------------------------------------------------------------------------------------------------------
@@ -398,9 +511,23 @@ def items_or_reason(task: Task, limit: int | None) -> list[dict] | str:
         return " ".join(str(e).split())
 
 
-def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None = None, seed: int = 0, batch: int = 32,
-             max_tokens: int = 256, temperature: float = 0.0, samples: int = 1, shuffle: bool = False, progress: bool = True,
-             known: dict[str, Task] | None = None, answers: Answers | None = None) -> dict:
+def evaluate(
+    params,
+    config: Config,
+    tokenizer,
+    names=None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 32,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    samples: int = 1,
+    shuffle: bool = False,
+    progress: bool = True,
+    known: dict[str, Task] | None = None,
+    answers: Answers | None = None,
+) -> dict:
     """{"tasks": {name: entry}, "skipped": {name: one line why}, "chatcore"}: a model's answers to tasks' test splits.
 
     names: of lib.tasks.tasks() or of `known` (such as lib.tasks.hub.make(root=...)), or paths of .jsonl files; None for all, most of
@@ -411,16 +538,25 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
     who is asked instead of the model. Ties share a point. "seconds" include compiling. UserError for bad arguments before anything
     runs; any error in an item stops everything and names it.
     """
-    for what, value, least in (("limit", limit, 1), ("batch", batch, 1), ("max_tokens", max_tokens, 1), ("samples", samples, 1)):
+    for what, value, least in (
+        ("limit", limit, 1),
+        ("batch", batch, 1),
+        ("max_tokens", max_tokens, 1),
+        ("samples", samples, 1),
+    ):
         if value is not None and value < least:
             raise UserError(f"{what} must be at least {least}, got {value}")
     if temperature < 0 or (samples > 1 and temperature == 0):
-        raise UserError(f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, "
-                        "or all are equal")
+        raise UserError(
+            f"{samples} samples at temperature {temperature}: it must not be negative, nor 0 for more than one, "
+            "or all are equal"
+        )
     found = find(names, tasks() if known is None else known)
     # downloads side by side, and waiting for no network only once
     with ThreadPoolExecutor(8) as pool:
-        loaded = dict(zip(found, pool.map(lambda task: items_or_reason(task, limit), found.values())))
+        loaded = dict(
+            zip(found, pool.map(lambda task: items_or_reason(task, limit), found.values()))
+        )
     skipped = {name: items for name, items in loaded.items() if isinstance(items, str)}
     for name, why in skipped.items() if progress else ():
         tqdm.write(f"{name:20} skipped: {why}")
@@ -430,11 +566,36 @@ def evaluate(params, config: Config, tokenizer, names=None, *, limit: int | None
             continue
         items = [_mixed(item, seed) for item in loaded[name]] if shuffle else loaded[name]
         clock = time.perf_counter()
-        with tqdm(total=len(items), desc=name, leave=False, disable=None if progress else True) as bar:
-            job = Job(name, task, items, ask, config, tokenizer, batch, max_tokens, temperature, samples, seed, bar)
+        with tqdm(
+            total=len(items), desc=name, leave=False, disable=None if progress else True
+        ) as bar:
+            job = Job(
+                name,
+                task,
+                items,
+                ask,
+                config,
+                tokenizer,
+                batch,
+                max_tokens,
+                temperature,
+                samples,
+                seed,
+                bar,
+            )
             entry = choose("kind of task", task.kind, KINDS)(job)
         seconds = time.perf_counter() - clock
-        entries[name] = dict(kind=task.kind, n=len(items), seconds=seconds, per_second=len(items) / seconds, seed=seed, limit=limit) | entry
+        entries[name] = (
+            dict(
+                kind=task.kind,
+                n=len(items),
+                seconds=seconds,
+                per_second=len(items) / seconds,
+                seed=seed,
+                limit=limit,
+            )
+            | entry
+        )
         if progress:
             tqdm.write(summary(name, entries[name]))
     result = dict(tasks=entries, skipped=skipped)
@@ -457,23 +618,34 @@ def texts_of(items: list[dict]) -> list[dict]:
             return item["text"]
         if "choices" in item:
             context = item["context"]
-            return (context[item["gold"]] if isinstance(context, list) else context) + item["choices"][item["gold"]]
+            return (context[item["gold"]] if isinstance(context, list) else context) + item[
+                "choices"
+            ][item["gold"]]
         if "options" in item:
             return f"{item['question']} {item['options'][item['gold']]}"
         said = (m["content"] for m in item["messages"])
-        return "\n".join(c if isinstance(c, str) else "".join(part["text"] for part in c) for c in said)
+        return "\n".join(
+            c if isinstance(c, str) else "".join(part["text"] for part in c) for c in said
+        )
 
     return [dict(id=item["id"], text=text(item)) for item in items]
 
 
 def summary(name: str, entry: dict) -> str:
     """One line about a task: score, standard error, baselines, speed."""
-    error = "" if entry["stderr"] is None else f" ± {entry['stderr'] * (1 if entry['kind'] == 'perplexity' else 100):.2f}"
+    error = (
+        ""
+        if entry["stderr"] is None
+        else f" ± {entry['stderr'] * (1 if entry['kind'] == 'perplexity' else 100):.2f}"
+    )
     if entry["kind"] == "perplexity":
         said = f"perplexity {entry['score']:.2f}{error}, {entry['bpb']:.4f} bits per byte"
     else:
-        beside = [f"{what} {100 * entry[key]:.1f}" for what, key in (("random", "baseline"), ("majority", "majority"))
-                  if entry[key] is not None]
+        beside = [
+            f"{what} {100 * entry[key]:.1f}"
+            for what, key in (("random", "baseline"), ("majority", "majority"))
+            if entry[key] is not None
+        ]
         said = f"{100 * entry['score']:.2f}{error} % ({', '.join(beside)})"
     cut = f", {entry['truncated']} prompts cut" if entry["truncated"] else ""
     return f"{name:20} {said}, n {entry['n']}, {entry['per_second']:.1f}/s{cut}"
@@ -492,13 +664,23 @@ def write(folder, stage: str, record: dict) -> dict:
         raise UserError(f"{path} is damaged ({e}): delete it and evaluate again") from e
     if any(old.get(key) != record.get(key) for key in ("step", "checkpoint")):
         old = {}
-    merged = old | record | dict(stage=stage, time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                                 device=jax.devices()[0].device_kind, jax=jax.__version__)
+    merged = (
+        old
+        | record
+        | dict(
+            stage=stage,
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            device=jax.devices()[0].device_kind,
+            jax=jax.__version__,
+        )
+    )
     for part in ("tasks", "bpb"):
         if part in old or part in record:
             merged[part] = old.get(part, {}) | record.get(part, {})
     missing = old.get("skipped", {}) | record.get("skipped", {})
-    merged["skipped"] = {name: why for name, why in missing.items() if name not in merged.get("tasks", {})}
+    merged["skipped"] = {
+        name: why for name, why in missing.items() if name not in merged.get("tasks", {})
+    }
     if score := stats.chatcore(merged.get("tasks", {})):
         merged["chatcore"] = score
     write_json(path, merged)

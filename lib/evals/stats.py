@@ -43,15 +43,21 @@ def majority(answers: Sequence) -> float:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased chance that at least one of k samples is right when `correct` of n were (Chen et al. 2021, equation 1)."""
     if not 0 <= correct <= n or not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}")
+        raise ValueError(
+            f"pass@k needs 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}"
+        )
     return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
 def bootstrap(values, statistic=np.mean, draws: int = DRAWS, seed: int = 0) -> float:
     """Standard error of statistic(values), by resampling items with replacement. statistic takes axis=-1."""
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    found = [statistic(values[rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))], axis=-1)
-             for i in range(0, draws, BATCH)]
+    found = [
+        statistic(
+            values[rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))], axis=-1
+        )
+        for i in range(0, draws, BATCH)
+    ]
     return float(np.concatenate(found).std())
 
 
@@ -61,7 +67,9 @@ def _pools(tasks: dict[str, dict]):
     for label, task in tasks.items():
         outcome = {item["id"]: item["correct"] for item in task["items"]}
         key = (task.get("source", label), tuple(sorted(outcome)))
-        pools.setdefault(key, {})[label] = np.array([outcome[i] for i in key[1]], np.float64) / (1 - task["baseline"])
+        pools.setdefault(key, {})[label] = np.array([outcome[i] for i in key[1]], np.float64) / (
+            1 - task["baseline"]
+        )
     return pools
 
 
@@ -79,18 +87,26 @@ def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> t
     for outcomes in _pools({label: t for label, t in known.items() if t.get("items")}).values():
         total = sum(outcomes.values())
         if total.std() == 0:  # nothing to resample: all right or all wrong
-            variance += sum((known[label]["stderr"] / (1 - known[label]["baseline"])) ** 2 for label in outcomes)
+            variance += sum(
+                (known[label]["stderr"] / (1 - known[label]["baseline"])) ** 2 for label in outcomes
+            )
         elif len(outcomes) == 1:
             variance += total.var() / total.size
         else:
             variance += bootstrap(total, draws=draws, seed=int(rng.integers(1 << 31))) ** 2
-    variance += sum((t["stderr"] / (1 - t["baseline"])) ** 2 for t in known.values() if not t.get("items"))
+    variance += sum(
+        (t["stderr"] / (1 - t["baseline"])) ** 2 for t in known.values() if not t.get("items")
+    )
     return score, math.sqrt(variance) / len(known)
 
 
 def chatcore(tasks: dict[str, dict]) -> dict | None:
     """The "chatcore" part of a record: mean of the centred scores of its chat tasks, None where there are none."""
-    chat = {label: t for label, t in tasks.items() if t.get("centered") is not None and t.get("kind") in ("generate", "choice")}
+    chat = {
+        label: t
+        for label, t in tasks.items()
+        if t.get("centered") is not None and t.get("kind") in ("generate", "choice")
+    }
     if not chat:
         return None
     score, stderr = mean_centered(chat)
@@ -109,7 +125,10 @@ def sign_test(wins: int, losses: int) -> float:
         return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
     logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
     top = max(logs)
-    return min(1.0, 2 * math.exp(top + math.log(math.fsum(math.exp(x - top) for x in logs)) - n * math.log(2)))
+    return min(
+        1.0,
+        2 * math.exp(top + math.log(math.fsum(math.exp(x - top) for x in logs)) - n * math.log(2)),
+    )
 
 
 def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
@@ -148,14 +167,37 @@ def _compare_task(a: dict, b: dict) -> dict | None:
         d = np.array([y["correct"] - x["correct"] for x, y in zip(one, two)], np.float64)
         if set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
             wins, losses = int((d > 0).sum()), int((d < 0).sum())
-            return dict(delta=float(d.mean()), stderr=_spread(d), p=sign_test(wins, losses), n=len(d), wins=wins, losses=losses,
-                        test="exact sign test (McNemar)", unit="points", better="higher")
-        return dict(delta=float(d.mean()), stderr=_spread(d), p=sign_flips(d), n=len(d), test="sign-flip permutation", unit="points",
-                    better="higher")
+            return dict(
+                delta=float(d.mean()),
+                stderr=_spread(d),
+                p=sign_test(wins, losses),
+                n=len(d),
+                wins=wins,
+                losses=losses,
+                test="exact sign test (McNemar)",
+                unit="points",
+                better="higher",
+            )
+        return dict(
+            delta=float(d.mean()),
+            stderr=_spread(d),
+            p=sign_flips(d),
+            n=len(d),
+            test="sign-flip permutation",
+            unit="points",
+            better="higher",
+        )
     if not all("nats" in item for item in one + two):
         return None
     # against bytes where they are known, which do not depend on the tokenizer; else tokens, if both read the same ones
-    by = next((by for by in ("bytes", "tokens") if all(x.get(by) == y.get(by) is not None for x, y in zip(one, two))), None)
+    by = next(
+        (
+            by
+            for by in ("bytes", "tokens")
+            if all(x.get(by) == y.get(by) is not None for x, y in zip(one, two))
+        ),
+        None,
+    )
     if by is None:
         return None
     size = sum(x[by] for x in one)
@@ -166,18 +208,38 @@ def _compare_task(a: dict, b: dict) -> dict | None:
     delta = float(d.sum() / size)
     residual = d - delta * np.array([x[by] for x in one], np.float64)
     stderr = math.sqrt((residual**2).sum() * len(d) / max(len(d) - 1, 1)) / size
-    return dict(delta=delta, stderr=stderr, p=sign_flips(d), n=len(d), test="sign-flip permutation", unit=unit, better="lower")
+    return dict(
+        delta=delta,
+        stderr=stderr,
+        p=sign_flips(d),
+        n=len(d),
+        test="sign-flip permutation",
+        unit=unit,
+        better="lower",
+    )
 
 
 def _spread(d) -> float:
     """Standard error of a mean of differences; the least that n items allow where all are equal."""
-    return float(max(d.std(), 1 / math.sqrt(len(d))) / math.sqrt(len(d))) if d.std() == 0 else float(d.std() / math.sqrt(len(d)))
+    return (
+        float(max(d.std(), 1 / math.sqrt(len(d))) / math.sqrt(len(d)))
+        if d.std() == 0
+        else float(d.std() / math.sqrt(len(d)))
+    )
 
 
 def _compare_means(a: dict[str, dict], b: dict[str, dict]) -> dict | None:
     """CORE or ChatCORE of two records: the mean over tasks of paired centred differences, signs flipped per question."""
-    both = {label: _paired(a[label], b[label]) for label in a if label in b and a[label].get("limit") == b[label].get("limit")}
-    both = {label: pairs for label, pairs in both.items() if pairs[0] and "correct" in pairs[1][0] and "correct" in pairs[2][0]}
+    both = {
+        label: _paired(a[label], b[label])
+        for label in a
+        if label in b and a[label].get("limit") == b[label].get("limit")
+    }
+    both = {
+        label: pairs
+        for label, pairs in both.items()
+        if pairs[0] and "correct" in pairs[1][0] and "correct" in pairs[2][0]
+    }
     if not both:
         return None
     weights, delta = {}, 0.0
@@ -192,11 +254,21 @@ def _compare_means(a: dict[str, dict], b: dict[str, dict]) -> dict | None:
         sources.setdefault(source, []).append(value)
     variance = sum(len(v) * np.var(v) for v in sources.values())
     d = np.array(list(weights.values()))
-    return dict(delta=float(delta), stderr=math.sqrt(variance), p=sign_flips(d), n=len(d), tasks=len(both), test="sign-flip permutation",
-                unit="of the mean of centred scores", better="higher")
+    return dict(
+        delta=float(delta),
+        stderr=math.sqrt(variance),
+        p=sign_flips(d),
+        n=len(d),
+        tasks=len(both),
+        test="sign-flip permutation",
+        unit="of the mean of centred scores",
+        better="higher",
+    )
 
 
-def compare(a: dict, b: dict, names: tuple[str, str] = ("the first", "the second")) -> dict[str, dict]:
+def compare(
+    a: dict, b: dict, names: tuple[str, str] = ("the first", "the second")
+) -> dict[str, dict]:
     """Is the difference between two evaluation records real? {task: {"delta", "stderr", "p", "p_adjusted", "n", "sentence", …}}.
 
     delta is b - a on the items that both have (by id): points of accuracy as a fraction, bits per byte, or nats per token. p is that
@@ -238,17 +310,31 @@ def _compare_bits(a: dict, b: dict) -> dict:
     if paired:
         return paired
     delta, stderr = b["bpb"] - a["bpb"], math.hypot(a["stderr"], b["stderr"])
-    return dict(delta=delta, stderr=stderr, p=_normal(delta / stderr) if stderr else float(delta == 0), n=0,
-                test="unpaired z-test, which overestimates the error", unit="bits per byte", better="lower")
+    return dict(
+        delta=delta,
+        stderr=stderr,
+        p=_normal(delta / stderr) if stderr else float(delta == 0),
+        n=0,
+        test="unpaired z-test, which overestimates the error",
+        unit="bits per byte",
+        better="lower",
+    )
 
 
 def _sentence(label: str, entry: dict, names, compared: int) -> str:
     """The answer in words."""
     delta, stderr, p, sure = entry["delta"], entry["stderr"], entry["p"], entry["p_adjusted"]
-    amount = lambda x: f"{100 * x:.1f} points" if entry["unit"] == "points" else f"{x:.4f} {entry['unit']}"
+    amount = lambda x: (
+        f"{100 * x:.1f} points" if entry["unit"] == "points" else f"{x:.4f} {entry['unit']}"
+    )
     chance = lambda p: f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    votes = f", {names[1]} alone right on {entry['wins']} and {names[0]} on {entry['losses']} of {entry['n']}" if "wins" in entry else \
-        f" over {entry['n']} {'items' if entry['unit'] != 'bits per byte' else 'texts'}" if entry["n"] else ""
+    votes = (
+        f", {names[1]} alone right on {entry['wins']} and {names[0]} on {entry['losses']} of {entry['n']}"
+        if "wins" in entry
+        else f" over {entry['n']} {'items' if entry['unit'] != 'bits per byte' else 'texts'}"
+        if entry["n"]
+        else ""
+    )
     if delta == 0:
         return f"{label}: no difference{votes}."
     word = "better" if (delta > 0) == (entry["better"] == "higher") else "worse"

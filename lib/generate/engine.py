@@ -16,11 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.model import transformer as model
-from lib.generate import speculative
 from lib.config import Config
 from lib.files import UserError
-from lib.generate.sampling import TOP, Sampling, empty_rows, new_row, sample, step_rows, top_alternatives
+from lib.generate import speculative
+from lib.generate.sampling import (
+    TOP,
+    Sampling,
+    empty_rows,
+    new_row,
+    sample,
+    step_rows,
+    top_alternatives,
+)
+from lib.model import transformer as model
 
 # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 CHUNK = 8
@@ -50,20 +58,29 @@ class Token(NamedTuple):
 @partial(jax.jit, donate_argnums=0)
 def _set_rows(rows, slots_b, new):
     """Overwrite the rows `slots_b` (those outside are ignored) with the entries of `new`."""
-    return rows | {name: rows[name].at[slots_b].set(value, mode="drop") for name, value in new.items()}
+    return rows | {
+        name: rows[name].at[slots_b].set(value, mode="drop") for name, value in new.items()
+    }
 
 
 def _pick(cache, rows_b):
     """The given rows of a cache, as a smaller one; numbers beyond the last row give any row."""
     B = len(cache["length"])
-    pick = lambda a: a.reshape(B, -1, *a.shape[1:])[jnp.minimum(rows_b, B - 1)].reshape(-1, *a.shape[1:])
+    pick = lambda a: a.reshape(B, -1, *a.shape[1:])[jnp.minimum(rows_b, B - 1)].reshape(
+        -1, *a.shape[1:]
+    )
     return jax.tree.map(pick, cache)
 
 
 def _put(cache, rows_b, part):
     """The cache with the given rows replaced; numbers beyond the last row are ignored."""
     B, b = len(cache["length"]), len(rows_b)
-    put = lambda a, new: a.reshape(B, -1, *a.shape[1:]).at[rows_b].set(new.reshape(b, -1, *a.shape[1:]), mode="drop").reshape(a.shape)
+    put = lambda a, new: (
+        a.reshape(B, -1, *a.shape[1:])
+        .at[rows_b]
+        .set(new.reshape(b, -1, *a.shape[1:]), mode="drop")
+        .reshape(a.shape)
+    )
     return jax.tree.map(put, cache, part)
 
 
@@ -71,7 +88,10 @@ def _put(cache, rows_b, part):
 def _prefill(params, config: Config, cache, rows_b, tokens_bT, fresh):
     """Feed tokens_bT (-1 behind the end of a row) to some rows of a cache, emptied before if `fresh`."""
     part = _pick(cache, rows_b)
-    part |= {"length": jnp.where(fresh, 0, part["length"]), "last": jnp.where(fresh, -1, part["last"])}
+    part |= {
+        "length": jnp.where(fresh, 0, part["length"]),
+        "last": jnp.where(fresh, -1, part["last"]),
+    }
     _, part = model.hidden(params, config, tokens_bT, part)
     return _put(cache, rows_b, part)
 
@@ -90,8 +110,12 @@ def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int
     next call. Returns (cache, rows, out): ids (B, C), -1 where a row wrote nothing, their logprobs, and alternatives (B, C, TOP).
     """
     B, C = forced_BC.shape
-    out = dict(id=jnp.full((B, C), -1, jnp.int32), logprob=jnp.zeros((B, C)),
-               top_id=jnp.zeros((B, C, TOP), jnp.int32), top_logprob=jnp.zeros((B, C, TOP)))
+    out = dict(
+        id=jnp.full((B, C), -1, jnp.int32),
+        logprob=jnp.zeros((B, C)),
+        top_id=jnp.zeros((B, C, TOP), jnp.int32),
+        top_logprob=jnp.zeros((B, C, TOP)),
+    )
 
     def go_on(carry):
         i, _, rows, waiting_B, _ = carry
@@ -100,18 +124,27 @@ def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int
     def one(carry):
         i, cache, rows, waiting_B, out = carry
         active_B = rows["alive"] & ~waiting_B
-        logits_BTV, cache = model.forward(params, config, jnp.where(active_B, rows["token"], -1)[:, None], cache)
+        logits_BTV, cache = model.forward(
+            params, config, jnp.where(active_B, rows["token"], -1)[:, None], cache
+        )
         logits_BV, force_B = logits_BTV[:, 0], forced_BC[:, i]
         token_B = jnp.where(force_B >= 0, force_B, sample(logits_BV, rows))
         lse_B = jax.nn.logsumexp(logits_BV, axis=-1)
         logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - lse_B
         top_id, top_logprob = top_alternatives(logits_BV, lse_B, jnp.any(rows["top"] & active_B))
-        new = dict(id=jnp.where(active_B, token_B, -1), logprob=logprob_B, top_id=top_id, top_logprob=top_logprob)
+        new = dict(
+            id=jnp.where(active_B, token_B, -1),
+            logprob=logprob_B,
+            top_id=top_id,
+            top_logprob=top_logprob,
+        )
         out = {name: out[name].at[:, i].set(value) for name, value in new.items()}
         rows = step_rows(rows, token_B, active_B, force_B < 0)
         return i + 1, cache, rows, waiting_B | (active_B & (token_B == pause)), out
 
-    _, cache, rows, _, out = jax.lax.while_loop(go_on, one, (0, cache, rows, jnp.zeros(B, bool), out))
+    _, cache, rows, _, out = jax.lax.while_loop(
+        go_on, one, (0, cache, rows, jnp.zeros(B, bool), out)
+    )
     return cache, rows, out
 
 
@@ -155,7 +188,11 @@ class _Writer:
             result = self.tool(self.tokenizer.decode(self.call)) if self.call else None
             self.call = None
             if result is not None:
-                self.forced = [self.special["<|output_start|>"], *self.tokenizer.encode(result), self.special["<|output_end|>"]]
+                self.forced = [
+                    self.special["<|output_start|>"],
+                    *self.tokenizer.encode(result),
+                    self.special["<|output_end|>"],
+                ]
         elif self.call is not None:
             self.call.append(id)
 
@@ -170,7 +207,10 @@ class _Writer:
         text = b"".join(self.tokenizer.tokens[t.id] for t in self.held)
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         # otherwise the longest end of the text that could begin a stop string is held back
-        open_ = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        open_ = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         end = min(found) if found else len(text) - open_
         while self.held and len(first := self.tokenizer.tokens[self.held[0].id]) <= end:
             self.ready.append(self.held.pop(0))
@@ -194,19 +234,44 @@ class Engine:
     the row's own text; 4 is a good start, 0 is off.
     """
 
-    def __init__(self, params, config: Config, slots: int, length: int, tokenizer=None,
-                 tool: Callable[[str], str | None] | None = None, guess: int = 0, draft=None):
+    def __init__(
+        self,
+        params,
+        config: Config,
+        slots: int,
+        length: int,
+        tokenizer=None,
+        tool: Callable[[str], str | None] | None = None,
+        guess: int = 0,
+        draft=None,
+    ):
         if slots < 1 or length < 2 or guess < 0:
-            raise UserError(f"a decoding engine needs slots >= 1, length >= 2 and guess >= 0, got {slots}, {length}, {guess}")
+            raise UserError(
+                f"a decoding engine needs slots >= 1, length >= 2 and guess >= 0, got {slots}, {length}, {guess}"
+            )
         if tool and tokenizer is None:
             raise UserError("tools need the tokenizer: pass tokenizer= beside tool=")
         if draft and (not guess or draft[1].vocab_size != config.vocab_size):
-            raise UserError(f"a draft model needs guess >= 1 and the model's vocabulary of {config.vocab_size}, got guess={guess} "
-                            f"and a vocabulary of {draft[1].vocab_size}")
-        self.config, self.slots, self.length, self.tokenizer, self.tool, self.guess = config, slots, length, tokenizer, tool, guess
+            raise UserError(
+                f"a draft model needs guess >= 1 and the model's vocabulary of {config.vocab_size}, got guess={guess} "
+                f"and a vocabulary of {draft[1].vocab_size}"
+            )
+        self.config, self.slots, self.length, self.tokenizer, self.tool, self.guess = (
+            config,
+            slots,
+            length,
+            tokenizer,
+            tool,
+            guess,
+        )
         self.configs = [config, *([draft[1]] if draft else [])]
-        self.params = [model.decoding_params(params, config), *([model.decoding_params(*draft)] if draft else [])]
-        self.caches = [model.init_cache(c, slots, length + guess, spare=guess) for c in self.configs]
+        self.params = [
+            model.decoding_params(params, config),
+            *([model.decoding_params(*draft)] if draft else []),
+        ]
+        self.caches = [
+            model.init_cache(c, slots, length + guess, spare=guess) for c in self.configs
+        ]
         self.rows = empty_rows(slots, config.vocab_size)
         if guess and not draft:
             self.rows["history"] = jnp.zeros((slots, length), jnp.int32)
@@ -233,7 +298,9 @@ class Engine:
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
         if len(prompts) > self.free:
-            raise UserError(f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished")
+            raise UserError(
+                f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished"
+            )
         slots = [i for i in range(self.slots) if i not in self.writers][: len(prompts)]
         first = {}  # of equal prompts, the slot that is prefilled
         for slot, prompt in zip(slots, prompts):
@@ -244,16 +311,25 @@ class Engine:
             source[slots] = [first[tuple(p)] for p in prompts]
             self.caches = [_repeat(cache, source) for cache in self.caches]
         rooms = [self.length - len(p) for p in prompts]
-        states = [new_row(p, s, self.config.vocab_size) | dict(left=np.int32(min(s.max_tokens, room)))
-                  for p, s, room in zip(prompts, samplings, rooms)]
+        states = [
+            new_row(p, s, self.config.vocab_size) | dict(left=np.int32(min(s.max_tokens, room)))
+            for p, s, room in zip(prompts, samplings, rooms)
+        ]
         if "history" in self.rows:
-            states = [s | dict(history=np.pad(np.int32(p), (0, self.length - len(p)))) for s, p in zip(states, prompts)]
+            states = [
+                s | dict(history=np.pad(np.int32(p), (0, self.length - len(p))))
+                for s, p in zip(states, prompts)
+            ]
         padded = np.full(bucket(len(slots)), self.slots)
         padded[: len(slots)] = slots
         states += states[:1] * (len(padded) - len(states))
-        self.rows = _set_rows(self.rows, padded, {name: np.stack([s[name] for s in states]) for name in states[0]})
+        self.rows = _set_rows(
+            self.rows, padded, {name: np.stack([s[name] for s in states]) for name in states[0]}
+        )
         for slot, sampling, room in zip(slots, samplings, rooms):
-            sampling = sampling if sampling.max_tokens <= room else replace(sampling, max_tokens=room)
+            sampling = (
+                sampling if sampling.max_tokens <= room else replace(sampling, max_tokens=room)
+            )
             self.writers[slot] = _Writer(sampling, self.tokenizer, self.tool)
         self.fresh = True
         return slots
@@ -261,12 +337,18 @@ class Engine:
     def check(self, prompt: list[int], sampling: Sampling):
         """UserError if this could never be added."""
         if not prompt:
-            raise UserError("a prompt has no tokens: begin it with the tokenizer's <|bos|> at least")
+            raise UserError(
+                "a prompt has no tokens: begin it with the tokenizer's <|bos|> at least"
+            )
         if bad := [t for t in prompt if not 0 <= t < self.config.vocab_size]:
-            raise UserError(f"token {bad[0]} is outside the model's vocabulary of {self.config.vocab_size}: "
-                            "encode with the tokenizer that the model was trained with")
+            raise UserError(
+                f"token {bad[0]} is outside the model's vocabulary of {self.config.vocab_size}: "
+                "encode with the tokenizer that the model was trained with"
+            )
         if len(prompt) >= self.length:
-            raise UserError(f"a prompt of {len(prompt)} tokens leaves no room in a cache of {self.length}: shorten it")
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens leaves no room in a cache of {self.length}: shorten it"
+            )
         if sampling.stop_strings and self.tokenizer is None:
             raise UserError("stop strings need the tokenizer: pass tokenizer= too")
 
@@ -279,8 +361,10 @@ class Engine:
             row[: len(prompt)] = prompt
         slots = np.array(slots + [self.slots] * (rows - len(slots)))
         for at in range(0, tokens.shape[1], width):
-            self.caches = [_prefill(params, config, cache, slots, tokens[:, at: at + width], at == 0)
-                           for params, config, cache in zip(self.params, self.configs, self.caches)]
+            self.caches = [
+                _prefill(params, config, cache, slots, tokens[:, at : at + width], at == 0)
+                for params, config, cache in zip(self.params, self.configs, self.caches)
+            ]
 
     def step(self, count: int = CHUNK) -> dict[int, tuple[list[Token], str | None]]:
         """Write about `count` tokens in every busy slot: {slot: (new tokens, None or why the row is finished)}.
@@ -299,15 +383,29 @@ class Engine:
         if not any(w.sampling.logprobs for w in self.writers.values()):
             out = {name: a for name, a in out.items() if "top" not in name}
         out = jax.device_get(out)
-        self.guessed, self.right = self.guessed + int(out.get("guessed", 0)), self.right + int(out.get("right", 0))
+        self.guessed, self.right = (
+            self.guessed + int(out.get("guessed", 0)),
+            self.right + int(out.get("right", 0)),
+        )
         result, dead = {}, []
         for slot, w in list(self.writers.items()):
             n = w.sampling.logprobs
-            for i, (id, logprob) in enumerate(zip(out["id"][slot].tolist(), out["logprob"][slot].tolist())):
+            for i, (id, logprob) in enumerate(
+                zip(out["id"][slot].tolist(), out["logprob"][slot].tolist())
+            ):
                 if id < 0 or w.finish:
                     assert i, "a busy row must move on"
                     break
-                top = list(zip(out["top_id"][slot, i, :n].tolist(), out["top_logprob"][slot, i, :n].tolist())) if n else []
+                top = (
+                    list(
+                        zip(
+                            out["top_id"][slot, i, :n].tolist(),
+                            out["top_logprob"][slot, i, :n].tolist(),
+                        )
+                    )
+                    if n
+                    else []
+                )
                 w.push(Token(id, logprob, i < given[slot], top))
             result[slot], w.ready = (w.ready, w.finish), []
             if w.finish:
@@ -317,11 +415,26 @@ class Engine:
 
     def _decode(self, forced_BC, count: int):
         if not self.guess:
-            self.caches[0], self.rows, out = _decode(self.params[0], self.config, self.caches[0], self.rows, forced_BC, count,
-                                                     pause=self.pause)
+            self.caches[0], self.rows, out = _decode(
+                self.params[0],
+                self.config,
+                self.caches[0],
+                self.rows,
+                forced_BC,
+                count,
+                pause=self.pause,
+            )
             return out
-        self.caches, self.rows, out = speculative.decode(self.params, tuple(self.configs), self.caches, self.rows, forced_BC, count,
-                                                         pause=self.pause, guess=self.guess)
+        self.caches, self.rows, out = speculative.decode(
+            self.params,
+            tuple(self.configs),
+            self.caches,
+            self.rows,
+            forced_BC,
+            count,
+            pause=self.pause,
+            guess=self.guess,
+        )
         return out
 
     def cancel(self, slot: int):
@@ -346,14 +459,27 @@ class Engines:
     sides: how many engines, if not by the device and the model.
     """
 
-    def __init__(self, params, config: Config, slots: int, length: int, tokenizer=None,
-                 tool: Callable[[str], str | None] | None = None, guess: int = 0, draft=None, sides: int | None = None):
+    def __init__(
+        self,
+        params,
+        config: Config,
+        slots: int,
+        length: int,
+        tokenizer=None,
+        tool: Callable[[str], str | None] | None = None,
+        guess: int = 0,
+        draft=None,
+        sides: int | None = None,
+    ):
         params = model.decoding_params(params, config)
         draft = draft and (model.decoding_params(*draft), draft[1])
         sides = sides or sides_for(params, slots)
         if slots % sides:
             raise UserError(f"{slots} slots can't be split evenly between {sides} engines")
-        self.parts = [Engine(params, config, slots // sides, length, tokenizer, tool, guess, draft) for _ in range(sides)]
+        self.parts = [
+            Engine(params, config, slots // sides, length, tokenizer, tool, guess, draft)
+            for _ in range(sides)
+        ]
         self.slots, self.length, self.threads = slots, length, ThreadPoolExecutor(sides, "engine")
 
     free = property(lambda self: sum(part.free for part in self.parts))
@@ -365,13 +491,17 @@ class Engines:
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.parts[0].check(prompt, sampling)
         if len(prompts) > self.free:
-            raise UserError(f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished")
+            raise UserError(
+                f"{len(prompts)} rows do not fit into {self.free} free slots: wait until some are finished"
+            )
         free, hands, slots = [part.free for part in self.parts], [[] for _ in self.parts], {}
         for row in range(len(prompts)):
             i = free.index(max(free))
             free[i] -= 1
             hands[i].append(row)
-        take = lambda i: self.parts[i].add_many([prompts[row] for row in hands[i]], [samplings[row] for row in hands[i]])
+        take = lambda i: self.parts[i].add_many(
+            [prompts[row] for row in hands[i]], [samplings[row] for row in hands[i]]
+        )
         for i, taken in enumerate(self._each(take)):
             slots |= {row: slot * len(self.parts) + i for row, slot in zip(hands[i], taken)}
         return [slots[row] for row in range(len(prompts))]
@@ -380,21 +510,33 @@ class Engines:
         """As `Engine.step`."""
         count = 1 if any(part.fresh for part in self.parts) else count
         found = self._each(lambda i: self.parts[i].step(count))
-        return {slot * len(self.parts) + i: new for i, part in enumerate(found) for slot, new in part.items()}
+        return {
+            slot * len(self.parts) + i: new
+            for i, part in enumerate(found)
+            for slot, new in part.items()
+        }
 
     def cancel(self, slot: int):
         """As `Engine.cancel`."""
         self.parts[slot % len(self.parts)].cancel(slot // len(self.parts))
 
     def _each(self, work: Callable[[int], object]) -> list:
-        return list(self.threads.map(work, range(len(self.parts)))) if len(self.parts) > 1 else [work(0)]
+        return (
+            list(self.threads.map(work, range(len(self.parts))))
+            if len(self.parts) > 1
+            else [work(0)]
+        )
 
 
 def sides_for(params, slots: int) -> int:
     """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a CPU, otherwise one."""
     weights = jax.tree.leaves([params["blocks"], params.get("head", params["embed"])])
     small = sum(a.nbytes for a in weights) <= SMALL and jax.default_backend() == "cpu"
-    return SIDES if small and (os.cpu_count() or 1) >= SIDES and slots % SIDES == 0 and slots >= 2 * SIDES else 1
+    return (
+        SIDES
+        if small and (os.cpu_count() or 1) >= SIDES and slots % SIDES == 0 and slots >= 2 * SIDES
+        else 1
+    )
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -406,38 +548,131 @@ def bucket(n: int, least: int = 1) -> int:
 # ---- all at once -------------------------------------------------------------------------------------------------------
 
 
-def _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty, stop_strings,
-         tokenizer, tool, guess, draft, count) -> Iterator[list[list[int]]]:
+def _run(
+    params,
+    config,
+    prompts,
+    max_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    stop,
+    min_p,
+    repetition_penalty,
+    stop_strings,
+    tokenizer,
+    tool,
+    guess,
+    draft,
+    count,
+) -> Iterator[list[list[int]]]:
     if not prompts:
         return
-    sampling = Sampling(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop), tuple(stop_strings))
+    sampling = Sampling(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seed,
+        tuple(stop),
+        tuple(stop_strings),
+    )
     length = bucket(max(map(len, prompts)) + max_tokens, 64)
     engine = Engines(params, config, bucket(len(prompts)), length, tokenizer, tool, guess, draft)
-    slots = engine.add_many(prompts, [replace(sampling, seed=seed + b) for b in range(len(prompts))])
+    slots = engine.add_many(
+        prompts, [replace(sampling, seed=seed + b) for b in range(len(prompts))]
+    )
     while engine.free < engine.slots:
         new = engine.step(count)
         yield [[t.id for t in new[slot][0]] if slot in new else [] for slot in slots]
 
 
-def stream(params, config: Config, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0, seed: int = 0, stop: tuple[int, ...] = (), min_p: float = 0.0, repetition_penalty: float = 1.0,
-           stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None, guess: int = 0, draft=None) -> Iterator[list[list[int]]]:
+def stream(
+    params,
+    config: Config,
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_strings: tuple[str, ...] = (),
+    tokenizer=None,
+    tool=None,
+    guess: int = 0,
+    draft=None,
+) -> Iterator[list[list[int]]]:
     """Generate after each prompt, yielding the new token ids of every row a few at a time.
 
     prompts: token ids, at least one each; several lengths may be mixed. The settings are those of `Sampling`; tokenizer, tool,
     guess and draft those of `Engine`. Row b draws from seed + b, whatever else is in the batch; the same seed gives the same text.
     """
-    return _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty,
-                stop_strings, tokenizer, tool, guess, draft, CHUNK)
+    return _run(
+        params,
+        config,
+        prompts,
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        stop,
+        min_p,
+        repetition_penalty,
+        stop_strings,
+        tokenizer,
+        tool,
+        guess,
+        draft,
+        CHUNK,
+    )
 
 
-def generate(params, config: Config, prompts: list[list[int]], max_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop: tuple[int, ...] = (), min_p: float = 0.0, repetition_penalty: float = 1.0,
-             stop_strings: tuple[str, ...] = (), tokenizer=None, tool=None, guess: int = 0, draft=None) -> list[list[int]]:
+def generate(
+    params,
+    config: Config,
+    prompts: list[list[int]],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_strings: tuple[str, ...] = (),
+    tokenizer=None,
+    tool=None,
+    guess: int = 0,
+    draft=None,
+) -> list[list[int]]:
     """The whole of `stream` at once: for each prompt the list of new token ids, without the prompt."""
     rows = [[] for _ in prompts]
-    for new in _run(params, config, prompts, max_tokens, temperature, top_k, top_p, seed, stop, min_p, repetition_penalty,
-                    stop_strings, tokenizer, tool, guess, draft, LONG_CHUNK if tool or stop_strings else WHOLE_CHUNK):
+    for new in _run(
+        params,
+        config,
+        prompts,
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        stop,
+        min_p,
+        repetition_penalty,
+        stop_strings,
+        tokenizer,
+        tool,
+        guess,
+        draft,
+        LONG_CHUNK if tool or stop_strings else WHOLE_CHUNK,
+    ):
         for row, ids in zip(rows, new):
             row += ids
     return rows

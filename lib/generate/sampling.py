@@ -33,11 +33,20 @@ class Sampling:
     logprobs: int = 0
 
     def __post_init__(self):
-        bounds = dict(max_tokens=(1, 2**31 - 1), temperature=(0, 1e6), top_k=(0, 2**31 - 1), min_p=(0, 1),
-                      repetition_penalty=(1e-3, 1e3), logprobs=(0, TOP), seed=(-(2**63), 2**64 - 1))
+        bounds = dict(
+            max_tokens=(1, 2**31 - 1),
+            temperature=(0, 1e6),
+            top_k=(0, 2**31 - 1),
+            min_p=(0, 1),
+            repetition_penalty=(1e-3, 1e3),
+            logprobs=(0, TOP),
+            seed=(-(2**63), 2**64 - 1),
+        )
         for name, (low, high) in bounds.items():
             if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} must be from {low:g} to {high:g}, got {getattr(self, name)}")
+                raise UserError(
+                    f"{name} must be from {low:g} to {high:g}, got {getattr(self, name)}"
+                )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if "" in self.stop_strings:
@@ -49,8 +58,18 @@ def empty_rows(slots: int, vocab: int) -> dict:
     full = lambda value, *shape: jnp.full((slots, *shape), value)  # an array each: they are donated
     counts = {name: full(np.int32(0)) for name in ("token", "made", "left", "top_k")}
     flags = {name: full(False) for name in ("alive", "filtered", "top")}
-    reals = {name: full(np.float32(value)) for name, value in dict(temperature=0, top_p=1, min_p=0, penalty=1).items()}
-    return dict(**counts, **flags, **reals, seed=full(np.uint32(0)), stop=full(np.int32(-1), STOPS), seen=full(False, vocab))
+    reals = {
+        name: full(np.float32(value))
+        for name, value in dict(temperature=0, top_p=1, min_p=0, penalty=1).items()
+    }
+    return dict(
+        **counts,
+        **flags,
+        **reals,
+        seed=full(np.uint32(0)),
+        stop=full(np.int32(-1), STOPS),
+        seen=full(False, vocab),
+    )
 
 
 def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:
@@ -60,16 +79,30 @@ def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:
     stop = np.full(STOPS, -1, np.int32)
     stop[: len(s.stop)] = sorted(s.stop)[:STOPS]
     filtered = s.temperature > 0 and (0 < s.top_k < vocab or s.top_p < 1 or s.min_p > 0)
-    return dict(token=np.int32(prompt[-1]), alive=np.bool_(True), made=np.int32(0), left=np.int32(s.max_tokens),
-                seed=np.uint32(s.seed % 2**32), temperature=np.float32(s.temperature), top_k=np.int32(min(s.top_k, vocab)),
-                top_p=np.float32(s.top_p), min_p=np.float32(s.min_p), penalty=np.float32(s.repetition_penalty),
-                filtered=np.bool_(filtered), top=np.bool_(s.logprobs > 0), stop=stop, seen=seen)
+    return dict(
+        token=np.int32(prompt[-1]),
+        alive=np.bool_(True),
+        made=np.int32(0),
+        left=np.int32(s.max_tokens),
+        seed=np.uint32(s.seed % 2**32),
+        temperature=np.float32(s.temperature),
+        top_k=np.int32(min(s.top_k, vocab)),
+        top_p=np.float32(s.top_p),
+        min_p=np.float32(s.min_p),
+        penalty=np.float32(s.repetition_penalty),
+        filtered=np.bool_(filtered),
+        top=np.bool_(s.logprobs > 0),
+        stop=stop,
+        seen=seen,
+    )
 
 
 def argmax(x_BV):
     """The first index of each row's maximum: twice a plain reduction, which XLA:CPU turns into vector code, unlike its argmax."""
     V = x_BV.shape[-1]
-    return jnp.where(x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
+    return jnp.where(
+        x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1
+    ).min(-1)
 
 
 def _least(p_BV, enough):
@@ -77,6 +110,7 @@ def _least(p_BV, enough):
 
     Thirty passes over the vocabulary cost less than sorting it, and no k has to be known when compiling.
     """
+
     def halve(_, bounds):
         low, high = bounds
         middle = low + (high - low + 1) // 2
@@ -84,7 +118,12 @@ def _least(p_BV, enough):
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
     one = 0x3F800000  # the bits of 1.0
-    low, _ = jax.lax.fori_loop(0, one.bit_length(), halve, (jnp.zeros(len(p_BV), jnp.int32), jnp.full(len(p_BV), one, jnp.int32)))
+    low, _ = jax.lax.fori_loop(
+        0,
+        one.bit_length(),
+        halve,
+        (jnp.zeros(len(p_BV), jnp.int32), jnp.full(len(p_BV), one, jnp.int32)),
+    )
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
@@ -111,11 +150,22 @@ def sample(logits_BV, rows):
     The key depends on the row's seed and on how many tokens it has made, on nothing else. The draw is the maximum of logits plus
     Gumbel noise: a draft model that draws by the same noise mostly draws the same token (see lib.speculative).
     """
+
     def draw(x):
-        noise = lambda seed, made: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), made), x.shape[1:])
+        noise = lambda seed, made: jax.random.gumbel(
+            jax.random.fold_in(jax.random.key(seed), made), x.shape[1:]
+        )
         hot = x / jnp.maximum(rows["temperature"], 1e-6)[:, None]
-        hot = jax.lax.cond(jnp.any(rows["filtered"]), lambda hot: _filtered(hot, rows), lambda hot: hot, hot)
-        return argmax(jnp.where(rows["temperature"][:, None] > 0, hot + jax.vmap(noise)(rows["seed"], rows["made"]), x))
+        hot = jax.lax.cond(
+            jnp.any(rows["filtered"]), lambda hot: _filtered(hot, rows), lambda hot: hot, hot
+        )
+        return argmax(
+            jnp.where(
+                rows["temperature"][:, None] > 0,
+                hot + jax.vmap(noise)(rows["seed"], rows["made"]),
+                x,
+            )
+        )
 
     return jax.lax.cond(jnp.any(rows["temperature"] > 0), draw, argmax, penalized(logits_BV, rows))
 
@@ -125,9 +175,13 @@ def step_rows(rows, token_B, took_B, sampled_B):
     step_B = took_B.astype(jnp.int32)
     stopped_B = sampled_B & (token_B[:, None] == rows["stop"]).any(-1)
     hit_BV = jnp.arange(rows["seen"].shape[1]) == token_B[:, None]
-    return rows | dict(token=jnp.where(took_B, token_B, rows["token"]), made=rows["made"] + step_B, left=rows["left"] - step_B,
-                       alive=rows["alive"] & ~(took_B & (stopped_B | (rows["left"] <= 1))),
-                       seen=rows["seen"] | (took_B[:, None] & hit_BV))
+    return rows | dict(
+        token=jnp.where(took_B, token_B, rows["token"]),
+        made=rows["made"] + step_B,
+        left=rows["left"] - step_B,
+        alive=rows["alive"] & ~(took_B & (stopped_B | (rows["left"] <= 1))),
+        seen=rows["seen"] | (took_B[:, None] & hit_BV),
+    )
 
 
 def top_alternatives(logits, lse, wanted):

@@ -49,7 +49,9 @@ def _checked(name, q_BTNH, k_BSKH, window):
     """Check sizes at trace time; return the window, None when it covers the whole sequence."""
     (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
     if S != T:
-        raise UserError(f"attention got {T} queries and {S} keys: it is for training and prefill, where they are equal")
+        raise UserError(
+            f"attention got {T} queries and {S} keys: it is for training and prefill, where they are equal"
+        )
     check_attention(name, sequence_len=T, head_dim=H, n_head=N, n_kv_head=K, window=window)
     return None if window is None or window >= T - 1 else window
 
@@ -60,15 +62,21 @@ def _use_interpreter(interpret: bool | None) -> bool:
     if interpret is None:
         backend = jax.default_backend()
         if backend not in ("cpu", "tpu"):
-            raise UserError(f"attention=splash and attention=pallas are TPU kernels, and this is a {backend}: "
-                            "use attention=jax")
+            raise UserError(
+                f"attention=splash and attention=pallas are TPU kernels, and this is a {backend}: "
+                "use attention=jax"
+            )
         interpret = backend == "cpu"
     return interpret
 
 
 def _block(T: int, limit: int) -> int:
     """The largest multiple of KERNEL_TILE that divides T and is at most `limit`."""
-    return max(b for b in range(KERNEL_TILE, max(KERNEL_TILE, min(T, limit)) + 1, KERNEL_TILE) if T % b == 0)
+    return max(
+        b
+        for b in range(KERNEL_TILE, max(KERNEL_TILE, min(T, limit)) + 1, KERNEL_TILE)
+        if T % b == 0
+    )
 
 
 def block_size(name: str, T: int, limit: int = 0) -> int:
@@ -90,7 +98,9 @@ def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | No
     # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order. The queries of a group
     # share their keys, so they are just more rows (R = T G, position by position) of the same matrices.
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    o_BKRH = _blocked(q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), window, block or max(128, T // 8))
+    o_BKRH = _blocked(
+        q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), window, block or max(128, T // 8)
+    )
     return o_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
 
 
@@ -104,11 +114,16 @@ def _blocked_scores(q_BKRH, k_BKSH, window, block):
     T, H = k_BKSH.shape[2:]
     G = q_BKRH.shape[2] // T
     for start in range(0, T, block):
-        end, first = min(start + block, T), 0 if window is None else max(0, start - window) // block * block
+        end, first = (
+            min(start + block, T),
+            0 if window is None else max(0, start - window) // block * block,
+        )
         rows, keys = slice(start * G, end * G), slice(first, end)
         distance = np.repeat(np.arange(start, end), G)[:, None] - np.arange(first, end)
         visible = (distance >= 0) & (distance <= (T if window is None else window))
-        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) * (1 / math.sqrt(H))
+        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) * (
+            1 / math.sqrt(H)
+        )
         yield rows, keys, jnp.where(visible, s_BKRS, MASKED)
 
 
@@ -121,7 +136,9 @@ def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
         top = s_BKRS.max(-1, keepdims=True)
         p_BKRS = jnp.exp(s_BKRS - top)
         total = p_BKRS.sum(-1, keepdims=True)
-        outs.append(_product("BKRS,BKSH->BKRH", p_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, keys]) / total)
+        outs.append(
+            _product("BKRS,BKSH->BKRH", p_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, keys]) / total
+        )
         lses.append(top + jnp.log(total))
     o_BKRH = checkpoint_name(jnp.concatenate(outs, 2).astype(q_BKRH.dtype), RESIDUAL_NAME)
     lse_BKR1 = checkpoint_name(jnp.concatenate(lses, 2), RESIDUAL_NAME)
@@ -135,18 +152,28 @@ def _blocked_backward(window, block, residuals, do_BKRH):
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
     dq, dk, dv = [], [], []
     for rows, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
-        q, k, v, do = q_BKRH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], do_BKRH[:, :, rows]
+        q, k, v, do = (
+            q_BKRH[:, :, rows],
+            k_BKSH[:, :, keys],
+            v_BKSH[:, :, keys],
+            do_BKRH[:, :, rows],
+        )
         p_BKRS = jnp.exp(s_BKRS - lse_BKR1[:, :, rows])
         dp_BKRS = _product("BKRH,BKSH->BKRS", do, v)
         ds_BKRS = (scale * p_BKRS * (dp_BKRS - delta_BKR1[:, :, rows])).astype(q.dtype)
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
-        for parts, new in ((dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
-                           (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do))):
+        for parts, new in (
+            (dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
+            (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do)),
+        ):
             # this block of queries is the first to see the last of these blocks of keys
             parts.append(0.0)
             for j in range(keys.start // block, len(parts)):
-                parts[j] += new[:, :, j * block - keys.start:][:, :, :block]
-    return tuple(jnp.concatenate(x, 2).astype(like.dtype) for x, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH)))
+                parts[j] += new[:, :, j * block - keys.start :][:, :, :block]
+    return tuple(
+        jnp.concatenate(x, 2).astype(like.dtype)
+        for x, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH))
+    )
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -155,8 +182,14 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
     """`jax.nn.dot_product_attention`: cuDNN flash attention where it can do this, XLA elsewhere."""
     window = _checked("jax", q_BTNH, k_BSKH, window)
-    attend = functools.partial(jax.nn.dot_product_attention, q_BTNH, k_BSKH, v_BSKH, is_causal=True,
-                               local_window_size=None if window is None else (window, 0))
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        q_BTNH,
+        k_BSKH,
+        v_BSKH,
+        is_causal=True,
+        local_window_size=None if window is None else (window, 0),
+    )
     if _has_cudnn_flash(q_BTNH.dtype):
         # jax's answer to a head width that this GPU lacks
         with contextlib.suppress(NotImplementedError):
@@ -167,14 +200,26 @@ def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
 def _has_cudnn_flash(dtype) -> bool:
     """16-bit inputs on an NVIDIA GPU of compute capability 8.0 or more."""
     device = jax.devices()[0]
-    return (dtype in (jnp.bfloat16, jnp.float16) and device.platform == "gpu"
-            and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8)
+    return (
+        dtype in (jnp.bfloat16, jnp.float16)
+        and device.platform == "gpu"
+        and "cuda" in device.client.platform_version
+        and float(device.compute_capability) >= 8
+    )
 
 
 # ---- jax's splash kernel -----------------------------------------------------------------------------------------
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = BLOCKS["splash"], interpret: bool | None = None):
+def splash(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    window: int | None = None,
+    *,
+    block: int = BLOCKS["splash"],
+    interpret: bool | None = None,
+):
     """jax's splash-attention TPU kernel. block: queries and keys per block, at most."""
     window = _checked("splash", q_BTNH, k_BSKH, window)
     _, T, N, H = q_BTNH.shape
@@ -186,12 +231,23 @@ def splash(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = BL
 @functools.lru_cache
 def _splash_kernel(T, N, window, block, interpret):
     mask = sa.CausalMask((T, T)) if window is None else sa.LocalMask((T, T), (window, 0), 0)
-    sizes = sa.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-                          use_fused_bwd_kernel=True)
+    sizes = sa.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        use_fused_bwd_kernel=True,
+    )
     # numpy leaves: what outlives this trace must not belong to it or to a device
     with jax.ensure_compile_time_eval():
-        kernel = sa.make_splash_mha(sa.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes,
-                                    residual_checkpoint_name=RESIDUAL_NAME, interpret=interpret)
+        kernel = sa.make_splash_mha(
+            sa.MultiHeadMask([mask] * N),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            residual_checkpoint_name=RESIDUAL_NAME,
+            interpret=interpret,
+        )
         return jax.tree.map(np.asarray, kernel)
 
 
@@ -202,7 +258,15 @@ def _splash_kernel(T, N, window, block, interpret):
 # a query block i sees key blocks i-reach .. i, and no other block is loaded or computed.
 
 
-def pallas(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int = BLOCKS["pallas"], interpret: bool | None = None):
+def pallas(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    window: int | None = None,
+    *,
+    block: int = BLOCKS["pallas"],
+    interpret: bool | None = None,
+):
     """Our own TPU flash attention. block: queries and keys per block, at most. A v4's 16 MiB hold T x H up to 2^18."""
     window = _checked("pallas", q_BTNH, k_BSKH, window)
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
@@ -221,19 +285,32 @@ def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
     query = pl.BlockSpec((None, None, block, H), lambda b, kv, g, i, step: (b, kv * G + g, i, 0))
     row = pl.BlockSpec((None, None, 1, block), lambda b, kv, g, i, step: (b, kv * G + g, 0, i))
     # the same block again where a step has nothing to do: then nothing is loaded
-    key = pl.BlockSpec((None, None, block, H), lambda b, kv, g, i, step: (b, kv, jnp.maximum(i - reach + step, 0), 0))
+    key = pl.BlockSpec(
+        (None, None, block, H),
+        lambda b, kv, g, i, step: (b, kv, jnp.maximum(i - reach + step, 0), 0),
+    )
     o_BNTH, lse_BN1T = pl.pallas_call(
         functools.partial(_forward_kernel, window=window, reach=reach),
         grid=(B, K, G, blocks, reach + 1),
         in_specs=[query, key, key],
         out_specs=[query, row],
-        out_shape=[jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype), jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32)],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in ((1, block), (1, block), (H, block))],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 4 + ("arbitrary",)),
+        out_shape=[
+            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
+            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM(shape, jnp.float32) for shape in ((1, block), (1, block), (H, block))
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 4 + ("arbitrary",)
+        ),
         interpret=interpret,
         name="flash_forward",
     )(q_BNTH, k_BKSH, v_BKSH)
-    o_BNTH, lse_BNT = checkpoint_name(o_BNTH, RESIDUAL_NAME), checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME)
+    o_BNTH, lse_BNT = (
+        checkpoint_name(o_BNTH, RESIDUAL_NAME),
+        checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME),
+    )
     return o_BNTH, (q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT)
 
 
@@ -243,8 +320,12 @@ def _flash_backward(window, block, interpret, residuals, do_BNTH):
     G, blocks, reach = N // K, T // block, _reach(T, window, block)
     delta_BNT = jnp.einsum("BNTH,BNTH->BNT", o_BNTH, do_BNTH, preferred_element_type=jnp.float32)
     last = lambda j, step: jnp.minimum(j + step, blocks - 1)
-    query = pl.BlockSpec((None, None, block, H), lambda b, kv, g, j, step: (b, kv * G + g, last(j, step), 0))
-    row = pl.BlockSpec((None, None, 1, block), lambda b, kv, g, j, step: (b, kv * G + g, 0, last(j, step)))
+    query = pl.BlockSpec(
+        (None, None, block, H), lambda b, kv, g, j, step: (b, kv * G + g, last(j, step), 0)
+    )
+    row = pl.BlockSpec(
+        (None, None, 1, block), lambda b, kv, g, j, step: (b, kv * G + g, 0, last(j, step))
+    )
     key = pl.BlockSpec((None, None, block, H), lambda b, kv, g, j, step: (b, kv, j, 0))
     dq = pl.BlockSpec((None, None, T, H), lambda b, kv, g, j, step: (b, kv * G + g, 0, 0))
     dkv = pl.BlockSpec((None, None, T, H), lambda b, kv, g, j, step: (b, kv, 0, 0))
@@ -255,8 +336,9 @@ def _flash_backward(window, block, interpret, residuals, do_BNTH):
         out_specs=[dq, dkv, dkv],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKSH, v_BKSH)],
         scratch_shapes=[pltpu.VMEM((T, H), jnp.float32)] * 3,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 3,
-                                             vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 3, vmem_limit_bytes=VMEM_BYTES
+        ),
         interpret=interpret,
         name="flash_backward",
     )(q_BNTH, k_BKSH, v_BKSH, do_BNTH, lse_BNT[:, :, None], delta_BNT[:, :, None])
@@ -272,7 +354,9 @@ def _reach(T, window, block) -> int:
 
 def _dot(a, b, contract):
     """a @ b over the given axis of each, accumulated in float32."""
-    return jax.lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _scores(q_QH, k_SH, i, j, window):
@@ -284,7 +368,9 @@ def _scores(q_QH, k_SH, i, j, window):
     return jnp.where(visible, s_SQ, MASKED)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach):
+def _forward_kernel(
+    q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach
+):
     i, step = pl.program_id(3), pl.program_id(4)
     j = i - reach + step
 
@@ -310,8 +396,23 @@ def _forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_r
         lse_ref[...] = max_ref[...] + jnp.log(sum_ref[...])
 
 
-def _backward_kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
-                     dq_acc, dk_acc, dv_acc, *, window, blocks):
+def _backward_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    dq_ref,
+    dk_ref,
+    dv_ref,
+    dq_acc,
+    dk_acc,
+    dv_acc,
+    *,
+    window,
+    blocks,
+):
     """All three gradients in one pass: p is recomputed once, whole heads accumulate on chip."""
     g, j, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
     i, block = j + step, q_ref.shape[0]

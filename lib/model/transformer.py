@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lib.model.attention import ATTENTION, BLOCKS, RESIDUAL_NAME
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
-from lib.params import init_params, param_specs  # noqa: F401  (part of this module's public surface)
+from lib.model.attention import ATTENTION, BLOCKS, RESIDUAL_NAME
 from lib.parallel.layout import enter, gather, leave, own_part
+from lib.params import init_params, param_specs  # noqa: F401  (part of this module's public surface)
 
 # what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations, activations and the attention's
 # output projection (3 % of a step for a tenth of the memory), but no wide matrix product and no attention kernel
@@ -46,7 +46,10 @@ def _project_backward(spec, saved, g):
     else:
         turned = "".join(c for c in ys + xs if c in ws)  # what a product in this order gives
         # without the barrier XLA turns the operands round again
-        w_grad = jnp.einsum(f"{turned}->{ws}", jax.lax.optimization_barrier(jnp.einsum(f"{ys},{xs}->{turned}", g, x)))
+        w_grad = jnp.einsum(
+            f"{turned}->{ws}",
+            jax.lax.optimization_barrier(jnp.einsum(f"{ys},{xs}->{turned}", g, x)),
+        )
     return jnp.einsum(f"{ys},{ws}->{xs}", g, w), w_grad
 
 
@@ -59,7 +62,9 @@ def weigh(spec: str, x, w):
         return project(spec, x, w)
     *outputs, inputs = w["int8"].shape
     # the barrier keeps XLA from converting all weights once, before the decoding loop, and then reading them wide
-    x_MI, w_OI = jax.lax.optimization_barrier((x.reshape(-1, inputs), w["int8"].reshape(-1, inputs)))
+    x_MI, w_OI = jax.lax.optimization_barrier(
+        (x.reshape(-1, inputs), w["int8"].reshape(-1, inputs))
+    )
     w_OI = w_OI.astype(x.dtype)
     # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the converted weight out
     y_MO = (x_MI * w_OI).sum(-1, dtype=jnp.float32)[None] if len(x_MI) == 1 else x_MI @ w_OI.T
@@ -102,11 +107,17 @@ def write_cache(ring_XSH, new_BTKH, at_BT, length_B):
     S = ring_XSH.shape[1]
     new_BTKH = new_BTKH.astype(ring_XSH.dtype)
     if B == T == 1:  # padding spoils only the slot whose turn it is, and nobody needs that any more
-        return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, length_B[0] % S, 0))
+        return jax.lax.dynamic_update_slice(
+            ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, length_B[0] % S, 0)
+        )
     last_B1 = jnp.max(at_BT, axis=1, keepdims=True)
     # of more than S new ones the last S stay
     slot_BT = jnp.where((at_BT >= 0) & (at_BT > last_B1 - S), at_BT % S, S)
-    ring_BKSH = ring_XSH.reshape(B, K, S, H).at[jnp.arange(B)[:, None], :, slot_BT].set(new_BTKH, mode="drop")
+    ring_BKSH = (
+        ring_XSH.reshape(B, K, S, H)
+        .at[jnp.arange(B)[:, None], :, slot_BT]
+        .set(new_BTKH, mode="drop")
+    )
     return ring_BKSH.reshape(ring_XSH.shape)
 
 
@@ -125,12 +136,17 @@ def cached_attention(q_BTNH, keys, values, at_BT, held_BS, window: int):
     K = keys[0].shape[0] // B
     # M: query heads of a group, then T
     q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
-    s = [jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32) for k_XSH in keys]
+    s = [
+        jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32)
+        for k_XSH in keys
+    ]
     s_BKGTS = jnp.concatenate(s, axis=-1).reshape(B, K, N // K, T, -1) / math.sqrt(H)
     distance = at_BT[:, :, None] - held_BS[:, None]
     visible = (distance >= 0) & (distance <= window) & (held_BS >= 0)[:, None]
     # a finite floor, not -inf: a padding query sees nothing and must not make NaN
-    p_XMS = jax.nn.softmax(jnp.where(visible[:, None, None], s_BKGTS, -1e30), axis=-1).reshape(B * K, N // K * T, -1)
+    p_XMS = jax.nn.softmax(jnp.where(visible[:, None, None], s_BKGTS, -1e30), axis=-1).reshape(
+        B * K, N // K * T, -1
+    )
     parts = jnp.split(p_XMS.astype(values[0].dtype), [values[0].shape[1]], axis=-1)
     o_XMH = sum(jnp.einsum("XMS,XSH->XMH", p, v_XSH) for p, v_XSH in zip(parts, values))
     return o_XMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
@@ -144,7 +160,9 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
         v_BTKH = checkpoint_name(weigh("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
     if ve_BTKH is not None:
         with jax.named_scope("value_embed"):
-            gate_BTK = 3 * jax.nn.sigmoid(jnp.einsum("BTC,CK->BTK", h_BTD[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
+            gate_BTK = 3 * jax.nn.sigmoid(
+                jnp.einsum("BTC,CK->BTK", h_BTD[..., :VALUE_GATE_CHANNELS], w["value_gate"])
+            )
             v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTKH
     with jax.named_scope("rope"):
         q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
@@ -154,20 +172,30 @@ def _attention(h_BTD, w, config: Config, rope, window: int, ve_BTKH, kv):
     with jax.named_scope("attention"):
         if kv is None:
             visible = window if window < config.sequence_len else None
-            options = {"block": config.attention_block} if config.attention_block and config.attention_name in BLOCKS else {}
+            options = (
+                {"block": config.attention_block}
+                if config.attention_block and config.attention_name in BLOCKS
+                else {}
+            )
             o_BTNH = ATTENTION[config.attention_name](q_BTNH, k_BTKH, v_BTKH, visible, **options)
         else:
             *old, at_BT, length_B = kv
-            kv = [write_cache(ring, new, at_BT, length_B) for ring, new in zip(old, (k_BTKH, v_BTKH))]
+            kv = [
+                write_cache(ring, new, at_BT, length_B) for ring, new in zip(old, (k_BTKH, v_BTKH))
+            ]
             S = old[0].shape[1]
             # decoding: what the one new token overwrote is outside its window
             if at_BT.shape[1] == 1:
-                o_BTNH = cached_attention(q_BTNH, kv[:1], kv[1:], at_BT, held_positions(length_B + 1, S), window)
+                o_BTNH = cached_attention(
+                    q_BTNH, kv[:1], kv[1:], at_BT, held_positions(length_B + 1, S), window
+                )
             # the last of many may overwrite what the first must see: look at the ring as it was,
             # and at the new ones
             else:
                 held_BS = jnp.concatenate([held_positions(length_B, S), at_BT], axis=1)
-                flat = lambda a: a.astype(old[0].dtype).swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
+                flat = lambda a: (
+                    a.astype(old[0].dtype).swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
+                )
                 keys, values = [old[0], flat(k_BTKH)], [old[1], flat(v_BTKH)]
                 o_BTNH = cached_attention(q_BTNH, keys, values, at_BT, held_BS, window)
     with jax.named_scope("attention_out"):
@@ -184,7 +212,10 @@ def _mlp(h_BTD, w, config: Config):
     elif config.mlp == "gelu":
         a_BTF = jax.nn.gelu(a_BTF)
     else:
-        a_BTF = jax.nn.silu(checkpoint_name(weigh("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate")) * a_BTF
+        a_BTF = (
+            jax.nn.silu(checkpoint_name(weigh("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate"))
+            * a_BTF
+        )
     return weigh("BTF,FD->BTD", a_BTF, w["w_out"])
 
 
@@ -216,7 +247,9 @@ def unstack(params, config: Config):
     blocks = [{name: p[i] for name, p in parts.items()} for i in range(config.n_layer)]
     for i, gate in gates.items():
         blocks[i]["value_gate"] = gate
-    tables = dict(zip(config.value_layers, split(params["value_embeds"]))) if config.value_embeds else {}
+    tables = (
+        dict(zip(config.value_layers, split(params["value_embeds"]))) if config.value_embeds else {}
+    )
     return params | {"blocks": blocks, "value_embeds": tables}
 
 
@@ -236,7 +269,10 @@ def value_rows(params, tokens_BT, config: Config):
     """
     tables = params.get("value_embeds")
     if not config.value_embeds or isinstance(tables, dict):
-        return {i: gather("value_embeds", t, stacked=True)[tokens_BT].astype(config.dtype) for i, t in (tables or {}).items()}
+        return {
+            i: gather("value_embeds", t, stacked=True)[tokens_BT].astype(config.dtype)
+            for i, t in (tables or {}).items()
+        }
     return gather("value_embeds", tables)[:, tokens_BT].astype(config.dtype)
 
 
@@ -251,7 +287,9 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
         if config.remat == "layer":
             block = jax.checkpoint(block)
         elif config.remat == "dots":
-            block = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+            block = jax.checkpoint(
+                block, policy=jax.checkpoint_policies.save_only_these_names(*SAVED)
+            )
         return block(carry, x0_BTD, w, ve_BTKH)[0]
 
     period, groups = group_size(config)
@@ -263,8 +301,11 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
         per_group = len([i for i in config.value_layers if i < period])
         fold = lambda a, n: a[: groups * n].reshape(groups, n, *a.shape[1:])
         count = lambda name: per_group if name == "value_gate" else period
-        xs = {name: fold(a, count(name)) for name, a in blocks.items()}, \
-            fold(ve, per_group) if config.value_embeds else None, jnp.arange(groups)
+        xs = (
+            {name: fold(a, count(name)) for name, a in blocks.items()},
+            fold(ve, per_group) if config.value_embeds else None,
+            jnp.arange(groups),
+        )
 
         def group(carry, xs):
             x, kept = carry
@@ -272,8 +313,11 @@ def _layers(x_BTD, x0_BTD, params, tokens_BT, config: Config, rope):
             for j in range(period):
                 nth = sum(i < j for i in config.value_layers)
                 has = j in config.value_layers
-                wj = {name: a[nth if name == "value_gate" else j] for name, a in w.items()
-                      if name != "value_gate" or has}
+                wj = {
+                    name: a[nth if name == "value_gate" else j]
+                    for name, a in w.items()
+                    if name != "value_gate" or has
+                }
                 x = layer(x, wj, rows[nth] if has else None, config.windows[j])
                 if config.backout and j == middle % period:
                     kept = jnp.where(g == middle // period, x, kept)
@@ -305,9 +349,16 @@ def hidden(params, config: Config, tokens_BT, cache=None):
                 before_BTD = jnp.pad(x_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
             else:  # before the first position there is nothing: its last token is -1
                 last = cache["last"][:, None]
-                before_BTD = jnp.concatenate([jnp.where(last[..., None] >= 0, embed(last), 0), x_BTD[:, :-1]], axis=1)
-            gate_BT = jax.nn.sigmoid(x_BTD[..., :SMEAR_CHANNELS] @ params["smear"]["gate"].astype(config.dtype))
-            x_BTD = x_BTD + (params["smear"]["scale"].astype(config.dtype) * gate_BT)[..., None] * before_BTD
+                before_BTD = jnp.concatenate(
+                    [jnp.where(last[..., None] >= 0, embed(last), 0), x_BTD[:, :-1]], axis=1
+                )
+            gate_BT = jax.nn.sigmoid(
+                x_BTD[..., :SMEAR_CHANNELS] @ params["smear"]["gate"].astype(config.dtype)
+            )
+            x_BTD = (
+                x_BTD
+                + (params["smear"]["scale"].astype(config.dtype) * gate_BT)[..., None] * before_BTD
+            )
     x0_BTD = x_BTD
     B, T = tokens_BT.shape
     # once for all layers, so that their stacked gradients are held in the compute dtype too
@@ -325,12 +376,26 @@ def hidden(params, config: Config, tokens_BT, cache=None):
         at_BT = jnp.where(real_BT, positions_BT, -1)
         keys, values, kept, ve = [], [], None, value_rows(params, tokens_BT, config)
         for i, (w, k, v) in enumerate(zip(params["blocks"], cache["k"], cache["v"])):
-            x_BTD, (k, v) = _block(x_BTD, x0_BTD, w, ve.get(i), config, rope, config.windows[i], (k, v, at_BT, length_B))
+            x_BTD, (k, v) = _block(
+                x_BTD,
+                x0_BTD,
+                w,
+                ve.get(i),
+                config,
+                rope,
+                config.windows[i],
+                (k, v, at_BT, length_B),
+            )
             keys.append(k), values.append(v)
             kept = x_BTD if i == config.n_layer // 2 else kept
         new_B = real_BT.sum(axis=1, dtype=length_B.dtype)
         newest_B = jnp.take_along_axis(tokens_BT, jnp.maximum(new_B - 1, 0)[:, None], axis=1)[:, 0]
-        cache = {"k": keys, "v": values, "length": length_B + new_B, "last": jnp.where(new_B > 0, newest_B, last_B)}
+        cache = {
+            "k": keys,
+            "v": values,
+            "length": length_B + new_B,
+            "last": jnp.where(new_B > 0, newest_B, last_B),
+        }
     if config.backout:
         x_BTD = x_BTD - params["backout"].astype(x_BTD.dtype) * kept
     return rms_norm(x_BTD), cache
@@ -343,8 +408,15 @@ def init_cache(config: Config, batch: int, length: int, spare: int = 0):
     tokens (always, while it holds no more than S) by setting its `length` and `last`, the token before the next one.
     """
     slots = [min(length, -(-(window + 1 + spare) // RING) * RING) for window in config.windows]
-    zeros = lambda: [jnp.zeros((batch * config.n_kv_head, S, config.head_dim), config.dtype) for S in slots]
-    return {"k": zeros(), "v": zeros(), "length": jnp.zeros(batch, jnp.int32), "last": jnp.full(batch, -1, jnp.int32)}
+    zeros = lambda: [
+        jnp.zeros((batch * config.n_kv_head, S, config.head_dim), config.dtype) for S in slots
+    ]
+    return {
+        "k": zeros(),
+        "v": zeros(),
+        "length": jnp.zeros(batch, jnp.int32),
+        "last": jnp.full(batch, -1, jnp.int32),
+    }
 
 
 def decoding_params(params, config: Config):
@@ -361,7 +433,9 @@ def decoding_params(params, config: Config):
 @partial(jax.jit, static_argnums=1)
 def _decoding_params(params, config):
     cast = lambda a: a.astype(config.dtype) if a.ndim > 1 and a.dtype != jnp.int8 else a
-    return jax.tree.map(cast, params if isinstance(params["blocks"], list) else unstack(params, config))
+    return jax.tree.map(
+        cast, params if isinstance(params["blocks"], list) else unstack(params, config)
+    )
 
 
 @partial(jax.jit, static_argnums=1)
@@ -371,15 +445,22 @@ def quantized(params, config: Config):
     Weights only: activations keep their dtype, and so do tables that are looked up. A quarter of float32's bytes; what that costs
     in quality and brings in speed is measured by `python -m benchmarks.decode`.
     """
+
     def quantize(w, n_in):
         outputs = w.shape[n_in:]
         w_OI = w.reshape(-1, math.prod(outputs)).T
         scale_O = jnp.maximum(jnp.abs(w_OI).max(axis=1), 1e-30) / 127
-        return {"int8": jnp.round(w_OI / scale_O[:, None]).astype(jnp.int8).reshape(*outputs, -1), "scale": scale_O}
+        return {
+            "int8": jnp.round(w_OI / scale_O[:, None]).astype(jnp.int8).reshape(*outputs, -1),
+            "scale": scale_O,
+        }
 
     n_in = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_gate": 1, "w_out": 1}
     params = unstack(params, config)
-    blocks = [{name: quantize(a, n_in[name]) if name in n_in else a for name, a in w.items()} for w in params["blocks"]]
+    blocks = [
+        {name: quantize(a, n_in[name]) if name in n_in else a for name, a in w.items()}
+        for w in params["blocks"]
+    ]
     return params | {"blocks": blocks, "head": quantize(_head(params, config), 1)}
 
 
@@ -392,7 +473,11 @@ def _head(params, config: Config):
 def _logits(x, head, config: Config):
     """Float32 logits over the true vocabulary, soft-capped."""
     if isinstance(head, dict):
-        logits = weigh("CD,DV->CV", x.reshape(-1, x.shape[-1]), head).astype(jnp.float32).reshape(*x.shape[:-1], -1)
+        logits = (
+            weigh("CD,DV->CV", x.reshape(-1, x.shape[-1]), head)
+            .astype(jnp.float32)
+            .reshape(*x.shape[:-1], -1)
+        )
     else:
         logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     logits = logits[..., : config.vocab_size]
@@ -495,7 +580,9 @@ def loss_sums(params, config: Config, tokens_BT, targets_BT):
     x_BTD, _ = hidden(params, config, tokens_BT)
     with jax.named_scope("loss"):
         targets_BT = own_part(targets_BT, axis=1)
-        total = summed_loss(own_part(enter(x_BTD), axis=1), enter(_head(params, config)), targets_BT, config)
+        total = summed_loss(
+            own_part(enter(x_BTD), axis=1), enter(_head(params, config)), targets_BT, config
+        )
     return total, jnp.sum(targets_BT >= 0)
 
 

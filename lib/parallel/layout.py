@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lib.config import Config
 from lib.files import UserError, choose, first_line
@@ -64,7 +65,10 @@ class Layout:
 
     def state_partition(self, spec: Spec, shape: tuple[int, ...]) -> P:
         """How an array of optimizer state is split: like its parameter (where it has that axis) and over "state" on the first axis it divides."""
-        out = [over if n == full else None for over, n, full in zip(self.partition(spec), shape, spec.shape)]
+        out = [
+            over if n == full else None
+            for over, n, full in zip(self.partition(spec), shape, spec.shape)
+        ]
         over = RULES[self.strategy].get("state")
         if over and self.size(over) > 1:
             for i, n in enumerate(shape):
@@ -82,7 +86,9 @@ class Layout:
         return self.sharding(BATCH)
 
 
-def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int] | None = None) -> Layout:
+def make_layout(
+    strategy: str, config: Config, devices=None, mesh: dict[str, int] | None = None
+) -> Layout:
     """The layout of `strategy` on `devices` (default: all there are), checked against `config`.
 
     mesh: devices per mesh axis, e.g. {"data": 2, "tensor": 4}; without it all go to the strategy's own axis. UserError says what does not divide.
@@ -94,12 +100,16 @@ def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int
         choose("mesh axis", axis, AXES)
     shape = [mesh.get(a, 1) for a in AXES]
     if math.prod(shape) != devices.size or min(shape) < 1:
-        raise UserError(f"a mesh of {' x '.join(f'{a}={n}' for a, n in mesh.items())} needs {math.prod(shape)} devices, and there are {devices.size}: "
-                        "choose sizes whose product that is")
+        raise UserError(
+            f"a mesh of {' x '.join(f'{a}={n}' for a, n in mesh.items())} needs {math.prod(shape)} devices, and there are {devices.size}: "
+            "choose sizes whose product that is"
+        )
     used = {over for over in RULES[strategy].values()} | {"data"}
     for axis, n in mesh.items():
         if n > 1 and axis not in used:
-            raise UserError(f"strategy {strategy} splits nothing over the mesh axis {axis}={n}: use {' or '.join(sorted(used))}")
+            raise UserError(
+                f"strategy {strategy} splits nothing over the mesh axis {axis}={n}: use {' or '.join(sorted(used))}"
+            )
     if devices.size == len(jax.devices()) and (devices == np.asarray(jax.devices())).all():
         # knows the chips' neighbours
         built = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
@@ -108,16 +118,22 @@ def make_layout(strategy: str, config: Config, devices=None, mesh: dict[str, int
     layout = Layout(built, strategy)
     rows, tensor = layout.size(*BATCH), layout.size("tensor")
     if config.microbatch % rows:
-        raise UserError(f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh axes {' and '.join(BATCH)}: "
-                        f"use microbatch={-(-config.microbatch // rows) * rows}, or fewer devices there")
+        raise UserError(
+            f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh axes {' and '.join(BATCH)}: "
+            f"use microbatch={-(-config.microbatch // rows) * rows}, or fewer devices there"
+        )
     if config.n_kv_head % tensor or config.mlp_dim % tensor or config.sequence_len % tensor:
-        raise UserError(f"the tensor axis of {tensor} devices must divide n_kv_head={config.n_kv_head}, mlp_dim={config.mlp_dim} and "
-                        f"sequence_len={config.sequence_len}: use a smaller tensor axis, or more key/value heads")
+        raise UserError(
+            f"the tensor axis of {tensor} devices must divide n_kv_head={config.n_kv_head}, mlp_dim={config.mlp_dim} and "
+            f"sequence_len={config.sequence_len}: use a smaller tensor axis, or more key/value heads"
+        )
     for name, spec in named_specs(config):
         for axis, n, over in zip(spec.axes, spec.shape, layout.partition(spec)):
             if over and n % layout.size(over):
-                raise UserError(f"axis {axis} of {name} has {n} entries, which the {over} axis of {layout.size(over)} devices does not divide: "
-                                "use another mesh, or a size that it divides")
+                raise UserError(
+                    f"axis {axis} of {name} has {n} entries, which the {over} axis of {layout.size(over)} devices does not divide: "
+                    "use another mesh, or a size that it divides"
+                )
     if jax.process_count() > 1 and devices.flat[0].platform == "cpu":
         _introduce(layout)
     return layout
@@ -129,32 +145,60 @@ def _introduce(layout: Layout):
     Gloo, with which CPUs talk, connects a group when it first talks and gives up after 30 seconds, in which not all may have compiled.
     """
     axes = [a for a in AXES if layout.size(a) > 1]
-    for group in itertools.chain.from_iterable(itertools.combinations(axes, n) for n in range(1, len(axes) + 1)):
-        total = jax.jit(jax.shard_map(lambda: jax.lax.psum(sum(map(jax.lax.axis_index, group)), group), mesh=layout.mesh, in_specs=(),
-                                      out_specs=P(), check_vma=False)).lower().compile()
+    for group in itertools.chain.from_iterable(
+        itertools.combinations(axes, n) for n in range(1, len(axes) + 1)
+    ):
+        total = (
+            jax.jit(
+                jax.shard_map(
+                    lambda: jax.lax.psum(sum(map(jax.lax.axis_index, group)), group),
+                    mesh=layout.mesh,
+                    in_specs=(),
+                    out_specs=P(),
+                    check_vma=False,
+                )
+            )
+            .lower()
+            .compile()
+        )
         from_each("introduced", "".join(group))
         jax.block_until_ready(total())
 
 
 def param_shardings(layout: Layout, config: Config) -> dict:
     """A NamedSharding for each parameter."""
-    return jax.tree.map(lambda s: NamedSharding(layout.mesh, layout.partition(s)), param_specs(config), is_leaf=is_spec)
+    return jax.tree.map(
+        lambda s: NamedSharding(layout.mesh, layout.partition(s)),
+        param_specs(config),
+        is_leaf=is_spec,
+    )
 
 
 def state_shardings(layout: Layout, config: Config, template):
     """NamedShardings for a TrainState like `template`: parameters, optimizer state; all else on every device."""
     specs = param_specs(config)
-    moments = lambda tree: jax.tree.map(lambda s, a: NamedSharding(layout.mesh, layout.state_partition(s, a.shape)), specs, tree, is_leaf=is_spec)
+    moments = lambda tree: jax.tree.map(
+        lambda s, a: NamedSharding(layout.mesh, layout.state_partition(s, a.shape)),
+        specs,
+        tree,
+        is_leaf=is_spec,
+    )
     everywhere = jax.tree.map(lambda _: layout.sharding(), template)
-    return everywhere._replace(params=param_shardings(layout, config), opt_state=everywhere.opt_state._replace(
-        m=moments(template.opt_state.m), v=moments(template.opt_state.v)))
+    return everywhere._replace(
+        params=param_shardings(layout, config),
+        opt_state=everywhere.opt_state._replace(
+            m=moments(template.opt_state.m), v=moments(template.opt_state.v)
+        ),
+    )
 
 
 def put_batch(layout: Layout | None, rows_BT, whole: bool = False):
     """A batch, or a tree of them, on its devices. Each process gives its own rows, or with `whole` all of them give all the same rows."""
     if layout is None:
         return jax.device_put(rows_BT)
-    put = lambda a: jax.make_array_from_process_local_data(layout.batch, np.asarray(a), a.shape if whole else None)
+    put = lambda a: jax.make_array_from_process_local_data(
+        layout.batch, np.asarray(a), a.shape if whole else None
+    )
     return jax.tree.map(put, rows_BT)
 
 
@@ -166,14 +210,24 @@ def whole(layout: Layout | None, params, dtype=None):
     if layout is None:
         return params
     cast = lambda a: a.astype(dtype) if dtype is not None and a.ndim > 1 else a
-    everywhere = jax.jit(lambda tree: jax.tree.map(cast, tree), out_shardings=layout.sharding())(params)
+    everywhere = jax.jit(lambda tree: jax.tree.map(cast, tree), out_shardings=layout.sharding())(
+        params
+    )
     return jax.tree.map(lambda a: a.addressable_data(0), everywhere)
 
 
 def equal(a, b) -> bool:
     """Whether two trees of arrays on the same devices are the same bit for bit, on all processes."""
-    parts = lambda x: [np.asarray(s.data) for s in x.addressable_shards] if isinstance(x, jax.Array) else [np.asarray(x)]
-    mine = all(np.array_equal(p, q) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)) for p, q in zip(parts(x), parts(y)))
+    parts = lambda x: (
+        [np.asarray(s.data) for s in x.addressable_shards]
+        if isinstance(x, jax.Array)
+        else [np.asarray(x)]
+    )
+    mine = all(
+        np.array_equal(p, q)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+        for p, q in zip(parts(x), parts(y))
+    )
     return all(from_each("equal", mine))
 
 
@@ -186,7 +240,9 @@ _layout = ContextVar("layout", default=None)
 @contextlib.contextmanager
 def share_of(layout: Layout, config: Config):
     """Within it, code is traced for one device's share of `layout`, under jax.shard_map."""
-    token = _layout.set((layout, {name: layout.partition(spec) for name, spec in named_specs(config)}))
+    token = _layout.set(
+        (layout, {name: layout.partition(spec) for name, spec in named_specs(config)})
+    )
     try:
         yield
     finally:
@@ -209,8 +265,10 @@ def _gather(w, axis):
 
 
 # summed in float32 whatever the compute dtype: a sum over many devices in bfloat16 would lose the small ones
-_gather.defvjp(lambda w, axis: (_gather(w, axis), None),
-               lambda axis, _, g: (_scatter(g.astype(jnp.float32), "fsdp", axis).astype(g.dtype),))
+_gather.defvjp(
+    lambda w, axis: (_gather(w, axis), None),
+    lambda axis, _, g: (_scatter(g.astype(jnp.float32), "fsdp", axis).astype(g.dtype),),
+)
 
 
 def _scatter(g, over: str, axis: int):
@@ -220,7 +278,9 @@ def _scatter(g, over: str, axis: int):
     if axis == g.ndim - 1 == 2:
         return scatter(g.reshape(-1, g.shape[2]), scatter_dimension=1).reshape(*g.shape[:2], -1)
     if axis < g.ndim - 2 and g.shape[-2] % 8:
-        return scatter(g.reshape(*g.shape[:-2], -1), scatter_dimension=axis).reshape(*g.shape[:axis], -1, *g.shape[axis + 1:])
+        return scatter(g.reshape(*g.shape[:-2], -1), scatter_dimension=axis).reshape(
+            *g.shape[:axis], -1, *g.shape[axis + 1 :]
+        )
     return scatter(g, scatter_dimension=axis)
 
 
@@ -325,11 +385,15 @@ def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout:
             jax.distributed.initialize(**more)
             return _watch()
         except (ValueError, RuntimeError) as e:
-            raise UserError(f"cannot find the other hosts by myself ({first_line(e)}): name the coordinator as host:port, the number of processes and "
-                            "this one's index") from e
+            raise UserError(
+                f"cannot find the other hosts by myself ({first_line(e)}): name the coordinator as host:port, the number of processes and "
+                "this one's index"
+            ) from e
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit() or count < 1 or not 0 <= index < count:
-        raise UserError(f"coordinator {coordinator!r}, process {index} of {count}: give host:port of process 0, and an index from 0 below the number of processes")
+        raise UserError(
+            f"coordinator {coordinator!r}, process {index} of {count}: give host:port of process 0, and an index from 0 below the number of processes"
+        )
     _roll_call((host, int(port)), count, index, timeout)
     jax.distributed.initialize(coordinator, count, index, **more)
     _watch()
@@ -350,13 +414,17 @@ def _roll_call(address, count: int, index: int, timeout: float):
                 break
             except OSError as e:
                 if time.monotonic() >= deadline:
-                    raise UserError(f"process 0 of {count} never answered at {where} ({first_line(e)}): start it, and check address and firewall") from e
+                    raise UserError(
+                        f"process 0 of {count} never answered at {where} ({first_line(e)}): start it, and check address and firewall"
+                    ) from e
                 time.sleep(0.1)
     else:
         try:
             server = socket.create_server(("", address[1]))
         except OSError as e:
-            raise UserError(f"process 0 cannot listen at {where} ({first_line(e)}): take another port") from e
+            raise UserError(
+                f"process 0 cannot listen at {where} ({first_line(e)}): take another port"
+            ) from e
         joined = {}
         with server, contextlib.ExitStack() as stack:
             while len(joined) < count - 1 and time.monotonic() < deadline:
@@ -375,8 +443,10 @@ def _roll_call(address, count: int, index: int, timeout: float):
                     peer.sendall(f"{answer}\n".encode())
                     peer.recv(1)  # it closes first, which leaves the port free for JAX
     if answer != "go":
-        raise UserError(f"{answer or 'process 0 stopped while waiting for the others'} within {timeout:.0f} s at {where}: "
-                        "start all processes, each with its own index, and check that they reach process 0")
+        raise UserError(
+            f"{answer or 'process 0 stopped while waiting for the others'} within {timeout:.0f} s at {where}: "
+            "start all processes, each with its own index, and check that they reach process 0"
+        )
 
 
 # What processes say to each other beside the arrays goes through the key-value store that process 0 keeps for all (no public name yet).
@@ -389,7 +459,11 @@ _said = {}  # how often something was said under a name
 
 def _store():
     """The key-value store of a job of several processes, or None."""
-    return jax._src.distributed.global_state.client if jax.distributed.is_initialized() and jax.process_count() > 1 else None
+    return (
+        jax._src.distributed.global_state.client
+        if jax.distributed.is_initialized() and jax.process_count() > 1
+        else None
+    )
 
 
 def from_each(name: str, value) -> list:
@@ -400,7 +474,10 @@ def from_each(name: str, value) -> list:
     _said[name] = _said.get(name, -1) + 1
     key = f"rawchat/{name}/{_said[name]}"
     store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value))
-    return [json.loads(store.blocking_key_value_get(f"{key}/{i}", PATIENCE * 1000)) for i in range(jax.process_count())]
+    return [
+        json.loads(store.blocking_key_value_get(f"{key}/{i}", PATIENCE * 1000))
+        for i in range(jax.process_count())
+    ]
 
 
 def from_first(name: str, make):
@@ -413,8 +490,10 @@ def check_same(what: str, value: dict):
     said = from_each(what, value)
     for i, other in enumerate(said):
         if differ := [k for k, v in other.items() if said[0].get(k) != v]:
-            raise UserError(f"process {i} has other {what} than process 0 ({differ[0]}: {other[differ[0]]!r}, not {said[0].get(differ[0])!r}): "
-                            "give all processes the same")
+            raise UserError(
+                f"process {i} has other {what} than process 0 ({differ[0]}: {other[differ[0]]!r}, not {said[0].get(differ[0])!r}): "
+                "give all processes the same"
+            )
 
 
 def stop_together(step: int, wanted: bool) -> bool:
@@ -439,7 +518,9 @@ def end_all(error):
     _failing.set()
     # another failed first, or process 0 is gone
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        store.key_value_set(FAILED + "/why", f"process {jax.process_index()} stopped: {first_line(error)}")
+        store.key_value_set(
+            FAILED + "/why", f"process {jax.process_index()} stopped: {first_line(error)}"
+        )
     _exit()
 
 

@@ -24,13 +24,16 @@ import time
 from pathlib import Path
 
 from lib import chips
-from lib.preflight import hlo, roofline
 from lib.chips import Chip, Slice, tpu_slice
 from lib.files import UserError, choose, first_line, write_json
+from lib.preflight import hlo, roofline
 
 # libtpu looks for a TPU machine around it unless told; several processes may compile at once
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v6e-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +42,34 @@ MFU = 0.4  # assumed where nobody has measured: what a healthy single-chip run o
 PARTS = ("parameters", "optimizer", "gradients", "activations")
 # published: 163.6M parameters on a Colab v6e-1 made 477k tokens/s (vorushin/tpuchat, 08_tpu_ablations revision 39, whose shape this is; its
 # parameters, moments, gradients and logits are bfloat16, ours float32)
-PUBLISHED = dict(tokens_per_s=477e3, chip="v6e-1", config=dict(
-    n_layer=8, n_embd=1024, n_head=4, n_kv_head=1, head_dim=256, mlp="swiglu", mlp_dim=3072, vocab_size=32768, sequence_len=2048, microbatch=4,
-    total_batch_size=2**17, window_pattern="L", qk_scale=1.0, softcap=15.0, resid_scales=False, x0_scales=False, value_embeds=False, smear=False,
-    backout=False, optimizer="adamw", attention="splash", compute_dtype="bfloat16"))
+PUBLISHED = dict(
+    tokens_per_s=477e3,
+    chip="v6e-1",
+    config=dict(
+        n_layer=8,
+        n_embd=1024,
+        n_head=4,
+        n_kv_head=1,
+        head_dim=256,
+        mlp="swiglu",
+        mlp_dim=3072,
+        vocab_size=32768,
+        sequence_len=2048,
+        microbatch=4,
+        total_batch_size=2**17,
+        window_pattern="L",
+        qk_scale=1.0,
+        softcap=15.0,
+        resid_scales=False,
+        x0_scales=False,
+        value_embeds=False,
+        smear=False,
+        backout=False,
+        optimizer="adamw",
+        attention="splash",
+        compute_dtype="bfloat16",
+    ),
+)
 
 
 # ---- devices that aren't there -----------------------------------------------------------------------------------------
@@ -55,7 +82,9 @@ def has_libtpu() -> bool:
 def tpu_devices(topology: str) -> list:
     """The devices of a TPU topology like v6e:2x4 that isn't there. Call before anything else initialises JAX's backends."""
     if not has_libtpu():
-        raise UserError("compiling for a TPU without one needs libtpu, which is not installed: pip install libtpu (Linux x86-64 only)")
+        raise UserError(
+            "compiling for a TPU without one needs libtpu, which is not installed: pip install libtpu (Linux x86-64 only)"
+        )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
@@ -63,12 +92,18 @@ def tpu_devices(topology: str) -> list:
     # the two cores of a v4 chip are one device to jax, but only when asked for here
     options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+        return list(
+            topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+        )
     except Exception as e:
         if "lockfile" in str(e) or "already in use" in str(e):
-            raise UserError("another process holds libtpu's lock (/tmp/libtpu_lockfile): wait until it ends, or set "
-                            "ALLOW_MULTIPLE_LIBTPU_LOAD=1 if it only compiles too") from e
-        raise UserError(f"libtpu cannot describe TPU topology {topology} ({first_line(e)}): name one like v6e:1x1, v6e:2x4 or v5p:2x2x1") from e
+            raise UserError(
+                "another process holds libtpu's lock (/tmp/libtpu_lockfile): wait until it ends, or set "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1 if it only compiles too"
+            ) from e
+        raise UserError(
+            f"libtpu cannot describe TPU topology {topology} ({first_line(e)}): name one like v6e:1x1, v6e:2x4 or v5p:2x2x1"
+        ) from e
 
 
 def tpu_device(topology: str = "v6e:1x1"):
@@ -111,39 +146,56 @@ def _compile(lowered) -> dict:
         except jax.errors.JaxRuntimeError as e:
             # a gap of the compiler's own, such as with shards thinner than a register
             if "UNIMPLEMENTED" in str(e):
-                raise UserError(f"this libtpu cannot compile it ({first_line(e)}): take another strategy or mesh, or wider parts") from e
+                raise UserError(
+                    f"this libtpu cannot compile it ({first_line(e)}): take another strategy or mesh, or wider parts"
+                ) from e
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             found = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([GT])", str(e))
             needed = float(found[1]) * {"G": 2**30, "T": 2**40}[found[2]] if found else float("nan")
         seconds = time.perf_counter() - clock
         # helpers are dumped too
-        dumped = lambda end: max((p.read_text() for p in Path(folder).glob(f"*{end}")), key=len, default="")
+        dumped = lambda end: max(
+            (p.read_text() for p in Path(folder).glob(f"*{end}")), key=len, default=""
+        )
         # the first is HBM
-        report = "".join(dumped("after_optimizations-memory-usage-report.txt").split("Memory Space: ")[1:2])
+        report = "".join(
+            dumped("after_optimizations-memory-usage-report.txt").split("Memory Space: ")[1:2]
+        )
         buffers = re.findall(r"\( *\d+%\); +([\d.]+)([KMG])iB; +\d+; +\d+; (.*)", report)
         unit = {"K": 2**10, "M": 2**20, "G": 2**30}
         # as_text() fails on some programs
-        return dict(compiled=compiled, seconds=seconds, needed=needed, text=dumped(".after_optimizations.txt"),
-                    buffers=[(float(n) * unit[u], what) for n, u, what in buffers[:8]])
+        return dict(
+            compiled=compiled,
+            seconds=seconds,
+            needed=needed,
+            text=dumped(".after_optimizations.txt"),
+            buffers=[(float(n) * unit[u], what) for n, u, what in buffers[:8]],
+        )
 
 
 def lower_step(config, where):
     """The real training step lowered for `where`: a device or a lib.parallel.layout.Layout."""
     import jax
 
-    from lib.train import step as train
     from lib.model.attention import compiled_kernels
     from lib.parallel.layout import Layout
+    from lib.train import step as train
 
     layout = where if isinstance(where, Layout) else None
     shape = (config.accumulate * config.microbatch, config.sequence_len)
     if layout:
-        state, batch = train.state_template(config, layout), jax.ShapeDtypeStruct(shape, "int32", sharding=layout.batch)
+        state, batch = (
+            train.state_template(config, layout),
+            jax.ShapeDtypeStruct(shape, "int32", sharding=layout.batch),
+        )
     else:
         place = jax.sharding.SingleDeviceSharding(where)
         at = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-        state, batch = jax.tree.map(at, train.state_template(config)), at(jax.ShapeDtypeStruct(shape, "int32"))
+        state, batch = (
+            jax.tree.map(at, train.state_template(config)),
+            at(jax.ShapeDtypeStruct(shape, "int32")),
+        )
     with compiled_kernels():
         return train.make_train_step(config, layout).lower(state, batch, batch)
 
@@ -155,10 +207,16 @@ def compile_step(config, where) -> dict:
     """
     made = _compile(lower_step(config, where))
     if made["compiled"] is None:
-        raise UserError(f"does not fit: {made['needed'] / 2**30:.2f} GiB of temporaries; the largest are "
-                        + "; ".join(f"{n / 2**30:.2f} GiB for {what}" for n, what in made["buffers"][:3]))
+        raise UserError(
+            f"does not fit: {made['needed'] / 2**30:.2f} GiB of temporaries; the largest are "
+            + "; ".join(f"{n / 2**30:.2f} GiB for {what}" for n, what in made["buffers"][:3])
+        )
     memory = made["compiled"].memory_analysis()
-    return made | dict(peak=memory.peak_memory_in_bytes, arguments=memory.argument_size_in_bytes, temporary=memory.temp_size_in_bytes)
+    return made | dict(
+        peak=memory.peak_memory_in_bytes,
+        arguments=memory.argument_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+    )
 
 
 def compile_decode(config, device, rows: int, length: int) -> dict:
@@ -169,18 +227,36 @@ def compile_decode(config, device, rows: int, length: int) -> dict:
     from lib.train import step as train
 
     place = jax.sharding.SingleDeviceSharding(device)
-    at = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
-    params = at(jax.eval_shape(lambda p: model.decoding_params(p, config), train.state_template(config).params))
+    at = lambda tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree
+    )
+    params = at(
+        jax.eval_shape(
+            lambda p: model.decoding_params(p, config), train.state_template(config).params
+        )
+    )
     cache = at(jax.eval_shape(lambda: model.init_cache(config, rows, length)))
     tokens = at(jax.ShapeDtypeStruct((rows, 1), "int32"))
-    made = _compile(jax.jit(lambda p, x, c: model.forward(p, config, x, c), donate_argnums=2).lower(params, tokens, cache))
+    made = _compile(
+        jax.jit(lambda p, x, c: model.forward(p, config, x, c), donate_argnums=2).lower(
+            params, tokens, cache
+        )
+    )
     if made["compiled"] is None:
         return dict(rows=rows, fits=False, needed=made["needed"])
     known = chips.chip(device.device_kind)
     parts = hlo.analyse(made["text"], known.matrix_unit)["components"]
     step = roofline.bound(parts, known)["step"]
-    return dict(rows=rows, fits=True, peak=made["compiled"].memory_analysis().peak_memory_in_bytes, compile_seconds=made["seconds"],
-                seconds=step["seconds"], tokens_per_s=rows / step["seconds"], bytes=step["bytes"], flops=step["flops"])
+    return dict(
+        rows=rows,
+        fits=True,
+        peak=made["compiled"].memory_analysis().peak_memory_in_bytes,
+        compile_seconds=made["seconds"],
+        seconds=step["seconds"],
+        tokens_per_s=rows / step["seconds"],
+        bytes=step["bytes"],
+        flops=step["flops"],
+    )
 
 
 # ---- the report --------------------------------------------------------------------------------------------------------
@@ -193,9 +269,15 @@ def _local_state(config, layout) -> dict[str, int]:
     from lib.train import step as train
 
     state = train.state_template(config, layout)
-    held = lambda a: a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape) if layout else a.shape)
+    held = lambda a: (
+        a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape) if layout else a.shape)
+    )
     total = lambda tree: sum(held(a) for a in jax.tree.leaves(tree))
-    return dict(parameters=total(state.params), optimizer=total(state.opt_state), gradients=total(state.params))
+    return dict(
+        parameters=total(state.params),
+        optimizer=total(state.opt_state),
+        gradients=total(state.params),
+    )
 
 
 def _layout(config, devices, strategy: str, mesh: dict | None):
@@ -205,43 +287,93 @@ def _layout(config, devices, strategy: str, mesh: dict | None):
 
 
 def _sizes(layout) -> dict[str, int]:
-    return {axis: layout.size(axis) for axis in ("data", "fsdp", "tensor")} if layout else dict(data=1, fsdp=1, tensor=1)
+    return (
+        {axis: layout.size(axis) for axis in ("data", "fsdp", "tensor")}
+        if layout
+        else dict(data=1, fsdp=1, tensor=1)
+    )
 
 
-def estimate(config, where: Slice, strategy: str = "dp", mesh: dict | None = None, layout=None) -> dict:
+def estimate(
+    config, where: Slice, strategy: str = "dp", mesh: dict | None = None, layout=None
+) -> dict:
     """The report of `inspect` from shapes alone, compiling nothing.
 
     Off by -16 to +23 % in memory and -19 to +23 % in time from eleven compiled steps of 1 to 8 GiB (benchmarks/preflight.py): too low where large.
     """
-    from lib.train import step as train
     from lib.parallel.layout import MESH_AXIS
+    from lib.train import step as train
 
-    size = dict(data=1, fsdp=1, tensor=1) | (mesh or {choose("sharding strategy", strategy, MESH_AXIS): where.chips})
+    size = dict(data=1, fsdp=1, tensor=1) | (
+        mesh or {choose("sharding strategy", strategy, MESH_AXIS): where.chips}
+    )
     rows = size["data"] * size["fsdp"]
-    one = config.replace(microbatch=max(1, config.microbatch // rows), total_batch_size=max(1, config.microbatch // rows) * config.sequence_len
-                         * config.accumulate)
+    one = config.replace(
+        microbatch=max(1, config.microbatch // rows),
+        total_batch_size=max(1, config.microbatch // rows)
+        * config.sequence_len
+        * config.accumulate,
+    )
     guess = train.estimate_memory(one)
     split = size["fsdp"] * size["tensor"]
     # where the new ones come together beside the old ones
     together = guess["parameters"] if strategy == "zero" else 0
-    memory = dict(parameters=guess["parameters"] // split, gradients=guess["gradients"] // split + together,
-                  optimizer=guess["optimizer"] // (split * (size["data"] if strategy != "dp" else 1)),
-                  activations=guess["activations"] // size["tensor"] + guess["logits"] // size["tensor"])
+    memory = dict(
+        parameters=guess["parameters"] // split,
+        gradients=guess["gradients"] // split + together,
+        optimizer=guess["optimizer"] // (split * (size["data"] if strategy != "dp" else 1)),
+        activations=guess["activations"] // size["tensor"] + guess["logits"] // size["tensor"],
+    )
     made = roofline.account(config, where.chip.matrix_unit, **size, strategy=strategy)
     available = int(where.chip.usable or 0.94 * where.chip.memory)
-    return _report(config, where, strategy, size, memory, sum(memory.values()), available, made["components"], made["sent"],
-                   source="estimated from shapes, nothing was compiled")
+    return _report(
+        config,
+        where,
+        strategy,
+        size,
+        memory,
+        sum(memory.values()),
+        available,
+        made["components"],
+        made["sent"],
+        source="estimated from shapes, nothing was compiled",
+    )
 
 
-def _report(config, where, strategy, size, memory, peak, available, parts, sent, source, **more) -> dict:
+def _report(
+    config, where, strategy, size, memory, peak, available, parts, sent, source, **more
+) -> dict:
     bounds = roofline.bound(parts, where.chip, sent)
     seconds = bounds["step"]["seconds"]
-    return dict(chip=where.name, topology=where.topology, chips=where.chips, strategy=strategy if where.chips > 1 else "one chip", mesh=size,
-                source=source, memory=memory, peak=peak, available=available, fits=peak <= available, bound=bounds, sent=sent,
-                mfu=roofline.mfu(config, seconds, where.chip, where.chips), tokens_per_s=config.total_batch_size / seconds) | more
+    return (
+        dict(
+            chip=where.name,
+            topology=where.topology,
+            chips=where.chips,
+            strategy=strategy if where.chips > 1 else "one chip",
+            mesh=size,
+            source=source,
+            memory=memory,
+            peak=peak,
+            available=available,
+            fits=peak <= available,
+            bound=bounds,
+            sent=sent,
+            mfu=roofline.mfu(config, seconds, where.chip, where.chips),
+            tokens_per_s=config.total_batch_size / seconds,
+        )
+        | more
+    )
 
 
-def inspect(config, name: str, strategy: str = "dp", mesh: dict | None = None, decode: int = 0, cache: Path | None = CACHE) -> dict:
+def inspect(
+    config,
+    name: str,
+    strategy: str = "dp",
+    mesh: dict | None = None,
+    decode: int = 0,
+    cache: Path | None = CACHE,
+) -> dict:
     """Compile the train step of `config` for the slice `name` (v6e-1, v5p-8, v6e:2x4, ...) and report, as JSON, per device.
 
     {"memory": bytes by part, "peak", "available", "fits", "buffers", "bound" (lib.roofline), "mfu" and "tokens_per_s" at the bound,
@@ -255,7 +387,9 @@ def inspect(config, name: str, strategy: str = "dp", mesh: dict | None = None, d
     return _kept(cache, question, lambda: _inspect(config, where, strategy, mesh, decode))
 
 
-def _question(config, where: Slice, strategy: str, mesh: dict | None = None, decode: int = 0) -> list:
+def _question(
+    config, where: Slice, strategy: str, mesh: dict | None = None, decode: int = 0
+) -> list:
     if mesh is None and where.chips > 1:
         from lib.parallel.layout import MESH_AXIS
 
@@ -280,18 +414,44 @@ def _inspect(config, where, strategy, mesh, decode) -> dict:
     rest = peak - memory["parameters"] - memory["optimizer"]
     memory["gradients"] = min(memory["gradients"], max(rest, 0))
     memory["activations"] = max(0, rest - memory["gradients"])
-    more = dict(decode=compile_decode(config, devices[0], decode, config.sequence_len)) if decode and where.chips == 1 else {}
-    return _report(config, where, strategy, size, memory, peak, available, found["components"], sum(c.bytes for c in found["collectives"]),
-                   source=f"compiled by libtpu {importlib.metadata.version('libtpu')}", compile_seconds=made["seconds"], buffers=made["buffers"],
-                   kernels=found["kernels"], collectives=[c._asdict() for c in sorted(found["collectives"], key=lambda c: -c.bytes)], **more)
+    more = (
+        dict(decode=compile_decode(config, devices[0], decode, config.sequence_len))
+        if decode and where.chips == 1
+        else {}
+    )
+    return _report(
+        config,
+        where,
+        strategy,
+        size,
+        memory,
+        peak,
+        available,
+        found["components"],
+        sum(c.bytes for c in found["collectives"]),
+        source=f"compiled by libtpu {importlib.metadata.version('libtpu')}",
+        compile_seconds=made["seconds"],
+        buffers=made["buffers"],
+        kernels=found["kernels"],
+        collectives=[c._asdict() for c in sorted(found["collectives"], key=lambda c: -c.bytes)],
+        **more,
+    )
 
 
 def _place(folder: Path, question: list) -> Path:
     """Where the answer to a question about this code and these versions is kept."""
     import jax
 
-    code = b"".join(p.read_bytes() for p in sorted((ROOT / "lib").rglob("*.py")) if p.relative_to(ROOT / "lib").parts[0] in CODE)
-    asked = json.dumps([question, jax.__version__, importlib.metadata.version("libtpu") if has_libtpu() else ""], sort_keys=True, default=str)
+    code = b"".join(
+        p.read_bytes()
+        for p in sorted((ROOT / "lib").rglob("*.py"))
+        if p.relative_to(ROOT / "lib").parts[0] in CODE
+    )
+    asked = json.dumps(
+        [question, jax.__version__, importlib.metadata.version("libtpu") if has_libtpu() else ""],
+        sort_keys=True,
+        default=str,
+    )
     return Path(folder) / f"{hashlib.sha256(asked.encode() + code).hexdigest()[:16]}.json"
 
 
@@ -316,38 +476,75 @@ GIB = 2**30
 
 def report_text(r: dict) -> str:
     """`inspect`'s or `estimate`'s report for people."""
-    lines = [f"chip        {r['chip']}: {r['chips']} chip{'s' * (r['chips'] > 1)} ({r['topology']}), {r['strategy']}"
-             + ("".join(f" {a}={n}" for a, n in r["mesh"].items() if n > 1))]
-    lines.append(f"source      {r['source']}" + (f" in {r['compile_seconds']:.0f} s" if "compile_seconds" in r else ""))
-    lines.append("memory      " + "  ".join(f"{k} {v / GIB:.2f}" for k, v in r["memory"].items())
-                 + f"  = {r['peak'] / GIB:.2f} of {r['available'] / GIB:.2f} GiB per chip")
+    lines = [
+        f"chip        {r['chip']}: {r['chips']} chip{'s' * (r['chips'] > 1)} ({r['topology']}), {r['strategy']}"
+        + ("".join(f" {a}={n}" for a, n in r["mesh"].items() if n > 1))
+    ]
+    lines.append(
+        f"source      {r['source']}"
+        + (f" in {r['compile_seconds']:.0f} s" if "compile_seconds" in r else "")
+    )
+    lines.append(
+        "memory      "
+        + "  ".join(f"{k} {v / GIB:.2f}" for k, v in r["memory"].items())
+        + f"  = {r['peak'] / GIB:.2f} of {r['available'] / GIB:.2f} GiB per chip"
+    )
     left = (r["available"] - r["peak"]) / GIB
-    lines.append(f"fits        {'yes, with' if r['fits'] else 'NO, over by'} {abs(left):.2f} GiB{' to spare' if r['fits'] else ''}")
-    for n, what in (() if r["fits"] else r.get("buffers", ())):
+    lines.append(
+        f"fits        {'yes, with' if r['fits'] else 'NO, over by'} {abs(left):.2f} GiB{' to spare' if r['fits'] else ''}"
+    )
+    for n, what in () if r["fits"] else r.get("buffers", ()):
         lines.append(f"            {n / GIB:6.2f} GiB  {what}")
     lines.append(f"\n{'component':12}{'at least ms':>12}{'binds':>10}{'TFLOP':>10}{'GB':>10}")
     for name, b in r["bound"].items():
-        lines.append(f"{name:12}{1e3 * b['seconds']:12.2f}{b['binds'] if name != 'step' else '':>10}{b['flops'] / 1e12:10.2f}{b['bytes'] / 1e9:10.2f}")
-    lines.append(f"at best     {r['tokens_per_s']:,.0f} tokens/s, {r['mfu']:.1%} MFU; {r['bound']['step']['binds']} takes longest")
+        lines.append(
+            f"{name:12}{1e3 * b['seconds']:12.2f}{b['binds'] if name != 'step' else '':>10}{b['flops'] / 1e12:10.2f}{b['bytes'] / 1e9:10.2f}"
+        )
+    lines.append(
+        f"at best     {r['tokens_per_s']:,.0f} tokens/s, {r['mfu']:.1%} MFU; {r['bound']['step']['binds']} takes longest"
+    )
     for c in r.get("collectives", ())[:12]:
-        lines.append(f"collective  {c['kind']:18} {c['times']:5} x {c['shape'][:60]:60} {c['component']:10} {c['bytes'] / 1e6:10.1f} MB sent")
+        lines.append(
+            f"collective  {c['kind']:18} {c['times']:5} x {c['shape'][:60]:60} {c['component']:10} {c['bytes'] / 1e6:10.1f} MB sent"
+        )
     if d := r.get("decode"):
-        lines.append(f"decoding    {d['rows']} rows: " + (f"{d['peak'] / GIB:.2f} GiB, at best {d['tokens_per_s']:,.0f} tokens/s ({d['bytes'] / 1e9:.2f} GB a step)"
-                                                          if d["fits"] else f"does not fit ({d['needed'] / GIB:.2f} GiB)"))
+        lines.append(
+            f"decoding    {d['rows']} rows: "
+            + (
+                f"{d['peak'] / GIB:.2f} GiB, at best {d['tokens_per_s']:,.0f} tokens/s ({d['bytes'] / 1e9:.2f} GB a step)"
+                if d["fits"]
+                else f"does not fit ({d['needed'] / GIB:.2f} GiB)"
+            )
+        )
     return "\n".join(lines)
 
 
 # ---- plan and money ----------------------------------------------------------------------------------------------------
 
 
-def plan(config, chip: Chip | None, count: int = 1, mfu: float = MFU, pay: str = "on-demand", price: float = 0.0, units: float = 0.0,
-         memory: int | None = None) -> dict:
+def plan(
+    config,
+    chip: Chip | None,
+    count: int = 1,
+    mfu: float = MFU,
+    pay: str = "on-demand",
+    price: float = 0.0,
+    units: float = 0.0,
+    memory: int | None = None,
+) -> dict:
     """Tokens, steps, and where the chip is known hours at `mfu`; cost where a price is: dollars per chip and hour (`price`, else the table's).
 
     The keys are what lib.report looks for: tokens, steps, hours, memory_bytes, price_per_hour (of all chips), cost, mfu, pay.
     """
     tokens = config.num_steps * config.total_batch_size
-    out = dict(tokens=tokens, steps=config.num_steps, memory_bytes=memory, mfu=mfu, pay=pay, prices_of=chips.PRICES_DATE)
+    out = dict(
+        tokens=tokens,
+        steps=config.num_steps,
+        memory_bytes=memory,
+        mfu=mfu,
+        pay=pay,
+        prices_of=chips.PRICES_DATE,
+    )
     if chip is None:
         return {k: v for k, v in out.items() if v is not None}
     out["hours"] = config.flops_per_token * tokens / (chip.flops * count * mfu) / 3600
@@ -361,21 +558,33 @@ def plan_text(p: dict) -> str:
     """`plan` for people."""
     lines = [f"tokens      {p['tokens']:,} in {p['steps']:,} steps"]
     if "hours" in p:
-        lines.append(f"time        {p['hours']:.2f} h if {p['mfu']:.0%} MFU is reached (assumed, not promised)")
+        lines.append(
+            f"time        {p['hours']:.2f} h if {p['mfu']:.0%} MFU is reached (assumed, not promised)"
+        )
         if "cost" in p:
-            lines.append(f"cost        ${p['cost']:.2f} at ${p['price_per_hour']:.2f} an hour, {p['pay']} (lib/chips.py, table of {p['prices_of']}: "
-                         "check the price before you pay)")
+            lines.append(
+                f"cost        ${p['cost']:.2f} at ${p['price_per_hour']:.2f} an hour, {p['pay']} (lib/chips.py, table of {p['prices_of']}: "
+                "check the price before you pay)"
+            )
         elif p["pay"] == "colab":
-            lines.append("cost        not known: Colab publishes no rates; its Resources panel shows this chip's units per hour: give them")
+            lines.append(
+                "cost        not known: Colab publishes no rates; its Resources panel shows this chip's units per hour: give them"
+            )
         else:
-            lines.append(f"cost        not known: lib/chips.py has no {p['pay']} price of this chip: give one in dollars per chip and hour")
+            lines.append(
+                f"cost        not known: lib/chips.py has no {p['pay']} price of this chip: give one in dollars per chip and hour"
+            )
     return "\n".join(lines)
 
 
 def compare(p: dict, seconds: float, tokens: int, flops_per_token: int, flops: float | None) -> str:
     """What came of a plan, after `tokens` were trained in `seconds` on devices that make `flops` a second."""
     hours = seconds / 3600
-    line = f"planned {p['hours']:.2f} h, took {hours:.2f} h for the steps" if "hours" in p else f"took {hours:.2f} h for the steps, not planned"
+    line = (
+        f"planned {p['hours']:.2f} h, took {hours:.2f} h for the steps"
+        if "hours" in p
+        else f"took {hours:.2f} h for the steps, not planned"
+    )
     if flops and seconds:
         line += f"; planned {p['mfu']:.0%} MFU, reached {tokens * flops_per_token / seconds / flops:.1%}"
     if "price_per_hour" in p:
@@ -388,15 +597,27 @@ def compare(p: dict, seconds: float, tokens: int, flops_per_token: int, flops: f
 SEARCHED = ("microbatch", "attention", "attention_block", "remat", "loss_chunk")
 
 
-def candidates(config, rows: int = 1, vary=SEARCHED, blocks=(512, 1024, 2048), loss_chunks=(1024, 2048, 4096, 8192)) -> list:
+def candidates(
+    config,
+    rows: int = 1,
+    vary=SEARCHED,
+    blocks=(512, 1024, 2048),
+    loss_chunks=(1024, 2048, 4096, 8192),
+) -> list:
     """Configs that compute the same step otherwise, in the fields `vary`: microbatch (a multiple of `rows`), attention, its block, ..."""
     total, T = config.total_batch_size // config.sequence_len, config.sequence_len
     kernels = config.attention_name in roofline.KERNELS
-    options = dict(microbatch=[n for i in range(9) if total % (n := rows * 2**i) == 0], attention=roofline.KERNELS if kernels else [config.attention],
-                   attention_block=[b for b in blocks if b <= T and T % b == 0] if kernels else [0], remat=("none", "dots", "layer"),
-                   loss_chunk=loss_chunks)
+    options = dict(
+        microbatch=[n for i in range(9) if total % (n := rows * 2**i) == 0],
+        attention=roofline.KERNELS if kernels else [config.attention],
+        attention_block=[b for b in blocks if b <= T and T % b == 0] if kernels else [0],
+        remat=("none", "dots", "layer"),
+        loss_chunk=loss_chunks,
+    )
     out = []
-    for values in itertools.product(*(options[k] if k in vary else [getattr(config, k)] for k in SEARCHED)):
+    for values in itertools.product(
+        *(options[k] if k in vary else [getattr(config, k)] for k in SEARCHED)
+    ):
         with contextlib.suppress(UserError):  # an attention that can't do these sizes
             c = config.replace(**dict(zip(SEARCHED, values)))
             if c.loss_chunk <= c.microbatch // rows * T or "loss_chunk" not in vary:
@@ -404,8 +625,16 @@ def candidates(config, rows: int = 1, vary=SEARCHED, blocks=(512, 1024, 2048), l
     return out
 
 
-def search(config, where: Slice, strategy: str = "dp", mesh: dict | None = None, verify=None, margin: float = 0.9, cache: Path | None = CACHE,
-           vary: tuple = SEARCHED) -> dict:
+def search(
+    config,
+    where: Slice,
+    strategy: str = "dp",
+    mesh: dict | None = None,
+    verify=None,
+    margin: float = 0.9,
+    cache: Path | None = CACHE,
+    vary: tuple = SEARCHED,
+) -> dict:
     """The candidate that fits with the lowest bound: {"best": its fields or None, "rows": all of them, best first, "checked": ...}.
 
     All are ranked from shapes, those over `margin` of the memory left out. verify: callable(config) -> report like inspect's, asked
@@ -420,21 +649,37 @@ def search(config, where: Slice, strategy: str = "dp", mesh: dict | None = None,
             shards = 1
         for c in candidates(config, shards, vary):
             r = estimate(c, where, strategy, mesh)
-            table.append({k: getattr(c, k) for k in SEARCHED} | dict(peak=r["peak"], fits=r["peak"] <= margin * r["available"], mfu=r["mfu"],
-                                                                     seconds=r["bound"]["step"]["seconds"]))
+            table.append(
+                {k: getattr(c, k) for k in SEARCHED}
+                | dict(
+                    peak=r["peak"],
+                    fits=r["peak"] <= margin * r["available"],
+                    mfu=r["mfu"],
+                    seconds=r["bound"]["step"]["seconds"],
+                )
+            )
         table.sort(key=lambda row: (not row["fits"], row["seconds"], row["peak"]))
         checked, best = [], next((row for row in table if row["fits"]), None)
         if verify:
             best = None
             for row in [row for row in table if row["fits"]][:4]:
                 r = verify(config.replace(**{k: row[k] for k in SEARCHED}))
-                checked.append({k: row[k] for k in SEARCHED} | dict(peak=r["peak"], fits=r["fits"], seconds=r["bound"]["step"]["seconds"]))
+                checked.append(
+                    {k: row[k] for k in SEARCHED}
+                    | dict(peak=r["peak"], fits=r["fits"], seconds=r["bound"]["step"]["seconds"])
+                )
                 if r["fits"]:
                     best = row
                     break
-        return dict(best={k: best[k] for k in SEARCHED} if best else None, rows=table, checked=checked)
+        return dict(
+            best={k: best[k] for k in SEARCHED} if best else None, rows=table, checked=checked
+        )
 
-    return _kept(cache, ["search", config.to_dict(), where, strategy, mesh, bool(verify), margin, vary], answer)
+    return _kept(
+        cache,
+        ["search", config.to_dict(), where, strategy, mesh, bool(verify), margin, vary],
+        answer,
+    )
 
 
 def verify_here(config) -> dict:
@@ -448,8 +693,15 @@ def verify_here(config) -> dict:
     if made["compiled"] is None:
         return r | dict(peak=made["needed"], fits=False)
     memory = made["compiled"].memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return r | dict(peak=peak, fits=peak <= (device.memory_stats() or {}).get("bytes_limit", where.chip.memory))
+    peak = (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return r | dict(
+        peak=peak, fits=peak <= (device.memory_stats() or {}).get("bytes_limit", where.chip.memory)
+    )
 
 
 def with_microbatch(config, asked: str, device: dict, keep=(), before: dict | None = None):
@@ -471,23 +723,50 @@ def with_microbatch(config, asked: str, device: dict, keep=(), before: dict | No
         print(f"microbatch  {config.microbatch}: no search, this device's peak is not in the table")
         return config
     tpu = device["platform"] == "tpu"
-    vary = [k for k in SEARCHED if k not in keep and (tpu or k not in ("attention", "attention_block"))]
-    found = search(config if tpu else config.replace(attention=config.attention_name, compute_dtype=config.dtype.name),
-                   Slice(device["kind"], known, "at hand", 1), verify=verify_here, vary=tuple(vary))
+    vary = [
+        k for k in SEARCHED if k not in keep and (tpu or k not in ("attention", "attention_block"))
+    ]
+    found = search(
+        config
+        if tpu
+        else config.replace(attention=config.attention_name, compute_dtype=config.dtype.name),
+        Slice(device["kind"], known, "at hand", 1),
+        verify=verify_here,
+        vary=tuple(vary),
+    )
     print(search_text(found, 6))
     if found["best"] is None:
-        raise UserError("microbatch=auto: nothing that was searched fits this device: take a smaller depth")
+        raise UserError(
+            "microbatch=auto: nothing that was searched fits this device: take a smaller depth"
+        )
     return config.replace(**{k: v for k, v in found["best"].items() if k in vary})
 
 
 def search_text(found: dict, show: int = 15) -> str:
     """The best rows of a search, and how many there were."""
-    lines = [f"{'microbatch':>10} {'attention':>9} {'block':>6} {'remat':>6} {'loss chunk':>10} {'GiB':>7} {'fits':>5} {'at least ms':>12} {'MFU <=':>7}"]
-    lines += [f"{r['microbatch']:10} {r['attention']:>9} {r['attention_block']:6} {r['remat']:>6} {r['loss_chunk']:10} {r['peak'] / GIB:7.2f} "
-              f"{'yes' if r['fits'] else 'no':>5} {1e3 * r['seconds']:12.2f} {r['mfu']:7.1%}" for r in found["rows"][:show]]
-    lines.append(f"{len(found['rows'])} searched, {sum(r['fits'] for r in found['rows'])} fit; memory and time from shapes")
-    lines += [f"compiled: {' '.join(f'{k}={c[k]}' for k in SEARCHED)}: {c['peak'] / GIB:.2f} GiB, {'fits' if c['fits'] else 'does not fit'}" for c in found["checked"]]
-    lines.append("best: " + (" ".join(f"{k}={v}" for k, v in found["best"].items()) if found["best"] else "none fits: take fewer parameters, or more chips"))
+    lines = [
+        f"{'microbatch':>10} {'attention':>9} {'block':>6} {'remat':>6} {'loss chunk':>10} {'GiB':>7} {'fits':>5} {'at least ms':>12} {'MFU <=':>7}"
+    ]
+    lines += [
+        f"{r['microbatch']:10} {r['attention']:>9} {r['attention_block']:6} {r['remat']:>6} {r['loss_chunk']:10} {r['peak'] / GIB:7.2f} "
+        f"{'yes' if r['fits'] else 'no':>5} {1e3 * r['seconds']:12.2f} {r['mfu']:7.1%}"
+        for r in found["rows"][:show]
+    ]
+    lines.append(
+        f"{len(found['rows'])} searched, {sum(r['fits'] for r in found['rows'])} fit; memory and time from shapes"
+    )
+    lines += [
+        f"compiled: {' '.join(f'{k}={c[k]}' for k in SEARCHED)}: {c['peak'] / GIB:.2f} GiB, {'fits' if c['fits'] else 'does not fit'}"
+        for c in found["checked"]
+    ]
+    lines.append(
+        "best: "
+        + (
+            " ".join(f"{k}={v}" for k, v in found["best"].items())
+            if found["best"]
+            else "none fits: take fewer parameters, or more chips"
+        )
+    )
     return "\n".join(lines)
 
 
@@ -508,16 +787,35 @@ def heat_map(found: dict, path):
     for i in range(3):
         for j in range(len(micros)):
             if not np.isnan(grid[i, j]):
-                ax.text(j, i, f"{grid[i, j]:.0f}" if fits[i, j] else "does\nnot fit", ha="center", va="center", color="white" if fits[i, j] else "red", fontsize=8)
-    ax.set(xticks=range(len(micros)), xticklabels=micros, yticks=range(3), yticklabels=remats, xlabel="microbatch, rows", ylabel="remat",
-           title="least time per step, ms (best attention, block and loss chunk)")
+                ax.text(
+                    j,
+                    i,
+                    f"{grid[i, j]:.0f}" if fits[i, j] else "does\nnot fit",
+                    ha="center",
+                    va="center",
+                    color="white" if fits[i, j] else "red",
+                    fontsize=8,
+                )
+    ax.set(
+        xticks=range(len(micros)),
+        xticklabels=micros,
+        yticks=range(3),
+        yticklabels=remats,
+        xlabel="microbatch, rows",
+        ylabel="remat",
+        title="least time per step, ms (best attention, block and loss chunk)",
+    )
     ax.grid(False)
     figure.colorbar(image, ax=ax)
     show(figure, path)
 
 
-def fits_table(names=("v5e-1", "v6e-1", "v5e-8", "v6e-8", "v5p-8"), depths=(12, 16, 20, 24, 28, 32), cache: Path | None = CACHE,
-               **fields) -> str:
+def fits_table(
+    names=("v5e-1", "v6e-1", "v5e-8", "v6e-8", "v5p-8"),
+    depths=(12, 16, 20, 24, 28, 32),
+    cache: Path | None = CACHE,
+    **fields,
+) -> str:
     """What fits on which slices, as Markdown: GiB per chip by strategy, compiled where `cache` has the answer, else from shapes alone.
 
     Four rows a chip and remat="dots" unless `fields` say else, all else as from_depth says.
@@ -530,7 +828,9 @@ def fits_table(names=("v5e-1", "v6e-1", "v5e-8", "v6e-8", "v5p-8"), depths=(12, 
     for depth in depths:
         cells = []
         for where in slices:
-            config = for_tpu(Config.from_depth(depth, **dict(microbatch=4 * where.chips, remat="dots") | fields))
+            config = for_tpu(
+                Config.from_depth(depth, **dict(microbatch=4 * where.chips, remat="dots") | fields)
+            )
             cell = []
             for strategy in ("dp", "zero", "fsdp") if where.chips > 1 else ("dp",):
                 known = _kept(cache, _question(config, where, strategy))
@@ -539,9 +839,12 @@ def fits_table(names=("v5e-1", "v6e-1", "v5e-8", "v6e-8", "v5p-8"), depths=(12, 
                 cell.append(f"{strategy} " * (where.chips > 1) + (f"**{text}**" if known else text))
             cells.append(", ".join(cell))
         lines.append(f"| {depth} | {_count(config) / 1e6:,.0f}M | " + " | ".join(cells) + " |")
-    lines += ["", "GiB per chip at a step's peak, of those after the x. **Bold**: compiled by libtpu; else estimated from shapes (-16 to +23 % off).",
-              "~~Struck out~~: does not fit. A cell gets compiled by asking for it once, with 4 rows a chip: python -m lib.preflight --depth 20",
-              '--chip v6e-8 --strategy zero --overrides "microbatch=32 remat=dots"']
+    lines += [
+        "",
+        "GiB per chip at a step's peak, of those after the x. **Bold**: compiled by libtpu; else estimated from shapes (-16 to +23 % off).",
+        "~~Struck out~~: does not fit. A cell gets compiled by asking for it once, with 4 rows a chip: python -m lib.preflight --depth 20",
+        '--chip v6e-8 --strategy zero --overrides "microbatch=32 remat=dots"',
+    ]
     return "\n".join(lines)
 
 
@@ -605,7 +908,11 @@ def config_of(args: Args):
     changes = parse_overrides(args.overrides, Config)
     if args.run:
         return Config.load(Path("runs") / args.run / "config.json").replace(**changes)
-    return Config.preset(args.preset, **changes) if args.preset else Config.from_depth(args.depth, **changes)
+    return (
+        Config.preset(args.preset, **changes)
+        if args.preset
+        else Config.from_depth(args.depth, **changes)
+    )
 
 
 def parse_mesh(text: str) -> dict[str, int] | None:
@@ -628,23 +935,35 @@ def main(args: Args):
     where, mesh = tpu_slice(args.chip), parse_mesh(args.mesh)
     config = for_tpu(config)
     if args.search:
-        ask = None if args.estimate or not has_libtpu() else lambda c: inspect(c, args.chip, args.strategy, mesh)
+        ask = (
+            None
+            if args.estimate or not has_libtpu()
+            else lambda c: inspect(c, args.chip, args.strategy, mesh)
+        )
         found = search(config, where, args.strategy, mesh, ask)
         print(json.dumps(found) if args.json else search_text(found))
         if args.map:
             heat_map(found, args.map)
         if not found["best"]:
-            raise UserError(f"nothing that was searched fits on {args.chip}: take fewer parameters, or more chips")
+            raise UserError(
+                f"nothing that was searched fits on {args.chip}: take fewer parameters, or more chips"
+            )
         config = config.replace(**found["best"])
-    r = estimate(config, where, args.strategy, mesh) if args.estimate else inspect(config, args.chip, args.strategy, mesh, args.decode)
+    r = (
+        estimate(config, where, args.strategy, mesh)
+        if args.estimate
+        else inspect(config, args.chip, args.strategy, mesh, args.decode)
+    )
     p = plan(config, where.chip, where.chips, args.mfu, args.pay, args.price, args.units, r["peak"])
     if args.json:
         return print(json.dumps(r | dict(plan=p)))
     print(report_text(r))
     if args.calibrate:
         told = PUBLISHED["tokens_per_s"]
-        return print(f"published   {told:,.0f} tokens/s measured: {told / r['tokens_per_s']:.1%} of this bound "
-                     f"({roofline.mfu(config, config.total_batch_size / told, where.chip):.1%} MFU as counted here)")
+        return print(
+            f"published   {told:,.0f} tokens/s measured: {told / r['tokens_per_s']:.1%} of this bound "
+            f"({roofline.mfu(config, config.total_batch_size / told, where.chip):.1%} MFU as counted here)"
+        )
     print(plan_text(p))
 
 

@@ -10,13 +10,50 @@ from typing import NamedTuple
 
 COMPONENTS = ("embedding", "attention", "mlp", "head+loss", "optimizer", "collectives", "other")
 # which component a jax name stack belongs to, the first that matches; "other" is norms, residual sums and gradient sums
-SCOPES = (("optimizer", r"\boptimizer\b"), ("head+loss", r"\b(loss|head)\b"), ("attention", r"\battn\b"), ("mlp", r"\bmlp\b"),
-          ("embedding", r"\bembed\b"))
-ITEMSIZE = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
-            "s64": 8, "u64": 8, "f64": 8}
+SCOPES = (
+    ("optimizer", r"\boptimizer\b"),
+    ("head+loss", r"\b(loss|head)\b"),
+    ("attention", r"\battn\b"),
+    ("mlp", r"\bmlp\b"),
+    ("embedding", r"\bembed\b"),
+)
+ITEMSIZE = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "while", "conditional", "call", "opt-barrier",
-        "partition-id", "replica-id", "async-start", "copy-done", "slice-done", "async-done", "async-update"}
+FREE = {
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "after-all",
+    "while",
+    "conditional",
+    "call",
+    "opt-barrier",
+    "partition-id",
+    "replica-id",
+    "async-start",
+    "copy-done",
+    "slice-done",
+    "async-done",
+    "async-update",
+}
 SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -60,8 +97,14 @@ def _op(line: str) -> tuple[Op, bool]:
     code, paren = re.match(r" *([\w-]+)(?=\()", right[end:]), right.index("(", end)
     close = _closing(right, paren)
     name = left.replace("ROOT", "").strip(" %")
-    return Op(name, right[:end], code[1], tuple(re.findall(r"%([\w.-]+)", right[paren:close])),
-              right[paren + 1:close], right[close + 1:]), "ROOT" in left
+    return Op(
+        name,
+        right[:end],
+        code[1],
+        tuple(re.findall(r"%([\w.-]+)", right[paren:close])),
+        right[paren + 1 : close],
+        right[close + 1 :],
+    ), "ROOT" in left
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Op]], dict[str, Op], str]:
@@ -114,7 +157,10 @@ def trip_count(op: Op, computations, roots) -> int:
     if known := re.search(r'known_trip_count[^\d]*"?n"?:"?(\d+)', op.rest):
         return int(known[1])
     condition = computations[_called(op, "condition")]
-    return max((int(o.inside) for o in condition.values() if o.code == "constant" and o.inside.isdigit()), default=1)
+    return max(
+        (int(o.inside) for o in condition.values() if o.code == "constant" and o.inside.isdigit()),
+        default=1,
+    )
 
 
 def _met(places: int, last: int, offset: int, stride: int, spread: int) -> int:
@@ -127,21 +173,35 @@ def _met(places: int, last: int, offset: int, stride: int, spread: int) -> int:
 
 def products(op: Op, types: dict[str, str], matrix_unit: int = 1) -> tuple[float, float]:
     """(FLOPs of a dot or convolution, the same with the summed axis filled up to whole matrix units)."""
-    out, lhs, rhs = (leaves(t)[0][1] for t in (op.type, types[op.operands[0]], types[op.operands[1]]))
+    out, lhs, rhs = (
+        leaves(t)[0][1] for t in (op.type, types[op.operands[0]], types[op.operands[1]])
+    )
     if op.code == "dot":
-        summed = math.prod(lhs[int(i)] for i in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1].split(",") if i)
+        summed = math.prod(
+            lhs[int(i)]
+            for i in re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)[1].split(",")
+            if i
+        )
         flops = 2 * math.prod(out) * summed
     else:
-        a, b, c = re.match(r"(\w+)_(\w+)->(\w+)", re.search(r"dim_labels=(\S+?)(?:,|$)", op.rest)[1]).groups()
-        window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", op.rest) or [0, ""])[1]))
+        a, b, c = re.match(
+            r"(\w+)_(\w+)->(\w+)", re.search(r"dim_labels=(\S+?)(?:,|$)", op.rest)[1]
+        ).groups()
+        window = dict(
+            re.findall(
+                r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", op.rest) or [0, ""])[1]
+            )
+        )
         # the window lists axis 0 first
         spatial, pairs, kernel = sorted(x for x in a if x.isdigit()), 1, 1
-        pick = lambda key, i, default: (window[key].split("x")[i] if key in window else default)
+        pick = lambda key, i, default: window[key].split("x")[i] if key in window else default
         for i, x in enumerate(spatial):
             n, k, o = lhs[a.index(x)], rhs[b.index(x)], out[c.index(x)]
             pad, stride = int(str(pick("pad", i, "0_0")).split("_")[0]), int(pick("stride", i, 1))
             spread, dilate = int(pick("lhs_dilate", i, 1)), int(pick("rhs_dilate", i, 1))
-            pairs *= sum(_met(o, (n - 1) * spread, q * dilate - pad, stride, spread) for q in range(k))
+            pairs *= sum(
+                _met(o, (n - 1) * spread, q * dilate - pad, stride, spread) for q in range(k)
+            )
             kernel *= k
         groups = int((re.search(r"batch_group_count=(\d+)", op.rest) or [0, 1])[1])
         summed = rhs[b.index("i")]
@@ -163,7 +223,11 @@ def _read(name: str, inside: dict[str, Op], computations) -> float:
         elif op.code == "fusion":
             deeper = computations[_called(op)]
             number = {int(o.inside): o.name for o in deeper.values() if o.code == "parameter"}
-            total += sum(_read(number[i], deeper, computations) for i, o in enumerate(op.operands) if o == name)
+            total += sum(
+                _read(number[i], deeper, computations)
+                for i, o in enumerate(op.operands)
+                if o == name
+            )
         elif op.code == "dynamic-update-slice" and name == op.operands[0]:
             pass  # changed in place
         else:
@@ -175,7 +239,9 @@ def _fusion_traffic(op: Op, types, computations, roots) -> float:
     inside, root = computations[_called(op)], roots[_called(op)]
 
     def source(name):  # through what moves nothing
-        while inside[name].code in ("bitcast", "copy", "convert", "reshape") and inside[name].operands:
+        while (
+            inside[name].code in ("bitcast", "copy", "convert", "reshape") and inside[name].operands
+        ):
             name = inside[name].operands[0]
         return inside[name]
 
@@ -209,7 +275,11 @@ def _traffic(op: Op, types, computations, roots) -> float:
         return out[2] * out[3] + out[2] * source[3]
     # XLA's own: buffers, views, and gathers done elsewhere on the chip
     if op.code == "custom-call" and '"tpu_custom_call"' not in op.rest:
-        return 0.0 if re.search(r'"(AllocateBuffer|ConcatBitcast|Assume\w+)"', op.rest) else 2 * size(op.type)
+        return (
+            0.0
+            if re.search(r'"(AllocateBuffer|ConcatBitcast|Assume\w+)"', op.rest)
+            else 2 * size(op.type)
+        )
     if op.code in SLICES:
         return hbm(op.type) + size(op.type) * (hbm(types[op.operands[0]]) > 0)
     if op.code == "dynamic-update-slice":
@@ -238,7 +308,11 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
     def own(op):
         """The component that an op's name stack, or that of what is fused into it, says."""
         inner = computations.get(_called(op), {}).values()
-        for scope in [op.scope, *(o.scope for o in inner if o.code in ("convolution", "dot")), *(o.scope for o in inner)]:
+        for scope in [
+            op.scope,
+            *(o.scope for o in inner if o.code in ("convolution", "dot")),
+            *(o.scope for o in inner),
+        ]:
             for part, pattern in SCOPES:
                 if re.search(pattern, scope):
                     return part
@@ -253,10 +327,14 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
                 users.setdefault(operand, []).append(op.name)
         for op in reversed(list(ops.values())):
             if known[op.name] is None and op.code != "tuple":
-                known[op.name] = next((known[u] for u in users.get(op.name, ()) if known.get(u)), None)
+                known[op.name] = next(
+                    (known[u] for u in users.get(op.name, ()) if known.get(u)), None
+                )
         for op in ops.values():
             if known[op.name] is None:
-                known[op.name] = next((known[o] for o in op.operands if known.get(o)), None) or inherited
+                known[op.name] = (
+                    next((known[o] for o in op.operands if known.get(o)), None) or inherited
+                )
         return known
 
     def collective(op, types, part, times, inside=""):
@@ -266,9 +344,18 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
         n = _group_size(op, devices)
         whole = sum(size(types[o]) for o in op.operands if o in types)
         if n > 1 or kind == "collective-permute":
-            sent = {"all-reduce": 2 * whole * (n - 1) / n, "all-gather": whole * (n - 1), "reduce-scatter": whole * (n - 1) / n,
-                    "all-to-all": whole * (n - 1) / n}.get(kind, whole)
-            shapes = ", ".join(f"{d}[{','.join(map(str, s))}]" for o in op.operands if o in types for d, s, _, _ in leaves(types[o]))
+            sent = {
+                "all-reduce": 2 * whole * (n - 1) / n,
+                "all-gather": whole * (n - 1),
+                "reduce-scatter": whole * (n - 1) / n,
+                "all-to-all": whole * (n - 1) / n,
+            }.get(kind, whole)
+            shapes = ", ".join(
+                f"{d}[{','.join(map(str, s))}]"
+                for o in op.operands
+                if o in types
+                for d, s, _, _ in leaves(types[o])
+            )
             key = (kind, shapes, part)
             old = collectives.get(key, (0, 0.0))
             collectives[key] = (old[0] + times, old[1] + sent * times)
@@ -286,10 +373,15 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
             if op.code.removesuffix("-start") in COLLECTIVES and not op.code.endswith("-done"):
                 collective(op, types, part, times, fused)
                 if not fused:
-                    parts["collectives"]["bytes"] += times * _traffic(op, types, computations, roots)
+                    parts["collectives"]["bytes"] += times * _traffic(
+                        op, types, computations, roots
+                    )
                 continue
             if op.code == "custom-call" and '"tpu_custom_call"' in op.rest:
-                kernel = re.search(r"(splash_mha_\w+?|flash_\w+?)(?:_no_residuals|_residuals)?\b", op.scope + " " + op.name)
+                kernel = re.search(
+                    r"(splash_mha_\w+?|flash_\w+?)(?:_no_residuals|_residuals)?\b",
+                    op.scope + " " + op.name,
+                )
                 kernel = kernel[1] if kernel else op.name
                 # its operands are traffic; who knows it accounts for the rest
                 kernels[kernel] = kernels.get(kernel, 0) + times
@@ -302,9 +394,18 @@ def analyse(text: str, matrix_unit: int = 1, devices: int = 1) -> dict:
             elif op.code in ("call", "async-start"):
                 walk(_called(op, "to_apply") or _called(op), times, part, fused)
             elif op.code == "conditional":
-                for branch in re.findall(r"%([\w.-]+)", (re.search(r"branch_computations=\{([^}]*)\}", op.rest) or [0, ""])[1]):
+                for branch in re.findall(
+                    r"%([\w.-]+)",
+                    (re.search(r"branch_computations=\{([^}]*)\}", op.rest) or [0, ""])[1],
+                ):
                     walk(branch, times, part, fused)
 
     walk(entry, 1, "other")
-    return dict(components=parts, kernels=kernels,
-                collectives=[Collective(kind, shape, part, *value) for (kind, shape, part), value in collectives.items()])
+    return dict(
+        components=parts,
+        kernels=kernels,
+        collectives=[
+            Collective(kind, shape, part, *value)
+            for (kind, shape, part), value in collectives.items()
+        ],
+    )

@@ -8,11 +8,11 @@ import math
 
 import jax
 
-from lib.model.attention import block_size
 from lib.chips import Chip
 from lib.config import Config
-from lib.preflight.hlo import COMPONENTS
+from lib.model.attention import block_size
 from lib.params import count_params, is_spec, param_specs
+from lib.preflight.hlo import COMPONENTS
 
 KERNELS = ("splash", "pallas")  # attention that keeps its scores on chip
 
@@ -35,11 +35,21 @@ def kernel_work(config: Config, kernel: str, matrix_unit: int = 1) -> dict[str, 
     # products of a block pair that sum over the head width, and that sum over positions
     over_head, over_block = (1, 1) if kernel.endswith(("fwd", "forward")) else (2, 3)
     pairs = 2 * visits * block * block * N * H
-    return dict(flops=pairs * (over_head + over_block), busy=pairs * (over_head / fill + over_block),
-                bytes=max(0, visits * block - T) * 2 * N * H * config.dtype.itemsize)
+    return dict(
+        flops=pairs * (over_head + over_block),
+        busy=pairs * (over_head / fill + over_block),
+        bytes=max(0, visits * block - T) * 2 * N * H * config.dtype.itemsize,
+    )
 
 
-def add_kernels(parts: dict, kernels: dict[str, int], config: Config, rows: int, matrix_unit: int, tensor: int = 1):
+def add_kernels(
+    parts: dict,
+    kernels: dict[str, int],
+    config: Config,
+    rows: int,
+    matrix_unit: int,
+    tensor: int = 1,
+):
     """Add to `parts` (of lib.hlo.analyse) what its kernels do; rows: of one microbatch on one device; tensor: devices that share the heads."""
     for name, runs in kernels.items():
         for key, n in kernel_work(config, name, matrix_unit).items():
@@ -54,12 +64,25 @@ def polar_work(shape: tuple[int, int], itemsize: int) -> float:
     return 5 * (4 * short * short * long + 2 * short**3)
 
 
-def account(config: Config, matrix_unit: int = 1, data: int = 1, fsdp: int = 1, tensor: int = 1, strategy: str = "dp") -> dict:
+def account(
+    config: Config,
+    matrix_unit: int = 1,
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    strategy: str = "dp",
+) -> dict:
     """`lib.hlo.analyse`'s components and the collectives' bytes, per device and step, from shapes alone.
 
     Traffic counts every wide array as written once and read by each product that needs it; LOG.md has the error against compiled programs.
     """
-    L, D, F, V, T = config.n_layer, config.n_embd, config.mlp_dim, config.padded_vocab, config.sequence_len
+    L, D, F, V, T = (
+        config.n_layer,
+        config.n_embd,
+        config.mlp_dim,
+        config.padded_vocab,
+        config.sequence_len,
+    )
     e, A = config.dtype.itemsize, config.accumulate
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     t = config.total_batch_size / (data * fsdp)  # tokens
@@ -76,9 +99,16 @@ def account(config: Config, matrix_unit: int = 1, data: int = 1, fsdp: int = 1, 
     attention = D * (2 * q + 2 * kv)
     weights = lambda n: n * A * (3 + again) * e  # read forward and backward, gradient written
     redo = 2 * q * D if config.remat == "dots" else 2 * attention * again
-    add("attention", L * t * (6 * attention + redo) / tensor,
-        L * (weights(attention) + t * e * (3 + again) * (6 * D * tensor + 6 * (q + kv))) / tensor)
-    add("mlp", L * t * (6 + 2 * again) * wide / tensor, L * (weights(wide) + t * e * ((3 + again) * 5 * D * tensor + (8 + 2 * again) * F)) / tensor)
+    add(
+        "attention",
+        L * t * (6 * attention + redo) / tensor,
+        L * (weights(attention) + t * e * (3 + again) * (6 * D * tensor + 6 * (q + kv))) / tensor,
+    )
+    add(
+        "mlp",
+        L * t * (6 + 2 * again) * wide / tensor,
+        L * (weights(wide) + t * e * ((3 + again) * 5 * D * tensor + (8 + 2 * again) * F)) / tensor,
+    )
     if config.attention_name in KERNELS:
         for kernel, runs in (("fwd", 1 + again), ("dkv", 1)):
             for key, n in kernel_work(config, kernel, matrix_unit).items():
@@ -89,9 +119,17 @@ def account(config: Config, matrix_unit: int = 1, data: int = 1, fsdp: int = 1, 
     else:
         # all of a window's scores, in float32, there and back four times
         pairs = sum(min(w, T) + 1 for w in config.windows)
-        add("attention", (12 + 4 * again) * pairs * t * q / tensor, 4 * 4 * pairs * t * config.n_head / tensor)
+        add(
+            "attention",
+            (12 + 4 * again) * pairs * t * q / tensor,
+            4 * 4 * pairs * t * config.n_head / tensor,
+        )
     chunks = math.ceil(t / A / config.loss_chunk) * A
-    add("head+loss", 6 * t * D * V / tensor, chunks * D * V * (2 * e + 8) + t * V * (12 + 3 * e) / tensor)
+    add(
+        "head+loss",
+        6 * t * D * V / tensor,
+        chunks * D * V * (2 * e + 8) + t * V * (12 + 3 * e) / tensor,
+    )
     add("embedding", 0, t * D * (4 + 3 * e + 8) + A * V * D * 8)
     n = count_params(config)
     if A > 1:
@@ -100,14 +138,23 @@ def account(config: Config, matrix_unit: int = 1, data: int = 1, fsdp: int = 1, 
     for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):
         size = math.prod(spec.shape)
         if spec.group == "matrix" and config.optimizer == "muon":
-            rows = math.prod(spec.shape[1:1 + spec.n_in])
-            add("optimizer", spec.shape[0] * polar_work((rows, size // spec.shape[0] // rows), e) / devices, size * (20 + 16 * e + 8) / devices)
+            rows = math.prod(spec.shape[1 : 1 + spec.n_in])
+            add(
+                "optimizer",
+                spec.shape[0] * polar_work((rows, size // spec.shape[0] // rows), e) / devices,
+                size * (20 + 16 * e + 8) / devices,
+            )
         else:
             add("optimizer", 0, 28 * size / share)
     ring = lambda size, n: size * (n - 1) / n
     grads, body = 4 * n["total"] / tensor, e * n["total"]
-    sent = {"dp": 2 * ring(grads, data), "zero": 2 * ring(grads, data), "tp": 2 * ring(grads, data) + 4 * 2 * L * ring(t * D * e, tensor),
-            "fsdp": A * (2 * ring(body, fsdp) + ring(4 * n["total"], fsdp)) + 2 * ring(grads / fsdp, data)}[strategy]
+    sent = {
+        "dp": 2 * ring(grads, data),
+        "zero": 2 * ring(grads, data),
+        "tp": 2 * ring(grads, data) + 4 * 2 * L * ring(t * D * e, tensor),
+        "fsdp": A * (2 * ring(body, fsdp) + ring(4 * n["total"], fsdp))
+        + 2 * ring(grads / fsdp, data),
+    }[strategy]
     return dict(components=parts, sent=sent if devices > 1 else 0.0)
 
 
@@ -122,10 +169,21 @@ def bound(parts: dict, chip: Chip, sent: float = 0.0) -> dict:
         if name == "collectives" and sent:
             times["network"] = sent / chip.network
         binds = max(times, key=times.get)
-        out[name] = dict(seconds=times[binds], binds=binds if times[binds] else "", flops=part["flops"], bytes=part["bytes"])
+        out[name] = dict(
+            seconds=times[binds],
+            binds=binds if times[binds] else "",
+            flops=part["flops"],
+            bytes=part["bytes"],
+        )
     slowest = max(out, key=lambda k: out[k]["seconds"])
-    return out | {"step": dict(seconds=sum(x["seconds"] for x in out.values()), binds=slowest, flops=sum(x["flops"] for x in out.values()),
-                               bytes=sum(x["bytes"] for x in out.values()))}
+    return out | {
+        "step": dict(
+            seconds=sum(x["seconds"] for x in out.values()),
+            binds=slowest,
+            flops=sum(x["flops"] for x in out.values()),
+            bytes=sum(x["bytes"] for x in out.values()),
+        )
+    }
 
 
 def mfu(config: Config, seconds: float, chip: Chip, chips: int = 1) -> float:

@@ -16,7 +16,9 @@ def main(run: str = "", runs_dir: str = "runs"):
         run: name of the run; empty takes the one whose tokenizer was made last
         runs_dir: folder that holds the runs
     """
-    print(f"report: {write(Path(runs_dir) / run if run else newest_run(runs_dir, 'tokenizer.json'))}")
+    print(
+        f"report: {write(Path(runs_dir) / run if run else newest_run(runs_dir, 'tokenizer.json'))}"
+    )
 
 
 setup()

@@ -18,23 +18,36 @@ from typing import NamedTuple
 
 import jax
 
-from lib.train.checkpoint import STAGES
 from lib.evals import stats
 from lib.files import UserError, write_atomic
+from lib.train.checkpoint import STAGES
 from lib.train.metrics import column, read_jsonl
 
 # Published elsewhere, to see one's own figures beside: (system, where it stands, {metric: {stage: score from 0 to 1}})
 REFERENCES = [
-    ("GPT-2 1.6B", "nanochat README, leaderboard (OpenAI's original checkpoint)", {"CORE": {"base": 0.2565}}),
-    ("nanochat d20, 8×H100, 3h51m", "nanochat README of 2025-10-13, table of the $100 run", {
-        "CORE": {"base": 0.2219},
-        "ARC-Challenge": {"mid": 0.2875, "sft": 0.2807},
-        "ARC-Easy": {"mid": 0.3561, "sft": 0.3876},
-        "GSM8K": {"mid": 0.0250, "sft": 0.0455, "rl": 0.0758},
-        "HumanEval": {"mid": 0.0671, "sft": 0.0854},
-        "MMLU": {"mid": 0.3111, "sft": 0.3151},
-        "ChatCORE": {"mid": 0.0730, "sft": 0.0884}}),
-    ("nanochat d24, 8×H100, 1.65 h", "nanochat README, leaderboard of 2026-03-14", {"CORE": {"base": 0.2626}}),
+    (
+        "GPT-2 1.6B",
+        "nanochat README, leaderboard (OpenAI's original checkpoint)",
+        {"CORE": {"base": 0.2565}},
+    ),
+    (
+        "nanochat d20, 8×H100, 3h51m",
+        "nanochat README of 2025-10-13, table of the $100 run",
+        {
+            "CORE": {"base": 0.2219},
+            "ARC-Challenge": {"mid": 0.2875, "sft": 0.2807},
+            "ARC-Easy": {"mid": 0.3561, "sft": 0.3876},
+            "GSM8K": {"mid": 0.0250, "sft": 0.0455, "rl": 0.0758},
+            "HumanEval": {"mid": 0.0671, "sft": 0.0854},
+            "MMLU": {"mid": 0.3111, "sft": 0.3151},
+            "ChatCORE": {"mid": 0.0730, "sft": 0.0884},
+        },
+    ),
+    (
+        "nanochat d24, 8×H100, 1.65 h",
+        "nanochat README, leaderboard of 2026-03-14",
+        {"CORE": {"base": 0.2626}},
+    ),
     ("nanochat-jax d24, v6e-8, 7.3 h", "published by tucan9389", {"CORE": {"base": 0.274}}),
     ("nanocode d24, v6e-8, 7.8 h", "published by its author", {"CORE": {"base": 0.227}}),
 ]
@@ -66,21 +79,40 @@ def _json(path: Path) -> dict:
             raise ValueError
         return found
     except ValueError:
-        raise UserError(f"{path} is damaged (not a JSON object): delete it, and run again what writes it") from None
+        raise UserError(
+            f"{path} is damaged (not a JSON object): delete it, and run again what writes it"
+        ) from None
 
 
 def read(folder) -> Run:
     """The `Run` in a folder with any part of a run's files; UserError for none at all or damaged ones."""
     folder = Path(folder)
-    files = {stage: (folder if stage == "base" else folder / place) / "metrics.jsonl" for stage, place in STAGES.items()}
-    run = Run(folder.name, _json(folder / "config.json"), _json(folder / "results.json"),
-              {stage: read_jsonl(path) for stage, path in files.items() if path.exists()},
-              {stage: record for stage in STAGES if (record := _json(folder / "evals" / f"{stage}.json"))},
-              {stage: found for stage in STAGES if (found := _json(folder / "evals" / f"lm_eval_{stage}.json"))},
-              (folder / "tokenizer.json").exists())
+    files = {
+        stage: (folder if stage == "base" else folder / place) / "metrics.jsonl"
+        for stage, place in STAGES.items()
+    }
+    run = Run(
+        folder.name,
+        _json(folder / "config.json"),
+        _json(folder / "results.json"),
+        {stage: read_jsonl(path) for stage, path in files.items() if path.exists()},
+        {
+            stage: record
+            for stage in STAGES
+            if (record := _json(folder / "evals" / f"{stage}.json"))
+        },
+        {
+            stage: found
+            for stage in STAGES
+            if (found := _json(folder / "evals" / f"lm_eval_{stage}.json"))
+        },
+        (folder / "tokenizer.json").exists(),
+    )
     if not any(run[1:]):
-        raise UserError(f"nothing to report in {folder}: it has no tokenizer.json, config.json, results.json, metrics or evals; "
-                        "name a run's folder, or make one with 01_tokenizer.py")
+        raise UserError(
+            f"nothing to report in {folder}: it has no tokenizer.json, config.json, results.json, metrics or evals; "
+            "name a run's folder, or make one with 01_tokenizer.py"
+        )
     return run
 
 
@@ -113,11 +145,23 @@ def _scores(record: dict) -> dict[str, dict]:
     for key, name in (("core", "CORE"), ("chatcore", "ChatCORE")):
         # over other tasks or fewer items it is another measure, not to be set beside published ones
         if found := record.get(key):
-            other = found.get("partial") if key == "core" else {*map(_key, found.get("tasks", ()))} != CHATCORE
+            other = (
+                found.get("partial")
+                if key == "core"
+                else {*map(_key, found.get("tasks", ()))} != CHATCORE
+            )
             sums[name + " of a part" * bool(other)] = {
-                "score": found["score"], "stderr": found.get("stderr"), "baseline": 0.0, "n": f"{len(found.get('tasks', ()))} tasks",
-                "kind": "centred mean"}
-    return sums | {name: entry for name, entry in record.get("tasks", {}).items() if entry.get("kind") != "core"}
+                "score": found["score"],
+                "stderr": found.get("stderr"),
+                "baseline": 0.0,
+                "n": f"{len(found.get('tasks', ()))} tasks",
+                "kind": "centred mean",
+            }
+    return sums | {
+        name: entry
+        for name, entry in record.get("tasks", {}).items()
+        if entry.get("kind") != "core"
+    }
 
 
 # the tasks that nanochat's is the mean of
@@ -141,7 +185,11 @@ def _short(x: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    for below, size, unit, spec in ((10, 1, "s", ".1f"), (100, 1, "s", ".0f"), (5400, 60, "min", ".1f")):
+    for below, size, unit, spec in (
+        (10, 1, "s", ".1f"),
+        (100, 1, "s", ".0f"),
+        (5400, 60, "min", ".1f"),
+    ):
         if seconds < below:
             return f"{seconds / size:{spec}} {unit}"
     return f"{seconds / 3600:.2f} h"
@@ -157,7 +205,9 @@ def _score(entry: dict | None) -> str:
     """Percent with its standard error, or a perplexity with its own."""
     if not entry:
         return "—"
-    return _with_error(entry.get("score"), entry.get("stderr"), *((100, ".1f") if _rated(entry) else (1, ".3g")))
+    return _with_error(
+        entry.get("score"), entry.get("stderr"), *((100, ".1f") if _rated(entry) else (1, ".3g"))
+    )
 
 
 def _percent(share) -> str:
@@ -187,14 +237,21 @@ def _text_bits(run: Run) -> dict[str, dict[str, dict]]:
         for source, bits in record.get("bpb", {}).items():
             found.setdefault(source, {})[stage] = bits
     if not found and run.results.get("val_bpb") is not None:
-        found[_val_source(run)] = {"base": {"bpb": run.results["val_bpb"], "stderr": run.results.get("val_bpb_stderr"),
-                                        "bytes": run.results.get("val_bytes")}}
+        found[_val_source(run)] = {
+            "base": {
+                "bpb": run.results["val_bpb"],
+                "stderr": run.results.get("val_bpb_stderr"),
+                "bytes": run.results.get("val_bytes"),
+            }
+        }
     return found
 
 
 def _steps_done(run: Run) -> tuple[int, int]:
     rows = run.curves.get("base", [])
-    return (rows[-1]["step"] if rows else run.results.get("steps", 0)), run.config.get("num_steps", 0)
+    return (rows[-1]["step"] if rows else run.results.get("steps", 0)), run.config.get(
+        "num_steps", 0
+    )
 
 
 def verdict(run: Run) -> str:
@@ -205,8 +262,14 @@ def verdict(run: Run) -> str:
         if not run.has_tokenizer:
             return "Nothing is trained or measured yet: this run has only settings."
         size = f" of {r['vocab_size']:,} tokens" if "vocab_size" in r else ""
-        fits = f" that takes {r['bytes_per_token']:.2f} bytes of held-out text per token" if "bytes_per_token" in r else ""
-        return f"Only a tokenizer so far, one{size}{fits}; no model is trained and none is measured."
+        fits = (
+            f" that takes {r['bytes_per_token']:.2f} bytes of held-out text per token"
+            if "bytes_per_token" in r
+            else ""
+        )
+        return (
+            f"Only a tokenizer so far, one{size}{fits}; no model is trained and none is measured."
+        )
     words = f"A model of {_short(r['params'])} parameters" if "params" in r else "A model"
     tokens = done * run.config.get("total_batch_size", 0) or r.get("train_tokens")
     words += f", trained on {_short(tokens)} tokens of {_source(run)}" if tokens else ""
@@ -214,17 +277,33 @@ def verdict(run: Run) -> str:
     for source, stages in list(_text_bits(run).items())[:1]:
         # the base model: fine-tuning is for chat, and forgets text
         stage, bits = next(iter(stages.items()))
-        xz = f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}" if r.get("xz_bpb") and source == _val_source(run) else ""
+        xz = (
+            f" where xz\u00a0-9 needs {r['xz_bpb']:.3f}"
+            if r.get("xz_bpb") and source == _val_source(run)
+            else ""
+        )
         after = "" if stage == "base" else f" after stage {stage}"
         parts.append(f"it needs {bits['bpb']:.3f} bits per byte of unseen {source}{after}{xz}")
     if run.records:
         stage, record = list(run.records.items())[-1]
         rated = {n: e for n, e in record.get("tasks", {}).items() if _rated(e)}
         if rated:
-            above = [n for n, e in rated.items() if e["score"] - e["baseline"] > SURE * (e.get("stderr") or 0)]
-            best = max(above, key=lambda n: (rated[n]["score"] - rated[n]["baseline"]) / (1 - rated[n]["baseline"]), default=None)
+            above = [
+                n
+                for n, e in rated.items()
+                if e["score"] - e["baseline"] > SURE * (e.get("stderr") or 0)
+            ]
+            best = max(
+                above,
+                key=lambda n: (
+                    (rated[n]["score"] - rated[n]["baseline"]) / (1 - rated[n]["baseline"])
+                ),
+                default=None,
+            )
             top = f" (most on {best}: {_percent(rated[best]['score'])} %)" if best else ""
-            parts.append(f"after stage {stage} it is clearly better than guessing on {len(above) or 'none'} of {len(rated)} tasks{top}")
+            parts.append(
+                f"after stage {stage} it is clearly better than guessing on {len(above) or 'none'} of {len(rated)} tasks{top}"
+            )
     else:
         parts.append("no task is measured yet")
     return f"{words}: {'; '.join(parts)}."
@@ -233,16 +312,22 @@ def verdict(run: Run) -> str:
 # ---- charts ----------------------------------------------------------------------------------------------------------
 # Positions are percentages and heights are pixels, so that a chart fits any width and its text stays as large as the page's.
 
-LIGHT = ("--fg:#1c2430;--muted:#5b6675;--line:#dde2e9;--card:#f6f7f9;--bg:#fff;"
-         "--base:#56657a;--mid:#0277b5;--sft:#c2470a;--rl:#14803c;")
-DARK = ("--fg:#e5e9f0;--muted:#98a3b3;--line:#323a46;--card:#1b212a;--bg:#12161c;"
-        "--base:#a3b0c2;--mid:#4db8f0;--sft:#fb9a4b;--rl:#55cf7f;")
-CHART_CSS = ("svg{color:var(--fg)}svg text{font:11px system-ui,sans-serif;fill:var(--muted)}"
-             "svg .value{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:3px}"
-             ".grid{stroke:var(--line)}.random,.majority{stroke:var(--muted);stroke-width:1.5}.random{stroke-dasharray:1.5 2.5}"
-             ".majority{stroke-dasharray:6 3}polyline{fill:none;vector-effect:non-scaling-stroke;stroke-width:1.8}"
-             ".raw{opacity:.35;stroke-width:1}"
-             + "".join(f".{s}{{stroke:var(--{s});fill:var(--{s})}}" for s in STAGES))
+LIGHT = (
+    "--fg:#1c2430;--muted:#5b6675;--line:#dde2e9;--card:#f6f7f9;--bg:#fff;"
+    "--base:#56657a;--mid:#0277b5;--sft:#c2470a;--rl:#14803c;"
+)
+DARK = (
+    "--fg:#e5e9f0;--muted:#98a3b3;--line:#323a46;--card:#1b212a;--bg:#12161c;"
+    "--base:#a3b0c2;--mid:#4db8f0;--sft:#fb9a4b;--rl:#55cf7f;"
+)
+CHART_CSS = (
+    "svg{color:var(--fg)}svg text{font:11px system-ui,sans-serif;fill:var(--muted)}"
+    "svg .value{fill:var(--fg);paint-order:stroke;stroke:var(--bg);stroke-width:3px}"
+    ".grid{stroke:var(--line)}.random,.majority{stroke:var(--muted);stroke-width:1.5}.random{stroke-dasharray:1.5 2.5}"
+    ".majority{stroke-dasharray:6 3}polyline{fill:none;vector-effect:non-scaling-stroke;stroke-width:1.8}"
+    ".raw{opacity:.35;stroke-width:1}"
+    + "".join(f".{s}{{stroke:var(--{s});fill:var(--{s})}}" for s in STAGES)
+)
 
 
 class Chart(NamedTuple):
@@ -251,8 +336,10 @@ class Chart(NamedTuple):
     height: int  # pixels
 
     def svg(self, extra="") -> str:
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" width="100%" height="{self.height}" role="img" '
-                f'aria-label="{html.escape(self.title)}"{extra}>{self.inner}</svg>')
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="100%" height="{self.height}" role="img" '
+            f'aria-label="{html.escape(self.title)}"{extra}>{self.inner}</svg>'
+        )
 
 
 def _stack(charts: list[Chart]) -> str:
@@ -263,37 +350,47 @@ def _stack(charts: list[Chart]) -> str:
         parts.append(title + chart.svg(f' y="{y + 26}"'))
         y += chart.height + 36
     style = f"<style>:root{{{LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}{CHART_CSS}</style>"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}">{style}'
-            f'<rect width="100%" height="100%" style="fill:var(--bg)"/>{"".join(parts)}</svg>\n')
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}">{style}'
+        f'<rect width="100%" height="100%" style="fill:var(--bg)"/>{"".join(parts)}</svg>\n'
+    )
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers from low to high."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(f for f in (1, 2, 5, 10) if (high - low) / (step * f) <= count)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _thin(steps: list, values: list, most: int = 300) -> tuple[list, list]:
     """At most `most` points: means of equal pieces."""
     piece = -(-len(steps) // most)
     cut = range(0, len(steps), piece or 1)
-    return [steps[min(i + piece, len(steps)) - 1] for i in cut], [sum(values[i:i + piece]) / len(values[i:i + piece]) for i in cut]
+    return [steps[min(i + piece, len(steps)) - 1] for i in cut], [
+        sum(values[i : i + piece]) / len(values[i : i + piece]) for i in cut
+    ]
 
 
 def _smooth(values: list) -> list:
     """Running mean over a thirtieth of the points around each."""
     half = len(values) // 60
-    around = [values[max(0, i - half):i + half + 1] for i in range(len(values))]
+    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(some) / len(some) for some in around]
 
 
-def _curve(rows: list[dict], stage: str, title: str, names: tuple[str, ...], from_zero: bool) -> Chart | None:
+def _curve(
+    rows: list[dict], stage: str, title: str, names: tuple[str, ...], from_zero: bool
+) -> Chart | None:
     """The first of `names` as a line (smoothed, if it has many points), the others as dots; None where no row has any."""
     lines, lost = [], 0
     for name in names:
         steps, values = column(rows, name)
-        finite = [(s, v) for s, v in zip(steps, values) if isinstance(v, int | float) and math.isfinite(v)]
+        finite = [
+            (s, v) for s, v in zip(steps, values) if isinstance(v, int | float) and math.isfinite(v)
+        ]
         lost += len(values) - len(finite)
         lines.append(_thin(*map(list, zip(*finite))) if finite else ([], []))
     shown = [v for _, values in lines for v in values]
@@ -302,7 +399,10 @@ def _curve(rows: list[dict], stage: str, title: str, names: tuple[str, ...], fro
     low, high = (min(0, *shown, 0) if from_zero else min(shown)), max(shown)
     pad = (high - low) * 0.06 or abs(high) * 0.1 or 1
     low, high = (low if from_zero else low - pad), high + pad
-    first, last = min(s for steps, _ in lines for s in steps), max(s for steps, _ in lines for s in steps)
+    first, last = (
+        min(s for steps, _ in lines for s in steps),
+        max(s for steps, _ in lines for s in steps),
+    )
     last = last if last > first else first + 1
     left, top, tall = 12, 6, 140
 
@@ -312,12 +412,16 @@ def _curve(rows: list[dict], stage: str, title: str, names: tuple[str, ...], fro
     parts = []
     for tick in _ticks(low, high):
         y = top + tall * at(first, tick)[1]
-        parts.append(f'<line class="grid" x1="{left}%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
-                     f'<text x="{left - 2.5}%" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{left}%" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 2.5}%" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        )
     for tick in (t for t in _ticks(first, last) if t == int(t)):
         x = left + (100 - left) * at(tick, low)[0]
         anchor = "end" if x > 96 else "middle"
-        parts.append(f'<text x="{x:.2f}%" y="{top + tall + 16}" text-anchor="{anchor}">{tick:,.0f}</text>')
+        parts.append(
+            f'<text x="{x:.2f}%" y="{top + tall + 16}" text-anchor="{anchor}">{tick:,.0f}</text>'
+        )
 
     def line(steps, values, kind):
         points = " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in map(at, steps, values))
@@ -325,13 +429,25 @@ def _curve(rows: list[dict], stage: str, title: str, names: tuple[str, ...], fro
 
     (steps, values), *others = lines
     smooth = len(values) >= 60 and not from_zero
-    inside = line(steps, values, "raw") + line(steps, _smooth(values), "") if smooth else line(steps, values, "")
-    parts.append(f'<svg x="{left}%" y="{top}" width="{100 - left}%" height="{tall}" viewBox="0 0 1000 1000" '
-                 f'preserveAspectRatio="none" overflow="visible">{inside}</svg>')
+    inside = (
+        line(steps, values, "raw") + line(steps, _smooth(values), "")
+        if smooth
+        else line(steps, values, "")
+    )
+    parts.append(
+        f'<svg x="{left}%" y="{top}" width="{100 - left}%" height="{tall}" viewBox="0 0 1000 1000" '
+        f'preserveAspectRatio="none" overflow="visible">{inside}</svg>'
+    )
     for steps, values in others or ([lines[0]] if len(lines[0][0]) < 30 else []):
         for x, y in map(at, steps, values):
-            parts.append(f'<circle cx="{left + (100 - left) * x:.2f}%" cy="{top + tall * y:.1f}" r="3.2" class="{stage}"/>')
-    return Chart(title + (f" ({lost} values not finite, left out)" if lost else ""), "".join(parts), top + tall + 24)
+            parts.append(
+                f'<circle cx="{left + (100 - left) * x:.2f}%" cy="{top + tall * y:.1f}" r="3.2" class="{stage}"/>'
+            )
+    return Chart(
+        title + (f" ({lost} values not finite, left out)" if lost else ""),
+        "".join(parts),
+        top + tall + 24,
+    )
 
 
 CURVES = [  # title, columns, whether its axis starts at zero
@@ -346,7 +462,9 @@ CURVES = [  # title, columns, whether its axis starts at zero
 
 def curves(rows: list[dict], stage: str) -> list[Chart]:
     """The charts of a stage's metrics over its steps."""
-    return [chart for title, names, zero in CURVES if (chart := _curve(rows, stage, title, names, zero))]
+    return [
+        chart for title, names, zero in CURVES if (chart := _curve(rows, stage, title, names, zero))
+    ]
 
 
 def dots(name: str, stages: dict[str, dict], published: Iterable[float] = ()) -> Chart:
@@ -360,23 +478,33 @@ def dots(name: str, stages: dict[str, dict], published: Iterable[float] = ()) ->
     def x(score):
         return f"{100 * (min(max(score, low), 1) - low) / (1 - low):.2f}%"
 
-    parts = [f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{tall}"/>'
-             f'<text x="{x(t)}" y="{tall + 13}" text-anchor="{"start" if t == low else "end" if t == 1 else "middle"}">{100 * t:.0f}'
-             f'{" %" if t == 1 else ""}</text>' for t in sorted({low, 0, 0.25, 0.5, 0.75, 1})]
+    parts = [
+        f'<line class="grid" x1="{x(t)}" x2="{x(t)}" y1="0" y2="{tall}"/>'
+        f'<text x="{x(t)}" y="{tall + 13}" text-anchor="{"start" if t == low else "end" if t == 1 else "middle"}">{100 * t:.0f}'
+        f"{' %' if t == 1 else ''}</text>"
+        for t in sorted({low, 0, 0.25, 0.5, 0.75, 1})
+    ]
     some = next(iter(stages.values()))
     for kind, value in (("random", some.get("baseline")), ("majority", some.get("majority"))):
         if value is not None:
-            parts.append(f'<line class="{kind}" x1="{x(value)}" x2="{x(value)}" y1="0" y2="{tall}"/>')
-    parts += [f'<text x="{x(v)}" y="{tall - 2}" text-anchor="middle" class="value">◇</text>' for v in published]
+            parts.append(
+                f'<line class="{kind}" x1="{x(value)}" x2="{x(value)}" y1="0" y2="{tall}"/>'
+            )
+    parts += [
+        f'<text x="{x(v)}" y="{tall - 2}" text-anchor="middle" class="value">◇</text>'
+        for v in published
+    ]
     for i, (stage, entry) in enumerate(stages.items()):
         y, score, half = row * i + row / 2, entry["score"], SURE * (entry.get("stderr") or 0)
         right = max(score + half, score + 0.02) < 0.72
         label = f"{stage} {100 * score:.1f}"
         edge = x(score + half) if right else x(score - half)
-        parts.append(f'<line class="{stage}" x1="{x(score - half)}" x2="{x(score + half)}" y1="{y}" y2="{y}" stroke-width="2.5" opacity=".55"/>'
-                     f'<circle class="{stage}" cx="{x(score)}" cy="{y}" r="4.5"/>'
-                     f'<text class="value" x="{edge}" dx="{9 if right else -9}" y="{y + 4}" '
-                     f'text-anchor="{"start" if right else "end"}">{label}</text>')
+        parts.append(
+            f'<line class="{stage}" x1="{x(score - half)}" x2="{x(score + half)}" y1="{y}" y2="{y}" stroke-width="2.5" opacity=".55"/>'
+            f'<circle class="{stage}" cx="{x(score)}" cy="{y}" r="4.5"/>'
+            f'<text class="value" x="{edge}" dx="{9 if right else -9}" y="{y + 4}" '
+            f'text-anchor="{"start" if right else "end"}">{label}</text>'
+        )
     return Chart(name, "".join(parts), tall + axis)
 
 
@@ -404,13 +532,35 @@ def _plan(run: Run) -> list[tuple]:
     cost = r.get("cost", spent * rate if rate and spent else None)
     money = plan.get("currency", "$")
     for what, planned, outcome in [
-        ("steps", f"{asked:,}" if asked and run.curves else None, f"{done:,}" if done and run.curves else None),
-        ("tokens", _value(plan.get("tokens") or (asked * batch if batch else None)), _value(done * batch if batch and done else None)),
-        ("time of training steps", _time(plan["hours"] * 3600) if plan.get("hours") else None, _time(spent * 3600) if spent else None),
-        *((f"time of {stage}", None, _time(h * 3600)) for stage, h in hours.items() if h and stage != "base"),
-        ("memory of a step", f"{plan['memory_bytes'] / 2**30:.2f} GiB" if "memory_bytes" in plan else None,
-         f"{r['step_memory_bytes'] / 2**30:.2f} GiB" if "step_memory_bytes" in r else None),
-        ("cost of training", *(None if sum_ is None else f"{money}{sum_:.2f}" for sum_ in (plan.get("cost"), cost))),
+        (
+            "steps",
+            f"{asked:,}" if asked and run.curves else None,
+            f"{done:,}" if done and run.curves else None,
+        ),
+        (
+            "tokens",
+            _value(plan.get("tokens") or (asked * batch if batch else None)),
+            _value(done * batch if batch and done else None),
+        ),
+        (
+            "time of training steps",
+            _time(plan["hours"] * 3600) if plan.get("hours") else None,
+            _time(spent * 3600) if spent else None,
+        ),
+        *(
+            (f"time of {stage}", None, _time(h * 3600))
+            for stage, h in hours.items()
+            if h and stage != "base"
+        ),
+        (
+            "memory of a step",
+            f"{plan['memory_bytes'] / 2**30:.2f} GiB" if "memory_bytes" in plan else None,
+            f"{r['step_memory_bytes'] / 2**30:.2f} GiB" if "step_memory_bytes" in r else None,
+        ),
+        (
+            "cost of training",
+            *(None if sum_ is None else f"{money}{sum_:.2f}" for sum_ in (plan.get("cost"), cost)),
+        ),
     ]:
         planned, outcome = (None if x == "—" else x for x in (planned, outcome))
         if planned or outcome:
@@ -425,8 +575,16 @@ def _score_rows(run: Run) -> tuple[list, list]:
     rows = []
     for name in sorted(names, key=lambda n: not _is_mean(n)):
         some = next(scores[s][name] for s in reversed(stages) if name in scores[s])
-        rows.append([name, *(_score(scores[s].get(name)) for s in stages), _percent(some.get("baseline")), _percent(some.get("majority")),
-                     _value(some.get("n")), some.get("kind", "")])
+        rows.append(
+            [
+                name,
+                *(_score(scores[s].get(name)) for s in stages),
+                _percent(some.get("baseline")),
+                _percent(some.get("majority")),
+                _value(some.get("n")),
+                some.get("kind", ""),
+            ]
+        )
     return ["task", *stages, "random", "majority", "items", "kind"], rows
 
 
@@ -440,12 +598,21 @@ def _beside(run: Run, earlier: list[Run]) -> tuple[list, list, list]:
     for other in [run, *earlier]:
         for stage, record in other.records.items():
             for name, entry in _scores(record).items():
-                put(name, Own("this run") if other is run else f"run {other.name}", stage, (Own if other is run else str)(_score(entry)))
+                put(
+                    name,
+                    Own("this run") if other is run else f"run {other.name}",
+                    stage,
+                    (Own if other is run else str)(_score(entry)),
+                )
     for who, _, metrics in REFERENCES:
         for name, by_stage in metrics.items():
             for stage, score in by_stage.items():
                 put(name, who, stage, f"{100 * score:.2f}")
-    compared = [(metric, lines) for metric, lines in known.values() if len(lines) > 1 or "this run" not in lines]
+    compared = [
+        (metric, lines)
+        for metric, lines in known.values()
+        if len(lines) > 1 or "this run" not in lines
+    ]
     compared.sort(key=lambda item: (not _is_mean(item[0]), "this run" not in item[1]))
     rows = []
     for metric, lines in compared:
@@ -455,8 +622,13 @@ def _beside(run: Run, earlier: list[Run]) -> tuple[list, list, list]:
 
 
 def _published(name: str) -> list[float]:
-    return [v for _, _, metrics in REFERENCES for metric, by_stage in metrics.items() if _key(metric) == _key(name)
-            for v in by_stage.values()]
+    return [
+        v
+        for _, _, metrics in REFERENCES
+        for metric, by_stage in metrics.items()
+        if _key(metric) == _key(name)
+        for v in by_stage.values()
+    ]
 
 
 def _bits_rows(run: Run) -> tuple[list, list]:
@@ -466,16 +638,37 @@ def _bits_rows(run: Run) -> tuple[list, list]:
     for source, by_stage in found.items():
         bits = {s: by_stage.get(s, {}) for s in stages}
         size = next((b["bytes"] for b in bits.values() if b.get("bytes")), None)
-        rows.append([source, "all", *(_with_error(b.get("bpb"), b.get("stderr"), spec=".4f") for b in bits.values()), _value(size)])
+        rows.append(
+            [
+                source,
+                "all",
+                *(_with_error(b.get("bpb"), b.get("stderr"), spec=".4f") for b in bits.values()),
+                _value(size),
+            ]
+        )
         kinds = dict.fromkeys(kind for b in bits.values() for kind in b.get("kinds", {}))
         for kind in kinds if len(kinds) > 1 else ():
             cells = [b.get("kinds", {}).get(kind, {}) for b in bits.values()]
             size = next((c["bytes"] for c in cells if c.get("bytes")), None)
-            rows.append(["", kind, *(_with_error(c.get("bpb"), c.get("stderr"), spec=".4f") for c in cells), _value(size)])
+            rows.append(
+                [
+                    "",
+                    kind,
+                    *(_with_error(c.get("bpb"), c.get("stderr"), spec=".4f") for c in cells),
+                    _value(size),
+                ]
+            )
     for key, label in (("gzip_bpb", "gzip -9"), ("xz_bpb", "xz -9")):
         if rows and run.results.get(key):
-            rows.append([_val_source(run), label, f"{run.results[key]:.4f}", *[""] * (len(stages) - 1),
-                         _value(run.results.get("val_bytes"))])
+            rows.append(
+                [
+                    _val_source(run),
+                    label,
+                    f"{run.results[key]:.4f}",
+                    *[""] * (len(stages) - 1),
+                    _value(run.results.get("val_bytes")),
+                ]
+            )
     return ["text", "kind", *stages, "bytes"], rows
 
 
@@ -488,8 +681,17 @@ def _harness_rows(run: Run) -> tuple[list, list]:
                 metric, _, by = name.partition(",")
                 if isinstance(value, float) and not metric.endswith("_stderr"):
                     error = metrics.get(f"{metric}_stderr,{by}")
-                    rows.append([task, stage, metric, _with_error(value, error if isinstance(error, float) else None, spec=".4f"),
-                                 _value(found.get("n-samples", {}).get(task, {}).get("effective"))])
+                    rows.append(
+                        [
+                            task,
+                            stage,
+                            metric,
+                            _with_error(
+                                value, error if isinstance(error, float) else None, spec=".4f"
+                            ),
+                            _value(found.get("n-samples", {}).get(task, {}).get("effective")),
+                        ]
+                    )
     return ["task", "stage", "metric", "value", "items"], rows
 
 
@@ -498,17 +700,41 @@ def _how_measured(run: Run) -> tuple[list, list]:
     for stage, record in run.records.items():
         for name, e in record.get("tasks", {}).items():
             overlap = e.get("contamination")
-            rows.append([stage, name, _value(e.get("n")), _value(e.get("limit")), _value(e.get("seed", record.get("seed"))),
-                         "—" if e.get("seconds") is None else _time(e["seconds"]),
-                         "—" if e.get("per_second") is None else _short(e["per_second"]), _value(e.get("truncated")),
-                         "—" if not overlap else f"{overlap['overlapping']} of {overlap['n']}"
-                         + (f" ({overlap['short']} too short to tell)" if overlap.get("short") else "")])
-    return ["stage", "task", "items", "limit", "seed", "time", "items/s", "cut prompts", "seen in training"], rows
+            rows.append(
+                [
+                    stage,
+                    name,
+                    _value(e.get("n")),
+                    _value(e.get("limit")),
+                    _value(e.get("seed", record.get("seed"))),
+                    "—" if e.get("seconds") is None else _time(e["seconds"]),
+                    "—" if e.get("per_second") is None else _short(e["per_second"]),
+                    _value(e.get("truncated")),
+                    "—"
+                    if not overlap
+                    else f"{overlap['overlapping']} of {overlap['n']}"
+                    + (f" ({overlap['short']} too short to tell)" if overlap.get("short") else ""),
+                ]
+            )
+    return [
+        "stage",
+        "task",
+        "items",
+        "limit",
+        "seed",
+        "time",
+        "items/s",
+        "cut prompts",
+        "seen in training",
+    ], rows
 
 
 def _samples(run: Run) -> list[tuple[str, str, str]]:
-    found = [(stage, s.get("prompt", ""), s.get("text", "")) for stage, record in run.records.items()
-             for s in record.get("samples", [])[:4]]
+    found = [
+        (stage, s.get("prompt", ""), s.get("text", ""))
+        for stage, record in run.records.items()
+        for s in record.get("samples", [])[:4]
+    ]
     if not found or "base" not in run.records:
         found = [("base", "", str(text)) for text in run.results.get("samples", [])[:4]] + found
     return found
@@ -516,25 +742,49 @@ def _samples(run: Run) -> list[tuple[str, str, str]]:
 
 def _environment(run: Run) -> list[tuple[str, str]]:
     r = run.results
-    pairs = [("trained on", r.get("device")), ("trained with jax", r.get("jax")), ("trained with python", r.get("python")),
-             ("trained from commit", r.get("commit"))]
+    pairs = [
+        ("trained on", r.get("device")),
+        ("trained with jax", r.get("jax")),
+        ("trained with python", r.get("python")),
+        ("trained from commit", r.get("commit")),
+    ]
     for stage, record in run.records.items():
-        pairs.append((f"{stage} measured", ", ".join(str(x) for x in (
-            record.get("checkpoint"), record.get("device"), f"jax {record['jax']}" if "jax" in record else None,
-            f"seed {record['seed']}" if "seed" in record else None, record.get("time")) if x)))
+        pairs.append(
+            (
+                f"{stage} measured",
+                ", ".join(
+                    str(x)
+                    for x in (
+                        record.get("checkpoint"),
+                        record.get("device"),
+                        f"jax {record['jax']}" if "jax" in record else None,
+                        f"seed {record['seed']}" if "seed" in record else None,
+                        record.get("time"),
+                    )
+                    if x
+                ),
+            )
+        )
     now = datetime.datetime.now(datetime.UTC)
     commit = commit_id()
     return [(k, str(v)) for k, v in pairs if v] + [
-        ("report written", f"{now:%Y-%m-%d %H:%M} UTC, python {platform.python_version()}, jax {jax.__version__}"
-                           + (f", commit {commit}" if commit else ""))]
+        (
+            "report written",
+            f"{now:%Y-%m-%d %H:%M} UTC, python {platform.python_version()}, jax {jax.__version__}"
+            + (f", commit {commit}" if commit else ""),
+        )
+    ]
 
 
 def commit_id() -> str:
     """The commit of this code, "-dirty" behind it if changed since; "" without git."""
     if not shutil.which("git"):
         return ""
-    asked = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"],
-                           capture_output=True, text=True)
+    asked = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--exclude", "*"],
+        capture_output=True,
+        text=True,
+    )
     return asked.stdout.strip() if asked.returncode == 0 else ""
 
 
@@ -543,7 +793,9 @@ def differences(run: Run) -> list[tuple[str, dict[str, dict]]]:
     found = []
     for before, after in zip(list(run.records), list(run.records)[1:]):
         compared = stats.compare(run.records[before], run.records[after], (before, after))
-        parts = {n for n, e in run.records[after].get("tasks", {}).items() if e.get("kind") == "core"}
+        parts = {
+            n for n, e in run.records[after].get("tasks", {}).items() if e.get("kind") == "core"
+        }
         if compared := {n: c for n, c in compared.items() if n not in parts}:
             found.append((f"From {before} to {after}", compared))
     return found
@@ -552,10 +804,17 @@ def differences(run: Run) -> list[tuple[str, dict[str, dict]]]:
 def _log_block(run: Run, compared: list[tuple[str, dict]]) -> str:
     """What belongs into a LOG: date, setting, outcome, the scores."""
     times = [record["time"][:10] for record in run.records.values() if record.get("time")]
-    times += [f"{datetime.datetime.fromtimestamp(rows[-1]['time'], datetime.UTC):%Y-%m-%d}" for rows in run.curves.values()
-              if rows and "time" in rows[-1]]
+    times += [
+        f"{datetime.datetime.fromtimestamp(rows[-1]['time'], datetime.UTC):%Y-%m-%d}"
+        for rows in run.curves.values()
+        if rows and "time" in rows[-1]
+    ]
     r, c = run.results, run.config
-    setting = [f"{c['n_layer']} layers × {c['n_embd']}, vocabulary {c['vocab_size']:,}, {c['optimizer']}"] if "n_layer" in c else []
+    setting = (
+        [f"{c['n_layer']} layers × {c['n_embd']}, vocabulary {c['vocab_size']:,}, {c['optimizer']}"]
+        if "n_layer" in c
+        else []
+    )
     setting += [r["preset"]] if "preset" in r else []
     setting += [f"{r['device']}, jax {r['jax']}"] if "device" in r and "jax" in r else []
     lines = [f"## {max(times, default='undated')} · Run {run.name}", "", verdict(run)]
@@ -565,11 +824,17 @@ def _log_block(run: Run, compared: list[tuple[str, dict]]) -> str:
             lines += ["", *_md_table(heads, rows)]
     for pair, tasks in compared:
         real = [c["sentence"] for c in tasks.values() if c["p_adjusted"] < stats.CONFIDENT]
-        lines += ["", f"{pair}, {len(real)} of {len(tasks)} differences are real.", *(f"- {sentence}" for sentence in real)]
+        lines += [
+            "",
+            f"{pair}, {len(real)} of {len(tasks)} differences are real.",
+            *(f"- {sentence}" for sentence in real),
+        ]
     return "\n".join(lines)
 
 
-def sections(run: Run, earlier: list[Run] = (), unread: list[str] = ()) -> list[tuple[str, list[tuple]]]:
+def sections(
+    run: Run, earlier: list[Run] = (), unread: list[str] = ()
+) -> list[tuple[str, list[tuple]]]:
     """(title, blocks) in the order of the page; only those that the run has something for."""
     found = []
 
@@ -577,29 +842,102 @@ def sections(run: Run, earlier: list[Run] = (), unread: list[str] = ()) -> list[
         if blocks := [b for b in blocks if b[-1]]:
             found.append((title, blocks))
 
-    scores = {stage: {n: e for n, e in _scores(record).items() if _rated(e)} for stage, record in run.records.items()}
-    names = sorted(dict.fromkeys(n for s in scores.values() for n in s), key=lambda n: not _is_mean(n))
-    charts = [dots(n, {s: scores[s][n] for s in scores if n in scores[s]}, _published(n)) for n in names]
+    scores = {
+        stage: {n: e for n, e in _scores(record).items() if _rated(e)}
+        for stage, record in run.records.items()
+    }
+    names = sorted(
+        dict.fromkeys(n for s in scores.values() for n in s), key=lambda n: not _is_mean(n)
+    )
+    charts = [
+        dots(n, {s: scores[s][n] for s in scores if n in scores[s]}, _published(n)) for n in names
+    ]
     compared = differences(run)
-    add("Scores", ("charts", "scores", charts), ("text", charts and
-        "Dots with 95 % ranges. Dotted line: random answers; dashed line: always the commonest answer; ◇: published by others, see below."),
+    add(
+        "Scores",
+        ("charts", "scores", charts),
+        (
+            "text",
+            charts
+            and "Dots with 95 % ranges. Dotted line: random answers; dashed line: always the commonest answer; ◇: published by others, see below.",
+        ),
         ("table", *_score_rows(run)),
-        ("text", run.records and "Percent right ± standard error (perplexities: lower is better). CORE and ChatCORE are means of scores "
-                                 "centred on guessing: 0 is chance, 100 perfect; of a part: over other tasks than nanochat's."))
-    add("Is the difference real?", *(block for pair, tasks in compared for block in (
-        ("head", pair), ("list", [c["sentence"] for c in sorted(tasks.values(), key=lambda c: c["p_adjusted"])]))))
+        (
+            "text",
+            run.records
+            and "Percent right ± standard error (perplexities: lower is better). CORE and ChatCORE are means of scores "
+            "centred on guessing: 0 is chance, 100 perfect; of a part: over other tasks than nanochat's.",
+        ),
+    )
+    add(
+        "Is the difference real?",
+        *(
+            block
+            for pair, tasks in compared
+            for block in (
+                ("head", pair),
+                (
+                    "list",
+                    [c["sentence"] for c in sorted(tasks.values(), key=lambda c: c["p_adjusted"])],
+                ),
+            )
+        ),
+    )
     if run.records:
         heads, rows, sources = _beside(run, earlier)
-        add("Beside others", ("table", heads, rows), ("list", [*unread, *sources]),
-            ("text", "Published figures come from other models, data and code: a scale to read one's own by, not a contest."))
-    core = {s: record["core"]["tasks"] for s, record in run.records.items() if record.get("core", {}).get("tasks")}
+        add(
+            "Beside others",
+            ("table", heads, rows),
+            ("list", [*unread, *sources]),
+            (
+                "text",
+                "Published figures come from other models, data and code: a scale to read one's own by, not a contest.",
+            ),
+        )
+    core = {
+        s: record["core"]["tasks"]
+        for s, record in run.records.items()
+        if record.get("core", {}).get("tasks")
+    }
     labels = dict.fromkeys(label for tasks in core.values() for label in tasks)
-    add("CORE, task by task", ("table", ["task", *core, "random", "items"], [
-        [label, *(_with_error(tasks.get(label, {}).get("accuracy"), tasks.get(label, {}).get("stderr"), 100) for tasks in core.values()),
-         *next(([_percent(t[label].get("baseline")), _value(t[label].get("n"))] for t in core.values() if label in t))] for label in labels]))
+    add(
+        "CORE, task by task",
+        (
+            "table",
+            ["task", *core, "random", "items"],
+            [
+                [
+                    label,
+                    *(
+                        _with_error(
+                            tasks.get(label, {}).get("accuracy"),
+                            tasks.get(label, {}).get("stderr"),
+                            100,
+                        )
+                        for tasks in core.values()
+                    ),
+                    *next(
+                        (
+                            [_percent(t[label].get("baseline")), _value(t[label].get("n"))]
+                            for t in core.values()
+                            if label in t
+                        )
+                    ),
+                ]
+                for label in labels
+            ],
+        ),
+    )
     add("By lm-evaluation-harness", ("table", *_harness_rows(run)))
-    add("Bits per byte", ("table", *_bits_rows(run)), ("text", _text_bits(run) and
-        "How many bits a byte of unseen text costs, ± standard error: lower is better, whatever the vocabulary."))
+    add(
+        "Bits per byte",
+        ("table", *_bits_rows(run)),
+        (
+            "text",
+            _text_bits(run)
+            and "How many bits a byte of unseen text costs, ± standard error: lower is better, whatever the vocabulary.",
+        ),
+    )
     for stage, rows in run.curves.items():
         add(f"Training: {stage}", ("charts", stage, curves(rows, stage)))
     add("Plan and outcome", ("table", ["", "plan", "outcome"], [list(row) for row in _plan(run)]))
@@ -609,11 +947,28 @@ def sections(run: Run, earlier: list[Run] = (), unread: list[str] = ()) -> list[
     for stage, record in run.records.items():
         for task, why in record.get("skipped", {}).items():
             skipped.setdefault((task, why), []).append(stage)
-    add("Not measured", ("list", [f"{task} ({', '.join(stages)}): {why}" for (task, why), stages in skipped.items()]))
-    tokenizer = [("tokenizer", f"{r['vocab_size']:,} tokens") for r in [run.results] if "vocab_size" in r]
-    tokenizer += [("bytes per token", f"{r['bytes_per_token']:.3f}") for r in [run.results] if "bytes_per_token" in r]
-    figures = [(k, _value(run.results[k])) for k in ("preset", "source", "params") if k in run.results]
-    add("Configuration", ("pairs", figures + tokenizer + [(k, _value(v)) for k, v in run.config.items()]))
+    add(
+        "Not measured",
+        (
+            "list",
+            [f"{task} ({', '.join(stages)}): {why}" for (task, why), stages in skipped.items()],
+        ),
+    )
+    tokenizer = [
+        ("tokenizer", f"{r['vocab_size']:,} tokens") for r in [run.results] if "vocab_size" in r
+    ]
+    tokenizer += [
+        ("bytes per token", f"{r['bytes_per_token']:.3f}")
+        for r in [run.results]
+        if "bytes_per_token" in r
+    ]
+    figures = [
+        (k, _value(run.results[k])) for k in ("preset", "source", "params") if k in run.results
+    ]
+    add(
+        "Configuration",
+        ("pairs", figures + tokenizer + [(k, _value(v)) for k, v in run.config.items()]),
+    )
     add("Environment", ("pairs", _environment(run)))
     add("For the log", ("code", _log_block(run, compared)))
     return found
@@ -631,7 +986,11 @@ def _md_table(heads, rows) -> list[str]:
     def cell(x):
         return f"**{_md(x)}**" if isinstance(x, Own | Head) else _md(x)
 
-    return [f"| {' | '.join(map(_md, heads))} |", "|---" * len(heads) + "|", *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
+    return [
+        f"| {' | '.join(map(_md, heads))} |",
+        "|---" * len(heads) + "|",
+        *(f"| {' | '.join(map(cell, row))} |" for row in rows),
+    ]
 
 
 def _fenced(text: str, language="text") -> list[str]:
@@ -713,7 +1072,10 @@ pre{max-height:none}pre.log{white-space:pre-wrap}.wide{overflow:visible}table{fo
 
 
 def _html_table(heads, rows) -> str:
-    text = [i == 0 or 2 * sum(bool(re.search(r"[^\W\d_]{2}", str(row[i]))) for row in rows) > len(rows) for i in range(len(heads))]
+    text = [
+        i == 0 or 2 * sum(bool(re.search(r"[^\W\d_]{2}", str(row[i]))) for row in rows) > len(rows)
+        for i in range(len(heads))
+    ]
     long = [max(len(str(row[i])) for row in rows) > 30 for i in range(len(heads))]
 
     def cell(i, x):
@@ -721,10 +1083,18 @@ def _html_table(heads, rows) -> str:
         inside = html.escape(str(x))
         return f'<td class="{kind}">{f"<b>{inside}</b>" if isinstance(x, Own) else inside}</td>'
 
-    top = "".join(f'<th class="{"" if text[i] else "num"}">{html.escape(h)}</th>' for i, h in enumerate(heads))
-    body = "".join(f'<tr><th colspan="{len(heads)}" class="head">{html.escape(row[0])}</th></tr>' if isinstance(row[0], Head) else
-                   f"<tr>{''.join(cell(i, x) for i, x in enumerate(row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    top = "".join(
+        f'<th class="{"" if text[i] else "num"}">{html.escape(h)}</th>' for i, h in enumerate(heads)
+    )
+    body = "".join(
+        f'<tr><th colspan="{len(heads)}" class="head">{html.escape(row[0])}</th></tr>'
+        if isinstance(row[0], Head)
+        else f"<tr>{''.join(cell(i, x) for i, x in enumerate(row))}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def page(run: Run, parts: list) -> str:
@@ -741,20 +1111,29 @@ def page(run: Run, parts: list) -> str:
             elif kind == "list":
                 body.append(f"<ul>{''.join(f'<li>{e(item)}</li>' for item in content[0])}</ul>")
             elif kind == "pairs":
-                body.append(f"<dl>{''.join(f'<div><dt>{e(k)}</dt><dd>{e(v)}</dd></div>' for k, v in content[0])}</dl>")
+                body.append(
+                    f"<dl>{''.join(f'<div><dt>{e(k)}</dt><dd>{e(v)}</dd></div>' for k, v in content[0])}</dl>"
+                )
             elif kind == "table":
                 body.append(_html_table(*content))
             elif kind == "charts":
-                body.append(f'<div class="charts">{"".join(f"<div><h3>{e(c.title)}</h3>{c.svg()}</div>" for c in content[1])}</div>')
+                body.append(
+                    f'<div class="charts">{"".join(f"<div><h3>{e(c.title)}</h3>{c.svg()}</div>" for c in content[1])}</div>'
+                )
             elif kind == "samples":
-                cards = [f"<div><h3>{e(who)}</h3><pre><b>{e(prompt)}</b>{e(text)}</pre></div>" for who, prompt, text in content[0]]
+                cards = [
+                    f"<div><h3>{e(who)}</h3><pre><b>{e(prompt)}</b>{e(text)}</pre></div>"
+                    for who, prompt, text in content[0]
+                ]
                 body.append(f'<div class="samples">{"".join(cards)}</div>')
             elif kind == "code":
                 body.append(f'<pre class="log">{e(content[0])}</pre>')
         body.append("</section>")
     style = f":root{{color-scheme:light dark;{LIGHT}}}@media screen and (prefers-color-scheme:dark){{:root{{{DARK}}}}}{CHART_CSS}{CSS}"
-    return _clean(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-                  f"<title>{e(run.name)} · report</title><style>{style}</style></head><body>{''.join(body)}</body></html>\n")
+    return _clean(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{e(run.name)} · report</title><style>{style}</style></head><body>{''.join(body)}</body></html>\n"
+    )
 
 
 def write(folder) -> Path:
@@ -768,7 +1147,9 @@ def write(folder) -> Path:
     for _, blocks in parts:
         for kind, *content in blocks:
             if kind == "charts":
-                write_atomic(folder / "plots" / f"report_{content[0]}.svg", _clean(_stack(content[1])))
+                write_atomic(
+                    folder / "plots" / f"report_{content[0]}.svg", _clean(_stack(content[1]))
+                )
     write_atomic(folder / "report.md", markdown(run, parts))
     write_atomic(folder / "report.html", page(run, parts))
     return folder / "report.html"

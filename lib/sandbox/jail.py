@@ -13,38 +13,121 @@ import sys
 import types
 
 # The only parts of the file system that a program can read, apart from its own folder: Python and what its extensions link to.
-READABLE = [os.path.dirname(os.path.realpath(os.__file__)), os.path.join(sys.base_prefix, "lib"), "/lib", "/lib64", "/usr/lib",
-            "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/etc/localtime"]
+READABLE = [
+    os.path.dirname(os.path.realpath(os.__file__)),
+    os.path.join(sys.base_prefix, "lib"),
+    "/lib",
+    "/lib64",
+    "/usr/lib",
+    "/usr/lib64",
+    "/usr/local/lib",
+    "/usr/share/zoneinfo",
+    "/etc/ld.so.cache",
+    "/etc/localtime",
+]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
 FILE_BYTES, FOLDER_BYTES, FOLDER_FILES, OPEN_FILES, THREADS = 16 << 20, 32 << 20, 4096, 64, 64
 
 # Refused with EPERM: name -> number on x86_64 and on aarch64 (None: has no such call). From the kernel's unistd headers.
 REFUSED = {
     # other programs, other processes
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "setsid": (112, 157), "setpgid": (109, 154),
-    "tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "ptrace": (101, 117), "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271), "process_madvise": (440, 440), "kcmp": (312, 272), "setpriority": (141, 140),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118), "sched_setattr": (314, 274),
-    "ioprio_set": (251, 30), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "fork": (57, None),
+    "vfork": (58, None),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    "setsid": (112, 157),
+    "setpgid": (109, 154),
+    "tkill": (200, 130),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "pidfd_open": (434, 434),
+    "pidfd_getfd": (438, 438),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "kcmp": (312, 272),
+    "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
     # network, and memory that outlives the process or escapes its limits
-    "socket": (41, 198), "io_uring_setup": (425, 425), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "socket": (41, 198),
+    "io_uring_setup": (425, 425),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
     # the kernel's own affairs
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97), "setns": (308, 268),
-    "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432),
-    "fspick": (433, 433), "mount_setattr": (442, 442), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218), "init_module": (175, 105), "finit_module": (313, 273),
-    "delete_module": (176, 106), "kexec_load": (246, 104), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225),
-    "acct": (163, 89), "quotactl": (179, 60), "syslog": (103, 116), "settimeofday": (164, 170), "clock_settime": (227, 112),
-    "adjtimex": (159, 171), "clock_adjtime": (305, 266), "sethostname": (170, 161), "setdomainname": (171, 162),
-    "personality": (135, 92), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "fanotify_init": (300, 262),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "keyctl": (250, 219),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "kexec_load": (246, 104),
+    "reboot": (169, 142),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "syslog": (103, 116),
+    "settimeofday": (164, 170),
+    "clock_settime": (227, 112),
+    "adjtimex": (159, 171),
+    "clock_adjtime": (305, 266),
+    "sethostname": (170, 161),
+    "setdomainname": (171, 162),
+    "personality": (135, 92),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "fanotify_init": (300, 262),
 }
 METADATA = {  # Landlock lets these through; a mount that can't be written stops them itself
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55),
-    "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None),
-    "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14),
-    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "setxattrat": (463, 463),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
 }
 CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -54,7 +137,12 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(function, *args):
     """A libc function's result, or OSError with its errno."""
-    result = function(*[a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a for a in args])
+    result = function(
+        *[
+            a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a
+            for a in args
+        ]
+    )
     if result < 0:
         e = ctypes.get_errno()
         raise OSError(e, os.strerror(e), function.__name__)
@@ -82,14 +170,25 @@ def enter_namespaces(folder, work):
     The caller's next child is process 1 of the new process namespace. As root a user namespace is the second choice: without it one can
     become another user afterwards, to whom the kernel's limit on processes applies.
     """
-    newns, newuts, newipc, newuser, newpid, newnet = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+    newns, newuts, newipc, newuser, newpid, newnet = (
+        0x20000,
+        0x4000000,
+        0x8000000,
+        0x10000000,
+        0x20000000,
+        0x40000000,
+    )
     uid, gid = os.geteuid(), os.getegid()
     rest = newns | newuts | newipc | newpid | newnet
     try:
         call(libc.unshare, rest)
     except OSError:
         call(libc.unshare, newuser | rest)
-        for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"1000 {uid} 1"),
+            ("gid_map", f"1000 {gid} 1"),
+        ):
             with open(f"/proc/self/{name}", "w") as f:
                 f.write(text)
     nosuid, nodev, bind, rec, private = 2, 4, 4096, 16384, 1 << 18
@@ -117,7 +216,14 @@ def enter_namespaces(folder, work):
         call(libc.mount, path, inside, None, bind | rec, None)
         read_only(inside, at_recursive)
     os.makedirs(folder + work)
-    call(libc.mount, "tmpfs", folder + work, "tmpfs", nosuid | nodev, f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700")
+    call(
+        libc.mount,
+        "tmpfs",
+        folder + work,
+        "tmpfs",
+        nosuid | nodev,
+        f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700",
+    )
     read_only(folder, 0)
     os.chdir(folder)
     # pivot_root: the old root now lies over the new one
@@ -131,17 +237,28 @@ def landlock(folder):
     where the kernel is new enough."""
     abi = syscall(444, None, 0, 1)
     execute, write, read, read_dir, truncate = 1, 2, 4, 8, 1 << 14
-    every = (1 << 13) - 1 | (1 << 13 if abi >= 2 else 0) | (truncate if abi >= 3 else 0) | (1 << 15 if abi >= 5 else 0)
+    every = (
+        (1 << 13) - 1
+        | (1 << 13 if abi >= 2 else 0)
+        | (truncate if abi >= 3 else 0)
+        | (1 << 15 if abi >= 5 else 0)
+    )
     scoped = 3 if abi >= 6 else 0  # abstract sockets and signals
-    rules = syscall(444, (ctypes.c_uint64 * 3)(every, 3, scoped), 24 if abi >= 6 else 16 if abi >= 4 else 8, 0)
+    rules = syscall(
+        444, (ctypes.c_uint64 * 3)(every, 3, scoped), 24 if abi >= 6 else 16 if abi >= 4 else 8, 0
+    )
     for path in [folder, *READABLE, *DEVICES]:
         if not os.path.exists(path):
             continue
-        rights = every & ~execute if path == folder else read | read_dir if os.path.isdir(path) else read
+        rights = (
+            every & ~execute if path == folder else read | read_dir if os.path.isdir(path) else read
+        )
         if path in DEVICES:
             rights |= write | truncate & every
         fd = os.open(path, os.O_PATH)
-        rule = ctypes.create_string_buffer(rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder), 12)
+        rule = ctypes.create_string_buffer(
+            rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder), 12
+        )
         syscall(445, rules, 1, rule, 0)
         os.close(fd)
     syscall(446, rules, 0)
@@ -166,7 +283,14 @@ def seccomp(metadata):
     # low halves: both processors are little-endian
     number, arch, arg0 = (load, 0, 0, 0), (load, 0, 0, 4), (load, 0, 0, 16)
     pid = os.getpid()
-    code = [arch, (equal, 1, 0, AUDIT_ARCH[platform_machine()]), deny, number, (above, 0, 1, 0x40000000), deny]
+    code = [
+        arch,
+        (equal, 1, 0, AUDIT_ARCH[platform_machine()]),
+        deny,
+        number,
+        (above, 0, 1, 0x40000000),
+        deny,
+    ]
     for numbers in (REFUSED | (METADATA if metadata else {})).values():
         if numbers[column] is not None:
             code += [(equal, 0, 1, numbers[column]), deny]
@@ -175,11 +299,23 @@ def seccomp(metadata):
     code += [(equal, 0, 4, CLONE[column]), arg0, (test, 1, 0, 0x10000), deny, allow]  # CLONE_THREAD
     for numbers in (KILL, TGKILL):
         code += [(equal, 0, 4, numbers[column]), arg0, (equal, 1, 0, pid), deny, allow]
-    code += [(equal, 0, 5, PRLIMIT[column]), arg0, (equal, 2, 0, 0), (equal, 1, 0, pid), deny, allow]
+    code += [
+        (equal, 0, 5, PRLIMIT[column]),
+        arg0,
+        (equal, 2, 0, 0),
+        (equal, 1, 0, pid),
+        deny,
+        allow,
+    ]
     code += [allow]
 
     class Instruction(ctypes.Structure):
-        _fields_ = [("code", ctypes.c_uint16), ("yes", ctypes.c_uint8), ("no", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+        _fields_ = [
+            ("code", ctypes.c_uint16),
+            ("yes", ctypes.c_uint8),
+            ("no", ctypes.c_uint8),
+            ("k", ctypes.c_uint32),
+        ]
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(Instruction))]
@@ -195,7 +331,9 @@ def open_to_all(path):
     ways = [os.path.dirname(path)]
     while ways[-1] != "/":
         ways.append(os.path.dirname(ways[-1]))
-    return all(os.stat(way).st_mode & 1 for way in ways) and (os.path.isdir(path) or os.stat(path).st_mode & 4)
+    return all(os.stat(way).st_mode & 1 for way in ways) and (
+        os.path.isdir(path) or os.stat(path).st_mode & 4
+    )
 
 
 def become_nobody(folder):
@@ -215,7 +353,10 @@ def become_nobody(folder):
 def limit(kind, soft, hard=None):
     """Lower a resource limit (never above the hard one in force)."""
     ceiling = resource.getrlimit(kind)[1]
-    values = [v if ceiling == resource.RLIM_INFINITY else min(v, ceiling) for v in (soft, soft if hard is None else hard)]
+    values = [
+        v if ceiling == resource.RLIM_INFINITY else min(v, ceiling)
+        for v in (soft, soft if hard is None else hard)
+    ]
     resource.setrlimit(kind, tuple(values))
 
 
@@ -299,7 +440,9 @@ def run(code, folder, work, layers, memory, seconds, caller, nonce, status):
     import _sitebuiltins  # exit() and quit(), which -S leaves out
     import builtins
 
-    builtins.exit, builtins.quit = (_sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit"))
+    builtins.exit, builtins.quit = (
+        _sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit")
+    )
     path = os.path.join(work, "program.py")
     with open(path, "w", encoding="utf-8", errors="surrogatepass") as f:
         f.write(code)

@@ -51,18 +51,37 @@ def calculator(expression: str, *, wide: bool = False) -> str | None:
     # Backslashes are refused so that the quoted parts are certain; digits run into letters because Python only warns of them.
     quoted = [*QUOTED.findall(expression), ""]
     plain = [THOUSANDS.sub("", part) for part in QUOTED.split(expression)]
-    if "\\" in expression or any(re.search(r"\d[a-df-zA-DF-Z_]|[eE]\d*[a-zA-Z_]\d", part) for part in plain):
+    if "\\" in expression or any(
+        re.search(r"\d[a-df-zA-DF-Z_]|[eE]\d*[a-zA-Z_]\d", part) for part in plain
+    ):
         return None
     if not wide and (len(quoted) == 1 and not re.fullmatch(r"[\d\s+\-*/%.()]*", plain[0])):
         return None
     try:
-        tree = ast.parse("".join(a + b for a, b in zip(plain, quoted, strict=True)).strip(), mode="eval").body
+        tree = ast.parse(
+            "".join(a + b for a, b in zip(plain, quoted, strict=True)).strip(), mode="eval"
+        ).body
         if not wide and len(quoted) > 1:
-            call = isinstance(tree, ast.Call) and isinstance(tree.func, ast.Attribute) and tree.func.attr == "count"
-            if not call or not all(isinstance(part, ast.Constant) for part in (tree.func.value, *tree.args)):
+            call = (
+                isinstance(tree, ast.Call)
+                and isinstance(tree.func, ast.Attribute)
+                and tree.func.attr == "count"
+            )
+            if not call or not all(
+                isinstance(part, ast.Constant) for part in (tree.func.value, *tree.args)
+            ):
                 return None
         return written(value(tree, wide, DEPTH))
-    except (Refused, SyntaxError, TypeError, ValueError, IndexError, ArithmeticError, RecursionError, MemoryError):
+    except (
+        Refused,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        IndexError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+    ):
         return None
 
 
@@ -85,7 +104,11 @@ def bounded(x):
     elif isinstance(x, str):
         if len(x) <= STRING:
             return x
-    elif isinstance(x, list) and all(isinstance(s, str) for s in x) and sum(map(len, x)) + len(x) <= STRING:
+    elif (
+        isinstance(x, list)
+        and all(isinstance(s, str) for s in x)
+        and sum(map(len, x)) + len(x) <= STRING
+    ):
         return x
     raise Refused
 
@@ -99,7 +122,10 @@ def whole(x) -> int:
 
 def kinds(*allowed):
     """A check that arguments are of these types, one for one."""
-    return lambda args: len(args) == len(allowed) and all(isinstance(a, t) for a, t in zip(args, allowed, strict=True))
+    return lambda args: (
+        len(args) == len(allowed)
+        and all(isinstance(a, t) for a, t in zip(args, allowed, strict=True))
+    )
 
 
 def power(a, b):
@@ -176,14 +202,39 @@ def text_or_list(function):
     return guarded
 
 
-BINARY = {ast.Add: plus, ast.Sub: numbers(lambda a, b: a - b), ast.Mult: times, ast.Div: numbers(lambda a, b: a / b),
-          ast.FloorDiv: numbers(lambda a, b: a // b), ast.Mod: numbers(lambda a, b: a % b), ast.Pow: numbers(power)}
+BINARY = {
+    ast.Add: plus,
+    ast.Sub: numbers(lambda a, b: a - b),
+    ast.Mult: times,
+    ast.Div: numbers(lambda a, b: a / b),
+    ast.FloorDiv: numbers(lambda a, b: a // b),
+    ast.Mod: numbers(lambda a, b: a % b),
+    ast.Pow: numbers(power),
+}
 UNARY = {ast.USub: numbers(lambda a: -a), ast.UAdd: numbers(lambda a: a)}
-COMPARE = {ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b, ast.Lt: lambda a, b: a < b, ast.LtE: lambda a, b: a <= b,
-           ast.Gt: lambda a, b: a > b, ast.GtE: lambda a, b: a >= b, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b}
-FUNCTIONS = {"abs": numbers(abs), "round": numbers(rounded), "min": numbers(min), "max": numbers(max), "int": to_int, "float": to_float,
-             "str": written, "len": text_or_list(len), "list": text_or_list(list), "sorted": text_or_list(sorted),
-             "sqrt": numbers(lambda x: math.sqrt(x))}
+COMPARE = {
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+    ast.Lt: lambda a, b: a < b,
+    ast.LtE: lambda a, b: a <= b,
+    ast.Gt: lambda a, b: a > b,
+    ast.GtE: lambda a, b: a >= b,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+FUNCTIONS = {
+    "abs": numbers(abs),
+    "round": numbers(rounded),
+    "min": numbers(min),
+    "max": numbers(max),
+    "int": to_int,
+    "float": to_float,
+    "str": written,
+    "len": text_or_list(len),
+    "list": text_or_list(list),
+    "sorted": text_or_list(sorted),
+    "sqrt": numbers(lambda x: math.sqrt(x)),
+}
 METHODS = {  # of strings: what the arguments must be, and the work where it isn't str's own
     **{name: ([kinds()], getattr(str, name)) for name in
        ("upper", "lower", "title", "capitalize", "swapcase", "isalpha", "isdigit", "isupper", "islower", "isalnum", "isspace")},
@@ -207,9 +258,13 @@ def value(node, wide, depth):
             return bounded(x)
         case ast.UnaryOp(op=op, operand=x) if type(op) in UNARY:
             return bounded(UNARY[type(op)](of(x)))
-        case ast.BinOp(left=a, op=op, right=b) if type(op) in BINARY and (wide or not isinstance(op, ast.Pow)):
+        case ast.BinOp(left=a, op=op, right=b) if type(op) in BINARY and (
+            wide or not isinstance(op, ast.Pow)
+        ):
             return bounded(BINARY[type(op)](of(a), of(b)))
-        case ast.Call(func=ast.Attribute(value=text, attr=name), args=args, keywords=[]) if name in METHODS:
+        case ast.Call(func=ast.Attribute(value=text, attr=name), args=args, keywords=[]) if (
+            name in METHODS
+        ):
             text, args = of(text), [of(a) for a in args]
             checks, method = METHODS[name]
             if not isinstance(text, str) or not any(check(args) for check in checks):
@@ -217,11 +272,17 @@ def value(node, wide, depth):
             return bounded(method(text, *args))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if wide and name in FUNCTIONS:
             return bounded(FUNCTIONS[name](*[of(a) for a in args]))
-        case ast.Compare(left=a, ops=ops, comparators=rest) if all(type(op) in COMPARE for op in ops):
+        case ast.Compare(left=a, ops=ops, comparators=rest) if all(
+            type(op) in COMPARE for op in ops
+        ):
             sides = [of(a), *map(of, rest)]
-            return all(COMPARE[type(op)](x, y) for op, x, y in zip(ops, sides, sides[1:], strict=False))
+            return all(
+                COMPARE[type(op)](x, y) for op, x, y in zip(ops, sides, sides[1:], strict=False)
+            )
         case ast.Subscript(value=text, slice=ast.Slice(lower=low, upper=high, step=step)):
-            return bounded(of(text)[slice(*[None if i is None else whole(of(i)) for i in (low, high, step)])])
+            return bounded(
+                of(text)[slice(*[None if i is None else whole(of(i)) for i in (low, high, step)])]
+            )
         case ast.Subscript(value=text, slice=i):
             return bounded(of(text)[whole(of(i))])
         case ast.List(elts=parts):
@@ -283,14 +344,22 @@ def run_python(code: str, *, timeout: float = 5.0, memory: int = 256 << 20, stdi
     and on Linux no thread either, unless you are root; and on macOS its memory isn't limited. Only run what you trust like that.
     """
     if sys.platform not in ("linux", "darwin"):
-        raise UserError("programs can be run on Linux and macOS only: this system has no way to limit them")
+        raise UserError(
+            "programs can be run on Linux and macOS only: this system has no way to limit them"
+        )
     if not 0 < timeout <= 86_400:
         raise UserError(f"timeout {timeout} must be above 0 and at most a day (seconds)")
     if memory < MEMORY or output < 1:
-        raise UserError(f"memory {memory} must be at least {MEMORY} bytes (Python's own need), output {output} at least 1")
+        raise UserError(
+            f"memory {memory} must be at least {MEMORY} bytes (Python's own need), output {output} at least 1"
+        )
     if len(code) > 1 << 20:
-        raise UserError(f"a program of {len(code):,} characters is too long to run: at most {1 << 20:,}")
-    layers = available() if layers is None else tuple(choose("layer", name, LAYERS) for name in layers)
+        raise UserError(
+            f"a program of {len(code):,} characters is too long to run: at most {1 << 20:,}"
+        )
+    layers = (
+        available() if layers is None else tuple(choose("layer", name, LAYERS) for name in layers)
+    )
     for _ in range(3):
         result = _run(code, timeout, memory, stdin, output, layers)
         if not isinstance(result, str):
@@ -409,13 +478,17 @@ def _verdict(got, why, returncode, nonce, timeout, memory, output) -> Result | s
                 words.setdefault(word, " ".join(str(detail).split()))
     if "wall" in words and "ready" not in words:
         return words["wall"]
-    stdout, stderr = (bytes(got[name][:output]).decode(errors="replace") for name in ("stdout", "stderr"))
+    stdout, stderr = (
+        bytes(got[name][:output]).decode(errors="replace") for name in ("stdout", "stderr")
+    )
     mib = memory / (1 << 20)
     code = -returncode if returncode < 0 else returncode - 128
     killed = signal.Signals(code).name if code in set(signal.Signals) else ""
     if why == "start" or "ready" not in words:
         # nothing of the program has run: not its fault, so never a Result
-        raise OSError(f"a Python process for a program could not be started (status {returncode}): {stderr.strip()[-500:] or why}")
+        raise OSError(
+            f"a Python process for a program could not be started (status {returncode}): {stderr.strip()[-500:] or why}"
+        )
     if why == "timeout":
         reason = f"it was stopped after {timeout:g} seconds"
     elif why == "output":

@@ -10,5 +10,7 @@ from lib.serve.web import Settings, main
 
 notebook.setup()
 settings = tyro.cli(Settings, prog="python -m lib.serve")
-settings = dataclasses.replace(settings, token=settings.token or os.environ.get("RAWCHAT_TOKEN", ""))
+settings = dataclasses.replace(
+    settings, token=settings.token or os.environ.get("RAWCHAT_TOKEN", "")
+)
 main(settings, in_colab="COLAB_RELEASE_TAG" in os.environ)

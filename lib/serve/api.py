@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.chat import terminal as chat
-from lib.train.checkpoint import Model
 from lib.files import UserError
 from lib.generate.engine import PREFILL, TOP, Engines, Sampling, Token, bucket
+from lib.train.checkpoint import Model
 
 ADMIT = 4  # answers begun between two steps: the others wait meanwhile
 # seconds after which a silent stream sends a comment, so that nothing on the way gives it up
@@ -26,7 +26,14 @@ QUIET = 15.0
 class ApiError(Exception):
     """An answer that is an error, in the shape that OpenAI's clients understand."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict | None = None,
+    ):
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -77,14 +84,25 @@ class Worker:
         """Line up all of `jobs` or none: ApiError if the line is too long, or if nothing is written any more."""
         with self.wake:
             if self.failed or self.closing:
-                why = "the server is shutting down" if self.closing else "the model failed; the server's log says how"
+                why = (
+                    "the server is shutting down"
+                    if self.closing
+                    else "the model failed; the server's log says how"
+                )
                 raise ApiError(503, why, code="unavailable")
             if len(jobs) > self.queue:
-                raise ApiError(400, f"this asks for {len(jobs)} answers at once and the server takes {self.queue}: ask for fewer",
-                               code="too_many_answers")
+                raise ApiError(
+                    400,
+                    f"this asks for {len(jobs)} answers at once and the server takes {self.queue}: ask for fewer",
+                    code="too_many_answers",
+                )
             if len(self.waiting) + len(jobs) > self.queue:
-                raise ApiError(429, f"too many people are waiting ({len(self.waiting)} answers): try again in a moment",
-                               code="queue_full", headers={"Retry-After": "2"})
+                raise ApiError(
+                    429,
+                    f"too many people are waiting ({len(self.waiting)} answers): try again in a moment",
+                    code="queue_full",
+                    headers={"Retry-After": "2"},
+                )
             self.waiting.extend(jobs)
             self.wake.notify()
 
@@ -111,7 +129,10 @@ class Worker:
             error = ApiError(503, "the server was stopped", code="unavailable")
         except Exception as e:
             traceback.print_exc()
-            error, self.failed = ApiError(500, "the model failed; the server's log says how", code="engine_failed"), e
+            error, self.failed = (
+                ApiError(500, "the model failed; the server's log says how", code="engine_failed"),
+                e,
+            )
         with self.wake:
             left = [*self.busy.values(), *self.waiting]
             self.busy, self.waiting = {}, collections.deque()
@@ -132,7 +153,10 @@ class Worker:
             late = [job for job in self.waiting if job.deadline < now]
             for job in late:
                 self.waiting.remove(job)
-            new = [self.waiting.popleft() for _ in range(min(ADMIT, self.engine.free, len(self.waiting)))]
+            new = [
+                self.waiting.popleft()
+                for _ in range(min(ADMIT, self.engine.free, len(self.waiting)))
+            ]
         if idle:
             warm_up(self.engine, self.cold.pop())
             return True
@@ -146,7 +170,9 @@ class Worker:
                 if not job.cancelled:
                     job.deliver([], "time")
         if new:
-            self.busy |= zip(self.engine.add_many([j.prompt for j in new], [j.sampling for j in new]), new)
+            self.busy |= zip(
+                self.engine.add_many([j.prompt for j in new], [j.sampling for j in new]), new
+            )
         for slot, (tokens, reason) in self.engine.step().items():
             job = self.busy[slot]
             if reason:
@@ -171,13 +197,32 @@ NUMBERS = {  # field: (type, lowest, highest, default)
     "n": (int, 1, 128, 1),
 }
 NEUTRAL = {  # what we don't do: only these values, which ask for nothing
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}), "suffix": (None, ""),
-    "tools": (None, []), "functions": (None, []), "tool_choice": (None, "none", "auto"), "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}), "modalities": (None, ["text"]), "audio": (None,), "prediction": (None,),
-    "web_search_options": (None,), "reasoning_effort": (None, "none"), "verbosity": (None, "medium"),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "reasoning_effort": (None, "none"),
+    "verbosity": (None, "medium"),
 }
-NOTES = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-         "parallel_tool_calls")  # for the provider's own books: they change no answer
+NOTES = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "parallel_tool_calls",
+)  # for the provider's own books: they change no answer
 COMMON = {"model", "stream", "stream_options", "stop", "logprobs", *NUMBERS, *NEUTRAL, *NOTES}
 CHAT_FIELDS = COMMON | {"messages", "top_logprobs", "truncation"}
 COMPLETION_FIELDS = COMMON - {"max_completion_tokens"} | {"prompt", "echo", "best_of"}
@@ -204,7 +249,12 @@ def _bad(message: str, param: str | None = None, code: str | None = None):
 
 def no_model(wanted: str, ours: str) -> ApiError:
     """For a request that names another model than the one that is served."""
-    return ApiError(404, f"the model {wanted[:100]!r} does not exist here: this server has {ours!r}", "model", "model_not_found")
+    return ApiError(
+        404,
+        f"the model {wanted[:100]!r} does not exist here: this server has {ours!r}",
+        "model",
+        "model_not_found",
+    )
 
 
 def _number(body: dict, name: str):
@@ -213,7 +263,11 @@ def _number(body: dict, name: str):
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        _bad(f"{name} must be {'a number' if kind is float else 'an integer'}, not {type(value).__name__}", name, "invalid_type")
+        _bad(
+            f"{name} must be {'a number' if kind is float else 'an integer'}, not {type(value).__name__}",
+            name,
+            "invalid_type",
+        )
     if not low <= value <= high:
         _bad(f"{name} must be from {low:g} to {high:g}", name, "out_of_range")
     return kind(value)
@@ -234,7 +288,9 @@ def _fields(body, known: set[str], model_id: str):
         if name not in known:
             _bad(f"unknown field {name[:50]!r}", name[:50], "unknown_parameter")
     for name, allowed in NEUTRAL.items():
-        if name in body and not any(body[name] == value and not isinstance(body[name], bool) for value in allowed):
+        if name in body and not any(
+            body[name] == value and not isinstance(body[name], bool) for value in allowed
+        ):
             _bad(f"{name} is not supported here: leave it out", name, "unsupported_parameter")
     wanted = body.get("model", model_id)
     if not isinstance(wanted, str):
@@ -246,8 +302,16 @@ def _fields(body, known: set[str], model_id: str):
 def _stops(body: dict) -> tuple[str, ...]:
     stop = body.get("stop")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > 4 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
-        _bad("stop must be a text or a list of at most 4 texts, of 1 to 200 characters each", "stop", "invalid_type")
+    if (
+        not isinstance(stop, list)
+        or len(stop) > 4
+        or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop)
+    ):
+        _bad(
+            "stop must be a text or a list of at most 4 texts, of 1 to 200 characters each",
+            "stop",
+            "invalid_type",
+        )
     return tuple(s.encode("utf-8", "replace").decode() for s in stop)
 
 
@@ -257,12 +321,30 @@ def _asked(body: dict, *, logprobs: int, stop: tuple[int, ...], max_tokens: int)
     options = body.get("stream_options")
     stream = _flag(body, "stream")
     if options is not None and not (isinstance(options, dict) and stream):
-        _bad("stream_options must be an object, and only where stream is true", "stream_options", "invalid_type")
+        _bad(
+            "stream_options must be an object, and only where stream is true",
+            "stream_options",
+            "invalid_type",
+        )
     options = options or {}
-    chosen = {name: _number(body, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
-    sampling = Sampling(max_tokens=max_tokens, seed=secrets.randbits(31) if seed is None else seed, stop=stop,
-                        stop_strings=_stops(body), logprobs=logprobs, **chosen)
-    return dict(n=_number(body, "n"), sampling=sampling, stream=stream, usage_wanted=_flag(options, "include_usage"))
+    chosen = {
+        name: _number(body, name)
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    }
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        seed=secrets.randbits(31) if seed is None else seed,
+        stop=stop,
+        stop_strings=_stops(body),
+        logprobs=logprobs,
+        **chosen,
+    )
+    return dict(
+        n=_number(body, "n"),
+        sampling=sampling,
+        stream=stream,
+        usage_wanted=_flag(options, "include_usage"),
+    )
 
 
 def _messages(messages) -> list[dict]:
@@ -277,22 +359,40 @@ def _messages(messages) -> list[dict]:
         role, content = message.get("role"), message.get("content")
         role = "system" if role == "developer" else role
         if role not in ("system", "user", "assistant"):
-            _bad(f"{where} must have the role system, user or assistant", f"{where}.role", "invalid_value")
+            _bad(
+                f"{where} must have the role system, user or assistant",
+                f"{where}.role",
+                "invalid_value",
+            )
         if role == "assistant" and content is None:
             content = ""
         if isinstance(content, list):
             types = ("text", "python", "python_output") if role == "assistant" else ("text",)
-            if not all(isinstance(p, dict) and p.get("type") in types and isinstance(p.get("text"), str) for p in content):
-                _bad(f"{where} must have content parts of the form {{\"type\": \"text\", \"text\": …}}: this model reads only text",
-                     f"{where}.content", "invalid_value")
+            if not all(
+                isinstance(p, dict) and p.get("type") in types and isinstance(p.get("text"), str)
+                for p in content
+            ):
+                _bad(
+                    f'{where} must have content parts of the form {{"type": "text", "text": …}}: this model reads only text',
+                    f"{where}.content",
+                    "invalid_value",
+                )
             content = chat.compact([{"type": p["type"], "text": p["text"]} for p in content])
         elif not isinstance(content, str):
-            _bad(f"{where} must have a text or a list of parts as its content", f"{where}.content", "invalid_type")
+            _bad(
+                f"{where} must have a text or a list of parts as its content",
+                f"{where}.content",
+                "invalid_type",
+            )
         if result and result[-1]["role"] == role:
             if isinstance(content, str) and isinstance(result[-1]["content"], str):
                 result[-1]["content"] += "\n\n" + content
                 continue
-            _bad(f"{where} follows another message of the assistant: let them take turns", where, "invalid_value")
+            _bad(
+                f"{where} follows another message of the assistant: let them take turns",
+                where,
+                "invalid_value",
+            )
         result.append({"role": role, "content": content})
     if result[-1]["role"] != "user":
         _bad("the last message must be the user's", "messages", "invalid_value")
@@ -313,12 +413,23 @@ class Api:
 
     def card(self) -> dict:
         """The model as /v1/models shows it, with some facts of ours."""
-        return {"id": self.id, "object": "model", "created": self.created, "owned_by": "rawchat", "stage": self.model.stage,
-                "step": self.model.meta.get("step"), "context_length": self.context, "max_tokens": self.settings.max_tokens}
+        return {
+            "id": self.id,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "rawchat",
+            "stage": self.model.stage,
+            "step": self.model.meta.get("step"),
+            "context_length": self.context,
+            "max_tokens": self.settings.max_tokens,
+        }
 
     def _too_long(self, tokens, param: str):
-        _bad(f"this model's maximum context length is {self.context} tokens and your {param} has {tokens}: shorten it",
-             param, "context_length_exceeded")
+        _bad(
+            f"this model's maximum context length is {self.context} tokens and your {param} has {tokens}: shorten it",
+            param,
+            "context_length_exceeded",
+        )
 
     def _check_size(self, texts, param: str):
         """Refuse before encoding what can't fit."""
@@ -331,10 +442,18 @@ class Api:
         if room < 1:
             self._too_long(len(ids), param)
         if wanted is not None and wanted > room:
-            _bad(f"this model's maximum context length is {self.context} tokens; you asked for {len(ids)} in the {param} and "
-                 f"{wanted} in the answer: shorten one of them", param, "context_length_exceeded")
+            _bad(
+                f"this model's maximum context length is {self.context} tokens; you asked for {len(ids)} in the {param} and "
+                f"{wanted} in the answer: shorten one of them",
+                param,
+                "context_length_exceeded",
+            )
         if wanted is not None and wanted > self.settings.max_tokens:
-            _bad(f"this server's answers have at most {self.settings.max_tokens} tokens", "max_tokens", "out_of_range")
+            _bad(
+                f"this server's answers have at most {self.settings.max_tokens} tokens",
+                "max_tokens",
+                "out_of_range",
+            )
         return min(room, wanted or self.settings.max_tokens)
 
     def chat(self, body) -> Asked:
@@ -343,7 +462,9 @@ class Api:
         wanted, other = _number(body, "max_completion_tokens"), _number(body, "max_tokens")
         wanted = other if wanted is None else wanted
         logprobs, top = _flag(body, "logprobs"), body.get("top_logprobs")
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= TOP):
+        if top is not None and (
+            isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= TOP
+        ):
             _bad(f"top_logprobs must be an integer from 0 to {TOP}", "top_logprobs", "out_of_range")
         if top and not logprobs:
             _bad("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
@@ -363,45 +484,87 @@ class Api:
         except UserError as e:
             long = truncation == "auto" and "context" in str(e)
             _bad(str(e), "messages", "context_length_exceeded" if long else "invalid_value")
-        common = _asked(body, logprobs=top or 0, stop=chat.ends(self.tokenizer), max_tokens=self._room(ids, wanted, "messages"))
+        common = _asked(
+            body,
+            logprobs=top or 0,
+            stop=chat.ends(self.tokenizer),
+            max_tokens=self._room(ids, wanted, "messages"),
+        )
         return Asked([ids], logprobs=logprobs, dropped=dropped, **common)
 
     def completion(self, body) -> Asked:
         """A request for /v1/completions."""
         _fields(body, COMPLETION_FIELDS, self.id)
         prompt = body.get("prompt", "")
-        if isinstance(prompt, str) or isinstance(prompt, list) and prompt and all(type(t) is int for t in prompt):
+        if (
+            isinstance(prompt, str)
+            or isinstance(prompt, list)
+            and prompt
+            and all(type(t) is int for t in prompt)
+        ):
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt or len(prompt) > self.settings.queue:
-            _bad(f"prompt must be a text, a list of token ids, or a list of 1 to {self.settings.queue} of these",
-                 "prompt", "invalid_type")
+            _bad(
+                f"prompt must be a text, a list of token ids, or a list of 1 to {self.settings.queue} of these",
+                "prompt",
+                "invalid_type",
+            )
         prompts, echo = [], []
         for p in prompt:
             if isinstance(p, str):
                 self._check_size([p], "prompt")
                 prompts.append(self.tokenizer.encode(p, bos=True))
                 echo.append(p)
-            elif isinstance(p, list) and p and all(type(t) is int and 0 <= t < self.model.config.vocab_size for t in p):
+            elif (
+                isinstance(p, list)
+                and p
+                and all(type(t) is int and 0 <= t < self.model.config.vocab_size for t in p)
+            ):
                 if len(p) >= self.context:
                     self._too_long(len(p), "prompt")
                 prompts.append(p)
                 echo.append(self.tokenizer.decode(p))
             else:
-                _bad("prompt must hold texts or lists of token ids within the vocabulary", "prompt", "invalid_type")
+                _bad(
+                    "prompt must hold texts or lists of token ids within the vocabulary",
+                    "prompt",
+                    "invalid_type",
+                )
         best_of = body.get("best_of")
         if best_of is not None and best_of != _number(body, "n"):
-            _bad("best_of is not supported beside n: leave it out", "best_of", "unsupported_parameter")
+            _bad(
+                "best_of is not supported beside n: leave it out",
+                "best_of",
+                "unsupported_parameter",
+            )
         logprobs = body.get("logprobs")
-        if logprobs is not None and (isinstance(logprobs, bool) or not isinstance(logprobs, int) or not 0 <= logprobs <= 5):
+        if logprobs is not None and (
+            isinstance(logprobs, bool) or not isinstance(logprobs, int) or not 0 <= logprobs <= 5
+        ):
             _bad("logprobs must be an integer from 0 to 5", "logprobs", "out_of_range")
         repeat = _flag(body, "echo")
         if repeat and logprobs is not None:
-            _bad("echo together with logprobs is not supported: ask for one of them", "echo", "unsupported_parameter")
+            _bad(
+                "echo together with logprobs is not supported: ask for one of them",
+                "echo",
+                "unsupported_parameter",
+            )
         # 16 is OpenAI's default here
         wanted = 16 if body.get("max_tokens") is None else _number(body, "max_tokens")
-        room = min(self._room(p, wanted if "max_tokens" in body else None, "prompt") for p in prompts)
-        return Asked(prompts, logprobs=logprobs is not None, echo=echo if repeat else [],
-                     **_asked(body, logprobs=logprobs or 0, stop=(self.tokenizer.bos,), max_tokens=min(room, wanted)))
+        room = min(
+            self._room(p, wanted if "max_tokens" in body else None, "prompt") for p in prompts
+        )
+        return Asked(
+            prompts,
+            logprobs=logprobs is not None,
+            echo=echo if repeat else [],
+            **_asked(
+                body,
+                logprobs=logprobs or 0,
+                stop=(self.tokenizer.bos,),
+                max_tokens=min(room, wanted),
+            ),
+        )
 
     # ---- answers
 
@@ -419,7 +582,10 @@ class Api:
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     def chat_logprobs(self, tokens: list[Token]) -> dict:
-        entries = [self._token(t.id, t.logprob) | {"top_logprobs": [self._token(*pair) for pair in t.top]} for t in tokens]
+        entries = [
+            self._token(t.id, t.logprob) | {"top_logprobs": [self._token(*pair) for pair in t.top]}
+            for t in tokens
+        ]
         return {"content": entries, "refusal": None}
 
     def completion_logprobs(self, tokens: list[Token], offset: int) -> dict:
@@ -428,9 +594,15 @@ class Api:
         for entry in own:
             offsets.append(offset)
             offset += len(entry["token"]) if not entry["token"].startswith("bytes:") else 0
-        tops = [{(e := self._token(*pair))["token"]: e["logprob"] for pair in t.top} for t in tokens]
-        return {"tokens": [e["token"] for e in own], "token_logprobs": [e["logprob"] for e in own],
-                "top_logprobs": tops if any(tops) else None, "text_offset": offsets}
+        tops = [
+            {(e := self._token(*pair))["token"]: e["logprob"] for pair in t.top} for t in tokens
+        ]
+        return {
+            "tokens": [e["token"] for e in own],
+            "token_logprobs": [e["logprob"] for e in own],
+            "top_logprobs": tops if any(tops) else None,
+            "text_offset": offsets,
+        }
 
 
 class Answers:
@@ -448,9 +620,15 @@ class Answers:
 
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
         self.readers = [chat.Reader(api.tokenizer) for _ in prompts]
-        self.jobs = [Job(prompt, dataclasses.replace(asked.sampling, seed=asked.sampling.seed + i),
-                         lambda tokens, reason, i=i: deliver(i, tokens, reason), self.began + api.settings.seconds)
-                     for i, prompt in enumerate(prompts)]
+        self.jobs = [
+            Job(
+                prompt,
+                dataclasses.replace(asked.sampling, seed=asked.sampling.seed + i),
+                lambda tokens, reason, i=i: deliver(i, tokens, reason),
+                self.began + api.settings.seconds,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
         worker.submit(self.jobs)
         worker.metrics.add("rawchat_prompt_tokens_total", sum(map(len, asked.prompts)))
 
@@ -477,7 +655,9 @@ class Answers:
                 raise reason
             if self.first is None:
                 self.first = time.monotonic()
-                self.worker.metrics.observe("rawchat_time_to_first_token_seconds", self.first - self.began)
+                self.worker.metrics.observe(
+                    "rawchat_time_to_first_token_seconds", self.first - self.began
+                )
             self.made += len(tokens)
             pieces = self.readers[i].read(tokens)
             self.readers[i].finish = reason
@@ -485,15 +665,29 @@ class Answers:
 
     def _envelope(self, name: str) -> dict:
         extra = {"dropped_messages": self.asked.dropped} if self.asked.dropped else {}
-        return {"id": self.id, "object": name, "created": self.created, "model": self.api.id, **extra}
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.api.id,
+            **extra,
+        }
 
     def _usage(self) -> dict:
         prompt = sum(map(len, self.asked.prompts))
-        return {"prompt_tokens": prompt, "completion_tokens": self.made, "total_tokens": prompt + self.made}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": self.made,
+            "total_tokens": prompt + self.made,
+        }
 
     @staticmethod
     def _ending(reason: str | None) -> dict:
-        return {"finish_reason": "length", "ended_by": "time"} if reason == "time" else {"finish_reason": reason}
+        return (
+            {"finish_reason": "length", "ended_by": "time"}
+            if reason == "time"
+            else {"finish_reason": reason}
+        )
 
     def _echo(self, i: int) -> str:
         return self.asked.echo[i // self.asked.n] if self.asked.echo else ""
@@ -508,7 +702,10 @@ class Answers:
                 tokens[i] += [t for piece in pieces if piece.kind == "text" for t in piece.tokens]
         choices = []
         for i, reader in enumerate(self.readers):
-            text, choice = chat.plain(reader.parts), {"index": i, "logprobs": None, **self._ending(reasons[i])}
+            text, choice = (
+                chat.plain(reader.parts),
+                {"index": i, "logprobs": None, **self._ending(reasons[i])},
+            )
             if self.kind == "chat":
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
                 if isinstance(chat.compact(reader.parts), list):
@@ -549,11 +746,19 @@ class Answers:
                 if self.kind == "chat" and pieces:
                     delta = {"content": text} if text else {}
                     if any(piece.index or piece.kind != "text" for piece in pieces):
-                        delta["parts"] = [{"index": p.index, "type": p.kind, "text": p.text} for p in pieces]
-                    probabilities = self.api.chat_logprobs(tokens) if self.asked.logprobs and tokens else None
+                        delta["parts"] = [
+                            {"index": p.index, "type": p.kind, "text": p.text} for p in pieces
+                        ]
+                    probabilities = (
+                        self.api.chat_logprobs(tokens) if self.asked.logprobs and tokens else None
+                    )
                     yield event(i, {"delta": delta, "logprobs": probabilities})
                 elif text:
-                    probabilities = self.api.completion_logprobs(tokens, offsets[i]) if self.asked.logprobs else None
+                    probabilities = (
+                        self.api.completion_logprobs(tokens, offsets[i])
+                        if self.asked.logprobs
+                        else None
+                    )
                     offsets[i] += len(text)
                     yield event(i, {"text": text, "logprobs": probabilities})
                 if reason:

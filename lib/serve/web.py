@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from lib.serve.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
-from lib.train.checkpoint import Model
 from lib.files import UserError
 from lib.generate.engine import Engines
 from lib.model.transformer import quantized
+from lib.serve.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
+from lib.train.checkpoint import Model
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -77,14 +77,18 @@ class Settings:
     """seconds that running answers get to finish when the server is stopped"""
 
     def __post_init__(self):
-        least = dict(port=0, slots=1, queue=1, context=0, max_tokens=1, seconds=0.1, body_kib=1, grace=0)
+        least = dict(
+            port=0, slots=1, queue=1, context=0, max_tokens=1, seconds=0.1, body_kib=1, grace=0
+        )
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.port > 65535:
             raise UserError(f"port must be at most 65535, not {self.port}")
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
-            raise UserError("the token must be printable ASCII without blanks: browsers can't send any other in a header")
+            raise UserError(
+                "the token must be printable ASCII without blanks: browsers can't send any other in a header"
+            )
 
     @property
     def loopback(self) -> bool:
@@ -97,8 +101,11 @@ class Settings:
     def check_token(self):
         """UserError if everybody on the network could use the server without a token, and nobody said that this is wanted."""
         if not self.loopback and not self.token and not self.insecure:
-            raise UserError(f"listening on {self.host} lets everybody who reaches this machine use it: give a --token (auto makes "
-                            "one), or say --insecure if that is what you want")
+            raise UserError(
+                f"listening on {self.host} lets everybody who reaches this machine use it: give a --token (auto makes "
+                "one), or say --insecure if that is what you want"
+            )
+
 
 # ---- figures for /metrics ----------------------------------------------------------------------------------------------
 
@@ -160,19 +167,27 @@ def page(framed: bool = False) -> tuple[bytes, str]:
 
     def hashes(tag):
         found = re.findall(f"<{tag}>(.*?)</{tag}>", html, re.S)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'" for code in found)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"
+            for code in found
+        )
 
-    policy = (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
-              "base-uri 'none'; form-action 'none'" + ("" if framed else "; frame-ancestors 'none'"))
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'" + ("" if framed else "; frame-ancestors 'none'")
+    )
     return html.encode(), policy
 
 
-def guarded(app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Metrics, paths: set[str]):
+def guarded(
+    app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Metrics, paths: set[str]
+):
     """`app` behind the checks that every request has to pass, with safe headers and a count on every answer.
 
     hosts: the names under which this server may be addressed, None for any. A page elsewhere whose name was made to point at
     loopback (DNS rebinding) sends its own name as Host; a page that just posts to us sends its own address as Origin.
     """
+
     async def asgi(scope, receive, send):
         if scope["type"] != "http":
             return await app(scope, receive, send)
@@ -183,13 +198,19 @@ def guarded(app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Met
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"),
-                                      (b"referrer-policy", b"no-referrer")]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"cache-control", b"no-store"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
             await send(message)
 
         try:
             check = _refusal(scope, settings, hosts)
-            await (_json_response(check.body, check.status, check.headers) if check else app)(scope, receive, counted)
+            await (_json_response(check.body, check.status, check.headers) if check else app)(
+                scope, receive, counted
+            )
         except Exception:
             status = status or 500  # Starlette answers it, outside of this
             raise
@@ -207,13 +228,23 @@ def _refusal(scope, settings: Settings, hosts) -> ApiError | None:
     if hosts is not None and _hostname(host) not in hosts:
         why = f"this server does not answer to the name {host[:100]!r}, only to {', '.join(hosts)}"
         return ApiError(403, why, code="wrong_host")
-    if hosts is not None and origin is not None and origin not in (f"http://{host}", f"https://{host}"):
-        return ApiError(403, f"pages of {origin[:100]!r} may not use this server", code="wrong_origin")
+    if (
+        hosts is not None
+        and origin is not None
+        and origin not in (f"http://{host}", f"https://{host}")
+    ):
+        return ApiError(
+            403, f"pages of {origin[:100]!r} may not use this server", code="wrong_origin"
+        )
     if settings.token and scope["path"] not in ("/", "/health"):
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), settings.token.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.strip().encode("latin-1"), settings.token.encode()
+        ):
             why = "the token is missing or wrong: send it as Authorization: Bearer TOKEN (for OpenAI's client, as api_key)"
-            return ApiError(401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            return ApiError(
+                401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+            )
     return None
 
 
@@ -233,7 +264,10 @@ def _json_response(body: dict, status: int = 200, headers: dict | None = None):
 async def _read_json(request, settings: Settings):
     """The body of a request, bounded in size and time."""
     most = settings.body_kib * 1024
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+    if (
+        request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        != "application/json"
+    ):
         # a foreign page can't do that unasked
         raise ApiError(415, "send JSON, with the header Content-Type: application/json")
     too_large = ApiError(413, f"the request is larger than {settings.body_kib} KiB")
@@ -261,7 +295,9 @@ async def _gone(request):
         pass
 
 
-def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = None, on_failure=lambda: None):
+def make_app(
+    model: Model, settings: Settings, hosts: tuple[str, ...] | None = None, on_failure=lambda: None
+):
     """The FastAPI application: page, API, health and metrics. hosts: see `guarded`. on_failure is called when the engine dies."""
     from fastapi import FastAPI, Request
     from fastapi.responses import Response, StreamingResponse
@@ -272,10 +308,22 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     api, metrics = Api(model, settings), Metrics()
     params = quantized(model.params, model.config) if settings.int8 else model.params
-    engine = Engines(params, model.config, settings.slots, api.context, model.tokenizer, calculator, settings.guess)
+    engine = Engines(
+        params,
+        model.config,
+        settings.slots,
+        api.context,
+        model.tokenizer,
+        calculator,
+        settings.guess,
+    )
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
-    for name in ("rawchat_prompt_tokens_total", "rawchat_completion_tokens_total", "rawchat_cancelled_answers_total"):
+    for name in (
+        "rawchat_prompt_tokens_total",
+        "rawchat_completion_tokens_total",
+        "rawchat_cancelled_answers_total",
+    ):
         metrics.add(name, 0)
     html, policy = page(framed=hosts is None)
 
@@ -292,7 +340,11 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
         """A stream that stops the writing when it ends, however it ends, and that a client who doesn't read can't keep open."""
 
         def __init__(self, answers: Answers):
-            super().__init__(answers.stream(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+            super().__init__(
+                answers.stream(),
+                media_type="text/event-stream",
+                headers={"X-Accel-Buffering": "no"},
+            )
             self.answers = answers
 
         async def __call__(self, scope, receive, send):
@@ -324,18 +376,30 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     @app.get("/")
     async def index():
-        return Response(html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+        return Response(
+            html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
+        )
 
     @app.get("/health")
     async def health():
-        state = {"status": "failed" if worker.failed else "ok", "slots": engine.slots, "busy": len(worker.busy),
-                 "waiting": len(worker.waiting), "warming": len(worker.cold)}
+        state = {
+            "status": "failed" if worker.failed else "ok",
+            "slots": engine.slots,
+            "busy": len(worker.busy),
+            "waiting": len(worker.waiting),
+            "warming": len(worker.cold),
+        }
         return _json_response(state, 503 if worker.failed else 200)
 
     @app.get("/metrics")
     async def show_metrics():
-        gauges = {"rawchat_slots": engine.slots, "rawchat_busy_slots": len(worker.busy), "rawchat_queue_depth": len(worker.waiting),
-                  "process_resident_memory_bytes": resident_bytes(), "process_start_time_seconds": api.created}
+        gauges = {
+            "rawchat_slots": engine.slots,
+            "rawchat_busy_slots": len(worker.busy),
+            "rawchat_queue_depth": len(worker.waiting),
+            "process_resident_memory_bytes": resident_bytes(),
+            "process_start_time_seconds": api.created,
+        }
         text = metrics.text({name: value for name, value in gauges.items() if value is not None})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -372,7 +436,9 @@ def make_app(model: Model, settings: Settings, hosts: tuple[str, ...] | None = N
 
     @app.exception_handler(Exception)
     async def bug(request, e):  # Starlette logs the traceback as well
-        return await api_error(request, ApiError(500, "the server made a mistake; its log says which"))
+        return await api_error(
+            request, ApiError(500, "the server made a mistake; its log says which")
+        )
 
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(guarded, settings=settings, hosts=hosts, metrics=metrics, paths=paths)
@@ -398,22 +464,35 @@ class Server:
 
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         try:
-            self.socket = socket.create_server((settings.host, settings.port), family=family, backlog=512)
+            self.socket = socket.create_server(
+                (settings.host, settings.port), family=family, backlog=512
+            )
         except (OSError, OverflowError) as e:
             why = getattr(e, "strerror", None) or str(e)
-            raise UserError(f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
-                            "one") from None
+            raise UserError(
+                f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
+                "one"
+            ) from None
         # connections inherit it; asyncio sets it only on sockets it made itself, and without it each answer waits 40 ms for an ACK
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.settings, self.port = settings, self.socket.getsockname()[1]
         name = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
-        self.url = f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else name}:{self.port}"
+        self.url = (
+            f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else name}:{self.port}"
+        )
         if hosts is None and (settings.loopback or settings.hosts):
             hosts = (*LOOPBACK, settings.host, *map(str.lower, settings.hosts))
         self.app = make_app(model, settings, hosts or None, self.stop)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(
-            self.app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, round(settings.grace))))
+        self.uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                self.app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=max(1, round(settings.grace)),
+            )
+        )
         self.thread = threading.Thread(target=self.run, name="server", daemon=True)
 
     def run(self) -> int:
@@ -446,7 +525,11 @@ def load(settings: Settings) -> Model:
     from lib import notebook
     from lib.train.checkpoint import load_model
 
-    folder = Path(settings.run) if "/" in settings.run else notebook.open_run(settings.run, needs="tokenizer.json")
+    folder = (
+        Path(settings.run)
+        if "/" in settings.run
+        else notebook.open_run(settings.run, needs="tokenizer.json")
+    )
     return load_model(folder, settings.ckpt, settings.stage)
 
 
@@ -478,7 +561,9 @@ def start(settings: Settings) -> Server:
     settings = with_token(settings)
     # Colab's proxy asks under names of its own, and nobody's browser can reach a Colab machine's loopback otherwise
     server = Server(load(settings), settings, () if notebook.in_colab() else None).start()
-    print(f"chat page: {address(colab_url(server.port) if notebook.in_colab() else server.url, settings)}")
+    print(
+        f"chat page: {address(colab_url(server.port) if notebook.in_colab() else server.url, settings)}"
+    )
     return server
 
 
@@ -489,9 +574,15 @@ def main(settings: Settings, in_colab: bool):
     check_installed()
     model = load(settings)
     server = Server(model, settings, () if in_colab else None)
-    print(f"{server.app.state.api.id} (step {model.meta.get('step')}) at {address(server.url, settings)}\n"
-          f"OpenAI-compatible API at {server.url}/v1   Ctrl-C stops", flush=True)
+    print(
+        f"{server.app.state.api.id} (step {model.meta.get('step')}) at {address(server.url, settings)}\n"
+        f"OpenAI-compatible API at {server.url}/v1   Ctrl-C stops",
+        flush=True,
+    )
     if in_colab:
-        print("In a Colab cell, this opens the page: from google.colab import output; "
-              f"output.serve_kernel_port_as_window({server.port})", flush=True)
+        print(
+            "In a Colab cell, this opens the page: from google.colab import output; "
+            f"output.serve_kernel_port_as_window({server.port})",
+            flush=True,
+        )
     raise SystemExit(server.run())

@@ -39,7 +39,9 @@ class Local:
             with self.book.deciding():
                 taken = self._take(count)
                 trials = self.book.trials()
-            mine = {t.id: t for t in trials if t.worker == self.book.worker and t.state == "running"}
+            mine = {
+                t.id: t for t in trials if t.worker == self.book.worker and t.state == "running"
+            }
             # without working locks another worker may have been first: its claim holds then
             if taken:
                 if got := [mine[id] for id in taken if id in mine]:
@@ -49,8 +51,10 @@ class Local:
             if not others:
                 return []
             if not waiting:
-                self.say(f"nothing left to begin; waiting for {len(others)} trial(s) of {len({t.worker for t in others})} other "
-                         "worker(s), to take over what is lost (interrupt to leave)")
+                self.say(
+                    f"nothing left to begin; waiting for {len(others)} trial(s) of {len({t.worker for t in others})} other "
+                    "worker(s), to take over what is lost (interrupt to leave)"
+                )
                 waiting = True
             time.sleep(POLL)
         return []
@@ -60,7 +64,11 @@ class Local:
         for t in trials:
             if t.state == "lost" and len(taken) < count:
                 if t.tries - t.freed >= TRIES:
-                    self.book.end(t.id, "failed", reason=f"its worker died {TRIES} times, most often for lack of memory")
+                    self.book.end(
+                        t.id,
+                        "failed",
+                        reason=f"its worker died {TRIES} times, most often for lack of memory",
+                    )
                 else:
                     taken.append(self.book.claim(t.assignment, t.tries + 1, t.id))
         while len(taken) < count and len(trials) < space.limit(self.spec):
@@ -112,26 +120,37 @@ class Server:
     def page(self, path) -> str:
         """The address at which people look at a sweep."""
         entity, project, sweep = map(urllib.parse.quote, path)
-        return f"{self.url.replace('//api.wandb.ai', '//wandb.ai')}/{entity}/{project}/sweeps/{sweep}"
+        return (
+            f"{self.url.replace('//api.wandb.ai', '//wandb.ai')}/{entity}/{project}/sweeps/{sweep}"
+        )
 
     def __call__(self, query: str, **variables) -> dict:
         body = json.dumps(dict(query=query, variables=variables)).encode()
         login = base64.b64encode(f"api:{self.key}".encode()).decode()
         for attempt in range(self.tries):
-            request = urllib.request.Request(f"{self.url}/graphql", body, {"Content-Type": "application/json",
-                                                                           "Authorization": f"Basic {login}"})
+            request = urllib.request.Request(
+                f"{self.url}/graphql",
+                body,
+                {"Content-Type": "application/json", "Authorization": f"Basic {login}"},
+            )
             try:
                 with urllib.request.urlopen(request, timeout=60) as response:
                     answer = json.load(response)
                 if answer.get("errors"):
-                    raise UserError(f"wandb refused: {answer['errors'][0].get('message', answer['errors'][0])}")
+                    raise UserError(
+                        f"wandb refused: {answer['errors'][0].get('message', answer['errors'][0])}"
+                    )
                 return answer["data"]
             except urllib.error.HTTPError as e:
                 problem = f"{e.code} {e.reason}"
                 if e.code in (401, 403):
-                    raise UserError("wandb does not accept the key: run `wandb login`, or set the secret WANDB_API_KEY") from e
+                    raise UserError(
+                        "wandb does not accept the key: run `wandb login`, or set the secret WANDB_API_KEY"
+                    ) from e
                 if e.code == 404:
-                    raise UserError("wandb does not know this sweep: check its id, ENTITY/PROJECT/ID") from e
+                    raise UserError(
+                        "wandb does not know this sweep: check its id, ENTITY/PROJECT/ID"
+                    ) from e
                 if e.code < 500 and e.code != 429:
                     said = e.read(2000).decode("utf-8", "replace")
                     raise UserError(f"wandb refused ({problem}): {said[:300]}") from e
@@ -139,7 +158,9 @@ class Server:
                 problem = first_line(getattr(e, "reason", e))
             if attempt + 1 < self.tries:
                 time.sleep(self.pause * 2**attempt)
-        raise UserError(f"wandb at {self.url} cannot be reached ({problem}): check the network and run again, nothing is lost")
+        raise UserError(
+            f"wandb at {self.url} cannot be reached ({problem}): check the network and run again, nothing is lost"
+        )
 
 
 _CREATE = """mutation UpsertSweep($config: String, $description: String, $entityName: String, $projectName: String) {
@@ -156,11 +177,18 @@ _RUNS = """query SweepRuns($entity: String, $project: String, $sweep: String!, $
     edges { node { name state config summaryMetrics history(samples: 500) } } pageInfo { hasNextPage endCursor } } } } }"""
 
 
-def create_sweep(server: Server, spec: dict, entity: str | None, project: str) -> tuple[str, str, str]:
+def create_sweep(
+    server: Server, spec: dict, entity: str | None, project: str
+) -> tuple[str, str, str]:
     """Make `spec` a sweep on the server; returns (entity, project, id)."""
     config = {k: v for k, v in spec.items() if k not in ("entity", "project")}
-    made = server(_CREATE, config=json.dumps(config), description=spec.get("description"), entityName=entity or None,
-                  projectName=project)["upsertSweep"]["sweep"]
+    made = server(
+        _CREATE,
+        config=json.dumps(config),
+        description=spec.get("description"),
+        entityName=entity or None,
+        projectName=project,
+    )["upsertSweep"]["sweep"]
     return made["project"]["entity"]["name"], made["project"]["name"], made["name"]
 
 
@@ -168,7 +196,9 @@ def parse_path(text: str) -> tuple[str, str, str]:
     """(entity, project, id) of "ENTITY/PROJECT/ID"."""
     parts = text.strip("/").split("/")
     if len(parts) != 3 or not all(parts):
-        raise UserError(f"{text!r} is not a wandb sweep: write ENTITY/PROJECT/ID, as its page and the first worker say")
+        raise UserError(
+            f"{text!r} is not a wandb sweep: write ENTITY/PROJECT/ID, as its page and the first worker say"
+        )
     return tuple(parts)
 
 
@@ -177,10 +207,14 @@ def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:
     import yaml
 
     entity, project, id = path
-    found = (server(_SWEEP, entity=entity, project=project, sweep=id).get("project") or {}).get("sweep")
+    found = (server(_SWEEP, entity=entity, project=project, sweep=id).get("project") or {}).get(
+        "sweep"
+    )
     if not found:
         raise UserError(f"wandb knows no sweep {'/'.join(path)}: check entity, project and id")
-    return space.check({k: v for k, v in yaml.safe_load(found["config"]).items() if k in space.KEYS})
+    return space.check(
+        {k: v for k, v in yaml.safe_load(found["config"]).items() if k in space.KEYS}
+    )
 
 
 class Wandb:
@@ -191,16 +225,42 @@ class Wandb:
     preemptible, so that the server gives it out again (same id, same assignment) when its machine vanishes.
     """
 
-    def __init__(self, book: Journal, spec: dict, server: Server, path, start_run, say=print, poll: float = 5.0):
-        self.book, self.spec, self.server, self.path, self.say, self.poll_seconds = book, spec, server, path, say, poll
-        self.start_run, self.runs, self.stopped, self.fresh, self.beaten = start_run, {}, set(), [], 0.0
+    def __init__(
+        self,
+        book: Journal,
+        spec: dict,
+        server: Server,
+        path,
+        start_run,
+        say=print,
+        poll: float = 5.0,
+    ):
+        self.book, self.spec, self.server, self.path, self.say, self.poll_seconds = (
+            book,
+            spec,
+            server,
+            path,
+            say,
+            poll,
+        )
+        self.start_run, self.runs, self.stopped, self.fresh, self.beaten = (
+            start_run,
+            {},
+            set(),
+            [],
+            0.0,
+        )
         entity, project, id = path
-        self.agent = server(_AGENT, host=book.worker, projectName=project, entityName=entity, sweep=id)["createAgent"]["agent"]["id"]
+        self.agent = server(
+            _AGENT, host=book.worker, projectName=project, entityName=entity, sweep=id
+        )["createAgent"]["agent"]["id"]
 
     def _beat(self) -> bool:
         """Tell the server what runs here, take its orders; False when it says exit."""
         state = json.dumps({id: True for id in self.runs})
-        answer = self.server(_HEARTBEAT, id=self.agent, metrics="{}", runState=state)["agentHeartbeat"]["commands"]
+        answer = self.server(_HEARTBEAT, id=self.agent, metrics="{}", runState=state)[
+            "agentHeartbeat"
+        ]["commands"]
         for command in json.loads(answer or "[]"):
             if command.get("type") == "stop":
                 self.stopped.add(command["run_id"])
@@ -215,16 +275,26 @@ class Wandb:
         with self.book.deciding():
             known = self.book.trials()
             lost = [t for t in known if t.state == "lost"][:count]
-            taken = [got for t in lost if (got := self._begin(t.id, space.constants(self.spec) | t.assignment)) is not None]
+            taken = [
+                got
+                for t in lost
+                if (got := self._begin(t.id, space.constants(self.spec) | t.assignment)) is not None
+            ]
         waiting = False
         while not taken and not stop():
             if not self.fresh and not self._beat():
                 return []
             while self.fresh and len(taken) < count:
                 command = self.fresh.pop(0)
-                args = {k: entry["value"] for k, entry in (command.get("args") or {}).items() if not k.startswith("_")}
+                args = {
+                    k: entry["value"]
+                    for k, entry in (command.get("args") or {}).items()
+                    if not k.startswith("_")
+                }
                 with self.book.deciding():
-                    if (got := self._begin(command["run_id"], space.constants(self.spec) | args)) is not None:
+                    if (
+                        got := self._begin(command["run_id"], space.constants(self.spec) | args)
+                    ) is not None:
                         taken.append(got)
             if not taken:
                 if not waiting:
@@ -236,9 +306,23 @@ class Wandb:
     def _begin(self, id: str, full: dict) -> Trial | None:
         known = self.book.trials()
         before = next((t for t in known if t.id == id), None)
-        assignment = before.assignment if before else {name: full[name] for name in space.varied(self.spec) if name in full}
-        ended = before if before and before.state in ENDS else next(
-            (t for t in known if space.key(t.assignment) == space.key(assignment) and t.state == "done"), None)
+        assignment = (
+            before.assignment
+            if before
+            else {name: full[name] for name in space.varied(self.spec) if name in full}
+        )
+        ended = (
+            before
+            if before and before.state in ENDS
+            else next(
+                (
+                    t
+                    for t in known
+                    if space.key(t.assignment) == space.key(assignment) and t.state == "done"
+                ),
+                None,
+            )
+        )
         if before and before.state == "running":
             self.say(f"{id} is being trained by {before.worker}: left to it")
             return None
@@ -252,11 +336,22 @@ class Wandb:
             finish(1 if ended.state == "failed" else 0)
             if ended.id != id:
                 self.book.claim(assignment, 1, id)
-                self.book.end(id, "done", ended.value, f"{NOT_AGAIN}: the assignment of {ended.id}", ended.curve, **ended.facts)
-            self.say(f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported without training again")
+                self.book.end(
+                    id,
+                    "done",
+                    ended.value,
+                    f"{NOT_AGAIN}: the assignment of {ended.id}",
+                    ended.curve,
+                    **ended.facts,
+                )
+            self.say(
+                f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported without training again"
+            )
             return None
         if before and before.tries - before.freed >= TRIES:
-            self.book.end(id, "failed", reason=f"its worker died {TRIES} times, most often for lack of memory")
+            self.book.end(
+                id, "failed", reason=f"its worker died {TRIES} times, most often for lack of memory"
+            )
             log(None, {"failed": f"its worker died {TRIES} times"})
             finish(1)
             return None
@@ -284,7 +379,9 @@ class Wandb:
 
     def end(self, trial: Trial, state: str, value=None, reason: str = "", curve=(), **facts):
         log, finish = self.runs.pop(trial.id)
-        numbers = {k: v for k, v in facts.items() if isinstance(v, int | float) and math.isfinite(v)}
+        numbers = {
+            k: v for k, v in facts.items() if isinstance(v, int | float) and math.isfinite(v)
+        }
         log(None, numbers | ({state: reason or True} if state != "done" else {}))
         self.book.end(trial.id, state, value, reason, curve, **facts)
         finish(1 if state == "failed" else 0)
@@ -307,7 +404,9 @@ def wandb_runs(path):
     try:
         import wandb
     except ImportError:
-        raise UserError("sweeps on wandb need a package: pip install wandb; driver=local needs none") from None
+        raise UserError(
+            "sweeps on wandb need a package: pip install wandb; driver=local needs none"
+        ) from None
     entity, project, sweep = path
 
     def start_run(id, assignment, stop):
@@ -316,10 +415,19 @@ def wandb_runs(path):
         if "stop_fn" in getattr(wandb.Settings, "model_fields", {}):
             settings["stop_fn"] = stop
         try:
-            run = wandb.init(entity=entity, project=project, id=id, config=assignment, resume="allow", reinit="finish_previous",
-                             settings=wandb.Settings(**settings))
+            run = wandb.init(
+                entity=entity,
+                project=project,
+                id=id,
+                config=assignment,
+                resume="allow",
+                reinit="finish_previous",
+                settings=wandb.Settings(**settings),
+            )
         except Exception as e:
-            raise UserError(f"wandb cannot start a run ({first_line(e)}): run `wandb login` and check the network") from e
+            raise UserError(
+                f"wandb cannot start a run ({first_line(e)}): run `wandb login` and check the network"
+            ) from e
         run.mark_preempting()
         run.define_metric("*", step_metric="step")
 
@@ -339,15 +447,21 @@ def wandb_login() -> Server:
     try:
         import wandb
     except ImportError:
-        raise UserError("sweeps on wandb need a package: pip install wandb; driver=local needs none") from None
+        raise UserError(
+            "sweeps on wandb need a package: pip install wandb; driver=local needs none"
+        ) from None
     try:
         wandb.login()
         api = wandb.Api()
         key, url = api.api_key, api.settings["base_url"]
     except Exception as e:
-        raise UserError(f"wandb does not let us in ({first_line(e)}): run `wandb login`, or set the secret WANDB_API_KEY") from e
+        raise UserError(
+            f"wandb does not let us in ({first_line(e)}): run `wandb login`, or set the secret WANDB_API_KEY"
+        ) from e
     if not key:
-        raise UserError("wandb has no key here: run `wandb login`, set the secret WANDB_API_KEY, or use driver=local")
+        raise UserError(
+            "wandb has no key here: run `wandb login`, set the secret WANDB_API_KEY, or use driver=local"
+        )
     return Server(url, key)
 
 
@@ -356,22 +470,51 @@ def fetch_runs(server: Server, path, spec: dict) -> list[Trial]:
     entity, project, sweep = path
     found, after = [], None
     while True:
-        page = server(_RUNS, entity=entity, project=project, sweep=sweep, after=after)["project"]["sweep"]["runs"]
+        page = server(_RUNS, entity=entity, project=project, sweep=sweep, after=after)["project"][
+            "sweep"
+        ]["runs"]
         found += [edge["node"] for edge in page["edges"]]
         after = page["pageInfo"]["endCursor"]
         if not page["pageInfo"]["hasNextPage"]:
             break
     metric, out = spec["metric"]["name"], []
-    states = {"finished": "done", "running": "running", "killed": "pruned", "stopped": "pruned", "preempted": "lost",
-              "preempting": "running", "pending": "lost", "crashed": "lost"}
+    states = {
+        "finished": "done",
+        "running": "running",
+        "killed": "pruned",
+        "stopped": "pruned",
+        "preempted": "lost",
+        "preempting": "running",
+        "pending": "lost",
+        "crashed": "lost",
+    }
     for node in reversed(found):
-        config = {k: v["value"] for k, v in json.loads(node["config"] or "{}").items() if isinstance(v, dict) and "value" in v}
+        config = {
+            k: v["value"]
+            for k, v in json.loads(node["config"] or "{}").items()
+            if isinstance(v, dict) and "value" in v
+        }
         summary = json.loads(node["summaryMetrics"] or "{}")
-        rows = [json.loads(row) if isinstance(row, str) else row for row in node.get("history") or []]
-        reports = {int(row.get("step", row.get("_step", i))): float(row[metric]) for i, row in enumerate(rows) if metric in row}
+        rows = [
+            json.loads(row) if isinstance(row, str) else row for row in node.get("history") or []
+        ]
+        reports = {
+            int(row.get("step", row.get("_step", i))): float(row[metric])
+            for i, row in enumerate(rows)
+            if metric in row
+        }
         state = "pruned" if summary.get("pruned") else states.get(node["state"], "failed")
-        out.append(Trial(node["name"], len(out), {k: config.get(k) for k in space.varied(spec)}, state, "wandb",
-                         value=float(summary[metric]) if state == "done" and metric in summary else None,
-                         reason=str(summary.get("failed", "")), reports=reports,
-                         facts={k: v for k, v in summary.items() if isinstance(v, int | float)}))
+        out.append(
+            Trial(
+                node["name"],
+                len(out),
+                {k: config.get(k) for k in space.varied(spec)},
+                state,
+                "wandb",
+                value=float(summary[metric]) if state == "done" and metric in summary else None,
+                reason=str(summary.get("failed", "")),
+                reports=reports,
+                facts={k: v for k, v in summary.items() if isinstance(v, int | float)},
+            )
+        )
     return out

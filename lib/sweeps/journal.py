@@ -68,7 +68,9 @@ def create(folder, spec: dict) -> dict:
     if path.exists():
         there = read(folder)
         if there != spec:
-            raise UserError(f"{folder} holds another sweep: take another folder, or join that one by its id")
+            raise UserError(
+                f"{folder} holds another sweep: take another folder, or join that one by its id"
+            )
         return there
     write_json(path, dict(format=FORMAT, sweep=spec))
     return spec
@@ -83,9 +85,13 @@ def read(folder) -> dict:
             raise UserError(f"{path} is of format {record['format']}, this version reads {FORMAT}")
         return space.check(record["sweep"])
     except FileNotFoundError:
-        raise UserError(f"no sweep in {folder}: start one, or give the id and place that the first worker printed") from None
+        raise UserError(
+            f"no sweep in {folder}: start one, or give the id and place that the first worker printed"
+        ) from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path} is damaged ({e}): restore it, or start the sweep in another folder") from None
+        raise UserError(
+            f"{path} is damaged ({e}): restore it, or start the sweep in another folder"
+        ) from None
 
 
 def host() -> str:
@@ -185,10 +191,14 @@ class Journal:
     def report(self, id: str, step: int, value: float):
         self.write("report", id=id, step=step, value=value)
 
-    def end(self, id: str, state: str, value: float | None = None, reason: str = "", curve=(), **facts):
+    def end(
+        self, id: str, state: str, value: float | None = None, reason: str = "", curve=(), **facts
+    ):
         """The last word on a trial: done, pruned or failed. curve: (step, training loss) pairs to draw."""
         assert state in ENDS, state
-        self.write("end", id=id, state=state, value=value, reason=reason, curve=list(curve), facts=facts)
+        self.write(
+            "end", id=id, state=state, value=value, reason=reason, curve=list(curve), facts=facts
+        )
 
     def free(self, id: str):
         """Give a trial back unfinished: any worker may take it at once."""
@@ -238,7 +248,11 @@ def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
     end is its end. What others say of it is ignored.
     """
     journals = dict(_events(folder))
-    dead = {worker: _dead(folder, worker, events, lease, me) for worker, events in journals.items() if events}
+    dead = {
+        worker: _dead(folder, worker, events, lease, me)
+        for worker, events in journals.items()
+        if events
+    }
     rows = []
     # a clock that was set back does not reorder what one worker did
     for worker, events in journals.items():
@@ -250,16 +264,29 @@ def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
         if e["e"] == "claim":
             trial = found.get(e["id"])
             if trial is None:
-                found[e["id"]] = Trial(e["id"], len(found), e["a"], worker=worker, begun=t, tries=e["tries"])
+                found[e["id"]] = Trial(
+                    e["id"], len(found), e["a"], worker=worker, begun=t, tries=e["tries"]
+                )
             elif e["tries"] > trial.tries and trial.state not in ENDS:
-                trial.worker, trial.begun, trial.tries, trial.state, trial.reports = worker, t, e["tries"], "running", {}
+                trial.worker, trial.begun, trial.tries, trial.state, trial.reports = (
+                    worker,
+                    t,
+                    e["tries"],
+                    "running",
+                    {},
+                )
         elif "id" in e and (trial := found.get(e["id"])) and trial.state not in ENDS:
             if e["e"] == "report" and worker == trial.worker:
                 trial.reports[e["step"]] = e["value"]
             elif e["e"] == "free" and worker == trial.worker:
                 trial.state, trial.freed = "lost", trial.freed + 1
             elif e["e"] == "end":
-                trial.state, trial.value, trial.reason, trial.ended = e["state"], e["value"], e["reason"], t
+                trial.state, trial.value, trial.reason, trial.ended = (
+                    e["state"],
+                    e["value"],
+                    e["reason"],
+                    t,
+                )
                 trial.worker, trial.curve, trial.facts = worker, e["curve"], e["facts"]
     for trial in found.values():
         if trial.state == "running" and dead[trial.worker]:

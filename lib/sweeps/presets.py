@@ -12,12 +12,32 @@ from lib.files import UserError, choose
 from lib.sweeps.space import PARTS, check, load, varied, with_constants
 
 # rates ten times nanochat's, as in the cpu_demo preset of lib.config: batches and horizons are a hundred times smaller
-_CPU = dict(sequence_len=256, scan_layers=False, loss_chunk=1024, matrix_lr=0.2, embedding_lr=3.0, unembedding_lr=0.08,
-            adamw_lr=0.02, warmup_steps=10, aspect_ratio=12, head_dim=12, total_batch_size=1024, microbatch=4)
+_CPU = dict(
+    sequence_len=256,
+    scan_layers=False,
+    loss_chunk=1024,
+    matrix_lr=0.2,
+    embedding_lr=3.0,
+    unembedding_lr=0.08,
+    adamw_lr=0.02,
+    warmup_steps=10,
+    aspect_ratio=12,
+    head_dim=12,
+    total_batch_size=1024,
+    microbatch=4,
+)
 _WIDE = dict(aspect_ratio=24, head_dim=24)  # for models that are not to come in many sizes
 BUDGETS = {  # constants of all presets; per preset its ranges, and constants of its own under fixed
     "smoke": dict(
-        constants=_CPU | dict(sequence_len=64, total_batch_size=128, microbatch=2, warmup_steps=1, eval_bytes=3000, evals=2),
+        constants=_CPU
+        | dict(
+            sequence_len=64,
+            total_batch_size=128,
+            microbatch=2,
+            warmup_steps=1,
+            eval_bytes=3000,
+            evals=2,
+        ),
         search=dict(depth=2, num_steps=6, run_cap=4, min_iter=1),
         miniseries=dict(depths=[1, 2, 3, 4], tokens_per_param=0.02, seeds=1, fixed=_WIDE),
         isoflop=dict(depths=[1, 2, 3, 4], flops=[4e8, 8e8, 1.6e9], fixed=_WIDE),
@@ -29,7 +49,9 @@ BUDGETS = {  # constants of all presets; per preset its ranges, and constants of
         miniseries=dict(depths=[2, 3, 4, 5, 6], tokens_per_param=5.0, seeds=1),
         isoflop=dict(depths=[2, 3, 4, 5, 6], flops=[3e11, 6e11, 1.2e12, 2e12]),
         # both optimizers' rates are the best by factors of two, so that Muon is not compared with a bad guess
-        ablate=dict(depth=3, target_flops=1.2e12, seeds=3, fixed=_WIDE | dict(matrix_lr=0.4, adamw_lr=0.04)),
+        ablate=dict(
+            depth=3, target_flops=1.2e12, seeds=3, fixed=_WIDE | dict(matrix_lr=0.4, adamw_lr=0.04)
+        ),
     ),
     "chip": dict(
         constants=dict(microbatch=4, eval_bytes=4_000_000, evals=10),
@@ -49,10 +71,19 @@ def _search(b: dict, constants: dict) -> dict:
     """The rates and the schedule, around the budget's own, weeded out by hyperband."""
     rate = lambda name: constants.get(name, getattr(Config, name))
     return dict(
-        method="bayes", run_cap=b["run_cap"], early_terminate=dict(type="hyperband", min_iter=b["min_iter"], eta=2),
-        parameters={name: _around(rate(name)) for name in ("matrix_lr", "embedding_lr", "unembedding_lr")}
-        | dict(warmdown_ratio=dict(min=0.2, max=1.0), weight_decay=_around(rate("weight_decay")), depth=dict(value=b["depth"]))
-        | ({"num_steps": dict(value=b["num_steps"])} if "num_steps" in b else {}))
+        method="bayes",
+        run_cap=b["run_cap"],
+        early_terminate=dict(type="hyperband", min_iter=b["min_iter"], eta=2),
+        parameters={
+            name: _around(rate(name)) for name in ("matrix_lr", "embedding_lr", "unembedding_lr")
+        }
+        | dict(
+            warmdown_ratio=dict(min=0.2, max=1.0),
+            weight_decay=_around(rate("weight_decay")),
+            depth=dict(value=b["depth"]),
+        )
+        | ({"num_steps": dict(value=b["num_steps"])} if "num_steps" in b else {}),
+    )
 
 
 def _seeds(count: int) -> dict:
@@ -61,19 +92,35 @@ def _seeds(count: int) -> dict:
 
 def _miniseries(b: dict, constants: dict) -> dict:
     """Models of growing depth, each trained on as many tokens per parameter."""
-    return dict(method="grid", parameters=dict(depth=dict(values=b["depths"]), tokens_per_param=dict(value=b["tokens_per_param"]),
-                                               seed=_seeds(b["seeds"])))
+    return dict(
+        method="grid",
+        parameters=dict(
+            depth=dict(values=b["depths"]),
+            tokens_per_param=dict(value=b["tokens_per_param"]),
+            seed=_seeds(b["seeds"]),
+        ),
+    )
 
 
 def _isoflop(b: dict, constants: dict) -> dict:
     """Every depth at every compute budget (Chinchilla's second approach, arXiv:2203.15556)."""
-    return dict(method="grid", parameters=dict(target_flops=dict(values=b["flops"]), depth=dict(values=b["depths"])))
+    return dict(
+        method="grid",
+        parameters=dict(target_flops=dict(values=b["flops"]), depth=dict(values=b["depths"])),
+    )
 
 
 def _ablate(b: dict, constants: dict) -> dict:
     """The whole model, and without one part at a time, at equal FLOPs, each with the same seeds."""
-    return dict(method="grid", parameters=dict(without=dict(values=list(PARTS)), seed=_seeds(b["seeds"]),
-                                               depth=dict(value=b["depth"]), target_flops=dict(value=b["target_flops"])))
+    return dict(
+        method="grid",
+        parameters=dict(
+            without=dict(values=list(PARTS)),
+            seed=_seeds(b["seeds"]),
+            depth=dict(value=b["depth"]),
+            target_flops=dict(value=b["target_flops"]),
+        ),
+    )
 
 
 PRESETS = {"search": _search, "miniseries": _miniseries, "isoflop": _isoflop, "ablate": _ablate}
@@ -83,19 +130,28 @@ def preset(name: str, budget: str = "small", **constants) -> dict:
     """The checked sweep of a preset at a budget; `constants` (Config fields, space.SETTINGS) win over the budget's."""
     make, at = choose("sweep preset", name, PRESETS), choose("budget", budget, BUDGETS)
     defaults = at["constants"] | at[name].get("fixed", {})
-    return _complete(check(dict(name=name) | make(at[name], defaults | constants)), defaults, constants)
+    return _complete(
+        check(dict(name=name) | make(at[name], defaults | constants)), defaults, constants
+    )
 
 
 def from_file(path, budget: str = "small", **constants) -> dict:
     """The checked sweep of a YAML or JSON file, named after it. What it leaves open comes from `budget`: one of BUDGETS, or a preset
     of lib.config, so that its trials are runs of 02_train with that preset."""
     spec = load(path)
-    defaults = choose("budget", budget, {name: b["constants"] for name, b in BUDGETS.items()} | CONFIG_PRESETS)
+    defaults = choose(
+        "budget", budget, {name: b["constants"] for name, b in BUDGETS.items()} | CONFIG_PRESETS
+    )
     return _complete(dict(name=Path(path).stem) | spec, defaults, constants)
 
 
 def _complete(spec, defaults, constants):
     if clash := [n for n in constants if n in varied(spec)]:
-        raise UserError(f"{', '.join(clash)} is what the sweep {spec['name']} varies: leave it out of the overrides")
-    spec = spec | {"parameters": spec["parameters"] | {name: {"value": value} for name, value in constants.items()}}
+        raise UserError(
+            f"{', '.join(clash)} is what the sweep {spec['name']} varies: leave it out of the overrides"
+        )
+    spec = spec | {
+        "parameters": spec["parameters"]
+        | {name: {"value": value} for name, value in constants.items()}
+    }
     return check(with_constants(spec, defaults))

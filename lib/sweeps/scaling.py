@@ -16,8 +16,21 @@ LEVEL = 0.95
 
 def runs_of(trials) -> list[dict]:
     """The finished trials as runs, their assignment and number with them."""
-    return [dict(t.assignment, N=t.facts["scaling_params"], D=t.facts["tokens"], C=t.facts["flops"], L=t.value, number=t.number)
-            for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value) and "scaling_params" in t.facts]
+    return [
+        dict(
+            t.assignment,
+            N=t.facts["scaling_params"],
+            D=t.facts["tokens"],
+            C=t.facts["flops"],
+            L=t.value,
+            number=t.number,
+        )
+        for t in trials
+        if t.state == "done"
+        and t.value is not None
+        and math.isfinite(t.value)
+        and "scaling_params" in t.facts
+    ]
 
 
 def interval(draws, level: float = LEVEL) -> tuple[float, float]:
@@ -46,7 +59,12 @@ def parabola(N, L) -> dict:
     # a thousand times beyond what was tried: as good as none
     if not x.min() - 7 < low < x.max() + 7:
         return dict(N=math.nan, L=math.nan, coefficients=(a2, a1, a0), inside=False)
-    return dict(N=float(np.exp(low)), L=float(a0 - a1**2 / (4 * a2)), coefficients=(a2, a1, a0), inside=bool(x.min() <= low <= x.max()))
+    return dict(
+        N=float(np.exp(low)),
+        L=float(a0 - a1**2 / (4 * a2)),
+        coefficients=(a2, a1, a0),
+        inside=bool(x.min() <= low <= x.max()),
+    )
 
 
 def power_law(x, y) -> tuple[float, float]:
@@ -87,13 +105,26 @@ def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
         residual = residual - residual.mean()
         again = [parabola(N, predicted + rng.choice(residual, len(N))) for _ in range(draws)]
         at = lambda n: tokens[0] * n ** tokens[1]
-        rows.append(dict(C=float(np.mean([m["C"] for m in members])), target=C, N=fit["N"], D=at(fit["N"]), L=fit["L"],
-                         inside=fit["inside"], coefficients=fit["coefficients"], N_interval=interval([a["N"] for a in again]),
-                         D_interval=interval([at(a["N"]) for a in again]), L_interval=interval([a["L"] for a in again]),
-                         runs=members))
+        rows.append(
+            dict(
+                C=float(np.mean([m["C"] for m in members])),
+                target=C,
+                N=fit["N"],
+                D=at(fit["N"]),
+                L=fit["L"],
+                inside=fit["inside"],
+                coefficients=fit["coefficients"],
+                N_interval=interval([a["N"] for a in again]),
+                D_interval=interval([at(a["N"]) for a in again]),
+                L_interval=interval([a["L"] for a in again]),
+                runs=members,
+            )
+        )
         spreads.append([(a["N"], at(a["N"]), a["L"]) for a in again])
     if not rows:
-        raise UserError("a parabola takes four sizes at one budget: none has so many finished runs yet")
+        raise UserError(
+            "a parabola takes four sizes at one budget: none has so many finished runs yet"
+        )
     used = [i for i, r in enumerate(rows) if r["inside"]]
     result = dict(budgets=rows, used=len(used))
     for j, name in enumerate(("N", "D", "L")):
@@ -109,7 +140,9 @@ def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
 
 def _huber(r, delta):
     small = np.abs(r) <= delta
-    return np.where(small, 0.5 * r * r, delta * (np.abs(r) - 0.5 * delta)), np.where(small, r, delta * np.sign(r))
+    return np.where(small, 0.5 * r * r, delta * (np.abs(r) - 0.5 * delta)), np.where(
+        small, r, delta * np.sign(r)
+    )
 
 
 def _objective(theta, n, d, l, delta):
@@ -120,8 +153,15 @@ def _objective(theta, n, d, l, delta):
     total = weights.sum(axis=0)
     loss, slope = _huber(top + np.log(total) - l, delta)
     share = weights / total
-    grad = np.array([(slope * share[0]).sum(), (slope * share[1]).sum(), -(slope * share[1] * n).sum(), (slope * share[2]).sum(),
-                     -(slope * share[2] * d).sum()])
+    grad = np.array(
+        [
+            (slope * share[0]).sum(),
+            (slope * share[1]).sum(),
+            -(slope * share[1] * n).sum(),
+            (slope * share[2]).sum(),
+            -(slope * share[2] * d).sum(),
+        ]
+    )
     return loss.sum() / delta, grad / delta
 
 
@@ -129,13 +169,24 @@ def _minimise(theta, n, d, l, delta):
     from scipy.optimize import minimize
 
     limits = [(-12, 6), (-12, 6), (0.0, 3.0), (-12, 6), (0.0, 3.0)]
-    return minimize(_objective, theta, (n, d, l, delta), jac=True, method="L-BFGS-B", bounds=limits,
-                    options=dict(maxiter=500, maxcor=20, ftol=1e-12, gtol=1e-7))
+    return minimize(
+        _objective,
+        theta,
+        (n, d, l, delta),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=limits,
+        options=dict(maxiter=500, maxcor=20, ftol=1e-12, gtol=1e-7),
+    )
 
 
 def predict(fit: dict, N, D):
     """The loss that a parametric fit expects of N parameters and D tokens."""
-    return fit["E"] + fit["A"] / np.asarray(N, float) ** fit["alpha"] + fit["B"] / np.asarray(D, float) ** fit["beta"]
+    return (
+        fit["E"]
+        + fit["A"] / np.asarray(N, float) ** fit["alpha"]
+        + fit["B"] / np.asarray(D, float) ** fit["beta"]
+    )
 
 
 def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> dict:
@@ -146,26 +197,49 @@ def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> di
     Raises UserError below six runs.
     """
     if len({(r["N"], r["D"]) for r in runs}) < 6:
-        raise UserError(f"five constants cannot be fitted to {len(runs)} run(s): six or more with different N and D are needed")
+        raise UserError(
+            f"five constants cannot be fitted to {len(runs)} run(s): six or more with different N and D are needed"
+        )
     n, d, l = (np.log(np.array([r[k] for r in runs], float)) for k in "NDL")
     at_n, at_d = n.mean(), d.mean()
     n, d = n - at_n, d - at_d
-    starts = [(l.min() + e, l.min() - 1, alpha, l.min() - 1, beta) for e in (-2.0, -0.7, -0.1) for alpha in (0.2, 0.6)
-              for beta in (0.2, 0.6)]
+    starts = [
+        (l.min() + e, l.min() - 1, alpha, l.min() - 1, beta)
+        for e in (-2.0, -0.7, -0.1)
+        for alpha in (0.2, 0.6)
+        for beta in (0.2, 0.6)
+    ]
     best = min((_minimise(np.array(s), n, d, l, delta) for s in starts), key=lambda r: r.fun)
 
     def constants(theta):
         alpha, beta = theta[2], theta[4]
-        E, A, B = math.exp(theta[0]), math.exp(theta[1] + alpha * at_n), math.exp(theta[3] + beta * at_d)
-        return dict(E=E, A=A, alpha=float(alpha), B=B, beta=float(beta), a=float(beta / (alpha + beta)) if alpha + beta else math.nan)
+        E, A, B = (
+            math.exp(theta[0]),
+            math.exp(theta[1] + alpha * at_n),
+            math.exp(theta[3] + beta * at_d),
+        )
+        return dict(
+            E=E,
+            A=A,
+            alpha=float(alpha),
+            B=B,
+            beta=float(beta),
+            a=float(beta / (alpha + beta)) if alpha + beta else math.nan,
+        )
 
     fit = constants(best.x)
     expected = np.log(predict(fit, np.exp(n + at_n), np.exp(d + at_d)))
     residual, rng = l - expected, np.random.default_rng(seed)
     wide = residual * math.sqrt(len(l) / max(len(l) - 5, 1))
-    again = [constants(_minimise(best.x, n, d, expected + rng.choice(wide, len(l)), delta).x) for _ in range(draws)]
-    return fit | dict(error=float(np.sqrt(np.mean(np.expm1(residual) ** 2))), intervals={k: interval([a[k] for a in again]) for k in fit},
-                      draws=again)
+    again = [
+        constants(_minimise(best.x, n, d, expected + rng.choice(wide, len(l)), delta).x)
+        for _ in range(draws)
+    ]
+    return fit | dict(
+        error=float(np.sqrt(np.mean(np.expm1(residual) ** 2))),
+        intervals={k: interval([a[k] for a in again]) for k in fit},
+        draws=again,
+    )
 
 
 def frontier(fit: dict, C) -> tuple:
@@ -188,7 +262,9 @@ def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
 
     C, L = (np.array([r[k] for r in runs], float) for k in "CL")
     if len(set(C)) < 4:
-        raise UserError(f"three constants cannot be fitted to {len(set(C))} size(s): four or more are needed")
+        raise UserError(
+            f"three constants cannot be fitted to {len(set(C))} size(s): four or more are needed"
+        )
     x = C / C.min()
 
     def fit(L):  # for each power the rest is linear, and neither constant may be negative
@@ -231,12 +307,26 @@ def held_out(runs, draws: int = 100) -> list[dict]:
         fit = parametric(rest, draws=draws) if many else series(rest, draws=4 * draws)
     except UserError:
         return []
-    value = (lambda f, r: float(predict(f, r["N"], r["D"]))) if many else (lambda f, r: float(f["E"] + f["k"] * r["C"] ** -f["p"]))
+    value = (
+        (lambda f, r: float(predict(f, r["N"], r["D"])))
+        if many
+        else (lambda f, r: float(f["E"] + f["k"] * r["C"] ** -f["p"]))
+    )
     rows = []
     for r in last:
         low, high = interval([value(f, r) for f in fit["draws"]])
-        rows.append(dict(N=float(r["N"]), D=float(r["D"]), C=float(r["C"]), actual=r["L"], predicted=value(fit, r), low=low, high=high,
-                         error=value(fit, r) / r["L"] - 1))
+        rows.append(
+            dict(
+                N=float(r["N"]),
+                D=float(r["D"]),
+                C=float(r["C"]),
+                actual=r["L"],
+                predicted=value(fit, r),
+                low=low,
+                high=high,
+                error=value(fit, r) / r["L"] - 1,
+            )
+        )
     return rows
 
 
@@ -251,21 +341,45 @@ def paired(trials, by: str = "without", base="", over: str = "seed") -> list[dic
     """
     from scipy.stats import t as student
 
-    done = [t for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value) and by in t.assignment]
+    done = [
+        t
+        for t in trials
+        if t.state == "done"
+        and t.value is not None
+        and math.isfinite(t.value)
+        and by in t.assignment
+    ]
     baseline = {t.assignment.get(over): t for t in done if t.assignment[by] == base}
     rows = []
     for part in dict.fromkeys(t.assignment[by] for t in done):
         members = [t for t in done if t.assignment[by] == part]
-        deltas = [t.value - baseline[s].value for t in members if (s := t.assignment.get(over)) in baseline]
+        deltas = [
+            t.value - baseline[s].value
+            for t in members
+            if (s := t.assignment.get(over)) in baseline
+        ]
         if part == base or not deltas:
             if part != base:
                 continue
             deltas = [0.0]
         n, mean = len(deltas), float(np.mean(deltas))
-        half = float(student.ppf((1 + LEVEL) / 2, n - 1) * np.std(deltas, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+        half = (
+            float(student.ppf((1 + LEVEL) / 2, n - 1) * np.std(deltas, ddof=1) / math.sqrt(n))
+            if n > 1
+            else math.nan
+        )
         if part == base:
             half = 0.0
-        rows.append(dict(part=part, delta=mean, low=mean - half, high=mean + half, pairs=n if part != base else len(members),
-                         mean=float(np.mean([t.value for t in members])), steps=members[0].facts.get("steps"),
-                         seconds=float(np.mean([t.facts.get("seconds", math.nan) for t in members]))))
+        rows.append(
+            dict(
+                part=part,
+                delta=mean,
+                low=mean - half,
+                high=mean + half,
+                pairs=n if part != base else len(members),
+                mean=float(np.mean([t.value for t in members])),
+                steps=members[0].facts.get("steps"),
+                seconds=float(np.mean([t.facts.get("seconds", math.nan) for t in members])),
+            )
+        )
     return sorted(rows, key=lambda r: (r["part"] != base, r["delta"]))

@@ -19,10 +19,27 @@ from lib.config import Config
 from lib.files import UserError, choose
 
 METHODS = ("bayes", "random", "grid")
-KEYS = ("method", "metric", "parameters", "early_terminate", "run_cap", "name", "description", "project", "entity")
+KEYS = (
+    "method",
+    "metric",
+    "parameters",
+    "early_terminate",
+    "run_cap",
+    "name",
+    "description",
+    "project",
+    "entity",
+)
 DIALS = {"depth": int, "aspect_ratio": int, "target_flops": float}  # arguments of Config.from_depth
 # all but the Config
-SETTINGS = {"source": str, "packing": str, "shards": int, "eval_bytes": int, "evals": int, "tokenizer": str}
+SETTINGS = {
+    "source": str,
+    "packing": str,
+    "shards": int,
+    "eval_bytes": int,
+    "evals": int,
+    "tokenizer": str,
+}
 FIELDS = {f.name: f.type for f in dataclasses.fields(Config)} | DIALS
 # what `without` switches off
 PARTS = {
@@ -39,7 +56,14 @@ PARTS = {
 }
 METRICS = ("val_bpb", "val_loss", "loss")
 # by min and max
-BOUNDED = ("int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values", "q_log_uniform_values")
+BOUNDED = (
+    "int_uniform",
+    "uniform",
+    "q_uniform",
+    "log_uniform",
+    "log_uniform_values",
+    "q_log_uniform_values",
+)
 NORMAL = ("normal", "log_normal")  # by mu and sigma
 
 
@@ -55,15 +79,21 @@ def load(source) -> dict:
     try:
         return check(yaml.safe_load(Path(source).read_text()))
     except OSError as e:
-        raise UserError(f"cannot read the sweep {source} ({e.strerror}): give a preset's name or the path of a YAML file") from None
+        raise UserError(
+            f"cannot read the sweep {source} ({e.strerror}): give a preset's name or the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{source} is not YAML ({str(e).splitlines()[0]}): see README.md for a sweep to start from") from None
+        raise UserError(
+            f"{source} is not YAML ({str(e).splitlines()[0]}): see README.md for a sweep to start from"
+        ) from None
 
 
 def check(spec: dict) -> dict:
     """A copy of `spec` with defaults filled in, or a UserError naming the entry that is wrong."""
     if not isinstance(spec, dict):
-        raise UserError(f"a sweep is a mapping with method, metric and parameters, not {spec!r:.60}")
+        raise UserError(
+            f"a sweep is a mapping with method, metric and parameters, not {spec!r:.60}"
+        )
     try:
         spec = _numbers(json.loads(json.dumps(spec)))  # a copy of plain types
     except TypeError as e:
@@ -72,13 +102,23 @@ def check(spec: dict) -> dict:
         choose("entry of a sweep", name, KEYS)
     choose("sweep method", spec.setdefault("method", "random"), METHODS)
     metric = spec.setdefault("metric", {"name": "val_bpb"})
-    if not isinstance(metric, dict) or not isinstance(metric.get("name"), str) or set(metric) - {"name", "goal", "target"}:
-        raise UserError(f"a sweep's metric is like {{name: val_bpb, goal: minimize}}, not {metric!r}")
+    if (
+        not isinstance(metric, dict)
+        or not isinstance(metric.get("name"), str)
+        or set(metric) - {"name", "goal", "target"}
+    ):
+        raise UserError(
+            f"a sweep's metric is like {{name: val_bpb, goal: minimize}}, not {metric!r}"
+        )
     choose("metric", metric["name"], METRICS)
     choose("goal of the metric", metric.setdefault("goal", "minimize"), ("minimize", "maximize"))
     if not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
-        raise UserError("a sweep needs parameters, like {matrix_lr: {min: 0.01, max: 0.5, distribution: log_uniform_values}}")
-    spec["parameters"] = {name: _parameter(name, entry, spec["method"]) for name, entry in spec["parameters"].items()}
+        raise UserError(
+            "a sweep needs parameters, like {matrix_lr: {min: 0.01, max: 0.5, distribution: log_uniform_values}}"
+        )
+    spec["parameters"] = {
+        name: _parameter(name, entry, spec["method"]) for name, entry in spec["parameters"].items()
+    }
     cap = spec.get("run_cap")
     if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
         raise UserError(f"run_cap={cap!r} must be a whole number of trials, 1 or more")
@@ -93,7 +133,11 @@ def _numbers(x):
         return {k: _numbers(v) for k, v in x.items()}
     if isinstance(x, list):
         return [_numbers(v) for v in x]
-    return float(x) if isinstance(x, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", x) else x
+    return (
+        float(x)
+        if isinstance(x, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", x)
+        else x
+    )
 
 
 def _parameter(name: str, entry, method: str) -> dict:
@@ -102,9 +146,17 @@ def _parameter(name: str, entry, method: str) -> dict:
     if not isinstance(entry, dict):
         raise bad(f"write {{value: {entry!r}}} for a constant, or values, or min and max")
     entry = dict(entry)
-    number = lambda k: isinstance(entry.get(k), int | float) and not isinstance(entry[k], bool) and math.isfinite(entry[k])
+    number = lambda k: (
+        isinstance(entry.get(k), int | float)
+        and not isinstance(entry[k], bool)
+        and math.isfinite(entry[k])
+    )
     if "value" in entry:
-        entry = {"value": entry["value"]} if set(entry) <= {"value", "distribution"} else bad_keys(bad, entry, "value")
+        entry = (
+            {"value": entry["value"]}
+            if set(entry) <= {"value", "distribution"}
+            else bad_keys(bad, entry, "value")
+        )
         _typed(name, entry["value"], kind)
         return entry
     if "values" in entry:
@@ -118,15 +170,23 @@ def _parameter(name: str, entry, method: str) -> dict:
             raise bad(f"values has an entry twice: {entry['values']}")
         if "probabilities" in entry:
             p = entry["probabilities"]
-            if not isinstance(p, list) or len(p) != len(entry["values"]) or any(not isinstance(x, int | float) or x < 0 for x in p) \
-                    or abs(sum(p) - 1) > 1e-6:
+            if (
+                not isinstance(p, list)
+                or len(p) != len(entry["values"])
+                or any(not isinstance(x, int | float) or x < 0 for x in p)
+                or abs(sum(p) - 1) > 1e-6
+            ):
                 raise bad("probabilities must be as many as values, none negative, adding up to 1")
         return {k: entry[k] for k in ("values", "probabilities") if k in entry}
     if kind not in (int, float):
         raise bad(f"it is of type {kind.__name__}, so it takes value or values, not a range")
     distribution = entry.get("distribution")
     if distribution is None:
-        distribution = "int_uniform" if all(isinstance(entry.get(k), int) for k in ("min", "max")) else "uniform"
+        distribution = (
+            "int_uniform"
+            if all(isinstance(entry.get(k), int) for k in ("min", "max"))
+            else "uniform"
+        )
     if distribution in NORMAL:
         wanted = {"mu", "sigma"}
         if not (number("mu") and number("sigma") and entry["sigma"] > 0):
@@ -142,16 +202,22 @@ def _parameter(name: str, entry, method: str) -> dict:
             raise bad(f"{distribution} needs min above 0")
         if "q" in wanted and not (number("q") and entry["q"] > 0):
             raise bad(f"{distribution} needs a step q above 0")
-        if distribution == "int_uniform" and not all(isinstance(entry[k], int) for k in ("min", "max")):
+        if distribution == "int_uniform" and not all(
+            isinstance(entry[k], int) for k in ("min", "max")
+        ):
             raise bad("int_uniform needs whole numbers min and max")
         if kind is int and distribution in ("uniform", "log_uniform", "log_uniform_values"):
-            raise bad(f"it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole q, not {distribution}")
+            raise bad(
+                f"it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole q, not {distribution}"
+            )
         if kind is int and "q" in wanted and not float(entry["q"]).is_integer():
             raise bad(f"it takes whole numbers, so q={entry['q']} must be one")
     if set(entry) - wanted - {"distribution"}:
         bad_keys(bad, entry, distribution)
     if method == "grid" and distribution not in ("int_uniform", "q_uniform"):
-        raise bad(f"a grid cannot walk through {distribution}: list values, or use int_uniform or q_uniform")
+        raise bad(
+            f"a grid cannot walk through {distribution}: list values, or use int_uniform or q_uniform"
+        )
     return {k: entry[k] for k in wanted} | {"distribution": distribution}
 
 
@@ -185,8 +251,12 @@ def varied(spec: dict) -> dict:
 
 def with_constants(spec: dict, values: dict) -> dict:
     """`spec` with constants added for the parameters that it does not have itself, so that it alone says all of a trial."""
-    return spec | {"parameters": {name: {"value": v} for name, v in values.items() if name not in spec["parameters"]}
-                   | spec["parameters"]}
+    return spec | {
+        "parameters": {
+            name: {"value": v} for name, v in values.items() if name not in spec["parameters"]
+        }
+        | spec["parameters"]
+    }
 
 
 def key(assignment: dict) -> str:
@@ -206,14 +276,20 @@ def _steps(p: dict) -> list:
     if p["distribution"] == "int_uniform":
         return list(range(p["min"], p["max"] + 1))
     if p["distribution"] == "q_uniform":
-        return [_quantised(p["min"] + i * p["q"], p) for i in range(int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1)]
+        return [
+            _quantised(p["min"] + i * p["q"], p)
+            for i in range(int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1)
+        ]
     return []
 
 
 def _quantised(x, p):
     """The nearest multiple of q within bounds, without the noise of binary fractions."""
     x = round(x / p["q"]) * p["q"]
-    x = min(max(x, math.ceil(p["min"] / p["q"] - 1e-9) * p["q"]), math.floor(p["max"] / p["q"] + 1e-9) * p["q"])
+    x = min(
+        max(x, math.ceil(p["min"] / p["q"] - 1e-9) * p["q"]),
+        math.floor(p["max"] / p["q"] + 1e-9) * p["q"],
+    )
     x = float(f"{x:.12g}")
     return int(x) if x.is_integer() and float(p["q"]).is_integer() else x
 
@@ -227,7 +303,10 @@ def size(spec: dict) -> float:
 def grid(spec: dict) -> list[dict]:
     """All assignments (varied parameters only) of a finite sweep, the last parameter changing fastest."""
     names = list(varied(spec))
-    return [dict(zip(names, row)) for row in itertools.product(*(_steps(p) for p in varied(spec).values()))]
+    return [
+        dict(zip(names, row))
+        for row in itertools.product(*(_steps(p) for p in varied(spec).values()))
+    ]
 
 
 def limit(spec: dict) -> float:
@@ -246,7 +325,9 @@ def draw(p: dict, rng):
         return float(rng.lognormal(p["mu"], p["sigma"]))
     if kind == "int_uniform":
         return int(rng.integers(p["min"], p["max"] + 1))
-    low, high = (p["min"], p["max"]) if "values" not in kind else (math.log(p["min"]), math.log(p["max"]))
+    low, high = (
+        (p["min"], p["max"]) if "values" not in kind else (math.log(p["min"]), math.log(p["max"]))
+    )
     x = float(rng.uniform(low, high))
     x = math.exp(x) if "log" in kind else x  # log_uniform gives its bounds as natural logarithms
     return _quantised(x, p) if kind.startswith("q_") else x
@@ -257,13 +338,19 @@ def _optuna(p: dict):
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if "values" in p:
-        return CategoricalDistribution([json.dumps(v) for v in p["values"]]) if "probabilities" not in p else None
+        return (
+            CategoricalDistribution([json.dumps(v) for v in p["values"]])
+            if "probabilities" not in p
+            else None
+        )
     kind = p["distribution"]
     if kind in NORMAL:
         return None
     if kind == "int_uniform":
         return IntDistribution(p["min"], p["max"])
-    low, high = (math.exp(p["min"]), math.exp(p["max"])) if kind == "log_uniform" else (p["min"], p["max"])
+    low, high = (
+        (math.exp(p["min"]), math.exp(p["max"])) if kind == "log_uniform" else (p["min"], p["max"])
+    )
     return FloatDistribution(low, high, log="log" in kind)
 
 
@@ -272,22 +359,39 @@ def _study(spec: dict, trials, seed: int = 0):
     try:
         import optuna
     except ImportError:
-        raise UserError("a bayes sweep needs a package: pip install optuna, or use method: random") from None
+        raise UserError(
+            "a bayes sweep needs a package: pip install optuna, or use method: random"
+        ) from None
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = {name: d for name, p in varied(spec).items() if (d := _optuna(p))}
-    study = optuna.create_study(direction=spec["metric"]["goal"],
-                                sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed))
+    study = optuna.create_study(
+        direction=spec["metric"]["goal"],
+        sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed),
+    )
     for t in trials:
         # a trial that failed for what it is, or was pruned, tells something too; one that is being trained keeps others away
-        state = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}.get(t.state, TrialState.RUNNING)
+        state = {
+            "done": TrialState.COMPLETE,
+            "pruned": TrialState.PRUNED,
+            "failed": TrialState.FAIL,
+        }.get(t.state, TrialState.RUNNING)
         if state == TrialState.PRUNED and not t.reports:
             state = TrialState.FAIL
-        values = {name: json.dumps(t.assignment[name]) if hasattr(d, "choices") else t.assignment[name] for name, d in space.items()}
-        study.add_trial(create_trial(state=state, params=values, distributions=space,
-                                     value=t.value if state == TrialState.COMPLETE else None,
-                                     intermediate_values={n: v for n, v in enumerate(t.reports.values(), 1)}))
+        values = {
+            name: json.dumps(t.assignment[name]) if hasattr(d, "choices") else t.assignment[name]
+            for name, d in space.items()
+        }
+        study.add_trial(
+            create_trial(
+                state=state,
+                params=values,
+                distributions=space,
+                value=t.value if state == TrialState.COMPLETE else None,
+                intermediate_values={n: v for n, v in enumerate(t.reports.values(), 1)},
+            )
+        )
     return study, space
 
 
@@ -310,13 +414,17 @@ def ask(spec: dict, trials, seed: int) -> dict | None:
             for name, d in space.items():
                 p = spec["parameters"][name]
                 value = json.loads(found[name]) if hasattr(d, "choices") else found[name]
-                assignment[name] = _quantised(value, p) if p.get("distribution", "").startswith("q_") else value
+                assignment[name] = (
+                    _quantised(value, p) if p.get("distribution", "").startswith("q_") else value
+                )
         if key(assignment) not in known:
             return assignment
     if size(spec) < math.inf:  # nearly all were tried: draw from what is left
         left = [a for a in grid(spec) if key(a) not in known]
         return left[rng.integers(len(left))] if left else None
-    raise UserError("the sweep found no new assignment in twenty draws: its ranges are too narrow, widen them or set run_cap")
+    raise UserError(
+        "the sweep found no new assignment in twenty draws: its ranges are too narrow, widen them or set run_cap"
+    )
 
 
 def importance(spec: dict, trials) -> dict:
@@ -324,24 +432,40 @@ def importance(spec: dict, trials) -> dict:
     fewer than four trials with different results are there, nothing varies, or Optuna is not installed."""
     import importlib.util
 
-    done = [t for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value)]
-    if len(done) < 4 or len({t.value for t in done}) < 2 or not varied(spec) or not importlib.util.find_spec("optuna"):
+    done = [
+        t for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value)
+    ]
+    if (
+        len(done) < 4
+        or len({t.value for t in done}) < 2
+        or not varied(spec)
+        or not importlib.util.find_spec("optuna")
+    ):
         return {}
     study, space = _study(spec, done)
     import optuna
 
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
     alone = [name for name, d in space.items() if not d.single()]
-    return dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=alone)) if alone else {}
+    return (
+        dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=alone))
+        if alone
+        else {}
+    )
 
 
 def config_of(assignment: dict) -> Config:
     """The Config of a whole assignment (constants and varied parameters). UserError for an impossible one, before any compute."""
-    fields = {name: _typed(name, v, choose("sweep parameter", name, FIELDS | SETTINGS | {"without": str}))
-              for name, v in assignment.items() if name not in SETTINGS}
+    fields = {
+        name: _typed(name, v, choose("sweep parameter", name, FIELDS | SETTINGS | {"without": str}))
+        for name, v in assignment.items()
+        if name not in SETTINGS
+    }
     fields |= choose("part to leave out", fields.pop("without", ""), PARTS)
     if "depth" not in fields:
-        raise UserError("a trial needs a depth: give it as a parameter, a constant or through a preset")
+        raise UserError(
+            "a trial needs a depth: give it as a parameter, a constant or through a preset"
+        )
     return Config.from_depth(**fields)
 
 
@@ -354,12 +478,20 @@ def rungs(spec: dict) -> list[int]:
     if entry is None:
         return []
     if not isinstance(entry, dict) or entry.get("type") != "hyperband":
-        raise UserError(f"early_terminate must be of type hyperband, with min_iter, or max_iter and s; got {entry!r}")
+        raise UserError(
+            f"early_terminate must be of type hyperband, with min_iter, or max_iter and s; got {entry!r}"
+        )
     for name, value in entry.items():
         if name not in ("type", "strict"):
             choose("entry of early_terminate", name, ("min_iter", "max_iter", "s", "eta"))
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < (2 if name == "eta" else 1):
-                raise UserError(f"early_terminate {name}={value!r} must be a number of at least {2 if name == 'eta' else 1}")
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or value < (2 if name == "eta" else 1)
+            ):
+                raise UserError(
+                    f"early_terminate {name}={value!r} must be a number of at least {2 if name == 'eta' else 1}"
+                )
     eta = entry.get("eta", 3)
     if "min_iter" in entry:
         found = [int(entry["min_iter"] * eta**k) for k in range(30)]
@@ -379,7 +511,9 @@ def should_stop(spec: dict, trials, trial) -> bool:
     if not reached:
         return False
     sign = 1 if spec["metric"]["goal"] == "minimize" else -1
-    best = lambda t: min(sign * v if math.isfinite(v) else math.inf for v in list(t.reports.values())[: reached[-1]])
+    best = lambda t: min(
+        sign * v if math.isfinite(v) else math.inf for v in list(t.reports.values())[: reached[-1]]
+    )
     there = sorted(best(t) for t in trials if len(t.reports) >= reached[-1])
     place = max(1, int(len(there) / spec["early_terminate"].get("eta", 3)))
     return len(there) > 1 and best(trial) > there[place - 1]

@@ -43,8 +43,12 @@ def _make(name: str, one: Callable, train_items: int, split: str) -> list[dict]:
             if len(found) == size:
                 break
     return [
-        dict(id=f"{name}/{split}/{i}", about=about, answer=answer,
-             messages=[dict(role="user", content=question), dict(role="assistant", content=parts)])
+        dict(
+            id=f"{name}/{split}/{i}",
+            about=about,
+            answer=answer,
+            messages=[dict(role="user", content=question), dict(role="assistant", content=parts)],
+        )
         for i, (about, question, parts, answer) in enumerate(found.values())
     ]
 
@@ -81,24 +85,71 @@ def same_number(item: dict, answer: str) -> bool:
 
 def same_end(item: dict, answer: str) -> bool:
     """The answer ends with the expected words, whatever its full stop and quotes; where they spell a word, with no letter more."""
-    given, wanted = (re.sub(r"[\s.!?\"'`,:]+", " ", s).split() for s in (said(answer), item["answer"]))
+    given, wanted = (
+        re.sub(r"[\s.!?\"'`,:]+", " ", s).split() for s in (said(answer), item["answer"])
+    )
     before, end = given[: -len(wanted)], given[-len(wanted) :]
-    letter_more = len(wanted) > 1 and len(wanted[0]) == 1 and wanted[0].isalpha() and before and len(before[-1]) == 1
+    letter_more = (
+        len(wanted) > 1
+        and len(wanted[0]) == 1
+        and wanted[0].isalpha()
+        and before
+        and len(before[-1]) == 1
+    )
     return end == wanted and not letter_more
 
 
 # ---- arithmetic through the calculator -------------------------------------------------------------------------------
 
 WORDS_FOR = {
-    "+": ["{a} + {b}", "{a}+{b}", "{a} plus {b}", "the sum of {a} and {b}", "{a} and {b} added together", "{b} more than {a}"],
-    "-": ["{a} - {b}", "{a}-{b}", "{a} minus {b}", "the difference between {a} and {b}", "{a} less {b}",
-          "{b} taken away from {a}"],
-    "*": ["{a} * {b}", "{a}*{b}", "{a} times {b}", "the product of {a} and {b}", "{a} multiplied by {b}", "{a} x {b}"],
-    "//": ["{a} // {b}", "{a}//{b}", "{a} divided by {b}, rounded down", "the whole part of {a} divided by {b}"],
+    "+": [
+        "{a} + {b}",
+        "{a}+{b}",
+        "{a} plus {b}",
+        "the sum of {a} and {b}",
+        "{a} and {b} added together",
+        "{b} more than {a}",
+    ],
+    "-": [
+        "{a} - {b}",
+        "{a}-{b}",
+        "{a} minus {b}",
+        "the difference between {a} and {b}",
+        "{a} less {b}",
+        "{b} taken away from {a}",
+    ],
+    "*": [
+        "{a} * {b}",
+        "{a}*{b}",
+        "{a} times {b}",
+        "the product of {a} and {b}",
+        "{a} multiplied by {b}",
+        "{a} x {b}",
+    ],
+    "//": [
+        "{a} // {b}",
+        "{a}//{b}",
+        "{a} divided by {b}, rounded down",
+        "the whole part of {a} divided by {b}",
+    ],
     "%": ["{a} % {b}", "{a} modulo {b}", "the remainder of {a} divided by {b}"],
 }
-ASK = ["What is {}?", "what is {}", "Calculate {}.", "Compute {}.", "How much is {}?", "Please work out {}.", "{}", "{} = ?",
-       "Can you tell me {}?", "I need {}.", "Tell me {}, please.", "What do you get for {}?", "Give me {}.", "Find {}."]
+ASK = [
+    "What is {}?",
+    "what is {}",
+    "Calculate {}.",
+    "Compute {}.",
+    "How much is {}?",
+    "Please work out {}.",
+    "{}",
+    "{} = ?",
+    "Can you tell me {}?",
+    "I need {}.",
+    "Tell me {}, please.",
+    "What do you get for {}?",
+    "Give me {}.",
+    "Find {}.",
+]
 STORIES = [
     ("+", "I have {a} {things} and get {b} more. How many do I have?"),
     ("+", "{who} has {a} {things} and finds {b} more. How many {things} does {who} have now?"),
@@ -112,7 +163,13 @@ STORIES = [
 THINGS = "apples books coins stones stamps cards shells pens eggs files tokens letters".split()
 PEOPLE = "Ada Alan Grace Edsger Barbara Guido Donald Margaret Linus Katherine".split()
 RESULT = ["The answer is {}.", "That is {}.", "It is {}.", "That makes {}.", "The result is {}."]
-APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}
+APPLY = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+    "%": operator.mod,
+}
 
 
 def _number(rng, digits: int) -> int:
@@ -123,7 +180,9 @@ def arithmetic(rng, split):
     kind = rng.random()
     sign = rng.choice(["+", "+", "-", "-", "*", "*", "//", "%"])
     a = _number(rng, rng.choice([1, 2, 2, 3, 3, 4]))
-    b = _number(rng, rng.choice([1, 2, 2, 3, 3, 4]) if sign in "+-" else rng.choice([1, 1, 2, 2, 3]))
+    b = _number(
+        rng, rng.choice([1, 2, 2, 3, 3, 4]) if sign in "+-" else rng.choice([1, 1, 2, 2, 3])
+    )
     if kind < 0.2:
         sign, story = rng.choice(STORIES)
         a, b = (max(a, b), min(a, b)) if sign in "-//" else (a, b)
@@ -136,15 +195,27 @@ def arithmetic(rng, split):
         question = rng.choice(ASK).format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
         if second == sign == "+" and rng.random() < 0.3:
             question = rng.choice(ASK).format(f"the sum of {a}, {b} and {c}")
-        return f"{sorted((a, b, c))}", question, [*call(expression, n := _evaluate(a, sign, b, second, c)),
-                                                  text(rng.choice(RESULT).format(n))], str(n)
+        return (
+            f"{sorted((a, b, c))}",
+            question,
+            [
+                *call(expression, n := _evaluate(a, sign, b, second, c)),
+                text(rng.choice(RESULT).format(n)),
+            ],
+            str(n),
+        )
     else:
         question = rng.choice(ASK).format(rng.choice(WORDS_FOR[sign]).format(a=a, b=b))
         expression = f"{a}{sign}{b}"
     if sign in ("//", "%") and b == 0:
         return None
     n = APPLY[sign](a, b)
-    return f"{sorted((a, b))}", question, [*call(expression, n), text(rng.choice(RESULT).format(n))], str(n)
+    return (
+        f"{sorted((a, b))}",
+        question,
+        [*call(expression, n), text(rng.choice(RESULT).format(n))],
+        str(n),
+    )
 
 
 def _evaluate(a, sign, b, second, c) -> int:
@@ -159,7 +230,9 @@ def _evaluate(a, sign, b, second, c) -> int:
 @functools.cache
 def words() -> list[str]:
     """Lower-case words of 3 to 10 letters that the standard library's sources use at least three times, commonest first."""
-    count = collections.Counter(w for d in data.documents("stdlib", "train") for w in re.findall(r"\b[a-z]{3,10}\b", d))
+    count = collections.Counter(
+        w for d in data.documents("stdlib", "train") for w in re.findall(r"\b[a-z]{3,10}\b", d)
+    )
     return sorted((w for w, n in count.items() if n >= 3), key=lambda w: (-count[w], w))
 
 
@@ -183,9 +256,20 @@ def _named(shown: str) -> str:
     return shown if shown[0] in "\"'" else f"The word {shown}"
 
 
-SPELL = ["Spell {}.", "How do you spell {}?", "Spell the word {}.", "Please spell {}.", "Spell {} letter by letter.",
-         "Which letters are in {}, in order?", "What are the letters of {}?", "Can you spell {} for me?", "spell {}",
-         "Write {} one letter at a time.", "List the letters of the word {}.", "Break {} into its letters."]
+SPELL = [
+    "Spell {}.",
+    "How do you spell {}?",
+    "Spell the word {}.",
+    "Please spell {}.",
+    "Spell {} letter by letter.",
+    "Which letters are in {}, in order?",
+    "What are the letters of {}?",
+    "Can you spell {} for me?",
+    "spell {}",
+    "Write {} one letter at a time.",
+    "List the letters of the word {}.",
+    "Break {} into its letters.",
+]
 
 
 def letters(word: str) -> str:
@@ -195,14 +279,33 @@ def letters(word: str) -> str:
 def spelling(rng, split):
     word = _word(rng, split)
     shown = _shown(rng, word)
-    return word, rng.choice(SPELL).format(shown), [text(f"{_named(shown)}:", letters(word))], letters(word)
+    return (
+        word,
+        rng.choice(SPELL).format(shown),
+        [text(f"{_named(shown)}:", letters(word))],
+        letters(word),
+    )
 
 
-COUNT = ["How many {c} are in {w}?", "How many times does {c} appear in {w}?", "Count the {c} in {w}.",
-         "How often does {w} contain {c}?", "How many times is the letter {c} in the word {w}?", "how many {c} in {w}",
-         "Count the letter {c} in the word {w}.", "In {w}, how many {c} are there?", "How often is {c} in {w}?",
-         "What is the number of {c} in {w}?", "How many letters {c} does {w} have?"]
-COUNT_BARE = [*COUNT, "How many {c}s are in {w}?", "How many {c}'s are in {w}?", "how many {c}'s are there in {w}"]
+COUNT = [
+    "How many {c} are in {w}?",
+    "How many times does {c} appear in {w}?",
+    "Count the {c} in {w}.",
+    "How often does {w} contain {c}?",
+    "How many times is the letter {c} in the word {w}?",
+    "how many {c} in {w}",
+    "Count the letter {c} in the word {w}.",
+    "In {w}, how many {c} are there?",
+    "How often is {c} in {w}?",
+    "What is the number of {c} in {w}?",
+    "How many letters {c} does {w} have?",
+]
+COUNT_BARE = [
+    *COUNT,
+    "How many {c}s are in {w}?",
+    "How many {c}'s are in {w}?",
+    "how many {c}'s are there in {w}",
+]
 
 
 def counting(rng, split):
@@ -213,37 +316,87 @@ def counting(rng, split):
         return None
     letter = rng.choice(fitting)
     shown = _shown(rng, word)
-    question = rng.choice(COUNT_BARE if shown == word else COUNT).format(c=shown.replace(word, letter), w=shown)
+    question = rng.choice(COUNT_BARE if shown == word else COUNT).format(
+        c=shown.replace(word, letter), w=shown
+    )
     # what stands there in the tokens that the call needs
     counted = word if shown[0] == '"' else letters(word)
-    parts = [text(f"{_named(shown)}:", letters(word)), *call(f'"{counted}".count("{letter}")', n),
-             text(f'The letter "{letter}" appears {n} time{"s" * (n != 1)}.')]
+    parts = [
+        text(f"{_named(shown)}:", letters(word)),
+        *call(f'"{counted}".count("{letter}")', n),
+        text(f'The letter "{letter}" appears {n} time{"s" * (n != 1)}.'),
+    ]
     return word, question, parts, str(n)
 
 
 # ---- strings ---------------------------------------------------------------------------------------------------------
 
-UPPER = ["Write {} in upper case.", "Put {} in capital letters.", "What is {} in upper case?", "Uppercase {}.",
-         "Capitalize all of {}."]
-JOIN = ["Join {} and {}.", "Concatenate {} and {}.", "What is {} followed by {}?", "Put {} and {} together.", "What is {} + {}?"]
-REPEAT = ["Repeat {w} {n} times.", "Write {w} {n} times in a row.", "What is {w} * {n}?", "What is {w} repeated {n} times?"]
-REVERSE = ["Reverse {}.", "Spell {} backwards.", "Write the letters of {} in reverse order.", "What is {} backwards?"]
-END = ["What is the {e} letter of {w}?", "Which letter does {w} {v} with?", "Tell me the {e} letter of {w}.", "{e} letter of {w}?"]
-LENGTH = ["How many letters does {} have?", "How long is {}?", "What is the length of {}?", "How many letters are there in {}?"]
+UPPER = [
+    "Write {} in upper case.",
+    "Put {} in capital letters.",
+    "What is {} in upper case?",
+    "Uppercase {}.",
+    "Capitalize all of {}.",
+]
+JOIN = [
+    "Join {} and {}.",
+    "Concatenate {} and {}.",
+    "What is {} followed by {}?",
+    "Put {} and {} together.",
+    "What is {} + {}?",
+]
+REPEAT = [
+    "Repeat {w} {n} times.",
+    "Write {w} {n} times in a row.",
+    "What is {w} * {n}?",
+    "What is {w} repeated {n} times?",
+]
+REVERSE = [
+    "Reverse {}.",
+    "Spell {} backwards.",
+    "Write the letters of {} in reverse order.",
+    "What is {} backwards?",
+]
+END = [
+    "What is the {e} letter of {w}?",
+    "Which letter does {w} {v} with?",
+    "Tell me the {e} letter of {w}.",
+    "{e} letter of {w}?",
+]
+LENGTH = [
+    "How many letters does {} have?",
+    "How long is {}?",
+    "What is the length of {}?",
+    "How many letters are there in {}?",
+]
 
 
 def strings(rng, split):
-    kind, word, other = rng.choice("upper join repeat reverse end end length".split()), _word(rng, split), _word(rng, split)
+    kind, word, other = (
+        rng.choice("upper join repeat reverse end end length".split()),
+        _word(rng, split),
+        _word(rng, split),
+    )
     w = _shown(rng, word) if kind not in ("join", "repeat") else f'"{word}"'
     spelt = f"{_named(w)}: {letters(word)}"
     if kind == "upper":
         answer = letters(word.upper())
-        return word, rng.choice(UPPER).format(w), [text(f"{spelt}. In capital letters:", answer)], answer
+        return (
+            word,
+            rng.choice(UPPER).format(w),
+            [text(f"{spelt}. In capital letters:", answer)],
+            answer,
+        )
     if kind == "join":
         if held_out(other) != (split == "test"):
             return None
         answer = word + other
-        return word, rng.choice(JOIN).format(w, f'"{other}"'), [text(f'Together they are "{answer}".')], answer
+        return (
+            word,
+            rng.choice(JOIN).format(w, f'"{other}"'),
+            [text(f'Together they are "{answer}".')],
+            answer,
+        )
     if kind == "repeat":
         n = rng.randrange(2, 5)
         answer = word * n
@@ -257,7 +410,12 @@ def strings(rng, split):
         return word, question, [text(f'{spelt}. The {end} letter is "{answer}".')], answer
     counted = " ".join(f"{i} {c}" for i, c in enumerate(word, 1))
     answer = f"{len(word)} letters"
-    return word, rng.choice(LENGTH).format(w), [text(f"{_named(w)}: {counted}. It has {answer}.")], answer
+    return (
+        word,
+        rng.choice(LENGTH).format(w),
+        [text(f"{_named(w)}: {counted}. It has {answer}.")],
+        answer,
+    )
 
 
 # ---- the running Python ----------------------------------------------------------------------------------------------
@@ -266,19 +424,62 @@ MODULES = """math cmath random statistics itertools functools operator collectio
 os.path shutil glob fnmatch heapq bisect copy pprint base64 binascii hashlib secrets struct inspect ast tokenize difflib gzip bz2 lzma
 zipfile tarfile tempfile threading subprocess socket select signal contextlib dataclasses enum decimal fractions urllib.parse html
 getpass locale traceback warnings weakref gc pickle shelve""".split()
-OPERATORS = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division", "//": "floor division",
-             "%": "remainder", "**": "power", "==": "equality", "!=": "inequality", "<": "less than", ">": "greater than",
-             "<=": "at most", ">=": "at least", "&": "bitwise and", "|": "bitwise or", "^": "bitwise exclusive or",
-             "~": "bitwise inversion", "<<": "left shift", ">>": "right shift", "@": "matrix multiplication",
-             ":=": "assignment within an expression"}
-IN_MODULE = ["Which module has {}?", "In which module is {}?", "Where do I import {} from?", "What module is {} in?",
-             "Which Python module defines {}?", "Where is {} in the standard library?"]
-IS_KEYWORD = ["Is {} a Python keyword?", "Is {} a keyword?", "Is {} a reserved word in Python?",
-              "Can I not use {} as a name in Python?"]
-IS_BUILTIN = ["Is {} a builtin?", "Is {} built into Python?", "Can I use {} without importing it?", "Is {} a built-in name?"]
-OPERATOR = ["What does {} do in Python?", "What does the operator {} mean?", "Which operation is {}?", "What is {} in Python?"]
+OPERATORS = {
+    "+": "addition",
+    "-": "subtraction",
+    "*": "multiplication",
+    "/": "division",
+    "//": "floor division",
+    "%": "remainder",
+    "**": "power",
+    "==": "equality",
+    "!=": "inequality",
+    "<": "less than",
+    ">": "greater than",
+    "<=": "at most",
+    ">=": "at least",
+    "&": "bitwise and",
+    "|": "bitwise or",
+    "^": "bitwise exclusive or",
+    "~": "bitwise inversion",
+    "<<": "left shift",
+    ">>": "right shift",
+    "@": "matrix multiplication",
+    ":=": "assignment within an expression",
+}
+IN_MODULE = [
+    "Which module has {}?",
+    "In which module is {}?",
+    "Where do I import {} from?",
+    "What module is {} in?",
+    "Which Python module defines {}?",
+    "Where is {} in the standard library?",
+]
+IS_KEYWORD = [
+    "Is {} a Python keyword?",
+    "Is {} a keyword?",
+    "Is {} a reserved word in Python?",
+    "Can I not use {} as a name in Python?",
+]
+IS_BUILTIN = [
+    "Is {} a builtin?",
+    "Is {} built into Python?",
+    "Can I use {} without importing it?",
+    "Is {} a built-in name?",
+]
+OPERATOR = [
+    "What does {} do in Python?",
+    "What does the operator {} mean?",
+    "Which operation is {}?",
+    "What is {} in Python?",
+]
 TYPE = ["What is the type of {}?", "What type has {}?", "type({})?", "Which type is {}?"]
-ITEMS = ["How many items has {}?", "What is len({})?", "What is the length of the list {}?", "len({}) = ?"]
+ITEMS = [
+    "How many items has {}?",
+    "What is len({})?",
+    "What is the length of the list {}?",
+    "len({}) = ?",
+]
 
 
 @functools.cache
@@ -298,9 +499,20 @@ def _literal(rng) -> str:
     """A small Python literal or collection of literals."""
     number = lambda: str(_number(rng, rng.choice([1, 2, 3])))
     word = lambda: f'"{rng.choice(words())}"'
-    return rng.choice([number, lambda: f"{number()}.{number()}", word, lambda: rng.choice(["True", "False", "None"]),
-                       lambda: f"[{number()}, {number()}]", lambda: f"({word()}, {number()})", lambda: f"{{{word()}: {number()}}}",
-                       lambda: f"{{{number()}, {number()}}}", lambda: f"b{word()}", lambda: f"{number()}j"])()
+    return rng.choice(
+        [
+            number,
+            lambda: f"{number()}.{number()}",
+            word,
+            lambda: rng.choice(["True", "False", "None"]),
+            lambda: f"[{number()}, {number()}]",
+            lambda: f"({word()}, {number()})",
+            lambda: f"{{{word()}: {number()}}}",
+            lambda: f"{{{number()}, {number()}}}",
+            lambda: f"b{word()}",
+            lambda: f"{number()}j",
+        ]
+    )()
 
 
 def pyfacts(rng, split):
@@ -312,7 +524,11 @@ def pyfacts(rng, split):
         stated, subject = f"{name} is in the module {answer}.", name
     elif kind in ("keyword", "builtin"):
         yes = rng.random() < 0.5
-        inside = keyword.kwlist if kind == "keyword" else [n for n in dir(builtins) if not n.startswith("_")]
+        inside = (
+            keyword.kwlist
+            if kind == "keyword"
+            else [n for n in dir(builtins) if not n.startswith("_")]
+        )
         # of more words, no would be the answer nearly always
         subject = rng.choice(inside if yes else words()[: 2 * len(inside)])
         yes = subject in inside
@@ -330,7 +546,11 @@ def pyfacts(rng, split):
         stated = f"{subject} is of type {answer}."
     else:
         items = [_number(rng, rng.choice([1, 2])) for _ in range(rng.randrange(1, 9))]
-        subject, ask, answer = str(items), rng.choice(ITEMS), f"{len(items)} item{'s' * (len(items) != 1)}"
+        subject, ask, answer = (
+            str(items),
+            rng.choice(ITEMS),
+            f"{len(items)} item{'s' * (len(items) != 1)}",
+        )
         stated = " ".join(f"{i}: {n}" for i, n in enumerate(items, 1)) + f". It has {answer}."
     return f"{subject} {ask}", ask.format(subject), [text(stated)], answer
 
@@ -344,30 +564,119 @@ def fact(item: dict, answer: str) -> bool:
 
 # ---- greetings and who it is -----------------------------------------------------------------------------------------
 
-HELLO = ["hi", "hello", "hey", "good morning", "good evening", "good afternoon", "greetings", "hi there", "hello there",
-         "hey there", "howdy"]
+HELLO = [
+    "hi",
+    "hello",
+    "hey",
+    "good morning",
+    "good evening",
+    "good afternoon",
+    "greetings",
+    "hi there",
+    "hello there",
+    "hey there",
+    "howdy",
+]
 ABOUT = {  # subject: (ways to ask, what is answered, the word that the answer must have)
-    "name": (["who are you?", "what is your name?", "what are you called?", "tell me your name.", "do you have a name?",
-              "introduce yourself.", "what should I call you?", "and who are you?", "may I ask who you are?"],
-             f"I am {NAME}, a small language model.", NAME),
-    "nature": (["are you a human?", "are you a person?", "are you real?", "what are you?", "are you a robot?", "are you an AI?",
-                "am I talking to a machine?", "are you a computer program?"],
-               f"I am a computer program: a small language model called {NAME}.", "program"),
-    "maker": (["who made you?", "how were you made?", "where do you come from?", "who trained you?", "how were you trained?",
-               "what were you trained on?", "what have you read?"],
-              "I was trained from scratch on the source code of Python's standard library.", "python"),
-    "skills": (["what can you do?", "how can you help me?", "help", "what are you good at?", "what do you know?",
-                "what can I ask you?"],
-               "I can calculate, spell words, count letters and tell small facts about Python.", "calculate"),
-    "thanks": (["thanks", "thank you", "thank you very much", "thanks a lot", "great, thanks", "cheers", "many thanks",
-                "ok thanks"],
-               "You are welcome!", "welcome"),
-    "leaving": (["bye", "goodbye", "see you", "see you later", "good night", "bye bye", "I have to go", "until next time"],
-                "Goodbye!", "goodbye"),
-    "feeling": (["how are you?", "how are you doing?", "how is it going?", "are you well?", "how do you do?", "what's up?"],
-                "I am fine, thank you. What can I do for you?", "fine"),
-    "hello": (["", "nice to meet you.", "is anyone there?", "can you hear me?", "are you there?"],
-              "Hello! How can I help you?", "hello"),
+    "name": (
+        [
+            "who are you?",
+            "what is your name?",
+            "what are you called?",
+            "tell me your name.",
+            "do you have a name?",
+            "introduce yourself.",
+            "what should I call you?",
+            "and who are you?",
+            "may I ask who you are?",
+        ],
+        f"I am {NAME}, a small language model.",
+        NAME,
+    ),
+    "nature": (
+        [
+            "are you a human?",
+            "are you a person?",
+            "are you real?",
+            "what are you?",
+            "are you a robot?",
+            "are you an AI?",
+            "am I talking to a machine?",
+            "are you a computer program?",
+        ],
+        f"I am a computer program: a small language model called {NAME}.",
+        "program",
+    ),
+    "maker": (
+        [
+            "who made you?",
+            "how were you made?",
+            "where do you come from?",
+            "who trained you?",
+            "how were you trained?",
+            "what were you trained on?",
+            "what have you read?",
+        ],
+        "I was trained from scratch on the source code of Python's standard library.",
+        "python",
+    ),
+    "skills": (
+        [
+            "what can you do?",
+            "how can you help me?",
+            "help",
+            "what are you good at?",
+            "what do you know?",
+            "what can I ask you?",
+        ],
+        "I can calculate, spell words, count letters and tell small facts about Python.",
+        "calculate",
+    ),
+    "thanks": (
+        [
+            "thanks",
+            "thank you",
+            "thank you very much",
+            "thanks a lot",
+            "great, thanks",
+            "cheers",
+            "many thanks",
+            "ok thanks",
+        ],
+        "You are welcome!",
+        "welcome",
+    ),
+    "leaving": (
+        [
+            "bye",
+            "goodbye",
+            "see you",
+            "see you later",
+            "good night",
+            "bye bye",
+            "I have to go",
+            "until next time",
+        ],
+        "Goodbye!",
+        "goodbye",
+    ),
+    "feeling": (
+        [
+            "how are you?",
+            "how are you doing?",
+            "how is it going?",
+            "are you well?",
+            "how do you do?",
+            "what's up?",
+        ],
+        "I am fine, thank you. What can I do for you?",
+        "fine",
+    ),
+    "hello": (
+        ["", "nice to meet you.", "is anyone there?", "can you hear me?", "are you there?"],
+        "Hello! How can I help you?",
+        "hello",
+    ),
 }
 
 
@@ -375,8 +684,11 @@ def identity(rng, split):
     subject = rng.choice(list(ABOUT))
     asks, answer, mark = ABOUT[subject]
     ask, hello = rng.choice(asks), rng.choice(HELLO)
-    question = rng.choice(["{hello}, {ask}", "{hello}! {ask}", "{hello} {name}, {ask}", "{ask}", "{ask} {name}"] if ask else
-                          ["{hello}", "{hello}!", "{hello} {name}", "{hello}, {name}!", "{hello}."])
+    question = rng.choice(
+        ["{hello}, {ask}", "{hello}! {ask}", "{hello} {name}, {ask}", "{ask}", "{ask} {name}"]
+        if ask
+        else ["{hello}", "{hello}!", "{hello} {name}", "{hello}, {name}!", "{hello}."]
+    )
     question = question.format(hello=hello, ask=ask, name=NAME)
     question = rng.choice([question, question[0].upper() + question[1:], question.rstrip(".?!")])
     return question.lower(), question, [text(answer)], mark
@@ -409,11 +721,23 @@ def dialogues(split: str) -> list[dict]:
     parts = [(name, task.items(split)) for name, task in TASKS.items() if name != "dialogues"]
     made = []
     for i in range(6_000 if split == "train" else TEST_ITEMS):
-        turns = [(name, rng.choice(items)) for name, items in rng.choices(parts, k=rng.choice([2, 2, 3, 4]))]
+        turns = [
+            (name, rng.choice(items))
+            for name, items in rng.choices(parts, k=rng.choice([2, 2, 3, 4]))
+        ]
         name, last = turns[-1]
-        made.append(dict(id=f"dialogues/{split}/{i}", about=last["about"], answer=last["answer"], task=name,
-                         messages=[m for _, item in turns for m in item["messages"]]))
+        made.append(
+            dict(
+                id=f"dialogues/{split}/{i}",
+                about=last["about"],
+                answer=last["answer"],
+                task=name,
+                messages=[m for _, item in turns for m in item["messages"]],
+            )
+        )
     return made
 
 
-TASKS["dialogues"] = Task("generate", dialogues, grade=lambda item, answer: TASKS[item["task"]].grade(item, answer))
+TASKS["dialogues"] = Task(
+    "generate", dialogues, grade=lambda item, answer: TASKS[item["task"]].grade(item, answer)
+)

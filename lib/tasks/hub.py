@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data import sources as data
-from lib.sandbox import programs as sandbox
 from lib.files import UserError
+from lib.sandbox import programs as sandbox
 from lib.tasks import Task
 from lib.tasks.stdlib import TASKS as STDLIB
 
@@ -44,26 +44,36 @@ class Place(NamedTuple):
 def parquet_files(place: Place, repo: str, config: str, split: str) -> list[Path]:
     """The parquet files of one split of a Hub data set in order, downloaded unless they are there."""
     if place.root:
-        shapes = (f"{config}/{split}/*.parquet", f"{config}/{split}-*.parquet", f"data/{split}-*.parquet")
+        shapes = (
+            f"{config}/{split}/*.parquet",
+            f"{config}/{split}-*.parquet",
+            f"data/{split}-*.parquet",
+        )
         for shape in shapes:
             for folder in (repo, repo.rpartition("/")[2]):
                 if found := sorted(Path(place.root, folder).glob(shape)):
                     return found
-        raise UserError(f"no data of {repo} ({config}, {split}) in {place.root}: put its parquet files at "
-                        f"{Path(place.root, repo, config, split)}")
+        raise UserError(
+            f"no data of {repo} ({config}, {split}) in {place.root}: put its parquet files at "
+            f"{Path(place.root, repo, config, split)}"
+        )
     folder = Path(place.cache_dir, "hub", repo, config, split)
     listing = folder / LISTING
     if not listing.exists() and (found := sorted(folder.glob("*.parquet"))):
         return found  # put there by hand
     # two tries: without a network a dozen tasks should not take minutes to say so
-    data.fetch(f"{place.hub}/api/datasets/{repo}/parquet/{config}/{split}", listing, place.token, tries=2)
+    data.fetch(
+        f"{place.hub}/api/datasets/{repo}/parquet/{config}/{split}", listing, place.token, tries=2
+    )
     try:
         urls = [url.replace(data.HUB, place.hub, 1) for url in json.loads(listing.read_text())]
         if not urls:
             raise ValueError
     except (ValueError, AttributeError, TypeError):
         listing.unlink()
-        raise UserError(f"{place.hub} gave no list of parquet files for {repo} ({config}, {split}): does it have that split?") from None
+        raise UserError(
+            f"{place.hub} gave no list of parquet files for {repo} ({config}, {split}): does it have that split?"
+        ) from None
     files = [folder / f"{i:04d}.parquet" for i in range(len(urls))]
     for url, file in zip(urls, files):
         data.fetch(url, file, place.token if url.startswith(place.hub + "/") else None)
@@ -80,18 +90,24 @@ def rows(place: Place, repo: str, config: str, split: str, columns: list[str]) -
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 if missing := set(columns) - set(file.schema_arrow.names):
-                    raise UserError(f"{path} has no column {', '.join(sorted(missing))}, only {', '.join(file.schema_arrow.names)}: is"
-                                    f" it of {repo}?")
+                    raise UserError(
+                        f"{path} has no column {', '.join(sorted(missing))}, only {', '.join(file.schema_arrow.names)}: is"
+                        f" it of {repo}?"
+                    )
                 found += file.read(columns).to_pylist()
         except (pyarrow.ArrowInvalid, OSError) as e:
-            raise UserError(f"cannot read {path} as parquet ({str(e).splitlines()[0]}): delete it and run again") from e
+            raise UserError(
+                f"cannot read {path} as parquet ({str(e).splitlines()[0]}): delete it and run again"
+            ) from e
     return found
 
 
 # ---- rows -> items ---------------------------------------------------------------------------------------------------
 
 
-def choice_item(id: str, question: str, options: list[str], gold: int, letters=None, **more) -> dict:
+def choice_item(
+    id: str, question: str, options: list[str], gold: int, letters=None, **more
+) -> dict:
     """A multiple choice question as a chat whose answer is one letter.
 
     A letter stands behind its option, for a model that finds an option reads on to its letter, and behind "=" with no blank, for
@@ -104,7 +120,15 @@ def choice_item(id: str, question: str, options: list[str], gold: int, letters=N
     lines = "".join(f"- {option}={letter}\n" for option, letter in zip(options, letters))
     asked = f"{question}\n\n{lines}\nAnswer with the letter alone."
     messages = [dict(role="user", content=asked), dict(role="assistant", content=letters[gold])]
-    return dict(id=id, messages=messages, letters=letters, gold=gold, question=question, options=options, **more)
+    return dict(
+        id=id,
+        messages=messages,
+        letters=letters,
+        gold=gold,
+        question=question,
+        options=options,
+        **more,
+    )
 
 
 def shuffled(item: dict, order: list[int]) -> dict:
@@ -112,8 +136,12 @@ def shuffled(item: dict, order: list[int]) -> dict:
     gold = order.index(item["gold"])
     if "letters" in item:
         if "options" not in item:
-            raise UserError(f"item {item['id']} does not tell its options apart, so their order cannot be changed")
-        return item | choice_item(item["id"], item["question"], [item["options"][i] for i in order], gold, item["letters"])
+            raise UserError(
+                f"item {item['id']} does not tell its options apart, so their order cannot be changed"
+            )
+        return item | choice_item(
+            item["id"], item["question"], [item["options"][i] for i in order], gold, item["letters"]
+        )
     move = lambda of: [of[i] for i in order] if isinstance(of, list) else of
     return item | dict(context=move(item["context"]), choices=move(item["choices"]), gold=gold)
 
@@ -142,7 +170,10 @@ def gsm8k(row, id):
             parts.append(dict(type="text", text=piece))
     if (answer := number_after_mark(row["answer"])) is None:
         raise ValueError("no number after ####")
-    messages = [dict(role="user", content=row["question"].strip()), dict(role="assistant", content=parts)]
+    messages = [
+        dict(role="user", content=row["question"].strip()),
+        dict(role="assistant", content=parts),
+    ]
     return dict(id=id, messages=messages, answer=str(answer))
 
 
@@ -171,9 +202,17 @@ def grade_gsm8k(item, text) -> bool:
 
 def humaneval(row, id):
     solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
-    messages = [dict(role="user", content=f"Complete this Python program:\n```python\n{row['prompt']}```"),
-                dict(role="assistant", content=solution)]
-    return dict(id=id, messages=messages, prompt=row["prompt"], test=row["test"], entry_point=row["entry_point"])
+    messages = [
+        dict(role="user", content=f"Complete this Python program:\n```python\n{row['prompt']}```"),
+        dict(role="assistant", content=solution),
+    ]
+    return dict(
+        id=id,
+        messages=messages,
+        prompt=row["prompt"],
+        test=row["test"],
+        entry_point=row["entry_point"],
+    )
 
 
 def program_of(text: str) -> str:
@@ -191,21 +230,35 @@ def grade_humaneval(item, text) -> bool:
     """
     code = program_of(text)
     defines = re.search(rf"^(async )?def {re.escape(item['entry_point'])}\b", code, re.M)
-    program = item["prompt"].rstrip() + "\n    pass\n\n" + code if defines else item["prompt"] + code
+    program = (
+        item["prompt"].rstrip() + "\n    pass\n\n" + code if defines else item["prompt"] + code
+    )
     return sandbox.run_python(f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n").ok
 
 
 def hellaswag(row, id):
     def plain(text):  # marks of the how-to articles that half of the items come from
-        return re.sub(r" {2,}", " ", re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))).strip()
+        return re.sub(
+            r" {2,}", " ", re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        ).strip()
 
     context = plain(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return dict(id=id, context=context, choices=[" " + plain(ending) for ending in row["endings"]], gold=int(row["label"]))
+    return dict(
+        id=id,
+        context=context,
+        choices=[" " + plain(ending) for ending in row["endings"]],
+        gold=int(row["label"]),
+    )
 
 
 def piqa(row, id):
     choices = [" " + row["sol1"].strip(), " " + row["sol2"].strip()]
-    return dict(id=id, context=f"Question: {row['goal'].strip()}\nAnswer:", choices=choices, gold=int(row["label"]))
+    return dict(
+        id=id,
+        context=f"Question: {row['goal'].strip()}\nAnswer:",
+        choices=choices,
+        gold=int(row["label"]),
+    )
 
 
 def winogrande(row, id):
@@ -213,8 +266,12 @@ def winogrande(row, id):
     before, blank, after = row["sentence"].partition("_")
     if not blank:
         raise ValueError("no blank in the sentence")
-    return dict(id=id, context=[before + row["option1"], before + row["option2"]], choices=[" " + after.strip()] * 2,
-                gold=int(row["answer"]) - 1)
+    return dict(
+        id=id,
+        context=[before + row["option1"], before + row["option2"]],
+        choices=[" " + after.strip()] * 2,
+        gold=int(row["answer"]) - 1,
+    )
 
 
 def lambada(row, id):
@@ -226,7 +283,11 @@ def wikitext_articles(found: list[dict]) -> list[dict]:
     """Lines joined into articles: each begins with a line such as " = Title = "."""
     articles = []
     for row in found:
-        if re.fullmatch(r" = (?!=).* = \n?", row["text"]) and not row["text"].endswith("= = \n") or not articles:
+        if (
+            re.fullmatch(r" = (?!=).* = \n?", row["text"])
+            and not row["text"].endswith("= = \n")
+            or not articles
+        ):
             articles.append([])
         articles[-1].append(row["text"])
     return [dict(text="".join(lines)) for lines in articles if "".join(lines).strip()]
@@ -241,7 +302,10 @@ def detokenised(text: str) -> str:
     """WikiText's tokens put together again: "1 @,@ 000 ( km ) , and" becomes "1,000 (km), and"."""
     for pattern, to in (
         (r" @([-,.])@ ", r"\1"),
-        (r"^ ?((?:= )+)(.*?)((?: =)+) ?$", lambda m: f"{m[1].replace(' ', '')} {m[2]} {m[3].replace(' ', '')}"),
+        (
+            r"^ ?((?:= )+)(.*?)((?: =)+) ?$",
+            lambda m: f"{m[1].replace(' ', '')} {m[2]} {m[3].replace(' ', '')}",
+        ),
         (r" ([,.;:!?%)\]}])", r"\1"),
         (r"([(\[{$£]) ", r"\1"),
         (r'" ([^"\n]*?) "', r'"\1"'),
@@ -270,18 +334,77 @@ class Source(NamedTuple):
 # labels of some test splits are secret
 BOTH, HELD_OUT = dict(train="train", test="test"), dict(train="train", test="validation")
 SOURCES: dict[str, Source] = {
-    "smoltalk": Source("perplexity", "HuggingFaceTB/smol-smoltalk", "default", BOTH, "messages", smoltalk, None),
-    "mmlu": Source("choice", "cais/mmlu", "all", dict(train="auxiliary_train", test="test"), "question choices answer subject", mmlu, 0.25),
-    "arc_easy": Source("choice", "allenai/ai2_arc", "ARC-Easy", BOTH, "question choices answerKey", arc, 0.25),
-    "arc_challenge": Source("choice", "allenai/ai2_arc", "ARC-Challenge", BOTH, "question choices answerKey", arc, 0.25),
-    "gsm8k": Source("generate", "openai/gsm8k", "main", BOTH, "question answer", gsm8k, 0.0, grade_gsm8k),
-    "humaneval": Source("generate", "openai/openai_humaneval", "openai_humaneval", dict(test="test"),
-                        "prompt canonical_solution test entry_point", humaneval, 0.0, grade_humaneval),
-    "hellaswag": Source("likelihood", "Rowan/hellaswag", "default", HELD_OUT, "activity_label ctx_a ctx_b endings label", hellaswag, 0.25),
-    "piqa": Source("likelihood", "baber/piqa", "default", HELD_OUT, "goal sol1 sol2 label", piqa, 0.5),
-    "winogrande": Source("likelihood", "allenai/winogrande", "winogrande_xl", HELD_OUT, "sentence option1 option2 answer", winogrande, 0.5),
-    "lambada": Source("likelihood", "EleutherAI/lambada_openai", "default", dict(test="test"), "text", lambada, 0.0),
-    "wikitext103": Source("perplexity", "Salesforce/wikitext", "wikitext-103-raw-v1", BOTH, "text", wikitext, None, join=wikitext_articles),
+    "smoltalk": Source(
+        "perplexity", "HuggingFaceTB/smol-smoltalk", "default", BOTH, "messages", smoltalk, None
+    ),
+    "mmlu": Source(
+        "choice",
+        "cais/mmlu",
+        "all",
+        dict(train="auxiliary_train", test="test"),
+        "question choices answer subject",
+        mmlu,
+        0.25,
+    ),
+    "arc_easy": Source(
+        "choice", "allenai/ai2_arc", "ARC-Easy", BOTH, "question choices answerKey", arc, 0.25
+    ),
+    "arc_challenge": Source(
+        "choice", "allenai/ai2_arc", "ARC-Challenge", BOTH, "question choices answerKey", arc, 0.25
+    ),
+    "gsm8k": Source(
+        "generate", "openai/gsm8k", "main", BOTH, "question answer", gsm8k, 0.0, grade_gsm8k
+    ),
+    "humaneval": Source(
+        "generate",
+        "openai/openai_humaneval",
+        "openai_humaneval",
+        dict(test="test"),
+        "prompt canonical_solution test entry_point",
+        humaneval,
+        0.0,
+        grade_humaneval,
+    ),
+    "hellaswag": Source(
+        "likelihood",
+        "Rowan/hellaswag",
+        "default",
+        HELD_OUT,
+        "activity_label ctx_a ctx_b endings label",
+        hellaswag,
+        0.25,
+    ),
+    "piqa": Source(
+        "likelihood", "baber/piqa", "default", HELD_OUT, "goal sol1 sol2 label", piqa, 0.5
+    ),
+    "winogrande": Source(
+        "likelihood",
+        "allenai/winogrande",
+        "winogrande_xl",
+        HELD_OUT,
+        "sentence option1 option2 answer",
+        winogrande,
+        0.5,
+    ),
+    "lambada": Source(
+        "likelihood",
+        "EleutherAI/lambada_openai",
+        "default",
+        dict(test="test"),
+        "text",
+        lambada,
+        0.0,
+    ),
+    "wikitext103": Source(
+        "perplexity",
+        "Salesforce/wikitext",
+        "wikitext-103-raw-v1",
+        BOTH,
+        "text",
+        wikitext,
+        None,
+        join=wikitext_articles,
+    ),
 }
 
 
@@ -290,14 +413,18 @@ def hub_items(place: Place, name: str, split: str) -> list[dict]:
     source = SOURCES[name]
     if split not in source.splits:
         return []
-    found = source.join(rows(place, source.repo, source.config, source.splits[split], source.columns.split()))
+    found = source.join(
+        rows(place, source.repo, source.config, source.splits[split], source.columns.split())
+    )
     items = []
     for i in np.random.default_rng(ORDER).permutation(len(found)).tolist():
         try:
             items.append(source.item(found[i], f"{name}/{split}/{i}"))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-            raise UserError(f"row {i} of {source.repo} ({source.config}, {source.splits[split]}) is not as task {name} expects "
-                            f"({type(e).__name__}: {e}): was the data set changed?") from e
+            raise UserError(
+                f"row {i} of {source.repo} ({source.config}, {source.splits[split]}) is not as task {name} expects "
+                f"({type(e).__name__}: {e}): was the data set changed?"
+            ) from e
     return items
 
 
@@ -306,7 +433,9 @@ def identity_items(place: Place, split: str) -> list[dict]:
     if place.root:
         path = Path(place.root, "identity_conversations.jsonl")
         if not path.is_file():
-            raise UserError(f"no identity conversations in {place.root}: put them at {path}, one list of messages a line")
+            raise UserError(
+                f"no identity conversations in {place.root}: put them at {path}, one list of messages a line"
+            )
     else:
         path = Path(place.cache_dir, "hub", "identity_conversations.jsonl")
         data.fetch(place.identity, path, tries=2)
@@ -320,7 +449,13 @@ def identity_items(place: Place, split: str) -> list[dict]:
     return items
 
 
-def make(root=None, cache_dir=data.CACHE, hub: str = data.HUB, token: str | None = None, identity: str = IDENTITY) -> dict[str, Task]:
+def make(
+    root=None,
+    cache_dir=data.CACHE,
+    hub: str = data.HUB,
+    token: str | None = None,
+    identity: str = IDENTITY,
+) -> dict[str, Task]:
     """The tasks of the Hub by name, with their data from one place.
 
     root: a folder that holds data sets as USER/NAME/CONFIG/SPLIT/*.parquet, which is how the cache (cache_dir/hub) keeps them, or as
@@ -328,8 +463,13 @@ def make(root=None, cache_dir=data.CACHE, hub: str = data.HUB, token: str | None
     hub: address of the Hub or a mirror; token: for data sets that ask for one; identity: address of the identity conversations.
     """
     place = Place(root and str(root), str(cache_dir), hub, token, identity)
-    made = {name: Task(s.kind, partial(hub_items, place, name), s.baseline, s.grade) for name, s in SOURCES.items()}
-    return made | {"identity_conversations": Task("perplexity", partial(identity_items, place), None)}
+    made = {
+        name: Task(s.kind, partial(hub_items, place, name), s.baseline, s.grade)
+        for name, s in SOURCES.items()
+    }
+    return made | {
+        "identity_conversations": Task("perplexity", partial(identity_items, place), None)
+    }
 
 
 TASKS: dict[str, Task] = {**STDLIB, **make()}
@@ -361,9 +501,13 @@ def _bare(text: str) -> str:
 # How an answer is compared: (given, wanted) -> bool.
 MATCH: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda given, wanted: _bare(given) == _bare(wanted),
-    "contains": lambda given, wanted: re.search(rf"(?<!\w){re.escape(_bare(wanted))}(?!\w)", _bare(given)) is not None,
-    "number": lambda given, wanted: (found := re.findall(r"[-+−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", given)) != []
-    and number(found[-1]) == number(wanted),
+    "contains": lambda given, wanted: (
+        re.search(rf"(?<!\w){re.escape(_bare(wanted))}(?!\w)", _bare(given)) is not None
+    ),
+    "number": lambda given, wanted: (
+        (found := re.findall(r"[-+−]?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", given)) != []
+        and number(found[-1]) == number(wanted)
+    ),
 }
 
 
@@ -393,7 +537,9 @@ def jsonl(path) -> Task:
             if item["id"] in seen:
                 raise ValueError(f"the id {item['id']!r} is taken by an earlier line")
             if this != (kind or this):
-                raise ValueError(f"a {this} item, but the lines above are {kind} items: make a file of each")
+                raise ValueError(
+                    f"a {this} item, but the lines above are {kind} items: make a file of each"
+                )
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             why = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
             raise UserError(f"{path}, line {number_}: {why}") from None
@@ -402,7 +548,12 @@ def jsonl(path) -> Task:
         items.append(item)
     if not items:
         raise UserError(f"{path} has no items: write one JSON object a line")
-    return Task(kind, partial(own_split, items), None if kind == "perplexity" else 0.0, grade_own if kind == "generate" else None)
+    return Task(
+        kind,
+        partial(own_split, items),
+        None if kind == "perplexity" else 0.0,
+        grade_own if kind == "generate" else None,
+    )
 
 
 def own_split(items: list[dict], split: str) -> list[dict]:
@@ -414,20 +565,34 @@ def own_item(record: dict) -> tuple[str, dict]:
 
     def strings(value, what) -> list[str]:
         value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+        if (
+            not isinstance(value, list)
+            or not value
+            or not all(isinstance(v, str) and v.strip() for v in value)
+        ):
             raise ValueError(f"{what} must be text, or a list of texts, none of them empty")
         return value
 
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
     if "choices" in record:
-        context, = strings(record["question" if "question" in record else "context"], "question or context")
+        (context,) = strings(
+            record["question" if "question" in record else "context"], "question or context"
+        )
         options = strings(record["choices"], "choices")
         answer, letters = record["answer"], ascii_uppercase[: len(options)]
-        gold = options.index(answer) if answer in options else letters.find(answer) if isinstance(answer, str) and answer else answer
+        gold = (
+            options.index(answer)
+            if answer in options
+            else letters.find(answer)
+            if isinstance(answer, str) and answer
+            else answer
+        )
         if not 2 <= len(options) <= 26 or type(gold) is not int or not 0 <= gold < len(options):
-            raise ValueError(f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or letter "
-                             "(2 to 26 are needed)")
+            raise ValueError(
+                f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or letter "
+                "(2 to 26 are needed)"
+            )
         if "question" in record:
             return "choice", choice_item("", context, options, gold)
         choices = [option if option[0].isspace() else " " + option for option in options]
@@ -438,21 +603,33 @@ def own_item(record: dict) -> tuple[str, dict]:
             raise ValueError(f"match {match!r} is none of {', '.join(MATCH)}")
         if match == "number" and any(number(answer) is None for answer in answers):
             raise ValueError(f"answer {record['answer']!r} is no number")
-        messages = record.get("messages") or [dict(role="user", content=strings(record["question"], "question")[0].strip())]
+        messages = record.get("messages") or [
+            dict(role="user", content=strings(record["question"], "question")[0].strip())
+        ]
         if checked(messages)[-1]["role"] != "user":
             raise ValueError("messages must end with the user's: the model writes what follows")
-        return "generate", dict(messages=[*messages, dict(role="assistant", content=answers[0])], answers=answers, match=match)
+        return "generate", dict(
+            messages=[*messages, dict(role="assistant", content=answers[0])],
+            answers=answers,
+            match=match,
+        )
     if "messages" in record:
         if not any(m["role"] == "assistant" for m in checked(record["messages"])):
             raise ValueError("no message is the assistant's, so there is nothing to measure")
         return "perplexity", dict(messages=record["messages"])
     if "text" in record:
         return "perplexity", dict(text="\n".join(strings(record["text"], "text")))
-    raise ValueError('expected "question" or "context" with "choices" and "answer", "question" with "answer", "messages", or "text"')
+    raise ValueError(
+        'expected "question" or "context" with "choices" and "answer", "question" with "answer", "messages", or "text"'
+    )
 
 
 def checked(messages) -> list[dict]:
     """The messages of a user's file, unless they have another form than a chat's."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    ):
         raise ValueError('messages must be a list of objects with "role" and "content"')
     return messages

@@ -31,7 +31,10 @@ def _passages(document: str) -> list[tuple[str, str]]:
         return []
     for i in range(4, len(lines) - NEXT_LINES):
         after = lines[i : i + NEXT_LINES]
-        plain = all(re.match(r" *[A-Za-z_@]{2}", line) and len(line) < 100 and line.isascii() for line in after)
+        plain = all(
+            re.match(r" *[A-Za-z_@]{2}", line) and len(line) < 100 and line.isascii()
+            for line in after
+        )
         if plain and len("".join(after).strip()) >= SHORTEST and lines[i - 1].strip():
             context = ""
             for line in reversed(lines[max(0, i - CONTEXT_LINES) : i]):
@@ -65,7 +68,14 @@ def completion_items(split: str) -> list[dict]:
             choices = [after, *rng.sample(others, CHOICES - 1)]
             rng.shuffle(choices)
             digest = hashlib.sha256("\0".join([context, *choices]).encode()).hexdigest()[:12]
-            items.append(dict(id=f"code_completion/{digest}", context=context, choices=choices, gold=choices.index(after)))
+            items.append(
+                dict(
+                    id=f"code_completion/{digest}",
+                    context=context,
+                    choices=choices,
+                    gold=choices.index(after),
+                )
+            )
     return items[:ITEMS]
 
 
@@ -88,8 +98,13 @@ def passages(split: str) -> list[dict]:
     # files share licences and the like
     found = _cut("train") if split == "train" else _cut("val") - _cut("train")
     found, size = sorted(found), PASSAGES if split == "train" else ITEMS
-    return [dict(id=f"source_text/{split}/{i}", text=p) for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))]
+    return [
+        dict(id=f"source_text/{split}/{i}", text=p)
+        for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))
+    ]
 
 
-TASKS: dict[str, Task] = {"source_text": Task("perplexity", functools.cache(passages), None),
-                          "code_completion": Task("likelihood", completion_items, 1 / CHOICES)}
+TASKS: dict[str, Task] = {
+    "source_text": Task("perplexity", functools.cache(passages), None),
+    "code_completion": Task("likelihood", completion_items, 1 / CHOICES),
+}

@@ -30,10 +30,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lib.config import Config
-from lib.files import (UserError, choose, filesystem, first_line, is_remote, join, reaching, replacing, sha256,
-                       writing)
-from lib.params import templates
 from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.files import (
+    UserError,
+    choose,
+    filesystem,
+    first_line,
+    is_remote,
+    join,
+    reaching,
+    replacing,
+    sha256,
+    writing,
+)
+from lib.params import templates
 
 # training stage: its folder in a run, in order
 STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}
@@ -44,12 +54,15 @@ SHARE_TIMEOUT = 600  # seconds that processes wait for each other's files
 
 # ---- the tree as named arrays ----------------------------------------------------------------------------------------
 
+
 def _named(tree) -> dict:
     """Leaves by path; a dict key that holds a "." may make two paths alike, which no file could tell apart."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
-        raise ValueError("two leaves of the tree have the same path once its keys are joined by '.'")
+        raise ValueError(
+            "two leaves of the tree have the same path once its keys are joined by '.'"
+        )
     return named
 
 
@@ -63,7 +76,11 @@ def _to_host(tree) -> tuple[dict, dict]:
     Process 0 writes what it has the whole of. Of the others each writes the parts that it holds first, as "PATH@START,START".
     """
     named = {k: jax.random.key_data(x) if _is_key(x) else x for k, x in _named(tree).items()}
-    split = {k: x for k, x in named.items() if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated}
+    split = {
+        k: x
+        for k, x in named.items()
+        if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated
+    }
     mine = {k: x for k, x in named.items() if k not in split} if jax.process_index() == 0 else {}
     for k, x in mine.items():
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -75,10 +92,15 @@ def _to_host(tree) -> tuple[dict, dict]:
     host = {}
     for k, a in jax.device_get(mine).items():
         # On CPU device_get only shares the buffer, which the next train step is given to overwrite.
-        shared = not isinstance(mine[k], jax.Array) or next(iter(mine[k].sharding.device_set)).platform == "cpu"
+        shared = (
+            not isinstance(mine[k], jax.Array)
+            or next(iter(mine[k].sharding.device_set)).platform == "cpu"
+        )
         host[k] = (np.array if shared else np.asarray)(a, order="C")
         if host[k].dtype.kind in "OUSM":
-            raise TypeError(f"{k} is a {type(a).__name__}, not a number or array: put it in the metadata")
+            raise TypeError(
+                f"{k} is a {type(a).__name__}, not a number or array: put it in the metadata"
+            )
     return host, {k: list(x.shape) for k, x in split.items()}
 
 
@@ -89,7 +111,8 @@ def _joined(arrays: dict, shapes: dict) -> dict:
         name, _, starts = key.partition("@")
         if starts:
             whole.setdefault(name, np.empty(shapes[name], part.dtype))[
-                tuple(slice(int(i), int(i) + n) for i, n in zip(starts.split(","), part.shape))] = part
+                tuple(slice(int(i), int(i) + n) for i, n in zip(starts.split(","), part.shape))
+            ] = part
     return whole
 
 
@@ -132,6 +155,7 @@ def _like(a, leaf):
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
+
 def save(folder, step: int, tree, meta: dict | None = None, *, keep: int = 3, metric=None):
     """Save `tree` and JSON-able `meta` as folder/step_NNNNNNNN and return its path, all at once; else like `Saver`."""
     with Saver(folder, keep) as saver:
@@ -159,7 +183,13 @@ class Saver:
     def save(self, step: int, tree, meta: dict | None = None, metric=None):
         self.wait()
         metric = None if metric is None or not math.isfinite(metric) else float(metric)
-        record = {"kind": KIND, "format": FORMAT, "step": int(step), "metric": metric, "time": time.time()}
+        record = {
+            "kind": KIND,
+            "format": FORMAT,
+            "step": int(step),
+            "metric": metric,
+            "time": time.time(),
+        }
         # a copy: the caller's cursor goes on meanwhile
         record["meta"] = json.loads(json.dumps(meta or {}))
         arrays, shapes = _to_host(tree)
@@ -167,7 +197,9 @@ class Saver:
             self._job = self._pool.submit(_write, self.folder, record, arrays, self.keep)
         else:
             # JAX has no float64 unless told
-            time_of_0 = multihost_utils.broadcast_one_to_all(np.array([record["time"]]).view(np.uint32))
+            time_of_0 = multihost_utils.broadcast_one_to_all(
+                np.array([record["time"]]).view(np.uint32)
+            )
             record |= {"split": shapes, "time": float(np.asarray(time_of_0).view(np.float64)[0])}
             self._job = self._pool.submit(_write_share, self.folder, record, arrays, self.keep)
 
@@ -194,8 +226,10 @@ def _check_folder(folder, size):
         return
     _tidy(Path(folder))
     if size > (free := shutil.disk_usage(folder).free):
-        raise UserError(f"a checkpoint takes {size / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free in {folder}: "
-                        "free some space or choose another folder")
+        raise UserError(
+            f"a checkpoint takes {size / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free in {folder}: "
+            "free some space or choose another folder"
+        )
 
 
 def _write(folder, record, arrays, keep):
@@ -223,7 +257,9 @@ def _write_share(folder, record, arrays, keep):
     target = join(folder, f"step_{record['step']:08d}")
     index, count = jax.process_index(), jax.process_count()
     # a name that all know and no earlier save had; remote folders have no rename, so parts go where they stay
-    place = target if is_remote(folder) else Path(folder) / f".{target.name}.{record['time']:.6f}.tmp"
+    place = (
+        target if is_remote(folder) else Path(folder) / f".{target.name}.{record['time']:.6f}.tmp"
+    )
     listed = lambda i: f"share-{record['time']:.6f}-{i}-of-{count}.json"
     with tempfile.TemporaryDirectory() as tmp, reaching(place):
         fs, root = filesystem(place)
@@ -239,10 +275,19 @@ def _write_share(folder, record, arrays, keep):
         # whole or not there, for those who wait for it
         fs.mv(f"{root}/.{listed(index)}", f"{root}/{listed(index)}")
         if index:
-            _await(lambda: _written(target) == record["time"], lambda: f"process 0 has not finished {target}")
+            _await(
+                lambda: _written(target) == record["time"],
+                lambda: f"process 0 has not finished {target}",
+            )
             return target
-        _await(lambda: fs.invalidate_cache() or all(fs.exists(f"{root}/{listed(i)}") for i in range(count)),
-               lambda: f"process {', '.join(str(i) for i in range(count) if not fs.exists(f'{root}/{listed(i)}'))} has not written its share of {target}")
+        _await(
+            lambda: (
+                fs.invalidate_cache() or all(fs.exists(f"{root}/{listed(i)}") for i in range(count))
+            ),
+            lambda: (
+                f"process {', '.join(str(i) for i in range(count) if not fs.exists(f'{root}/{listed(i)}'))} has not written its share of {target}"
+            ),
+        )
         record["files"] = {}
         for i in range(count):
             record["files"] |= json.loads(fs.cat_file(f"{root}/{listed(i)}"))
@@ -265,7 +310,9 @@ def _await(there: Callable[[], bool], what: Callable[[], str]):
     deadline = time.monotonic() + SHARE_TIMEOUT
     while not there():
         if time.monotonic() > deadline:
-            raise UserError(f"{what()} after {SHARE_TIMEOUT} s: all processes must call save, and the folder must be one that all hosts share")
+            raise UserError(
+                f"{what()} after {SHARE_TIMEOUT} s: all processes must call save, and the folder must be one that all hosts share"
+            )
         time.sleep(0.05)
 
 
@@ -326,6 +373,7 @@ def _prune(folder, written, keep):
 
 # ---- finding and reading ---------------------------------------------------------------------------------------------
 
+
 def _record(path) -> dict:
     """meta.json of a checkpoint whose files are all there in full length, or a UserError that says what is wrong."""
     fs, root = filesystem(path)
@@ -333,23 +381,39 @@ def _record(path) -> dict:
         try:
             record = json.loads(fs.cat_file(f"{root}/meta.json"))
             if not isinstance(record, dict) or record.get("kind") != KIND:
-                raise UserError(f"{path} was not written by rawchat: name a folder step_NNNNNNNN that it has written")
+                raise UserError(
+                    f"{path} was not written by rawchat: name a folder step_NNNNNNNN that it has written"
+                )
             if record["format"] > FORMAT:
-                raise UserError(f"{path} has checkpoint format {record['format']}, newer than the {FORMAT} known here: "
-                                "update rawchat")
+                raise UserError(
+                    f"{path} has checkpoint format {record['format']}, newer than the {FORMAT} known here: "
+                    "update rawchat"
+                )
             for name, file in record["files"].items():
                 if not re.fullmatch(r"\w+(\.\d+-of-\d+)?\.safetensors", name):
                     raise ValueError(f"unexpected file {name!r}")
                 size = fs.size(f"{root}/{name}") if fs.exists(f"{root}/{name}") else None
                 if size != file["bytes"]:
-                    found = "is missing" if size is None else f"has {size} bytes instead of {file['bytes']}"
-                    raise UserError(f"{path}/{name} {found}: delete this checkpoint and use an older one")
-            return {key: record[key] for key in ("step", "metric", "time", "files", "meta")} | {"split": record.get("split", {})}
+                    found = (
+                        "is missing"
+                        if size is None
+                        else f"has {size} bytes instead of {file['bytes']}"
+                    )
+                    raise UserError(
+                        f"{path}/{name} {found}: delete this checkpoint and use an older one"
+                    )
+            return {key: record[key] for key in ("step", "metric", "time", "files", "meta")} | {
+                "split": record.get("split", {})
+            }
         except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{path} is not a checkpoint (no meta.json in it): name a folder step_NNNNNNNN that "
-                            "rawchat has written") from None
+            raise UserError(
+                f"{path} is not a checkpoint (no meta.json in it): name a folder step_NNNNNNNN that "
+                "rawchat has written"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}/meta.json is damaged: delete this checkpoint and use an older one") from None
+            raise UserError(
+                f"{path}/meta.json is damaged: delete this checkpoint and use an older one"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -364,7 +428,9 @@ def _verified(path, files):
                     fs.get_file(f"{root}/{name}", str(local / name))
         for name, file in files.items():
             if sha256(local / name) != file["sha256"]:
-                raise UserError(f"{path}/{name} does not match its checksum: delete this checkpoint, use an older one")
+                raise UserError(
+                    f"{path}/{name} does not match its checksum: delete this checkpoint, use an older one"
+                )
         yield local
 
 
@@ -472,8 +538,10 @@ def _resolve(path):
         folder = join(path, "checkpoints") if fs.isdir(f"{root}/checkpoints") else path
     if found := latest(folder):
         return found
-    raise UserError(f"no checkpoint in {path}: train first, or name a run folder, its checkpoints folder or one of the "
-                    "step_NNNNNNNN in it")
+    raise UserError(
+        f"no checkpoint in {path}: train first, or name a run folder, its checkpoints folder or one of the "
+        "step_NNNNNNNN in it"
+    )
 
 
 def _nested(arrays) -> dict:
@@ -488,14 +556,21 @@ def _nested(arrays) -> dict:
 
 
 def _compare(path, arrays, wanted):
-    here, there = ({k: f"{s.dtype} {tuple(s.shape)}" for k, s in ((k, _stored(x)) for k, x in tree.items())}
-                   for tree in (wanted, arrays))
-    differ = [f"{k} is {there.get(k, 'missing')} in it and {here.get(k, 'missing')} here"
-              for k in sorted(here | there) if here.get(k) != there.get(k)]
+    here, there = (
+        {k: f"{s.dtype} {tuple(s.shape)}" for k, s in ((k, _stored(x)) for k, x in tree.items())}
+        for tree in (wanted, arrays)
+    )
+    differ = [
+        f"{k} is {there.get(k, 'missing')} in it and {here.get(k, 'missing')} here"
+        for k in sorted(here | there)
+        if here.get(k) != there.get(k)
+    ]
     if differ:
         more = f" (and {len(differ) - 3} more)" if len(differ) > 3 else ""
-        raise UserError(f"{path} does not fit: {', '.join(differ[:3])}{more}; use the config in its meta.json, "
-                        "or another checkpoint")
+        raise UserError(
+            f"{path} does not fit: {', '.join(differ[:3])}{more}; use the config in its meta.json, "
+            "or another checkpoint"
+        )
 
 
 # ---- Hugging Face Hub ------------------------------------------------------------------------------------------------
@@ -516,9 +591,14 @@ def check_hub(repo: str, token: str | None = None, private: bool = True):
 
 def _hub_error(repo, e) -> UserError:
     status = getattr(getattr(e, "response", None), "status_code", None)
-    advice = ("the token is wrong, has run out or may not write there: make one with write access at "
-              "https://huggingface.co/settings/tokens" if status in (401, 403) else
-              "check the name and the network" if status is None or status >= 500 else "check the name")
+    advice = (
+        "the token is wrong, has run out or may not write there: make one with write access at "
+        "https://huggingface.co/settings/tokens"
+        if status in (401, 403)
+        else "check the name and the network"
+        if status is None or status >= 500
+        else "check the name"
+    )
     return UserError(f"cannot upload to the Hub repository {repo} ({first_line(e)}): {advice}")
 
 
@@ -533,8 +613,11 @@ def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = T
     def upload():
         try:
             check_hub(repo, token, private)
-            return str(hub.HfApi(token=token).upload_folder(repo_id=repo, folder_path=folder,
-                                                            commit_message=f"upload {Path(folder).name}"))
+            return str(
+                hub.HfApi(token=token).upload_folder(
+                    repo_id=repo, folder_path=folder, commit_message=f"upload {Path(folder).name}"
+                )
+            )
         except Exception as e:
             print(f"warning: {e if isinstance(e, UserError) else _hub_error(repo, e)}")
 
@@ -542,6 +625,7 @@ def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = T
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def interruptible():
@@ -557,7 +641,9 @@ def interruptible():
             raise KeyboardInterrupt
         flag.stop = True
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
-            print(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more to stop at once")
+            print(
+                f"\n{signal.Signals(signum).name}: finishing this step and saving; once more to stop at once"
+            )
 
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -594,21 +680,31 @@ def load_model(folder, ckpt: str = "", stage: str = "") -> Model:
     if ckpt in ("", "best"):
         has = [s for s, name in STAGES.items() if latest(folder / name)]
         if not has:
-            raise UserError(f"no checkpoint in {folder}: train one with 02_train.py --run {folder.name} first")
+            raise UserError(
+                f"no checkpoint in {folder}: train one with 02_train.py --run {folder.name} first"
+            )
         if stage and choose("stage", stage, tuple(STAGES)) not in has:
-            raise UserError(f"{folder} has no {stage} checkpoint, only {', '.join(has)}: run that stage first")
+            raise UserError(
+                f"{folder} has no {stage} checkpoint, only {', '.join(has)}: run that stage first"
+            )
         stage = stage or has[-1]
         store = folder / STAGES[stage]
         path = best(store) if ckpt == "best" else latest(store)
         if path is None:
-            raise UserError(f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest")
+            raise UserError(
+                f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest"
+            )
     else:
         path, parent = ckpt, str(ckpt).rstrip("/").split("/")[-2:][0]
         stage = stage or next((s for s, name in STAGES.items() if name == parent), "base")
-    tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}" if ckpt.startswith("hf://") else folder)
+    tokenizer = load_tokenizer(
+        f"hf:{ckpt.removeprefix('hf://')}" if ckpt.startswith("hf://") else folder
+    )
     meta = read_meta(path)
     config = Config.from_dict(meta["config"])
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with another tokenizer than {folder} has: name the run it belongs to")
+        raise UserError(
+            f"{path} was trained with another tokenizer than {folder} has: name the run it belongs to"
+        )
     params, _ = restore(path, templates(config), only="params")
     return Model(jax.device_put(params), config, tokenizer, meta, stage, str(path))

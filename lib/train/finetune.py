@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.model import transformer as model
 from lib.config import Config
-from lib.files import UserError, choose
-from lib.train.optim import hyper, make_optimizer
-from lib.tasks import items_of, tasks
 from lib.data.tokenizer import Tokenizer, _turns
+from lib.files import UserError, choose
+from lib.model import transformer as model
+from lib.tasks import items_of, tasks
+from lib.train.optim import hyper, make_optimizer
 from lib.train.step import TrainState
 
 FORMAT = 1  # of cursors; raise it when they change meaning
@@ -30,7 +30,9 @@ VAL_EVERY, VAL_MOST = 50, 200
 BUFFER = 100  # conversations to choose from when a row is filled
 SPEAKERS = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
     # as ShareGPT files of different origin call them
-    "assistant gpt chatgpt model bing bard".split(), "assistant")
+    "assistant gpt chatgpt model bing bard".split(),
+    "assistant",
+)
 
 # Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its own (lib.train.checkpoint.STAGES).
 PHASES = {
@@ -39,11 +41,30 @@ PHASES = {
 }
 # Name -> {source: epochs}. Epochs are the weights: 0.5 takes half of a source's conversations, 3 takes them three times a pass.
 MIXTURES: dict[str, dict[str, float]] = {
-    "embedded_mid": dict(arithmetic=1.0, spelling=1.0, counting=1.0, strings=1.0, pyfacts=1.0, identity=1.0, source_text=1.0),
-    "embedded_sft": dict(dialogues=1.0, spelling=0.2, counting=0.2, strings=0.2, pyfacts=0.4, source_text=0.3),
-    "nanochat_mid": dict(smoltalk=1.0, mmlu=1.0, gsm8k=1.0, identity_conversations=2.0, spelling=1.0, counting=1.0),
-    "nanochat_sft": dict(arc_easy=1.0, arc_challenge=1.0, gsm8k=1.0, smoltalk=0.02, identity_conversations=1.0, spelling=0.01,
-                         counting=0.01),
+    "embedded_mid": dict(
+        arithmetic=1.0,
+        spelling=1.0,
+        counting=1.0,
+        strings=1.0,
+        pyfacts=1.0,
+        identity=1.0,
+        source_text=1.0,
+    ),
+    "embedded_sft": dict(
+        dialogues=1.0, spelling=0.2, counting=0.2, strings=0.2, pyfacts=0.4, source_text=0.3
+    ),
+    "nanochat_mid": dict(
+        smoltalk=1.0, mmlu=1.0, gsm8k=1.0, identity_conversations=2.0, spelling=1.0, counting=1.0
+    ),
+    "nanochat_sft": dict(
+        arc_easy=1.0,
+        arc_challenge=1.0,
+        gsm8k=1.0,
+        smoltalk=0.02,
+        identity_conversations=1.0,
+        spelling=0.01,
+        counting=0.01,
+    ),
 }
 
 
@@ -75,25 +96,37 @@ def _chat(line: str, where: str) -> list[dict]:
     try:
         record = json.loads(line)
         if isinstance(record, dict) and "conversations" in record:
-            messages = [dict(role=choose("speaker", m["from"], SPEAKERS), content=m["value"]) for m in record["conversations"]]
+            messages = [
+                dict(role=choose("speaker", m["from"], SPEAKERS), content=m["value"])
+                for m in record["conversations"]
+            ]
             if messages[:1] and messages[0]["role"] == "assistant":
                 del messages[0]  # some begin with a greeting by the model, which answers nothing
         else:
             messages = record if isinstance(record, list) else record["messages"]
-            messages = [dict(role={"developer": "system"}.get(m["role"], m["role"]), content=_joined(m)) for m in messages]
+            messages = [
+                dict(role={"developer": "system"}.get(m["role"], m["role"]), content=_joined(m))
+                for m in messages
+            ]
         list(_turns(messages))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f'{where}: expected {{"messages": [{{"role", "content"}}, …]}}, a list of such messages, or '
-                        f'{{"conversations": [{{"from", "value"}}, …]}} ({type(e).__name__}: {e})') from None
+        raise UserError(
+            f'{where}: expected {{"messages": [{{"role", "content"}}, …]}}, a list of such messages, or '
+            f'{{"conversations": [{{"from", "value"}}, …]}} ({type(e).__name__}: {e})'
+        ) from None
     return messages
 
 
 def _joined(message: dict):
     """The content of a message; the text parts that OpenAI allows a user's or system's to have become one text."""
     content = message["content"]
-    if message["role"] != "assistant" and isinstance(content, list) and all(part["type"] == "text" for part in content):
+    if (
+        message["role"] != "assistant"
+        and isinstance(content, list)
+        and all(part["type"] == "text" for part in content)
+    ):
         return "".join(part["text"] for part in content)
     return content
 
@@ -109,14 +142,23 @@ def parse_mixture(text: str) -> dict[str, float]:
         try:
             times = float(epochs) if colon else 1.0
         except ValueError:
-            raise UserError(f"mixture {word!r}: behind the colon comes a number of epochs, as in {name}:2") from None
-        mixture |= {source: times * share for source, share in MIXTURES.get(name or word, {name or word: 1.0}).items()}
+            raise UserError(
+                f"mixture {word!r}: behind the colon comes a number of epochs, as in {name}:2"
+            ) from None
+        mixture |= {
+            source: times * share
+            for source, share in MIXTURES.get(name or word, {name or word: 1.0}).items()
+        }
     if not mixture or not all(0 < epochs < 1e6 for epochs in mixture.values()):
-        raise UserError(f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with epochs above 0")
+        raise UserError(
+            f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with epochs above 0"
+        )
     for name in mixture:
         if not name.endswith(".jsonl") and name not in tasks():
             known = ", ".join([*MIXTURES, *tasks()])
-            raise UserError(f"unknown source {name!r} in the mixture: it is neither a .jsonl file nor one of {known}")
+            raise UserError(
+                f"unknown source {name!r} in the mixture: it is neither a .jsonl file nor one of {known}"
+            )
     return mixture
 
 
@@ -124,12 +166,18 @@ def _source(name: str) -> list[list[dict] | str]:
     if name.endswith(".jsonl"):
         return read_chats(name)
     chats = [item.get("messages") or item.get("text") for item in items_of(name, "train")]
-    if not all(chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats):
-        raise UserError(f"task {name} holds neither conversations nor text to learn from: leave it out of the mixture")
+    if not all(
+        chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats
+    ):
+        raise UserError(
+            f"task {name} holds neither conversations nor text to learn from: leave it out of the mixture"
+        )
     return chats
 
 
-def render(tokenizer: Tokenizer, chat: list[dict] | str, max_tokens: int) -> tuple[list[int], list[int]]:
+def render(
+    tokenizer: Tokenizer, chat: list[dict] | str, max_tokens: int
+) -> tuple[list[int], list[int]]:
     """(ids, mask) as of `Tokenizer.render_conversation`; of a text, all but its bos is learnt."""
     if not isinstance(chat, str):
         return tokenizer.render_conversation(chat, max_tokens)
@@ -157,12 +205,19 @@ def open_mixture(mixture: dict[str, float], split: str) -> Chats:
     choose("split", split, ("train", "val"))
     messages, source, digest = [], [], hashlib.sha256()
     for name, epochs in mixture.items():
-        found = {hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest(): chat for chat in _source(name)}
-        held_out = {mark for mark in found if int.from_bytes(mark[:4], "big") % VAL_EVERY == 0} or {min(found)}
+        found = {
+            hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest(): chat
+            for chat in _source(name)
+        }
+        held_out = {mark for mark in found if int.from_bytes(mark[:4], "big") % VAL_EVERY == 0} or {
+            min(found)
+        }
         held_out = set(sorted(held_out)[:VAL_MOST])
         kept = [mark for mark in found if (mark in held_out) == (split == "val")]
         if not kept:
-            raise UserError(f"{name} holds a single conversation: it takes two, one of them for validation")
+            raise UserError(
+                f"{name} holds a single conversation: it takes two, one of them for validation"
+            )
         if split == "train":
             kept = kept * int(epochs) + kept[: round(epochs % 1 * len(kept))]
         messages += [found[mark] for mark in kept]
@@ -177,8 +232,18 @@ def open_mixture(mixture: dict[str, float], split: str) -> Chats:
 COUNTS = ("conversations", "truncated", "empty", "targets", "cells", "padding")
 
 
-def batches(chats: Chats, tokenizer: Tokenizer, batch_size: int, sequence_len: int, *, cursor: dict | None = None, seed: int = 0,
-            buffer_size: int = BUFFER, shuffle: bool = True, loop: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+def batches(
+    chats: Chats,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    sequence_len: int,
+    *,
+    cursor: dict | None = None,
+    seed: int = 0,
+    buffer_size: int = BUFFER,
+    shuffle: bool = True,
+    loop: bool = True,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
     """Packed batches: (inputs_BT int32, targets_BT int32, the cursor after this batch), for ever or for one epoch.
 
     A row holds sequence_len + 1 tokens: whole conversations, each time the longest waiting one that fits (of equals the first),
@@ -188,14 +253,26 @@ def batches(chats: Chats, tokenizer: Tokenizer, batch_size: int, sequence_len: i
     follow. Each epoch has its own order, from `seed`.
     """
     if min(batch_size, sequence_len, buffer_size) < 1 or not 0 <= seed < 1 << 32 or not len(chats):
-        raise UserError(f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and the number of "
-                        f"conversations ({len(chats)}) must be at least 1, seed {seed} in 32 bits")
-    settings = dict(format=FORMAT, chats=chats.identity, tokenizer=tokenizer.fingerprint, batch_size=batch_size,
-                    sequence_len=sequence_len, seed=seed, buffer_size=buffer_size, shuffle=shuffle)
+        raise UserError(
+            f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and the number of "
+            f"conversations ({len(chats)}) must be at least 1, seed {seed} in 32 bits"
+        )
+    settings = dict(
+        format=FORMAT,
+        chats=chats.identity,
+        tokenizer=tokenizer.fingerprint,
+        batch_size=batch_size,
+        sequence_len=sequence_len,
+        seed=seed,
+        buffer_size=buffer_size,
+        shuffle=shuffle,
+    )
     for name, value in settings.items() if cursor else ():
         if cursor.get(name) != value:
-            raise UserError(f"cannot resume the conversations: the cursor was made with {name} {cursor.get(name)!r}, now it is "
-                            f"{value!r}; restore that, or start the phase anew")
+            raise UserError(
+                f"cannot resume the conversations: the cursor was made with {name} {cursor.get(name)!r}, now it is "
+                f"{value!r}; restore that, or start the phase anew"
+            )
     position = dict(epoch=1, index=0, waiting=[]) | dict.fromkeys(COUNTS, 0) | (cursor or {})
     return _batches(chats, tokenizer, settings, position, loop)
 
@@ -236,8 +313,10 @@ def _batches(chats, tokenizer, settings, position, loop):
                 counts["empty"] += 1
                 skipped += 1
                 if skipped == len(chats):
-                    raise UserError(f"in none of {len(chats)} conversations does the assistant say anything within {width} "
-                                    "tokens: use a longer sequence_len or other conversations")
+                    raise UserError(
+                        f"in none of {len(chats)} conversations does the assistant say anything within {width} "
+                        "tokens: use a longer sequence_len or other conversations"
+                    )
 
     while True:
         rows = np.full((settings["batch_size"], width), tokenizer.bos, np.int32)
@@ -265,13 +344,19 @@ def _batches(chats, tokenizer, settings, position, loop):
         yield rows[:, :-1].copy(), targets, settings | place | counts
 
 
-def plan(chats: Chats, tokenizer: Tokenizer, config: Config, epochs: float, sample: int = 2000) -> dict:
+def plan(
+    chats: Chats, tokenizer: Tokenizer, config: Config, epochs: float, sample: int = 2000
+) -> dict:
     """{"conversations": {source: how many}, "tokens": of one pass, "steps": of `epochs` passes}, from the lengths of a sample."""
     some = chats.messages[:: max(1, len(chats) // sample)]
     mean = np.mean([len(render(tokenizer, chat, config.sequence_len + 1)[0]) for chat in some])
     rows = epochs * len(chats) * mean / (config.sequence_len + 1)
     steps = max(1, round(rows * config.sequence_len / config.total_batch_size))
-    return dict(conversations=dict(collections.Counter(chats.source)), tokens=round(len(chats) * mean), steps=steps)
+    return dict(
+        conversations=dict(collections.Counter(chats.source)),
+        tokens=round(len(chats) * mean),
+        steps=steps,
+    )
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
@@ -285,9 +370,15 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
     A warm optimizer state needs no warm-up of the rates, a fresh one has a tenth of the phase at most.
     """
     if num_steps < 1 or lr <= 0:
-        raise UserError(f"a phase needs at least 1 step and rates above 0, got {num_steps} steps and {lr} times the rates")
+        raise UserError(
+            f"a phase needs at least 1 step and rates above 0, got {num_steps} steps and {lr} times the rates"
+        )
     rates = {name: lr * getattr(config, name) for name in RATES}
-    return config.replace(num_steps=num_steps, warmup_steps=0 if warm else min(config.warmup_steps, num_steps // 10), **rates)
+    return config.replace(
+        num_steps=num_steps,
+        warmup_steps=0 if warm else min(config.warmup_steps, num_steps // 10),
+        **rates,
+    )
 
 
 def start(params, config: Config, opt_state=None) -> TrainState:
@@ -298,10 +389,14 @@ def start(params, config: Config, opt_state=None) -> TrainState:
     """
     params = jax.tree.map(jnp.copy, params)  # the step is given its state to overwrite
     if opt_state is None:
-        return TrainState(params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32))
+        return TrainState(
+            params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32)
+        )
     total = int(opt_state.step) + config.num_steps
     moved = config.replace(warmdown_ratio=config.warmdown_ratio * config.num_steps / total)
-    return TrainState(params, opt_state._replace(hyper=hyper(moved, total)), jnp.zeros((), jnp.int32))
+    return TrainState(
+        params, opt_state._replace(hyper=hyper(moved, total)), jnp.zeros((), jnp.int32)
+    )
 
 
 _loss_sums = jax.jit(model.loss_sums, static_argnames="config")

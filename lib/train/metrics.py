@@ -45,8 +45,15 @@ class Metrics:
     starts metrics.jsonl anew. config: JSON-able settings, shown by wandb. On several hosts process 0 writes.
     """
 
-    def __init__(self, run_dir, total_steps: int, writers: Sequence[str] = ("console",), *,
-                 resumed: int | None = None, config: dict | None = None):
+    def __init__(
+        self,
+        run_dir,
+        total_steps: int,
+        writers: Sequence[str] = ("console",),
+        *,
+        resumed: int | None = None,
+        config: dict | None = None,
+    ):
         self._writers = {}
         if jax.process_index():
             return
@@ -62,7 +69,9 @@ class Metrics:
         This waits for device arrays: call it after the next step was dispatched.
         """
         host = jax.device_get(values)
-        values = {k: getattr(host[k], "item", lambda: host[k])() for k in values if host[k] is not None}
+        values = {
+            k: getattr(host[k], "item", lambda: host[k])() for k in values if host[k] is not None
+        }
         numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
         for name in list(self._writers):
             self._guard(name, self._writers[name][0], step, values if name == "jsonl" else numbers)
@@ -78,8 +87,10 @@ class Metrics:
             function(*args)
         except Exception as e:
             del self._writers[name]
-            warnings.warn(f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes on",
-                          stacklevel=3)
+            warnings.warn(
+                f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes on",
+                stacklevel=3,
+            )
 
     def __enter__(self):
         return self
@@ -91,7 +102,12 @@ class Metrics:
 # ---- writers: run -> (write(step, values), close()) ------------------------------------------------------------------
 
 
-SHOWN = {"loss": "loss {:.4f}", "val_bpb": "val bpb {:.4f}", "tokens_per_s": "{:,.0f} tok/s", "mfu": "MFU {:.1%}"}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "val_bpb": "val bpb {:.4f}",
+    "tokens_per_s": "{:,.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+}
 
 
 def _console(run: Run):
@@ -100,8 +116,14 @@ def _console(run: Run):
 
     kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
     every, first, shown = max(1, run.total_steps // 50), None, {}
-    bar = tqdm(total=run.total_steps, initial=run.resumed or 0, unit="step", dynamic_ncols=True, mininterval=0.5,
-               disable=not (kernel or sys.stderr.isatty()))
+    bar = tqdm(
+        total=run.total_steps,
+        initial=run.resumed or 0,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=not (kernel or sys.stderr.isatty()),
+    )
 
     def write(step, values):
         nonlocal first
@@ -148,8 +170,11 @@ def _jsonl(run: Run):
             flush()
         except OSError as e:
             if not full:
-                warnings.warn(f"cannot write {path} ({e.strerror}): metrics are kept in memory until there is room; "
-                              "training goes on", stacklevel=4)
+                warnings.warn(
+                    f"cannot write {path} ({e.strerror}): metrics are kept in memory until there is room; "
+                    "training goes on",
+                    stacklevel=4,
+                )
 
     return write, lambda: pending and flush()
 
@@ -164,7 +189,9 @@ def _tensorboard(run: Run):
         raise UserError("the tensorboard writer needs a package: pip install tensorboard") from None
     folder = run.folder / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
-    events = RecordWriter(open(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", "wb"))
+    events = RecordWriter(
+        open(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", "wb")
+    )
 
     def send(step, **what):
         events.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
@@ -175,7 +202,12 @@ def _tensorboard(run: Run):
     send((run.resumed or 0) + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(step, values):
-        send(step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]))
+        send(
+            step,
+            summary=Summary(
+                value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+            ),
+        )
 
     return write, events.close
 
@@ -185,16 +217,27 @@ def _wandb(run: Run, mode: str):
     try:
         import wandb
     except ImportError:
-        raise UserError("the wandb writer needs a package: pip install wandb, or use wandb:off") from None
+        raise UserError(
+            "the wandb writer needs a package: pip install wandb, or use wandb:off"
+        ) from None
     id_file = run.folder / "wandb_id.txt"
     if run.resumed is None or not id_file.exists():
         write_atomic(id_file, uuid.uuid4().hex[:8])
     try:
-        active = wandb.run or wandb.init(project="rawchat", name=run.folder.name, dir=run.folder, mode=mode,
-                                         config=run.config, id=id_file.read_text(), resume="allow")
+        active = wandb.run or wandb.init(
+            project="rawchat",
+            name=run.folder.name,
+            dir=run.folder,
+            mode=mode,
+            config=run.config,
+            id=id_file.read_text(),
+            resume="allow",
+        )
     except Exception as e:
-        raise UserError(f"wandb cannot start ({first_line(e)}): run `wandb login`, check the network, "
-                        "or use wandb:offline or wandb:off") from e
+        raise UserError(
+            f"wandb cannot start ({first_line(e)}): run `wandb login`, check the network, "
+            "or use wandb:offline or wandb:off"
+        ) from e
     # its own counter could not go back to an earlier checkpoint's step
     active.define_metric("*", step_metric="step")
     return lambda step, values: active.log({"step": step} | values), active.finish
@@ -211,10 +254,16 @@ def _otlp(run: Run):
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
     except ImportError:
-        raise UserError("the otlp writer needs packages: pip install opentelemetry-sdk "
-                        "opentelemetry-exporter-otlp-proto-http") from None
-    reader = PeriodicExportingMetricReader(OTLPMetricExporter(timeout=5), export_interval_millis=5000)
-    provider = MeterProvider([reader], Resource.create({"service.name": "rawchat", "run": run.folder.name}))
+        raise UserError(
+            "the otlp writer needs packages: pip install opentelemetry-sdk "
+            "opentelemetry-exporter-otlp-proto-http"
+        ) from None
+    reader = PeriodicExportingMetricReader(
+        OTLPMetricExporter(timeout=5), export_interval_millis=5000
+    )
+    provider = MeterProvider(
+        [reader], Resource.create({"service.name": "rawchat", "run": run.folder.name})
+    )
     gauge = functools.cache(provider.get_meter("rawchat").create_gauge)
     log, said = logging.getLogger(OTLPMetricExporter.__module__), []
     # a dead collector is told of once
@@ -247,7 +296,10 @@ WRITERS = {
 
 
 def _line(row: dict) -> str:
-    row = {k: v if not isinstance(v, float) or math.isfinite(v) else json.dumps(v) for k, v in row.items()}
+    row = {
+        k: v if not isinstance(v, float) or math.isfinite(v) else json.dumps(v)
+        for k, v in row.items()
+    }
     return json.dumps(row, allow_nan=False) + "\n"
 
 
@@ -263,7 +315,9 @@ def read_jsonl(path) -> list[dict]:
         except (ValueError, TypeError, KeyError):
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            raise UserError(f"{path} line {number} is not a metrics row: remove it, or start a new run") from None
+            raise UserError(
+                f"{path} line {number} is not a metrics row: remove it, or start a new run"
+            ) from None
     return rows
 
 
@@ -290,7 +344,9 @@ def trace_window(run_dir, start: int, stop: int):
         active = not active
         try:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(Path(run_dir) / "trace")) if active else jax.profiler.stop_trace()
+            jax.profiler.start_trace(
+                str(Path(run_dir) / "trace")
+            ) if active else jax.profiler.stop_trace()
         except Exception as e:
             active, stop = False, start - 1
             warnings.warn(f"no profiler trace ({first_line(e)}); training goes on", stacklevel=3)

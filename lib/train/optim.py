@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 from lib.config import Config
-from lib.params import is_spec, param_specs, path_name
 from lib.parallel.layout import each_layer
+from lib.params import is_spec, param_specs, path_name
 
 # beta1, beta2 and weight decay of the groups that always get AdamW (nanochat's)
 ADAMW_GROUPS = {
@@ -71,7 +71,8 @@ def group_lrs(config: Config) -> dict[str, float]:
     """
     width, batch = math.sqrt(768 / config.n_embd), config.batch_lr_scale
     return {
-        "matrix": (config.matrix_lr if config.optimizer == "muon" else config.adamw_lr * width) * batch,
+        "matrix": (config.matrix_lr if config.optimizer == "muon" else config.adamw_lr * width)
+        * batch,
         "embed": config.embedding_lr * width * batch,
         "value_embed": config.embedding_lr * width * batch / 2,
         "head": config.unembedding_lr * width * batch,
@@ -144,7 +145,9 @@ def muon_update(g_LIO, m, v, p, *, lr, momentum, weight_decay, dtype=jnp.float32
     mean_row = jnp.sqrt(jnp.sum(row_sq, axis=2, keepdims=True) / O)
     scale = mean_row / jnp.maximum(jnp.sqrt(row_sq), 1e-6)
     norm = jnp.sqrt(jnp.sum(row_sq * jnp.square(scale), axis=2, keepdims=True))
-    x = each_layer(polar_express, (u * (scale / (1.01 * norm + 1e-6))).astype(dtype)).astype(jnp.float32)
+    x = each_layer(polar_express, (u * (scale / (1.01 * norm + 1e-6))).astype(dtype)).astype(
+        jnp.float32
+    )
 
     axis = 1 if O >= I else 2  # averaged over
     line_sq = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
@@ -165,7 +168,11 @@ def muon_update(g_LIO, m, v, p, *, lr, momentum, weight_decay, dtype=jnp.float32
 
 def _matrix_shape(spec):
     """(layers, inputs, outputs) of a stacked matrix: which axes are inputs is the spec's to say, not the shape's."""
-    return spec.shape[0], math.prod(spec.shape[1 : 1 + spec.n_in]), math.prod(spec.shape[1 + spec.n_in :])
+    return (
+        spec.shape[0],
+        math.prod(spec.shape[1 : 1 + spec.n_in]),
+        math.prod(spec.shape[1 + spec.n_in :]),
+    )
 
 
 def _muon(spec, g, m, v, p, *, step, **now):
@@ -198,9 +205,14 @@ class OptState(NamedTuple):
 
 def hyper(config: Config, num_steps: int) -> dict:
     """The `hyper` of a fresh state; put it into an old state to go on with other rates or another horizon."""
-    values = dict(lr=group_lrs(config), weight_decay=config.scaled_weight_decay, num_steps=num_steps,
-                  warmup_steps=config.warmup_steps, warmdown_ratio=config.warmdown_ratio,
-                  final_lr_frac=config.final_lr_frac)
+    values = dict(
+        lr=group_lrs(config),
+        weight_decay=config.scaled_weight_decay,
+        num_steps=num_steps,
+        warmup_steps=config.warmup_steps,
+        warmdown_ratio=config.warmdown_ratio,
+        final_lr_frac=config.final_lr_frac,
+    )
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), values)
 
 
@@ -209,8 +221,10 @@ def compile_key(config: Config) -> Config:
 
     Configs with equal keys can share one compiled step.
     """
-    names = ("matrix_lr embedding_lr unembedding_lr scalar_lr adamw_lr weight_decay reference_tokens num_steps "
-             "tokens_per_param warmup_steps warmdown_ratio final_lr_frac seed").split()
+    names = (
+        "matrix_lr embedding_lr unembedding_lr scalar_lr adamw_lr weight_decay reference_tokens num_steps "
+        "tokens_per_param warmup_steps warmdown_ratio final_lr_frac seed"
+    ).split()
     return config.replace(**{name: getattr(Config, name) for name in names})
 
 
@@ -225,13 +239,23 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
     def init(params):
         shape = lambda spec: second_moment(spec) if spec.group == "matrix" else spec.shape
         v = jax.tree.map(lambda spec: jnp.zeros(shape(spec)), specs, is_leaf=is_spec)
-        return OptState(jnp.zeros((), jnp.int32), hyper(config, num_steps), jax.tree.map(jnp.zeros_like, params), v)
+        return OptState(
+            jnp.zeros((), jnp.int32),
+            hyper(config, num_steps),
+            jax.tree.map(jnp.zeros_like, params),
+            v,
+        )
 
     def update(grads, state, params):
         h, step = state.hyper, state.step
-        scale = lr_multiplier(step, h["num_steps"], h["warmup_steps"], h["warmdown_ratio"], h["final_lr_frac"])
-        now = dict(momentum=muon_momentum(step, h["num_steps"], h["warmdown_ratio"]), dtype=config.dtype,
-                   weight_decay=muon_weight_decay(step, h["num_steps"], h["weight_decay"]))
+        scale = lr_multiplier(
+            step, h["num_steps"], h["warmup_steps"], h["warmdown_ratio"], h["final_lr_frac"]
+        )
+        now = dict(
+            momentum=muon_momentum(step, h["num_steps"], h["warmdown_ratio"]),
+            dtype=config.dtype,
+            weight_decay=muon_weight_decay(step, h["num_steps"], h["weight_decay"]),
+        )
 
         def leaf(path, spec, *arrays):
             at = dict(step=step + 1, lr=h["lr"][spec.group] * scale)
@@ -241,8 +265,12 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
                 b1, b2, weight_decay = ADAMW_GROUPS[spec.group]
                 return adamw_update(*arrays, **at, b1=b1, b2=b2, weight_decay=weight_decay)
 
-        out = jax.tree_util.tree_map_with_path(leaf, specs, grads, state.m, state.v, params, is_leaf=is_spec)
-        updates, m, v = jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0, 0)), out)
+        out = jax.tree_util.tree_map_with_path(
+            leaf, specs, grads, state.m, state.v, params, is_leaf=is_spec
+        )
+        updates, m, v = jax.tree.transpose(
+            jax.tree.structure(params), jax.tree.structure((0, 0, 0)), out
+        )
         return updates, OptState(step + 1, h, m, v)
 
     return optax.GradientTransformation(init, update)

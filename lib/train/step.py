@@ -11,13 +11,24 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from lib.model import transformer as model
 from lib.config import Config
 from lib.files import UserError, choose
-from lib.train.optim import compile_key, lr_multiplier, make_optimizer
+from lib.model import transformer as model
+from lib.parallel.layout import (
+    AXES,
+    BATCH,
+    MESH_AXIS,
+    RULES,
+    Layout,
+    make_layout,
+    optimizer_on,
+    put_batch,
+    reduce_gradients,
+    share_of,
+    state_shardings,
+)
 from lib.params import count_params, is_spec, param_specs
-from lib.parallel.layout import (AXES, BATCH, MESH_AXIS, RULES, Layout, make_layout, optimizer_on, put_batch, reduce_gradients, share_of,
-                          state_shardings)
+from lib.train.optim import compile_key, lr_multiplier, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -31,9 +42,15 @@ class TrainState(NamedTuple):
 def init_state(config: Config, layout: Layout | None = None) -> TrainState:
     """A fresh state, from config.seed alone: the same numbers on any layout of devices, made where they belong."""
     if layout is not None:
-        return jax.jit(init_state, static_argnums=0, out_shardings=state_shardings(layout, config, state_template(config)))(config)
+        return jax.jit(
+            init_state,
+            static_argnums=0,
+            out_shardings=state_shardings(layout, config, state_template(config)),
+        )(config)
     params = model.init_params(jax.random.key(config.seed), config)
-    return TrainState(params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32))
+    return TrainState(
+        params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32)
+    )
 
 
 def state_template(config: Config, layout: Layout | None = None) -> TrainState:
@@ -41,8 +58,11 @@ def state_template(config: Config, layout: Layout | None = None) -> TrainState:
     template = jax.eval_shape(lambda: init_state(config))
     if layout is None:
         return template
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), template,
-                        state_shardings(layout, config, template))
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        template,
+        state_shardings(layout, config, template),
+    )
 
 
 def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
@@ -72,11 +92,18 @@ def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Con
 
     partition = jax.tree.map(layout.partition, specs, is_leaf=is_spec)
     reduced = jax.tree.map(lambda s: layout.state_partition(s, s.shape), specs, is_leaf=is_spec)
-    return jax.shard_map(share, mesh=layout.mesh, in_specs=(partition, P(BATCH), P(BATCH)), out_specs=(P(), P(), reduced),
-                         check_vma=False)(params, inputs_BT, targets_BT)
+    return jax.shard_map(
+        share,
+        mesh=layout.mesh,
+        in_specs=(partition, P(BATCH), P(BATCH)),
+        out_specs=(P(), P(), reduced),
+        check_vma=False,
+    )(params, inputs_BT, targets_BT)
 
 
-def train_step(state: TrainState, inputs_BT, targets_BT, config: Config, layout: Layout | None = None):
+def train_step(
+    state: TrainState, inputs_BT, targets_BT, config: Config, layout: Layout | None = None
+):
     """One optimizer step over B rows, config.microbatch of them at a time; returns (new state, {"loss", "grad_norm", "count"}).
 
     Gradients of summed losses add up in float32 and are divided once by the number of targets, so that A microbatches
@@ -85,15 +112,25 @@ def train_step(state: TrainState, inputs_BT, targets_BT, config: Config, layout:
     with jax.named_scope("forward_backward"):
         if layout is None:
             fold = lambda a: a.reshape(-1, config.microbatch, config.sequence_len)
-            loss, count, grads = summed_gradients(state.params, fold(inputs_BT), fold(targets_BT), config)
+            loss, count, grads = summed_gradients(
+                state.params, fold(inputs_BT), fold(targets_BT), config
+            )
         else:
-            loss, count, grads = _shared_gradients(layout, state.params, inputs_BT, targets_BT, config)
+            loss, count, grads = _shared_gradients(
+                layout, state.params, inputs_BT, targets_BT, config
+            )
     with jax.named_scope("optimizer"), optimizer_on(layout):
         n = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / n, grads)
-        updates, opt_state = make_optimizer(config, config.num_steps).update(grads, state.opt_state, state.params)
+        updates, opt_state = make_optimizer(config, config.num_steps).update(
+            grads, state.opt_state, state.params
+        )
         params = optax.apply_updates(state.params, updates)
-    metrics = {"loss": loss / n, "grad_norm": jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))), "count": count}
+    metrics = {
+        "loss": loss / n,
+        "grad_norm": jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))),
+        "count": count,
+    }
     return TrainState(params, opt_state, state.step + 1), metrics
 
 
@@ -111,7 +148,12 @@ def _jitted_step(config: Config, layout: Layout | None):
     if layout is None:
         return jax.jit(step, donate_argnums=0)
     state = state_shardings(layout, config, state_template(config))
-    return jax.jit(step, donate_argnums=0, in_shardings=(state, layout.batch, layout.batch), out_shardings=(state, layout.sharding()))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(state, layout.batch, layout.batch),
+        out_shardings=(state, layout.sharding()),
+    )
 
 
 @functools.cache
@@ -125,14 +167,26 @@ def token_losses_on(layout: Layout) -> Callable:
                 return model.token_losses(args[0], config, *args[1:])
 
         partition = jax.tree.map(layout.partition, param_specs(config), is_leaf=is_spec)
-        return jax.shard_map(share, mesh=layout.mesh, in_specs=(partition, P(BATCH), P(BATCH)), out_specs=P(BATCH),
-                             check_vma=False)(params, inputs_BT, targets_BT)
+        return jax.shard_map(
+            share,
+            mesh=layout.mesh,
+            in_specs=(partition, P(BATCH), P(BATCH)),
+            out_specs=P(BATCH),
+            check_vma=False,
+        )(params, inputs_BT, targets_BT)
 
-    return lambda params, config, *batch: losses(params, config, *put_batch(layout, batch, whole=True))
+    return lambda params, config, *batch: losses(
+        params, config, *put_batch(layout, batch, whole=True)
+    )
 
 
-def choose_layout(config: Config, strategy: str = "auto", mesh: dict[str, int] | None = None, memory: int = 0,
-                  grow: bool = True) -> tuple[Config, Layout | None, str]:
+def choose_layout(
+    config: Config,
+    strategy: str = "auto",
+    mesh: dict[str, int] | None = None,
+    memory: int = 0,
+    grow: bool = True,
+) -> tuple[Config, Layout | None, str]:
     """(config, the layout of all devices, why it is that one); one device needs none.
 
     strategy: of lib.parallel.layout.RULES, or auto: what the mesh's axes name; without a mesh zero if its estimate fits nine tenths of the
@@ -146,20 +200,39 @@ def choose_layout(config: Config, strategy: str = "auto", mesh: dict[str, int] |
 
     def lay_out(strategy):
         size = {MESH_AXIS[strategy]: count} if mesh is None else mesh
-        n, rows = math.prod(size.get(a, 1) for a in BATCH), config.total_batch_size // config.sequence_len
+        n, rows = (
+            math.prod(size.get(a, 1) for a in BATCH),
+            config.total_batch_size // config.sequence_len,
+        )
         if n > 0 and rows % n:
-            raise UserError(f"a batch of {rows} rows cannot be split over {n} devices: use a total_batch_size that is a multiple of "
-                            f"{n * config.sequence_len}, or fewer devices on the mesh axes {' and '.join(BATCH)}")
-        each = max((m for m in range(1, config.microbatch + 1) if grow and n > 0 and rows % (m * n) == 0), default=0)
+            raise UserError(
+                f"a batch of {rows} rows cannot be split over {n} devices: use a total_batch_size that is a multiple of "
+                f"{n * config.sequence_len}, or fewer devices on the mesh axes {' and '.join(BATCH)}"
+            )
+        each = max(
+            (m for m in range(1, config.microbatch + 1) if grow and n > 0 and rows % (m * n) == 0),
+            default=0,
+        )
         changed = config.replace(microbatch=each * n) if each else config
         layout = make_layout(strategy, changed, mesh=mesh)
         need = sum(estimate_memory(changed, layout).values())
-        return changed, layout, need, f"{need / 2**30:.2f} of {memory / 2**30:.1f} GiB a device, estimated"
+        return (
+            changed,
+            layout,
+            need,
+            f"{need / 2**30:.2f} of {memory / 2**30:.1f} GiB a device, estimated",
+        )
 
     if strategy != "auto":
         why = "asked for"
     elif mesh:
-        strategy, why = next((s for s, axis in (("tp", "tensor"), ("fsdp", "fsdp")) if mesh.get(axis, 1) > 1), "zero"), "by the mesh"
+        strategy, why = (
+            next(
+                (s for s, axis in (("tp", "tensor"), ("fsdp", "fsdp")) if mesh.get(axis, 1) > 1),
+                "zero",
+            ),
+            "by the mesh",
+        )
     else:
         config_, layout, need, text = lay_out("zero")
         if need <= 0.9 * memory:
@@ -176,29 +249,66 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
     (layer), and with the last two the one layer that it is recomputing. LOG.md has the error against the compiler.
     """
     if layout is not None:
-        state, rows, tensor = state_template(config, layout), layout.size(*BATCH), layout.size("tensor")
-        held = lambda tree: sum(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(tree))
-        one = estimate_memory(config.replace(microbatch=config.microbatch // rows, total_batch_size=config.total_batch_size // rows))
+        state, rows, tensor = (
+            state_template(config, layout),
+            layout.size(*BATCH),
+            layout.size("tensor"),
+        )
+        held = lambda tree: sum(
+            a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape))
+            for a in jax.tree.leaves(tree)
+        )
+        one = estimate_memory(
+            config.replace(
+                microbatch=config.microbatch // rows,
+                total_batch_size=config.total_batch_size // rows,
+            )
+        )
         n = held(state.params)
-        return dict(parameters=n, optimizer=held(state.opt_state), gradients=n * (2 if config.accumulate > 1 else 1),
-                    activations=one["activations"] // tensor, logits=one["logits"] // tensor)
+        return dict(
+            parameters=n,
+            optimizer=held(state.opt_state),
+            gradients=n * (2 if config.accumulate > 1 else 1),
+            activations=one["activations"] // tensor,
+            logits=one["logits"] // tensor,
+        )
     n = 4 * count_params(config)["total"]
-    moments = _moments(compile_key(config.replace(microbatch=1, attention="einsum", attention_block=0, remat="none", loss_chunk=1)))
-    D, F, heads = config.n_embd, config.mlp_dim, (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    products = D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
+    moments = _moments(
+        compile_key(
+            config.replace(
+                microbatch=1, attention="einsum", attention_block=0, remat="none", loss_chunk=1
+            )
+        )
+    )
+    D, F, heads = (
+        config.n_embd,
+        config.mlp_dim,
+        (config.n_head + 2 * config.n_kv_head) * config.head_dim,
+    )
+    products = (
+        D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
+    )
     whole = 2 * (products + D + F)
     kept = {"none": whole, "dots": products, "layer": D}[config.remat] * config.n_layer + 4 * D
     kept += whole * (config.remat != "none")
     tokens = config.microbatch * config.sequence_len
     # and their gradients
     logits = min(config.loss_chunk, tokens) * config.padded_vocab * (4 + config.dtype.itemsize)
-    return dict(parameters=n, optimizer=moments, gradients=n * (2 if config.accumulate > 1 else 1),
-                activations=tokens * kept * config.dtype.itemsize, logits=logits)
+    return dict(
+        parameters=n,
+        optimizer=moments,
+        gradients=n * (2 if config.accumulate > 1 else 1),
+        activations=tokens * kept * config.dtype.itemsize,
+        logits=logits,
+    )
 
 
 @functools.cache
 def _moments(config: Config) -> int:
-    return sum(4 * math.prod(a.shape) for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state)))
+    return sum(
+        4 * math.prod(a.shape)
+        for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state))
+    )
 
 
 class Step(NamedTuple):
@@ -210,8 +320,15 @@ class Step(NamedTuple):
     cursor: dict | None
 
 
-def steps(step_fn: Callable, state: TrainState, batches: Iterator, config: Config, *,
-          pause: Callable[[int], bool] = lambda step: False, explode: float = 3.0) -> Iterator[Step]:
+def steps(
+    step_fn: Callable,
+    state: TrainState,
+    batches: Iterator,
+    config: Config,
+    *,
+    pause: Callable[[int], bool] = lambda step: False,
+    explode: float = 3.0,
+) -> Iterator[Step]:
     """Train to config.num_steps, yielding each step's metrics one step late so that the device never waits.
 
     batches: yields (inputs_BT, targets_BT, cursor after this batch). pause(n): whether the caller wants the state after
@@ -231,17 +348,33 @@ def steps(step_fn: Callable, state: TrainState, batches: Iterator, config: Confi
         now = time.perf_counter()
         elapsed, clock = now - clock, now
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(f"training diverged: loss {loss}, gradient norm {grad_norm} at step {n}; "
-                            "resume from the last checkpoint with lower learning rates or a longer warm-up")
+            raise UserError(
+                f"training diverged: loss {loss}, gradient norm {grad_norm} at step {n}; "
+                "resume from the last checkpoint with lower learning rates or a longer warm-up"
+            )
         usual = loss if usual is None else 0.9 * usual + 0.1 * loss  # one odd batch moves it little
         best = min(best, usual)
         if n > config.warmup_steps and usual > best + explode:
-            raise UserError(f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come down to {best:.2f}; "
-                            "resume from the last checkpoint with lower learning rates or a longer warm-up")
-        lr = float(lr_multiplier(n - 1, config.num_steps, config.warmup_steps, config.warmdown_ratio,
-                                 config.final_lr_frac))
-        return dict(loss=loss, grad_norm=grad_norm, lr=lr, step_time=elapsed,
-                    tokens_per_s=config.total_batch_size / elapsed)
+            raise UserError(
+                f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come down to {best:.2f}; "
+                "resume from the last checkpoint with lower learning rates or a longer warm-up"
+            )
+        lr = float(
+            lr_multiplier(
+                n - 1,
+                config.num_steps,
+                config.warmup_steps,
+                config.warmdown_ratio,
+                config.final_lr_frac,
+            )
+        )
+        return dict(
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            step_time=elapsed,
+            tokens_per_s=config.total_batch_size / elapsed,
+        )
 
     while done < config.num_steps:
         inputs_BT, targets_BT, cursor = next(batches)

@@ -16,10 +16,10 @@ import parrot
 import pytest
 
 from lib.chat import terminal as chat
-from lib.train.checkpoint import load_model
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate.engine import Engine, Sampling, Token
-from lib.data.tokenizer import Tokenizer
+from lib.train.checkpoint import load_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +42,12 @@ def test_a_character_waits_for_its_last_token():
     reader = chat.Reader(tokenizer)
     pieces = [reader.read(tokens(i)) for i in ids]
     assert [[p.text for p in ps] for ps in pieces] == [[], ["é"], [], [], [], ["🙂"]]
-    assert [len(p.tokens) for ps in pieces for p in ps] == [2, 4], "a piece comes with all tokens that it is made of"
-    assert reader.read(tokens(*ids[:1])) == [] and reader.parts == [{"type": "text", "text": "é🙂"}], (
-        "half a character never shows"
+    assert [len(p.tokens) for ps in pieces for p in ps] == [2, 4], (
+        "a piece comes with all tokens that it is made of"
     )
+    assert reader.read(tokens(*ids[:1])) == [] and reader.parts == [
+        {"type": "text", "text": "é🙂"}
+    ], "half a character never shows"
 
 
 def test_bytes_that_are_no_text_become_one_mark_and_what_follows_is_kept():
@@ -61,7 +63,9 @@ def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
     content = parrot.CHATS["What is 37 plus 85?"]
     # the first one gets no answer
     content = [*content, {"type": "python", "text": "1/0"}, {"type": "python", "text": "2"}]
-    ids, mask = tokenizer.render_conversation([{"role": "user", "content": "x"}, {"role": "assistant", "content": content}])
+    ids, mask = tokenizer.render_conversation(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    )
     begin = ids.index(tokenizer.special["<|assistant_start|>"]) + 1
     reader, seen = chat.Reader(tokenizer), {}
     for at in range(begin, len(ids), size):
@@ -70,7 +74,10 @@ def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
             seen[piece.index] = kind, text + piece.text
     assert reader.parts == content
     assert [dict(type=kind, text=text) for _, (kind, text) in sorted(seen.items())] == content
-    assert chat.plain(reader.parts) == "Let me see. 37 plus 85 is **122**." and chat.compact(reader.parts) == content
+    assert (
+        chat.plain(reader.parts) == "Let me see. 37 plus 85 is **122**."
+        and chat.compact(reader.parts) == content
+    )
     assert chat.compact([{"type": "text", "text": "just"}]) == "just"
 
 
@@ -94,14 +101,19 @@ def test_the_oldest_turns_go_first_and_as_few_as_possible(system):
         rest = system + messages[len(system) + dropped :]
         assert ids == tokenizer.render_for_completion(rest) and len(ids) <= context - 40
         more = system + messages[len(system) + dropped - 2 :]
-        assert len(tokenizer.render_for_completion(more)) > context - 40, "one turn fewer would have done"
+        assert len(tokenizer.render_for_completion(more)) > context - 40, (
+            "one turn fewer would have done"
+        )
 
 
 def test_a_long_last_message_takes_the_answers_room_and_then_is_refused():
     tokenizer = model().tokenizer
     messages = turns(2) + [{"role": "user", "content": "word " * 40}]
     alone = len(tokenizer.render_for_completion(messages[2:]))
-    assert chat.fit(tokenizer, messages, alone + 5, 1000) == (tokenizer.render_for_completion(messages[2:]), 2)
+    assert chat.fit(tokenizer, messages, alone + 5, 1000) == (
+        tokenizer.render_for_completion(messages[2:]),
+        2,
+    )
     with pytest.raises(UserError, match=f"{alone} tokens"):
         chat.fit(tokenizer, messages, alone, 1000)
 
@@ -115,7 +127,9 @@ def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():
         break
     assert engine.free == 1
     reader = chat.Reader(m.tokenizer)
-    assert "".join(p.text for p in chat.reply(engine, ids, sampling, reader)) == parrot.CHATS["hello"]
+    assert (
+        "".join(p.text for p in chat.reply(engine, ids, sampling, reader)) == parrot.CHATS["hello"]
+    )
     assert reader.finish == "stop"
 
 
@@ -160,11 +174,19 @@ def test_a_single_prompt_prints_the_answer_and_nothing_else():
 
 def test_bad_input_is_one_sentence():
     done = run("--prompt", "hello", "--top-p", "2")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("Error: top_p must be above 0")
+    assert (
+        done.returncode == 2
+        and done.stdout == ""
+        and done.stderr.startswith("Error: top_p must be above 0")
+    )
     done = run("--prompt", "-", input=b"\xff hello", text=False)
-    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr, "bytes that are no text are marked, not fatal"
+    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr, (
+        "bytes that are no text are marked, not fatal"
+    )
     done = run("--prompt", "word " * 2000)
-    assert done.returncode == 2 and "context has 768" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "context has 768" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_a_piped_conversation_with_every_command(tmp_path):
@@ -194,7 +216,10 @@ def test_a_piped_conversation_with_every_command(tmp_path):
     ]
     done = run(input="\n".join(lines))
     sum_ = "Let me see. [37+85 = 122] 37 plus 85 is **122**.\n"
-    assert done.stdout.startswith(sum_ + sum_ + "Hello! How can I help?\n") and done.stdout.count("Hello!") == 1
+    assert (
+        done.stdout.startswith(sum_ + sum_ + "Hello! How can I help?\n")
+        and done.stdout.count("Hello!") == 1
+    )
     assert done.returncode == 0 and "\033" not in done.stdout + done.stderr
     assert json.loads(file.read_text()) == {"messages": parrot.messages("What is 37 plus 85?")}
     for said in (
@@ -220,8 +245,12 @@ class Terminal:
 
     def __init__(self, *args, **env):
         self.fd, inside = pty.openpty()
-        args, kwargs = command(*args, start=["-c", SLOWLY], env={"TERM": "xterm", "NO_COLOR": "", **env})
-        self.process = subprocess.Popen(args, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, **kwargs)
+        args, kwargs = command(
+            *args, start=["-c", SLOWLY], env={"TERM": "xterm", "NO_COLOR": "", **env}
+        )
+        self.process = subprocess.Popen(
+            args, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, **kwargs
+        )
         os.close(inside)
         self.text = ""
 
@@ -309,7 +338,11 @@ def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monk
     with pytest.raises(KeyboardInterrupt):
         talk.ask("Count to 120.")
     monkeypatch.undo()
-    assert talk.messages[-1]["role"] == "assistant" and parrot.COUNT.startswith(talk.messages[-1]["content"]) and talk.engine.free
+    assert (
+        talk.messages[-1]["role"] == "assistant"
+        and parrot.COUNT.startswith(talk.messages[-1]["content"])
+        and talk.engine.free
+    )
     talk.ask("hello")
     assert [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
 
@@ -331,7 +364,9 @@ def test_a_base_model_goes_on_with_the_text(capsys):
     talk = chat.Talk(model()._replace(stage="base"), chat.Settings(temperature=0, max_tokens=5))
     talk.ask("hello")
     talk.messages.append({"role": "user", "content": "there"})
-    assert talk.prompt() == model().tokenizer.encode("there", bos=True), "only the last text, and nothing of a chat around it"
+    assert talk.prompt() == model().tokenizer.encode("there", bos=True), (
+        "only the last text, and nothing of a chat around it"
+    )
     talk.messages.append({"role": "user", "content": "word " * 2000})
     with pytest.raises(UserError, match="shorten it"):
         talk.prompt()
@@ -341,10 +376,15 @@ def test_a_conversation_longer_than_the_context_goes_on_and_says_so(capsys):
     talk = chat.Talk(model(), chat.Settings(temperature=0, max_tokens=30))
     talk.messages = turns(41)[:40]
     talk.ask("hello")
-    assert re.search(r"oldest \d+ messages don't fit", capsys.readouterr().err) and len(talk.messages) == 42
+    assert (
+        re.search(r"oldest \d+ messages don't fit", capsys.readouterr().err)
+        and len(talk.messages) == 42
+    )
 
 
 def test_tokenizer_specials_are_all_accounted_for():
     tokenizer: Tokenizer = model().tokenizer
     inside = {tokenizer.special[name] for name in chat.KINDS}
-    assert inside | set(chat.ends(tokenizer)) == set(tokenizer.special.values()) and not inside & set(chat.ends(tokenizer))
+    assert inside | set(chat.ends(tokenizer)) == set(
+        tokenizer.special.values()
+    ) and not inside & set(chat.ends(tokenizer))

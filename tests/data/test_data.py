@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from lib.data import sources as data
 from lib import files
-from lib.files import UserError
+from lib.data import sources as data
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError
 
 PARITY = Path(__file__).parents[1] / "golden"
 PACKING_DATA = json.loads((PARITY / "packing.json").read_text())
@@ -83,25 +83,43 @@ def test_reference_packing_equals_parity(name, monkeypatch):
     for shard in shards:
         docs, size = shard["token_ids_with_bos"], shard["row_group_size"]
         groups = [len(docs[i : i + size]) for i in range(0, len(docs), size)]
-        made.append(data.TokenShard(np.concatenate([np.array(d, np.uint16) for d in docs]), groups, 0))
-    tokens = data.Tokens("parity", docs[0][0], tuple(partial(lambda shard: shard, shard) for shard in made))
+        made.append(
+            data.TokenShard(np.concatenate([np.array(d, np.uint16) for d in docs]), groups, 0)
+        )
+    tokens = data.Tokens(
+        "parity", docs[0][0], tuple(partial(lambda shard: shard, shard) for shard in made)
+    )
     order = partial(data._row_groups, at_once=run["tokenizer_batch_size"])
     monkeypatch.setitem(data.PACKING, "reference", data.PACKING["reference"]._replace(order=order))
-    start = partial(data.batches, tokens, run["B"], run["T"], packing="reference", buffer_size=run["buffer_size"],
-                    host_index=run["rank"], host_count=run["world_size"])
+    start = partial(
+        data.batches,
+        tokens,
+        run["B"],
+        run["T"],
+        packing="reference",
+        buffer_size=run["buffer_size"],
+        host_index=run["rank"],
+        host_count=run["world_size"],
+    )
     cursor = None
     # the reference resumes with an empty buffer behind the row group it has read last
     if state := run["resume_state"]:
         index = sum(made[state["pq_idx"]].groups[: state["rg_idx"] + 1])
-        cursor = next(start())[2] | dict(epoch=state["epoch"], shard=state["pq_idx"], index=index, waiting=[])
-    for i, (inputs, targets, cursor) in enumerate(itertools.islice(start(cursor=cursor), run["num_batches"])):
+        cursor = next(start())[2] | dict(
+            epoch=state["epoch"], shard=state["pq_idx"], index=index, waiting=[]
+        )
+    for i, (inputs, targets, cursor) in enumerate(
+        itertools.islice(start(cursor=cursor), run["num_batches"])
+    ):
         np.testing.assert_array_equal(inputs, rows[f"{name}.inputs"][i])
         np.testing.assert_array_equal(targets, rows[f"{name}.targets"][i])
         # the last document read lies in the row group that the reference reports
         if run["world_size"] == 1:
             ends = np.cumsum(made[cursor["shard"]].groups)
             group = int(np.searchsorted(ends, cursor["index"]))
-            assert run["state_after_each_batch"][i] == dict(pq_idx=cursor["shard"], rg_idx=group, epoch=cursor["epoch"])
+            assert run["state_after_each_batch"][i] == dict(
+                pq_idx=cursor["shard"], rg_idx=group, epoch=cursor["epoch"]
+            )
 
 
 @pytest.mark.parametrize("packing", data.PACKING)
@@ -111,7 +129,10 @@ def test_rows_and_conservation(packing, sequence_len):
     tokens = make_tokens(lengths)
     items = list(data.batches(tokens, 4, sequence_len, packing=packing, loop=False, buffer_size=30))
     for inputs, targets, cursor in items:
-        assert inputs.shape == targets.shape == (4, sequence_len) and inputs.dtype == targets.dtype == np.int32
+        assert (
+            inputs.shape == targets.shape == (4, sequence_len)
+            and inputs.dtype == targets.dtype == np.int32
+        )
         real = targets[:, :-1] >= 0
         np.testing.assert_array_equal(targets[:, :-1][real], inputs[:, 1:][real])
         assert packing == "stream" or (inputs[:, 0] == BOS).all()
@@ -129,7 +150,11 @@ def test_rows_and_conservation(packing, sequence_len):
 def test_bestfit_wastes_little_and_keeps_documents_whole():
     lengths = lognormal(4000, mean=4.6)
     tokens, width = make_tokens(lengths), 257
-    whole = {int(start): n for start, n in zip(np.cumsum(lengths - 1) - lengths + 2, lengths) if n <= width}
+    whole = {
+        int(start): n
+        for start, n in zip(np.cumsum(lengths - 1) - lengths + 2, lengths)
+        if n <= width
+    }
     kept = 0
     for inputs, targets, cursor in data.batches(tokens, 8, 256, loop=False):
         for row in np.c_[inputs, np.where(targets[:, -1:] < 0, BOS, targets[:, -1:])]:
@@ -143,8 +168,15 @@ def test_bestfit_wastes_little_and_keeps_documents_whole():
 
 def test_document_far_longer_than_context_is_spread_over_the_epoch():
     tokens = make_tokens([5000] + [20] * 500, shards=1)
-    share = [np.mean((x > 0) & (x < 5000)) for x, _, _ in data.batches(tokens, 4, 32, loop=False, buffer_size=100)]
-    assert max(share[: len(share) // 2]) > 0.2 and min(share[:-1]) < 0.9 and np.argmax(np.array(share) > 0) < 3
+    share = [
+        np.mean((x > 0) & (x < 5000))
+        for x, _, _ in data.batches(tokens, 4, 32, loop=False, buffer_size=100)
+    ]
+    assert (
+        max(share[: len(share) // 2]) > 0.2
+        and min(share[:-1]) < 0.9
+        and np.argmax(np.array(share) > 0) < 3
+    )
 
 
 @pytest.mark.parametrize("packing", data.PACKING)
@@ -166,7 +198,9 @@ def test_resume_is_exact_at_every_batch_through_epochs(packing):
 def test_hosts_read_everything_once_together(packing):
     lengths = np.full(90, 17)  # whole rows, so that the reference loses nothing either
     tokens = make_tokens(lengths)
-    tokens = data.Tokens("corpus", BOS, tuple(partial(lambda s: s._replace(groups=[9] * 5), s) for s in tokens))
+    tokens = data.Tokens(
+        "corpus", BOS, tuple(partial(lambda s: s._replace(groups=[9] * 5), s) for s in tokens)
+    )
     start = partial(data.batches, tokens, 1, 16, packing=packing, host_count=3, loop=False)
     parts = [seen(start(host_index=i)) for i in range(3)]
     ids = np.concatenate(parts)
@@ -177,30 +211,50 @@ def test_hosts_read_everything_once_together(packing):
 
 def test_epochs_and_seeds_are_permuted_and_deterministic():
     tokens = make_tokens([17] * 40)
-    first = lambda **kw: seen(itertools.islice(data.batches(tokens, 4, 16, buffer_size=1, **kw), 10))
+    first = lambda **kw: seen(
+        itertools.islice(data.batches(tokens, 4, 16, buffer_size=1, **kw), 10)
+    )
     assert (first() == first()).all()
     assert (first() != first(seed=1)).any()
     two = [x for x, _, _ in itertools.islice(data.batches(tokens, 4, 16, buffer_size=1), 20)]
-    assert sorted(np.ravel(two[:10])) == sorted(np.ravel(two[10:])) and (np.ravel(two[:10]) != np.ravel(two[10:])).any()
+    assert (
+        sorted(np.ravel(two[:10])) == sorted(np.ravel(two[10:]))
+        and (np.ravel(two[:10]) != np.ravel(two[10:])).any()
+    )
 
 
 def test_foreign_cursor_is_refused():
     tokens = make_tokens([30] * 10)
     cursor = next(data.batches(tokens, 2, 16))[2]
     changes = [
-        ("corpus", dict(tokens=make_tokens([30] * 10, "other"))), ("packing", dict(packing="stream")),
-        ("batch_size", dict(batch_size=3)), ("sequence_len", dict(sequence_len=15)), ("seed", dict(seed=1)),
-        ("host_count", dict(host_count=2)), ("buffer_size", dict(buffer_size=9)),
+        ("corpus", dict(tokens=make_tokens([30] * 10, "other"))),
+        ("packing", dict(packing="stream")),
+        ("batch_size", dict(batch_size=3)),
+        ("sequence_len", dict(sequence_len=15)),
+        ("seed", dict(seed=1)),
+        ("host_count", dict(host_count=2)),
+        ("buffer_size", dict(buffer_size=9)),
     ]
     for name, change in changes:
         with pytest.raises(UserError, match=f"made with {name}"):
-            data.batches(**dict(tokens=tokens, batch_size=2, sequence_len=16, cursor=cursor) | change)
+            data.batches(
+                **dict(tokens=tokens, batch_size=2, sequence_len=16, cursor=cursor) | change
+            )
     with pytest.raises(UserError, match="format None"):
         data.batches(tokens, 2, 16, cursor={"step": 1})
 
 
-@pytest.mark.parametrize("bad", [dict(batch_size=0), dict(sequence_len=0), dict(buffer_size=0), dict(seed=-1),
-                                 dict(host_index=1), dict(packing="worst")])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(batch_size=0),
+        dict(sequence_len=0),
+        dict(buffer_size=0),
+        dict(seed=-1),
+        dict(host_index=1),
+        dict(packing="worst"),
+    ],
+)
 def test_bad_batch_arguments(bad):
     with pytest.raises(UserError, match=next(iter(bad)).split("_")[0]):
         data.batches(**dict(tokens=make_tokens([9, 9]), batch_size=1, sequence_len=8) | bad)
@@ -224,7 +278,12 @@ def test_prefetch_pairs_batches_with_cursors_and_ends():
     moved = list(data.prefetch(data.batches(tokens, 2, 16, loop=False), jax.device_put))
     assert len(moved) == len(plain)
     for (x, y, c), (x2, y2, c2) in zip(plain, moved):
-        assert isinstance(x2, jax.Array) and (x == np.asarray(x2)).all() and (y == np.asarray(y2)).all() and c == c2
+        assert (
+            isinstance(x2, jax.Array)
+            and (x == np.asarray(x2)).all()
+            and (y == np.asarray(y2)).all()
+            and c == c2
+        )
     assert not prefetch_threads()
 
 
@@ -302,7 +361,13 @@ def test_readers(tmp_path):
     (tmp_path / "a.md").write_bytes("\ufeffmärkdown".encode())
     (tmp_path / "b.py").write_text("print('hi')")
     messages = [dict(role="user", content="hello"), dict(role="assistant", content="hi")]
-    lines = [dict(text="line"), dict(messages=messages), messages, dict(text="half \ud800"), dict(text="")]
+    lines = [
+        dict(text="line"),
+        dict(messages=messages),
+        messages,
+        dict(text="half \ud800"),
+        dict(text=""),
+    ]
     (tmp_path / "c.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     rows = pa.table(dict(id=[1, 2, 3], text=["row one", None, "row three"]))
     pq.write_table(rows, tmp_path / "d.parquet", row_group_size=2)
@@ -319,7 +384,9 @@ def test_stdlib_is_there_without_its_tests():
     paths = [Path(file) for shard in shards for file in shard.files]
     folders = {part for path in paths for part in path.parts[-3:-1]}
     assert len(paths) > 300 and not {"test", "tests", "site-packages"} & folders
-    assert len({shard.identity for shard in shards + data.find_shards("stdlib", "val")}) == 2 * len(shards)
+    assert len({shard.identity for shard in shards + data.find_shards("stdlib", "val")}) == 2 * len(
+        shards
+    )
 
 
 def write(tmp_path, name, content):
@@ -332,21 +399,30 @@ def table(tmp_path, **columns):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda p: "climbmx", "unknown source 'climbmx'.*stdlib.*climbmix"),
-    (lambda p: str(p / "nothing*.txt"), "unknown source"),
-    (lambda p: str(p), "no files in"),
-    (lambda p: write(p, "a.docx", b"x"), "readable endings are .txt"),
-    (lambda p: write(p, "a.txt", b""), "holds 0 different documents"),
-    (lambda p: write(p, "a.txt", b"alone"), "holds 1 different documents"),
-    (lambda p: write(p, "a.txt", "caf\xe9 au lait".encode("latin-1")), "not UTF-8"),
-    (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"txt": "b"}'), "a.jsonl, line 2: expected"),
-    (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"text": 3}'), "line 2: expected"),
-    (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1: expected"),
-    (lambda p: write(p, "a.parquet", b"PAR1 and then nothing"), "cannot read .*a.parquet as parquet"),
-    (lambda p: table(p, body=["x"], n=[1]), "only {'body': 'string', 'n': 'int64'}"),
-    (lambda p: table(p, text=[1, 2]), "no column \"text\" of strings"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: "climbmx", "unknown source 'climbmx'.*stdlib.*climbmix"),
+        (lambda p: str(p / "nothing*.txt"), "unknown source"),
+        (lambda p: str(p), "no files in"),
+        (lambda p: write(p, "a.docx", b"x"), "readable endings are .txt"),
+        (lambda p: write(p, "a.txt", b""), "holds 0 different documents"),
+        (lambda p: write(p, "a.txt", b"alone"), "holds 1 different documents"),
+        (lambda p: write(p, "a.txt", "caf\xe9 au lait".encode("latin-1")), "not UTF-8"),
+        (
+            lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"txt": "b"}'),
+            "a.jsonl, line 2: expected",
+        ),
+        (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"text": 3}'), "line 2: expected"),
+        (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1: expected"),
+        (
+            lambda p: write(p, "a.parquet", b"PAR1 and then nothing"),
+            "cannot read .*a.parquet as parquet",
+        ),
+        (lambda p: table(p, body=["x"], n=[1]), "only {'body': 'string', 'n': 'int64'}"),
+        (lambda p: table(p, text=[1, 2]), 'no column "text" of strings'),
+    ],
+)
 def test_bad_sources_are_told_in_a_sentence(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as caught:
         list(data.documents(make(tmp_path), "train"))
@@ -361,7 +437,9 @@ def test_bad_split():
 def test_baselines():
     texts = ["abc " * 100, "déf " * 50]
     result = data.baselines(iter(texts))
-    assert result["bytes"] == 400 + 250 and 0 < result["gzip_bpb"] < 1 and 0 < result["xz_bpb"] < 1.5
+    assert (
+        result["bytes"] == 400 + 250 and 0 < result["gzip_bpb"] < 1 and 0 < result["xz_bpb"] < 1.5
+    )
     assert data.baselines([os.urandom(5000).decode("latin-1")])["gzip_bpb"] > 5
 
 
@@ -408,7 +486,8 @@ def hub(tmp_path, monkeypatch):
         table = pa.table(dict(text=[f"shard {i} text {j}" for j in range(40)]))
         pq.write_table(table, tmp_path / "made.parquet", row_group_size=16)
         served[f"/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{i:05d}.parquet"] = (
-            tmp_path / "made.parquet").read_bytes()
+            tmp_path / "made.parquet"
+        ).read_bytes()
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.served, server.faults, server.log = served, faults, log
     yield server
@@ -417,11 +496,17 @@ def hub(tmp_path, monkeypatch):
 
 
 def climbmix(hub, tmp_path, split="train", shards=1, **kw):
-    return list(data.documents("climbmix", split, shards=shards, cache_dir=tmp_path / "cache", hub=hub.address, **kw))
+    return list(
+        data.documents(
+            "climbmix", split, shards=shards, cache_dir=tmp_path / "cache", hub=hub.address, **kw
+        )
+    )
 
 
 def test_hub_download_split_and_offline_reuse(hub, tmp_path):
-    assert climbmix(hub, tmp_path, shards=3) == [f"shard {i} text {j}" for i in range(3) for j in range(40)]
+    assert climbmix(hub, tmp_path, shards=3) == [
+        f"shard {i} text {j}" for i in range(3) for j in range(40)
+    ]
     assert climbmix(hub, tmp_path, "val") == [f"shard 6542 text {j}" for j in range(40)]
     asked = len(hub.log)
     assert asked == 4 and not list(tmp_path.rglob("*.part"))
@@ -430,10 +515,16 @@ def test_hub_download_split_and_offline_reuse(hub, tmp_path):
     assert len(hub.log) == asked
 
 
-@pytest.mark.parametrize("faults", [
-    [429, 429, 503], ["truncate"], ["truncate", "truncate", 500, "truncate"], ["truncate", "ignore range"],
-    ["truncate", 416],
-])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [429, 429, 503],
+        ["truncate"],
+        ["truncate", "truncate", 500, "truncate"],
+        ["truncate", "ignore range"],
+        ["truncate", 416],
+    ],
+)
 def test_hub_faults_are_survived(hub, tmp_path, faults):
     hub.faults += faults
     assert climbmix(hub, tmp_path) == [f"shard 0 text {j}" for j in range(40)]
@@ -451,9 +542,15 @@ def test_hub_resumes_a_partial_file_of_an_earlier_run(hub, tmp_path):
     assert hub.log[0][1]["Range"] == "bytes=100-"
 
 
-@pytest.mark.parametrize("fault, message", [
-    ([401], "401.*Hub token"), ([403], "403.*Hub token"), ([404], "404"), ([429] * 50, "429.*run again"),
-])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ([401], "401.*Hub token"),
+        ([403], "403.*Hub token"),
+        ([404], "404"),
+        ([429] * 50, "429.*run again"),
+    ],
+)
 def test_hub_refusals_are_told(hub, tmp_path, fault, message):
     hub.faults += fault
     with pytest.raises(UserError, match=message) as caught:
@@ -488,7 +585,9 @@ def test_download_to_a_full_disk_is_told(hub, tmp_path):
 
 
 def test_hub_tokens_keep_row_groups(hub, tmp_path, tokenizer):
-    tokens = data.open_tokens("climbmix", "train", tokenizer, shards=2, cache_dir=tmp_path / "c", hub=hub.address)
+    tokens = data.open_tokens(
+        "climbmix", "train", tokenizer, shards=2, cache_dir=tmp_path / "c", hub=hub.address
+    )
     assert [shard.groups for shard in tokens] == [[16, 16, 8]] * 2
 
 
@@ -508,7 +607,9 @@ def decode(tokens, tokenizer):
 def inline(monkeypatch):
     """Tokenise in this process, and count how often."""
     calls = []
-    monkeypatch.setattr(data, "_tokenise_apart", lambda *job: [calls.append(job), data._tokenise(*job)])
+    monkeypatch.setattr(
+        data, "_tokenise_apart", lambda *job: [calls.append(job), data._tokenise(*job)]
+    )
     return calls
 
 
@@ -518,7 +619,9 @@ def test_tokens_are_the_documents_in_order(tmp_path, tokenizer):
         tokens = data.open_tokens(source, split, tokenizer, cache_dir=tmp_path / "cache")
         texts = list(data.documents(source, split))
         assert decode(tokens, tokenizer) == texts
-        assert tokens[0].ids.dtype == np.uint16 and sum(s.bytes for s in tokens) == sum(len(t.encode()) for t in texts)
+        assert tokens[0].ids.dtype == np.uint16 and sum(s.bytes for s in tokens) == sum(
+            len(t.encode()) for t in texts
+        )
 
 
 def test_cache_is_used_and_never_stale(tmp_path, tokenizer, inline):
@@ -529,7 +632,7 @@ def test_cache_is_used_and_never_stale(tmp_path, tokenizer, inline):
     other = Tokenizer.train(["a rather different text, different text"], 270)
     assert start(other).identity != first.identity and len(inline) == 2
     assert decode(start(other), other) == decode(first, tokenizer)
-    path, = (p for p in Path(source).iterdir() if p.read_text() == "document 1\n" * 2)
+    (path,) = (p for p in Path(source).iterdir() if p.read_text() == "document 1\n" * 2)
     before = path.stat()
     path.write_text("document X\n" * 2)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # same name, size and time
@@ -541,7 +644,7 @@ def test_truncated_cache_is_made_anew(tmp_path, tokenizer, inline, keep):
     source = corpus(tmp_path / "texts")
     start = partial(data.open_tokens, source, "train", tokenizer, cache_dir=tmp_path / "cache")
     texts = decode(start(), tokenizer)
-    path, = (tmp_path / "cache/tokens").glob("*.npy")
+    (path,) = (tmp_path / "cache/tokens").glob("*.npy")
     whole = path.read_bytes()
     path.write_bytes(whole[:keep])
     assert decode(start(), tokenizer) == texts and path.read_bytes() == whole and len(inline) == 2
@@ -556,7 +659,9 @@ def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
         data._tokenise(shard, spec, out)
 
     monkeypatch.setattr(data, "_tokenise_apart", slow)
-    tokens = data.open_tokens(corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache", workers=1)
+    tokens = data.open_tokens(
+        corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache", workers=1
+    )
     assert len(tokens) > 3
     rows = data.batches(tokens, 1, 8, packing="stream")
     next(rows)
@@ -575,7 +680,9 @@ def test_script_without_main_guard_runs_once_and_workers_have_no_jax(tmp_path, t
         "print(tokens[0].ids.size > 100)\n"
     )
     env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.split("\n")[:2] == ["top level", "True"], done.stderr
 
 
@@ -583,7 +690,13 @@ def test_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, tokenizer, mon
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -9 $$\n")
     killed.chmod(0o755)
-    start = partial(data.open_tokens, corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache")
+    start = partial(
+        data.open_tokens,
+        corpus(tmp_path / "texts"),
+        "train",
+        tokenizer,
+        cache_dir=tmp_path / "cache",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(killed))
         with pytest.raises(UserError, match="killed by signal 9"):
@@ -592,8 +705,12 @@ def test_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, tokenizer, mon
 
 
 def test_worker_ends_with_its_parent(tmp_path):
-    worker = subprocess.Popen([sys.executable, "-m", "lib.data.sources"], cwd=Path(data.__file__).parents[1],
-                              stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "lib.data.sources"],
+        cwd=Path(data.__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     os.mkfifo(tmp_path / "endless.txt")  # reading it never ends
     shard = dict(name="s", identity="", files=[str(tmp_path / "endless.txt")])
     spec = tmp_path / "t.json"
@@ -645,7 +762,12 @@ def test_unwritable_cache_is_told(tmp_path, tokenizer, monkeypatch, kind):
     if kind == "no permission":  # simulated, because chmod does not stop root
         monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "denied")))
     with pytest.raises(UserError, match="a file stands|no permission to write"):
-        data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / ("taken" if kind[0] == "f" else "fresh"))
+        data.open_tokens(
+            source,
+            "train",
+            tokenizer,
+            cache_dir=tmp_path / ("taken" if kind[0] == "f" else "fresh"),
+        )
 
 
 def test_empty_split_is_told(tmp_path, tokenizer, inline, hub):
@@ -653,7 +775,9 @@ def test_empty_split_is_told(tmp_path, tokenizer, inline, hub):
     for path in hub.served:
         hub.served[path] = (tmp_path / "empty.parquet").read_bytes()
     with pytest.raises(UserError, match="climbmix has no documents in its val split"):
-        data.open_tokens("climbmix", "val", tokenizer, cache_dir=tmp_path / "cache", hub=hub.address)
+        data.open_tokens(
+            "climbmix", "val", tokenizer, cache_dir=tmp_path / "cache", hub=hub.address
+        )
 
 
 def test_evaluation_set_in_memory(tokenizer):

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-from lib.files import UserError
 from lib.data.tokenizer import LONGEST_BLANK, PUBLISHED, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from lib.files import UserError
 
 PARITY = Path(__file__).parents[1] / "golden"
 TEXTS = [
@@ -36,7 +36,9 @@ def golden():
 
 @pytest.fixture(scope="module")
 def tokenizer(golden):
-    return Tokenizer.train(golden["training"]["documents"], golden["vocab_size"], meta={"source": "parity"})
+    return Tokenizer.train(
+        golden["training"]["documents"], golden["vocab_size"], meta={"source": "parity"}
+    )
 
 
 def file_of(tokenizer, **changes):
@@ -55,7 +57,9 @@ def ranks_of(*tokens):
 
 def test_training_gives_the_reference_ranks(tokenizer, golden):
     assert tokenizer.pattern == golden["pattern"]
-    assert list(tokenizer.tokens) == [base64.b64decode(token) for token, _ in golden["mergeable_ranks"]]
+    assert list(tokenizer.tokens) == [
+        base64.b64decode(token) for token, _ in golden["mergeable_ranks"]
+    ]
     assert tokenizer.special == golden["special_tokens"]
     assert tokenizer.vocab_size == golden["vocab_size"]
     assert tokenizer.bos == golden["special_tokens"][golden["bos_token"]]
@@ -69,7 +73,9 @@ def test_encoding_matches_the_reference(tokenizer, golden):
         assert tokenizer.encode(sample["text"]) == sample["ids"]
         assert tokenizer.encode(sample["text"], bos=True) == sample["ids_with_bos"]
     texts = [sample["text"] for sample in samples]
-    assert tokenizer.encode_batch(texts, bos=True, threads=2) == [sample["ids_with_bos"] for sample in samples]
+    assert tokenizer.encode_batch(texts, bos=True, threads=2) == [
+        sample["ids_with_bos"] for sample in samples
+    ]
     assert tokenizer.encode_batch(iter(texts)) == [sample["ids"] for sample in samples]
 
 
@@ -142,7 +148,11 @@ def test_lone_surrogates_and_blanks_do_not_stop_training(golden):
 def test_save_load_pickle_and_fingerprint(tokenizer, golden, tmp_path):
     run = tmp_path / "runs" / "a"
     tokenizer.save(run / "tokenizer.json")
-    loaded = [load_tokenizer(run), load_tokenizer(str(run / "tokenizer.json")), pickle.loads(pickle.dumps(tokenizer))]
+    loaded = [
+        load_tokenizer(run),
+        load_tokenizer(str(run / "tokenizer.json")),
+        pickle.loads(pickle.dumps(tokenizer)),
+    ]
     for other in loaded:
         assert other.tokens == tokenizer.tokens and other.meta == tokenizer.meta
         assert other.fingerprint == tokenizer.fingerprint
@@ -154,7 +164,9 @@ def test_save_load_pickle_and_fingerprint(tokenizer, golden, tmp_path):
 
 def test_a_published_encoding_gets_our_special_tokens(tokenizer, monkeypatch):
     published = tiktoken.Encoding(
-        "gpt2", pat_str=r"\w+|\W", mergeable_ranks={t: i for i, t in enumerate(tokenizer.tokens)},
+        "gpt2",
+        pat_str=r"\w+|\W",
+        mergeable_ranks={t: i for i, t in enumerate(tokenizer.tokens)},
         special_tokens={"<|endoftext|>": 491},
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: published)
@@ -185,7 +197,11 @@ class Hub:
         def upload_file(path_or_fileobj, path_in_repo, repo_id):
             self.files[repo_id, path_in_repo] = path_or_fileobj
 
-        return type("Api", (), {"create_repo": staticmethod(create_repo), "upload_file": staticmethod(upload_file)})
+        return type(
+            "Api",
+            (),
+            {"create_repo": staticmethod(create_repo), "upload_file": staticmethod(upload_file)},
+        )
 
     def hf_hub_download(self, repo, name, token=None):
         path = self.folder / "download"
@@ -242,13 +258,19 @@ DAMAGE = {
     "cut short": lambda t: t.to_json()[:-200],
     "empty": lambda t: "",
     "not utf-8": lambda t: b"\xff\xfe\x00",
-    "another format": lambda t: json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}}}),
+    "another format": lambda t: json.dumps(
+        {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}}}
+    ),
     "a list": lambda t: "[1, 2]",
-    "a hole in the ranks": lambda t: file_of(t, mergeable_ranks=ranks_of(*t.tokens[:-1]) + [["enp6enp6", 499]]),
+    "a hole in the ranks": lambda t: file_of(
+        t, mergeable_ranks=ranks_of(*t.tokens[:-1]) + [["enp6enp6", 499]]
+    ),
     "a repeated token": lambda t: file_of(t, mergeable_ranks=ranks_of(*t.tokens[:-1], b"a")),
     "a byte is missing": lambda t: file_of(t, mergeable_ranks=ranks_of(b"zzzz", *t.tokens[1:])),
     "ranks are not pairs": lambda t: file_of(t, mergeable_ranks=[1, 2]),
-    "a changed token": lambda t: t.to_json().replace(base64.b64encode(t.tokens[300]).decode(), "enp6enp6", 1),
+    "a changed token": lambda t: t.to_json().replace(
+        base64.b64encode(t.tokens[300]).decode(), "enp6enp6", 1
+    ),
     "other special tokens": lambda t: file_of(t, special_tokens={"<|endoftext|>": 491}),
     "a broken pattern": lambda t: file_of(t, pattern="("),
     "a pattern that loses text": lambda t: file_of(t, pattern=r"\w+"),
@@ -293,7 +315,9 @@ def silent(name):
     threading.Event().wait(30)
 
 
-@pytest.mark.parametrize("network, why", [(unreachable, "ConnectionError"), (silent, "no answer in 0.2 s")])
+@pytest.mark.parametrize(
+    "network, why", [(unreachable, "ConnectionError"), (silent, "no answer in 0.2 s")]
+)
 def test_no_network_for_a_published_encoding(monkeypatch, network, why):
     monkeypatch.setattr(tiktoken, "get_encoding", network)
     start = time.monotonic()
@@ -302,19 +326,29 @@ def test_no_network_for_a_published_encoding(monkeypatch, network, why):
     assert time.monotonic() - start < 5 and "\n" not in str(e.value)
 
 
-HUB_ANSWERS = [(None, "token is missing or wrong"), (403, "may not"), (404, "no such"), (503, "network")]
+HUB_ANSWERS = [
+    (None, "token is missing or wrong"),
+    (403, "may not"),
+    (404, "no such"),
+    (503, "network"),
+]
 
 
 @pytest.mark.parametrize("status, why", HUB_ANSWERS)
 def test_hub_refusals(tokenizer, tmp_path, monkeypatch, status, why):
     Hub(tmp_path, status).install(monkeypatch)
-    for attempt in (lambda: tokenizer.push_to_hub("me/tok", token="hf_bad"), lambda: load_tokenizer("hf:me/tok")):
+    for attempt in (
+        lambda: tokenizer.push_to_hub("me/tok", token="hf_bad"),
+        lambda: load_tokenizer("hf:me/tok"),
+    ):
         with refused(f"me/tok.*HTTP.*{why}") as e:
             attempt()
         assert "\n" not in str(e.value)
 
 
-USER, ASSISTANT, SYSTEM = ({"role": role, "content": "hi"} for role in ("user", "assistant", "system"))
+USER, ASSISTANT, SYSTEM = (
+    {"role": role, "content": "hi"} for role in ("user", "assistant", "system")
+)
 BAD_CHATS = {
     "no messages": [],
     "message 0 has role 'assistant'": [ASSISTANT],
@@ -328,7 +362,10 @@ BAD_CHATS = {
     "message 1 is not an object with role and content": [USER, {"role": "assistant"}],
     "user message 0 is not text": [{"role": "user", "content": None}],
     "system message 0 is not text": [{"role": "system", "content": 3}, USER],
-    "assistant message 1 holds neither": [USER, {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
+    "assistant message 1 holds neither": [
+        USER,
+        {"role": "assistant", "content": [{"type": "image", "text": "x"}]},
+    ],
     "with types": [USER, {"role": "assistant", "content": [{"type": "python"}]}],
     "nor a list": [USER, {"role": "assistant", "content": 5}],
 }
@@ -346,7 +383,16 @@ def test_bad_chats(tokenizer, problem):
 
 def test_the_benchmark_runs_as_a_file_and_does_not_hide_tokenize(tmp_path):
     script = PARITY.parents[1] / "benchmarks" / "tokenize.py"
-    args = ["--vocab-sizes", "300", "--workers", "1", "--max-chars", "20000", "--json", tmp_path / "out.json"]
+    args = [
+        "--vocab-sizes",
+        "300",
+        "--workers",
+        "1",
+        "--max-chars",
+        "20000",
+        "--json",
+        tmp_path / "out.json",
+    ]
     subprocess.run([sys.executable, script, *args], check=True, capture_output=True, cwd=tmp_path)
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["vocab_size"] == 300 and min(row.values()) > 0

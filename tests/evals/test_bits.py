@@ -8,8 +8,8 @@ import pytest
 from conftest import load, parity_model
 
 from lib import evals
-from lib.evals import contamination, kinds
 from lib.data.tokenizer import Tokenizer
+from lib.evals import contamination, kinds
 
 
 @pytest.mark.parametrize("case", ["val", "val_masked", "only_special_targets"])
@@ -19,9 +19,13 @@ def test_bits_per_byte_matches_the_reference(case):
     batches = list(zip(data[f"{case}.inputs"], data[f"{case}.targets"]))
     got = evals.bits_per_byte(params, config, batches, data["token_bytes"])
     assert got["bytes"] == want["total_bytes"]
-    assert got["bpb"] == pytest.approx(float(want["bpb"]), rel=1e-5) and got["nats"] == pytest.approx(want["total_nats"], rel=1e-5)
+    assert got["bpb"] == pytest.approx(float(want["bpb"]), rel=1e-5) and got[
+        "nats"
+    ] == pytest.approx(want["total_nats"], rel=1e-5)
     for (x, y), losses in zip(batches, data[f"{case}.losses"]):
-        np.testing.assert_allclose(evals.token_losses(params, config, x, y), np.where(y >= 0, losses, 0), atol=5e-5)
+        np.testing.assert_allclose(
+            evals.token_losses(params, config, x, y), np.where(y >= 0, losses, 0), atol=5e-5
+        )
 
 
 def test_standard_error_covers_the_spread_of_resampled_rows():
@@ -42,7 +46,9 @@ def test_only_so_many_batches_are_read():
             yield data["val.inputs"][0], data["val.targets"][0], {}
 
     once = evals.bits_per_byte(params, config, endless(), data["token_bytes"], max_batches=1)
-    assert evals.bits_per_byte(params, config, endless(), data["token_bytes"], max_batches=3)["bpb"] == pytest.approx(once["bpb"])
+    assert evals.bits_per_byte(params, config, endless(), data["token_bytes"], max_batches=3)[
+        "bpb"
+    ] == pytest.approx(once["bpb"])
 
 
 # ---- kinds of text
@@ -68,13 +74,21 @@ def test_python_is_split_into_its_kinds():
     assert ('"""A module."""', "docstring") in found and ("# patterns", "comment") in found
     assert ('"""Two times it,\n    however large."""', "docstring") in found
     assert ('f"no {x} doc"', "string") in found and ('"ünï"', "string") in found
-    assert ("def", "keyword") in found and ("twice", "name") in found and ("2", "number") in found and ("*", "operator") in found
+    assert (
+        ("def", "keyword") in found
+        and ("twice", "name") in found
+        and ("2", "number") in found
+        and ("*", "operator") in found
+    )
     for bad in ("def (:\n  x", "x = '\n", "a\x00b\nc", "if x:\n\ty\n        z\n"):
         with pytest.raises((SyntaxError, ValueError)):
             list(kinds.python_kinds(bad))
 
 
-@pytest.mark.parametrize("text", ["Not: python,\n3 lines of\n  prose_!", "one_line = 1", "def (:\n", "(" * 5000 + "\n", ""])
+@pytest.mark.parametrize(
+    "text",
+    ["Not: python,\n3 lines of\n  prose_!", "one_line = 1", "def (:\n", "(" * 5000 + "\n", ""],
+)
 def test_what_is_not_python_is_split_by_characters(text):
     assert labelled(text, kinds.automatic(text)) == labelled(text, kinds.plain_kinds(text))
     assert {kind for _, _, kind in kinds.plain_kinds(text)} <= {"letters", "digits", "punctuation"}
@@ -84,20 +98,39 @@ def test_a_token_is_of_the_kind_of_its_first_mark():
     text = "é = 10  # ünï\n\n"
     pieces = ["é", " =", " 1", "0", "  #", " ü", "nï", "\n\n"]
     sizes = np.array([len(p.encode()) for p in pieces])
-    assert kinds.kinds_of(text, sizes, kinds.python_kinds(text)) == \
-        ["name", "operator", "number", "number", "comment", "comment", "comment", "white space"]
+    assert kinds.kinds_of(text, sizes, kinds.python_kinds(text)) == [
+        "name",
+        "operator",
+        "number",
+        "number",
+        "comment",
+        "comment",
+        "comment",
+        "white space",
+    ]
 
 
 def test_kinds_add_up_to_the_whole_and_documents_give_its_error():
     config, params = parity_model("T")
     data = load("tokenizer.json")
-    tokenizer = Tokenizer(data["pattern"], tuple(base64.b64decode(token) for token, _ in data["mergeable_ranks"]))
+    tokenizer = Tokenizer(
+        data["pattern"], tuple(base64.b64decode(token) for token, _ in data["mergeable_ranks"])
+    )
     texts = [SOURCE, "Plain words, 12 of them.\n", "", SOURCE.upper(), "half \ud800 a character"]
     found = kinds.bits_by_kind(params, config, tokenizer, texts, batch_tokens=512)
     want = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    assert found["bytes"] == want == sum(k["bytes"] for k in found["kinds"].values()) == sum(i["bytes"] for i in found["items"])
-    assert found["nats"] / math.log(2) == pytest.approx(sum(k["bpb"] * k["bytes"] for k in found["kinds"].values()))
-    assert {"docstring", "keyword", "white space", "letters"} <= set(found["kinds"]) and found["stderr"] > 0
+    assert (
+        found["bytes"]
+        == want
+        == sum(k["bytes"] for k in found["kinds"].values())
+        == sum(i["bytes"] for i in found["items"])
+    )
+    assert found["nats"] / math.log(2) == pytest.approx(
+        sum(k["bpb"] * k["bytes"] for k in found["kinds"].values())
+    )
+    assert {"docstring", "keyword", "white space", "letters"} <= set(found["kinds"]) and found[
+        "stderr"
+    ] > 0
     ids = tokenizer.encode(SOURCE, bos=True)
     row = np.full((1, config.sequence_len), -1, np.int32)
     inputs, row[0, : len(ids) - 1] = np.maximum(row, 0), ids[1:]
@@ -129,13 +162,31 @@ def test_only_long_runs_of_words_in_common_are_an_overlap():
     ]
     stream = (" ".join(part) for part in (other[100:], text[:110], text[110:]))
     found = contamination.overlap(stream, {"a": items, "b": items[2:3], "none": []})
-    assert found["a"] == dict(overlapping=4, n=7, short=1, words=13, items=["copied", "dressed", "whole", "end"])
+    assert found["a"] == dict(
+        overlapping=4, n=7, short=1, words=13, items=["copied", "dressed", "whole", "end"]
+    )
     assert (found["b"]["overlapping"], found["none"]["n"]) == (0, 0)
-    assert contamination.overlap([" ".join(text)], {"a": items}, n=12)["a"]["items"] == ["copied", "dressed", "nearly", "whole", "end"]
+    assert contamination.overlap([" ".join(text)], {"a": items}, n=12)["a"]["items"] == [
+        "copied",
+        "dressed",
+        "nearly",
+        "whole",
+        "end",
+    ]
 
 
 def test_runs_never_cross_from_one_text_to_the_next():
     text = words(40, 3)
     item = [{"id": "x", "text": " ".join(text[10:30])}]
-    assert contamination.overlap([" ".join(text[:20]), " ".join(text[20:])], {"a": item})["a"]["overlapping"] == 0
-    assert contamination.overlap([" ".join(text[:24]), " ".join(text[20:])], {"a": item})["a"]["overlapping"] == 1
+    assert (
+        contamination.overlap([" ".join(text[:20]), " ".join(text[20:])], {"a": item})["a"][
+            "overlapping"
+        ]
+        == 0
+    )
+    assert (
+        contamination.overlap([" ".join(text[:24]), " ".join(text[20:])], {"a": item})["a"][
+            "overlapping"
+        ]
+        == 1
+    )

@@ -11,23 +11,43 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 import datasets  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from lib.train import checkpoint  # noqa: E402
 from lib import evals  # noqa: E402
-from lib.evals import harness  # noqa: E402
 from lib.config import Config  # noqa: E402
 from lib.data.sources import batches, tokens_of  # noqa: E402
+from lib.data.tokenizer import Tokenizer  # noqa: E402
+from lib.evals import harness  # noqa: E402
 from lib.evals import questions as chat  # noqa: E402
 from lib.files import UserError  # noqa: E402
 from lib.params import init_params  # noqa: E402
 from lib.tasks import Task  # noqa: E402
-from lib.data.tokenizer import Tokenizer  # noqa: E402
+from lib.train import checkpoint  # noqa: E402
 
 WORDS = "the cat sat on the mat, and the answer is: one two three four five. "
 TOKENIZER = Tokenizer.train([WORDS * 9], 300)
-CONFIG = Config(vocab_size=TOKENIZER.vocab_size, sequence_len=64, n_layer=1, n_embd=32, n_head=1, n_kv_head=1, head_dim=16, mlp_dim=16,
-                microbatch=1, total_batch_size=64, loss_chunk=64, num_steps=1, compute_dtype="float32")
-QUESTIONS = [{"question": f"{a} cat and", "choices": [" the mat", " one two three", " sat"], "gold": i % 3, "text": WORDS * (1 + 3 * (i % 2)) + a}
-             for i, a in enumerate(["the", "one", "five", "sat on", "a", "two, three, the", "four"])]
+CONFIG = Config(
+    vocab_size=TOKENIZER.vocab_size,
+    sequence_len=64,
+    n_layer=1,
+    n_embd=32,
+    n_head=1,
+    n_kv_head=1,
+    head_dim=16,
+    mlp_dim=16,
+    microbatch=1,
+    total_batch_size=64,
+    loss_chunk=64,
+    num_steps=1,
+    compute_dtype="float32",
+)
+QUESTIONS = [
+    {
+        "question": f"{a} cat and",
+        "choices": [" the mat", " one two three", " sat"],
+        "gold": i % 3,
+        "text": WORDS * (1 + 3 * (i % 2)) + a,
+    }
+    for i, a in enumerate(["the", "one", "five", "sat on", "a", "two, three, the", "four"])
+]
 YAML = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}, cache_dir: CACHE}
@@ -62,7 +82,8 @@ metric_list:
   - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
   - {metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
   - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-"""}
+""",
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +92,21 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
     leaves, tree = jax.tree.flatten(init_params(0, CONFIG))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = jax.tree.unflatten(tree, [a + 0.3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
+    params = jax.tree.unflatten(
+        tree, [a + 0.3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)]
+    )
     TOKENIZER.save(folder / "tokenizer.json")
-    checkpoint.save(folder / "checkpoints", 1, {"params": params}, dict(config=CONFIG.to_dict(), tokenizer=TOKENIZER.fingerprint, settings={}))
+    checkpoint.save(
+        folder / "checkpoints",
+        1,
+        {"params": params},
+        dict(config=CONFIG.to_dict(), tokenizer=TOKENIZER.fingerprint, settings={}),
+    )
     (folder / "tasks").mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
-    places = YAML.replace("DATA", str(folder / "data.jsonl")).replace("CACHE", str(folder / "cache"))
+    places = YAML.replace("DATA", str(folder / "data.jsonl")).replace(
+        "CACHE", str(folder / "cache")
+    )
     for name, text in TASKS.items():
         (folder / "tasks" / f"{name}.yaml").write_text(text.strip() + places)
     return folder
@@ -86,7 +116,9 @@ def folder(tmp_path_factory):
 def results(folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        return harness.evaluate(folder, list(TASKS), include_path=folder / "tasks", defaults=False, bootstrap_iters=0)
+        return harness.evaluate(
+            folder, list(TASKS), include_path=folder / "tasks", defaults=False, bootstrap_iters=0
+        )
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +135,38 @@ def by_hand(lm, context, continuation):
     m = lm.model
     ids = [*context, *continuation]
     losses = evals.token_losses(m.params, m.config, np.array([ids[:-1]]), np.array([ids[1:]]))
-    return -float(np.asarray(losses, np.float64)[0, len(context) - 1:].sum())
+    return -float(np.asarray(losses, np.float64)[0, len(context) - 1 :].sum())
 
 
 def test_choices_agree_with_our_own_scores(results, lm):
-    items = [dict(id=str(i), context=q["question"], choices=q["choices"], gold=q["gold"]) for i, q in enumerate(QUESTIONS)]
+    items = [
+        dict(id=str(i), context=q["question"], choices=q["choices"], gold=q["gold"])
+        for i, q in enumerate(QUESTIONS)
+    ]
     m = lm.model
     known = {"choose": Task("likelihood", lambda split: items, 1 / 3)}
-    ours = chat.evaluate(m.params, m.config, m.tokenizer, ["choose"], known=known, progress=False)["tasks"]["choose"]
+    ours = chat.evaluate(m.params, m.config, m.tokenizer, ["choose"], known=known, progress=False)[
+        "tasks"
+    ]["choose"]
     theirs = sorted(results["samples"]["choose"], key=lambda sample: sample["doc_id"])
     assert len(theirs) == len(QUESTIONS)
     means = []
     for q, sample in zip(QUESTIONS, theirs):
-        got = [float(answer[0][0] if isinstance(answer[0], (list, tuple)) else answer[0]) for answer in sample["filtered_resps"]]
+        got = [
+            float(answer[0][0] if isinstance(answer[0], (list, tuple)) else answer[0])
+            for answer in sample["filtered_resps"]
+        ]
         pairs = [harness.pair_ids(m.tokenizer, q["question"], choice) for choice in q["choices"]]
         np.testing.assert_allclose(got, [by_hand(lm, *pair) for pair in pairs], atol=1e-4)
-        means.append(np.argmax([score / len(after) for score, (_, after) in zip(got, pairs)]) == q["gold"])
+        means.append(
+            np.argmax([score / len(after) for score, (_, after) in zip(got, pairs)]) == q["gold"]
+        )
         assert sample["acc"] == (np.argmax(got) == q["gold"])
     # the same sums, ours decided by their mean per token
     assert [item["correct"] for item in ours["items"]] == means
-    assert results["results"]["choose"]["acc,none"] == pytest.approx(np.mean([s["acc"] for s in theirs]))
+    assert results["results"]["choose"]["acc,none"] == pytest.approx(
+        np.mean([s["acc"] for s in theirs])
+    )
 
 
 def test_rolling_gives_our_bits_per_byte(results, lm):
@@ -132,14 +176,18 @@ def test_rolling_gives_our_bits_per_byte(results, lm):
     assert 0 < len(short) < len(QUESTIONS)  # the others take several windows
     sums = ask(lm, "loglikelihood_rolling", *[(text,) for text in short])
     for text, total in zip(short, sums):
-        assert total == pytest.approx(by_hand(lm, [TOKENIZER.bos], TOKENIZER.encode(text)), abs=1e-4)
+        assert total == pytest.approx(
+            by_hand(lm, [TOKENIZER.bos], TOKENIZER.encode(text)), abs=1e-4
+        )
     rows = batches(tokens_of(short[:1], TOKENIZER), 1, CONFIG.sequence_len, loop=False)
     ours = evals.bits_per_byte(m.params, m.config, rows, TOKENIZER.token_bytes)
     assert -sums[0] / math.log(2) / len(short[0].encode()) == pytest.approx(ours["bpb"], rel=1e-5)
     every = ask(lm, "loglikelihood_rolling", *[(q["text"],) for q in QUESTIONS])
     size = sum(len(q["text"].encode()) for q in QUESTIONS)
     assert found["bits_per_byte,none"] == pytest.approx(-sum(every) / size / math.log(2), rel=1e-6)
-    assert found["byte_perplexity,none"] == pytest.approx(2 ** found["bits_per_byte,none"], rel=1e-6)
+    assert found["byte_perplexity,none"] == pytest.approx(
+        2 ** found["bits_per_byte,none"], rel=1e-6
+    )
 
 
 def test_windows_are_those_of_lm_eval(lm):
@@ -147,9 +195,16 @@ def test_windows_are_those_of_lm_eval(lm):
 
     text = WORDS * 8
     ids = TOKENIZER.encode(text)
-    windows = list(map(make_disjoint_window, get_rolling_token_windows(ids, TOKENIZER.bos, CONFIG.sequence_len, 1)))
+    windows = list(
+        map(
+            make_disjoint_window,
+            get_rolling_token_windows(ids, TOKENIZER.bos, CONFIG.sequence_len, 1),
+        )
+    )
     assert len(windows) > 2 and sum(len(scored) for _, scored in windows) == len(ids)
-    assert ask(lm, "loglikelihood_rolling", (text,))[0] == pytest.approx(sum(by_hand(lm, *window) for window in windows), abs=2e-4)
+    assert ask(lm, "loglikelihood_rolling", (text,))[0] == pytest.approx(
+        sum(by_hand(lm, *window) for window in windows), abs=2e-4
+    )
 
 
 def test_generation_is_ours_and_stops(results, lm):
@@ -158,56 +213,99 @@ def test_generation_is_ours_and_stops(results, lm):
         prompt, said = [TOKENIZER.bos, *TOKENIZER.encode(q["question"])], sample["resps"][0][0]
         ids = list(prompt)
         for _ in range(9):  # greedy, one plain forward at a time
-            ids.append(int(np.argmax(np.asarray(chat._next_logprobs(m.params, m.config, np.array([ids + [0] * (64 - len(ids))]), np.array([len(ids) - 1])))[0])))
-        full = TOKENIZER.decode(list(ids[len(prompt):]))
+            ids.append(
+                int(
+                    np.argmax(
+                        np.asarray(
+                            chat._next_logprobs(
+                                m.params,
+                                m.config,
+                                np.array([ids + [0] * (64 - len(ids))]),
+                                np.array([len(ids) - 1]),
+                            )
+                        )[0]
+                    )
+                )
+            )
+        full = TOKENIZER.decode(list(ids[len(prompt) :]))
         stop = min((at for at in (full.find("e"), full.find(".")) if at >= 0), default=len(full))
-        specials = [i for i, t in enumerate(ids[len(prompt):]) if t in lm.stop]
+        specials = [i for i, t in enumerate(ids[len(prompt) :]) if t in lm.stop]
         assert said == full[:stop] or (specials and full.startswith(said))
         assert "e" not in said and "." not in said
 
 
 def test_sampling_repeats_and_long_contexts_are_cut_with_a_warning(lm):
     sampled = dict(until=[], max_gen_toks=6, do_sample=True, temperature=1.0)
-    first, again, other = (ask(lm, "generate_until", ("the cat", a)) for a in (sampled, sampled, sampled | {"temperature": 5.0}))
+    first, again, other = (
+        ask(lm, "generate_until", ("the cat", a))
+        for a in (sampled, sampled, sampled | {"temperature": 5.0})
+    )
     assert first == again != other
     with pytest.warns(UserWarning, match="1 of 2 contexts were longer"):
-        long, short = ask(lm, "generate_until", (WORDS * 20, {"max_gen_toks": 4}), ("one", {"max_gen_toks": 4}))
+        long, short = ask(
+            lm, "generate_until", (WORDS * 20, {"max_gen_toks": 4}), ("one", {"max_gen_toks": 4})
+        )
     assert short == ask(lm, "generate_until", ("one", {"max_gen_toks": 4}))[0]
-    ids = TOKENIZER.encode(WORDS * 20)[-(CONFIG.sequence_len - 4 - 1):]
+    ids = TOKENIZER.encode(WORDS * 20)[-(CONFIG.sequence_len - 4 - 1) :]
     assert len(TOKENIZER.encode(TOKENIZER.decode(ids))) == len(ids)
     assert long == ask(lm, "generate_until", (TOKENIZER.decode(ids), {"max_gen_toks": 4}))[0]
     with pytest.warns(UserWarning, match="1 of 1 contexts"):
         ask(lm, "loglikelihood", (WORDS * 20, " the mat"))
 
 
-@pytest.mark.parametrize("context, continuation", [("the cat", " sat"), ("the cat ", "sat"), ("", "the cat"), ("the c", "at")])
+@pytest.mark.parametrize(
+    "context, continuation",
+    [("the cat", " sat"), ("the cat ", "sat"), ("", "the cat"), ("the c", "at")],
+)
 def test_pairs_are_whole_texts_behind_bos(lm, context, continuation):
     before, after = harness.pair_ids(TOKENIZER, context, continuation)
-    assert before[0] == TOKENIZER.bos and TOKENIZER.decode([*before[1:], *after]) == context + continuation and after
+    assert (
+        before[0] == TOKENIZER.bos
+        and TOKENIZER.decode([*before[1:], *after]) == context + continuation
+        and after
+    )
     ((logprob, greedy),) = ask(lm, "loglikelihood", (context, continuation))
-    assert logprob == pytest.approx(by_hand(lm, before, after), abs=1e-4) and isinstance(greedy, bool)
+    assert logprob == pytest.approx(by_hand(lm, before, after), abs=1e-4) and isinstance(
+        greedy, bool
+    )
 
 
 def test_the_greedy_text_is_told_to_be_greedy(lm):
     contexts = [WORDS[:n] for n in (3, 7, 11, 14, 18, 23, 27, 31, 34, 44, 48, 52)]
     said = ask(lm, "generate_until", *[(context, {"max_gen_toks": 1}) for context in contexts])
-    pairs = [(c, t) for c, t in zip(contexts, said) if t and "\ufffd" not in t
-             and [*map(len, harness.pair_ids(TOKENIZER, c, t))] == [1 + len(TOKENIZER.encode(c)), 1]]
+    pairs = [
+        (c, t)
+        for c, t in zip(contexts, said)
+        if t
+        and "\ufffd" not in t
+        and [*map(len, harness.pair_ids(TOKENIZER, c, t))] == [1 + len(TOKENIZER.encode(c)), 1]
+    ]
     assert pairs  # the others are bytes that stand for no text, or join the word before
     assert all(greedy for _, greedy in ask(lm, "loglikelihood", *pairs))
-    assert not any(greedy for _, greedy in ask(lm, "loglikelihood", *[(c, " zebra") for c, _ in pairs]))
+    assert not any(
+        greedy for _, greedy in ask(lm, "loglikelihood", *[(c, " zebra") for c, _ in pairs])
+    )
 
 
 def test_chats_are_rendered_with_special_tokens_that_text_cannot_make(lm):
-    history = [{"role": "system", "content": "be <|bos|> kind"}, {"role": "user", "content": "the cat?"}]
+    history = [
+        {"role": "system", "content": "be <|bos|> kind"},
+        {"role": "user", "content": "the cat?"},
+    ]
     want = TOKENIZER.render_for_completion(history)
     assert harness.context_ids(TOKENIZER, lm.apply_chat_template(history)) == (want, "")
     few = [*history, {"role": "assistant", "content": "sat"}, {"role": "user", "content": "one?"}]
     before, after = harness.pair_ids(TOKENIZER, lm.apply_chat_template(few) + "the", " cat")
-    assert before == [*TOKENIZER.render_for_completion(few), *TOKENIZER.encode("the")] and after == TOKENIZER.encode(" cat")
+    assert before == [
+        *TOKENIZER.render_for_completion(few),
+        *TOKENIZER.encode("the"),
+    ] and after == TOKENIZER.encode(" cat")
     prefill = [*history, {"role": "assistant", "content": "the"}]
     assert harness.context_ids(TOKENIZER, lm.apply_chat_template(prefill, False)) == (want, "the")
-    assert TOKENIZER.special["<|user_start|>"] not in harness.pair_ids(TOKENIZER, "<|user_start|>", "x")[0]
+    assert (
+        TOKENIZER.special["<|user_start|>"]
+        not in harness.pair_ids(TOKENIZER, "<|user_start|>", "x")[0]
+    )
 
 
 def test_bad_requests_are_refused_before_the_model_runs(folder, lm):
@@ -218,11 +316,15 @@ def test_bad_requests_are_refused_before_the_model_runs(folder, lm):
     with pytest.raises(UserError, match="num_beams"):
         ask(lm, "generate_until", ("the", {"num_beams": 4}))
     with pytest.raises(UserError, match="no sft checkpoint"):
-        harness.evaluate(folder, ["choose"], include_path=folder / "tasks", defaults=False, stage="sft")
+        harness.evaluate(
+            folder, ["choose"], include_path=folder / "tasks", defaults=False, stage="sft"
+        )
     with pytest.raises(UserError, match="device"):
         harness.register()(folder.name, runs_dir=str(folder.parent), device="cuda")
-    (folder / "tasks" / "gone.yaml").write_text(TASKS["choose"].replace("task: choose", "task: gone")
-                                                + YAML.replace("DATA", "/nowhere.jsonl").replace("CACHE", str(folder / "cache")))
+    (folder / "tasks" / "gone.yaml").write_text(
+        TASKS["choose"].replace("task: choose", "task: gone")
+        + YAML.replace("DATA", "/nowhere.jsonl").replace("CACHE", str(folder / "cache"))
+    )
     with pytest.raises(UserError, match="data"):
         harness.evaluate(folder, ["gone"], include_path=folder / "tasks", defaults=False)
 
@@ -230,8 +332,13 @@ def test_bad_requests_are_refused_before_the_model_runs(folder, lm):
 def test_results_are_kept_for_the_report(folder, results):
     kept = json.loads(harness.write(folder, results).read_text())
     assert (folder / "evals" / "lm_eval_base.json").exists() and "samples" not in kept
-    assert kept["config"]["step"] == 1 and kept["results"]["choose"]["acc,none"] == results["results"]["choose"]["acc,none"]
+    assert (
+        kept["config"]["step"] == 1
+        and kept["results"]["choose"]["acc,none"] == results["results"]["choose"]["acc,none"]
+    )
     from lib.report import page as report
 
     rows = report._harness_rows(report.read(folder))[1]
-    assert ["choose", "base", "acc"] in [row[:3] for row in rows] and all(row[-1] == str(len(QUESTIONS)) for row in rows)
+    assert ["choose", "base", "acc"] in [row[:3] for row in rows] and all(
+        row[-1] == str(len(QUESTIONS)) for row in rows
+    )

@@ -13,7 +13,9 @@ def test_binomial_error_covers_the_spread_of_repeated_tests():
     rng = np.random.default_rng(0)
     runs = rng.random((2000, 300)) < 0.3
     assert stats.proportion(runs[0])[1] == pytest.approx(runs.mean(1).std(), rel=0.15)
-    assert stats.proportion([0.5, 1.0, 0.0, 1.0]) == pytest.approx((0.625, np.std([0.5, 1, 0, 1]) / 2))
+    assert stats.proportion([0.5, 1.0, 0.0, 1.0]) == pytest.approx(
+        (0.625, np.std([0.5, 1, 0, 1]) / 2)
+    )
 
 
 def test_a_perfect_score_of_few_items_is_not_certain():
@@ -22,7 +24,9 @@ def test_a_perfect_score_of_few_items_is_not_certain():
     assert all(map(math.isnan, stats.proportion([])))
 
 
-@pytest.mark.parametrize("n, correct, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (4, 1, 4)])
+@pytest.mark.parametrize(
+    "n, correct, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (5, 4, 2), (6, 6, 6), (4, 1, 4)]
+)
 def test_pass_at_k_is_the_share_of_all_samples_with_a_right_one(n, correct, k):
     picks = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
     assert stats.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, picks)) / len(picks))
@@ -34,13 +38,19 @@ def test_pass_at_k_refuses_more_than_there_are():
 
 
 def test_centred_and_majority():
-    assert stats.centered(0.25, 0.25) == 0 and stats.centered(1, 0.25) == 1 and stats.centered(0, 0.5) == -1
+    assert (
+        stats.centered(0.25, 0.25) == 0
+        and stats.centered(1, 0.25) == 1
+        and stats.centered(0, 0.5) == -1
+    )
     assert stats.majority([0, 1, 1, 1]) == 0.75 and math.isnan(stats.majority([]))
 
 
 def test_bootstrap_agrees_with_the_formula():
     values = np.random.default_rng(1).gamma(2, 1, 200)
-    assert stats.bootstrap(values, draws=3000) == pytest.approx(values.std() / math.sqrt(200), rel=0.1)
+    assert stats.bootstrap(values, draws=3000) == pytest.approx(
+        values.std() / math.sqrt(200), rel=0.1
+    )
     assert stats.bootstrap(values, np.median, draws=300) > 0
 
 
@@ -49,7 +59,9 @@ def test_sign_test_is_the_exact_binomial(wins, losses):
     row = [1]  # of Pascal's triangle: what is no likelier than this outcome
     for _ in range(wins + losses):
         row = [a + b for a, b in zip([0, *row], [*row, 0])]
-    assert stats.sign_test(wins, losses) == pytest.approx(sum(ways for ways in row if ways <= row[wins]) / sum(row))
+    assert stats.sign_test(wins, losses) == pytest.approx(
+        sum(ways for ways in row if ways <= row[wins]) / sum(row)
+    )
 
 
 def test_sign_test_of_very_many_pairs_neither_overflows_nor_differs():
@@ -72,12 +84,25 @@ def task(correct, **more):
     items = [{"id": str(i), "correct": int(c)} for i, c in enumerate(correct)]
     score, stderr = stats.proportion(correct)
     base = more.get("baseline", 0.25)
-    return dict(kind="choice", score=score, stderr=stderr, baseline=base, centered=stats.centered(score, base), items=items) | more
+    return (
+        dict(
+            kind="choice",
+            score=score,
+            stderr=stderr,
+            baseline=base,
+            centered=stats.centered(score, base),
+            items=items,
+        )
+        | more
+    )
 
 
 def test_error_of_a_mean_of_tasks_covers_the_spread_and_sees_tasks_that_share_questions():
     rng = np.random.default_rng(3)
-    apart = [np.mean([stats.centered((rng.random(80) < q).mean(), 0.25) for q in (0.5, 0.7)]) for _ in range(2000)]
+    apart = [
+        np.mean([stats.centered((rng.random(80) < q).mean(), 0.25) for q in (0.5, 0.7)])
+        for _ in range(2000)
+    ]
     one, two = rng.random(80) < 0.5, rng.random(80) < 0.7
     score, stderr = stats.mean_centered({"a": task(one), "b": task(two)})
     assert score == pytest.approx(((one.mean() - 0.25) + (two.mean() - 0.25)) / 1.5)
@@ -86,14 +111,24 @@ def test_error_of_a_mean_of_tasks_covers_the_spread_and_sees_tasks_that_share_qu
     # the second adds nothing
     assert alike == pytest.approx(stats.proportion(one)[1] / 0.75, rel=0.1)
     assert stats.mean_centered({"a": task([1] * 10)})[1] > 0
-    assert all(map(math.isnan, stats.mean_centered({"p": {"kind": "perplexity", "centered": None}})))
+    assert all(
+        map(math.isnan, stats.mean_centered({"p": {"kind": "perplexity", "centered": None}}))
+    )
 
 
 def test_chatcore_is_the_mean_of_generated_and_chosen_answers():
-    tasks = {"a": task([1, 1, 0, 0], kind="generate", baseline=0.0), "b": task([1, 0, 0, 0]), "p": {"kind": "perplexity", "score": 9.0},
-             "core/x": task([1, 1, 1, 1], kind="core")}
+    tasks = {
+        "a": task([1, 1, 0, 0], kind="generate", baseline=0.0),
+        "b": task([1, 0, 0, 0]),
+        "p": {"kind": "perplexity", "score": 9.0},
+        "core/x": task([1, 1, 1, 1], kind="core"),
+    }
     found = stats.chatcore(tasks)
-    assert found["score"] == pytest.approx(0.25) and found["tasks"] == ["a", "b"] and found["stderr"] > 0
+    assert (
+        found["score"] == pytest.approx(0.25)
+        and found["tasks"] == ["a", "b"]
+        and found["stderr"] > 0
+    )
     assert stats.chatcore({"p": {"kind": "perplexity"}}) is None
 
 
@@ -102,9 +137,16 @@ def test_a_real_difference_is_called_real_and_noise_is_not():
     a = rng.random(400) < 0.5
     better = a | (rng.random(400) < 0.3)
     noise = np.where(rng.random(400) < 0.2, rng.random(400) < 0.5, a)
-    found = stats.compare({"tasks": {"x": task(a), "y": task(a)}}, {"tasks": {"x": task(better), "y": task(noise)}}, ("base", "sft"))
+    found = stats.compare(
+        {"tasks": {"x": task(a), "y": task(a)}},
+        {"tasks": {"x": task(better), "y": task(noise)}},
+        ("base", "sft"),
+    )
     assert found["x"]["delta"] == pytest.approx(better.mean() - a.mean()) and found["x"]["p"] < 1e-6
-    assert found["x"]["sentence"].endswith("the difference is real.") and "sft is better" in found["x"]["sentence"]
+    assert (
+        found["x"]["sentence"].endswith("the difference is real.")
+        and "sft is better" in found["x"]["sentence"]
+    )
     assert found["y"]["p"] > 0.05 and "not distinguishable" in found["y"]["sentence"]
     assert all(entry["sentence"].count("\n") == 0 for entry in found.values())
 
@@ -129,7 +171,12 @@ def test_items_are_matched_by_id_and_the_rest_left_out():
     a, b = task([1, 1, 0, 0]), task([1, 1, 0, 0])
     b["items"] = b["items"][::-1] + [{"id": "new", "correct": 1}]
     found = stats.compare({"tasks": {"x": a, "only": a}}, {"tasks": {"x": b}})
-    assert found["x"]["delta"] == 0 and found["x"]["n"] == 4 and "no difference" in found["x"]["sentence"] and "only" not in found
+    assert (
+        found["x"]["delta"] == 0
+        and found["x"]["n"] == 4
+        and "no difference" in found["x"]["sentence"]
+        and "only" not in found
+    )
     b["items"] = [{"id": "new", "correct": 1}]
     assert stats.compare({"tasks": {"x": a}}, {"tasks": {"x": b}}) == {}
 
@@ -140,7 +187,13 @@ def test_core_of_other_limits_is_not_compared():
 
 
 def perplexity(nats, size):
-    return dict(kind="perplexity", items=[{"id": str(i), "nats": n, "bytes": s, "tokens": 1} for i, (n, s) in enumerate(zip(nats, size))])
+    return dict(
+        kind="perplexity",
+        items=[
+            {"id": str(i), "nats": n, "bytes": s, "tokens": 1}
+            for i, (n, s) in enumerate(zip(nats, size))
+        ],
+    )
 
 
 def test_perplexities_and_bits_are_compared_by_document():
@@ -148,19 +201,32 @@ def test_perplexities_and_bits_are_compared_by_document():
     size, nats = rng.integers(50, 500, 60), rng.gamma(50, 2, 60)
     a, b = perplexity(nats, size), perplexity(nats * 0.97, size)
     entry = stats.compare({"tasks": {"wiki": a}}, {"tasks": {"wiki": b}})["wiki"]
-    assert entry["delta"] == pytest.approx(-0.03 * nats.sum() / size.sum() / math.log(2)) and entry["p"] < 0.001
+    assert (
+        entry["delta"] == pytest.approx(-0.03 * nats.sum() / size.sum() / math.log(2))
+        and entry["p"] < 0.001
+    )
     assert "is better" in entry["sentence"] and "bits per byte" in entry["sentence"]
     bits = dict(bpb=1.0, stderr=0.01, bytes=1)
     far = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.2}}})["bpb/s"]
     near = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.01}}})["bpb/s"]
-    assert far["p"] < 1e-6 and "worse" in far["sentence"] and near["p"] > 0.3 and "unpaired" in near["test"]
+    assert (
+        far["p"] < 1e-6
+        and "worse" in far["sentence"]
+        and near["p"] > 0.3
+        and "unpaired" in near["test"]
+    )
 
 
 def test_core_as_a_whole_is_compared_over_all_items():
     rng = np.random.default_rng(6)
     before = {f"core/{i}": task(rng.random(60) < 0.5, kind="core") for i in range(8)}
-    after = {k: task([i["correct"] or rng.random() < 0.2 for i in t["items"]], kind="core") for k, t in before.items()}
+    after = {
+        k: task([i["correct"] or rng.random() < 0.2 for i in t["items"]], kind="core")
+        for k, t in before.items()
+    }
     record = lambda tasks: {"tasks": tasks, "core": {"score": stats.mean_centered(tasks)[0]}}
     entry = stats.compare(record(before), record(after))["core"]
-    assert entry["delta"] == pytest.approx(record(after)["core"]["score"] - record(before)["core"]["score"])
+    assert entry["delta"] == pytest.approx(
+        record(after)["core"]["score"] - record(before)["core"]["score"]
+    )
     assert entry["p"] < 0.001 and entry["tasks"] == 8 and entry["stderr"] > 0

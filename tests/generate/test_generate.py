@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from conftest import PARITY, load, parity_model
 
-from lib.generate import engine as generate, sampling
-from lib.model import transformer as model
 from lib.config import Config
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
+from lib.generate import engine as generate
+from lib.generate import sampling
 from lib.generate.engine import Engine, Engines, Sampling
+from lib.model import transformer as model
 from lib.params import init_params
 from lib.sandbox.programs import calculator
-from lib.data.tokenizer import Tokenizer
 
 PROMPTS = [[491, 275], [491, 327, 270, 32, 73], list(range(40, 60)), [491]]
 
@@ -54,7 +55,9 @@ def alone(prompt, settings):
 def test_greedy_tokens_match_the_reference_beyond_the_context():
     config, params = parity_model("A")
     io = load("model_A_io.safetensors")
-    assert generate.generate(params, config, [io["gen_prompt"].tolist()], 32, temperature=0) == [io["gen_tokens"].tolist()]
+    assert generate.generate(params, config, [io["gen_prompt"].tolist()], 32, temperature=0) == [
+        io["gen_tokens"].tolist()
+    ]
 
 
 def test_greedy_logits_match_the_reference():
@@ -62,18 +65,29 @@ def test_greedy_logits_match_the_reference():
     io = load("model_A_io.safetensors")
     prompt = io["gen_prompt"]
     cache = model.init_cache(config, 1, 256)
-    logits, cache = jax.jit(model.forward, static_argnums=1)(params, config, np.concatenate([prompt, io["gen_tokens"][:-1]])[None], cache)
-    np.testing.assert_allclose(logits[0, len(prompt) - 1:], io["gen_logits"], atol=2e-4)
+    logits, cache = jax.jit(model.forward, static_argnums=1)(
+        params, config, np.concatenate([prompt, io["gen_tokens"][:-1]])[None], cache
+    )
+    np.testing.assert_allclose(logits[0, len(prompt) - 1 :], io["gen_logits"], atol=2e-4)
 
 
 def test_trained_model_writes_the_references_text():
     config, params, _ = golden()
     cases = load("generation_T.json")["greedy"]
     new = generate.generate(params, config, [c["prompt_ids"] for c in cases], 32, temperature=0)
-    assert [row[: len(c["stream_tokens"])] for row, c in zip(new, cases)] == [c["stream_tokens"] for c in cases]
-    ends = (load("tokenizer.json")["special_tokens"]["<|assistant_end|>"], cases[0]["prompt_ids"][0])
-    new = generate.generate(params, config, [c["prompt_ids"] for c in cases], 32, temperature=0, stop=ends)
-    assert [c["prompt_ids"] + row for c, row in zip(cases, new)] == [c["batch_rows"][0] for c in cases]
+    assert [row[: len(c["stream_tokens"])] for row, c in zip(new, cases)] == [
+        c["stream_tokens"] for c in cases
+    ]
+    ends = (
+        load("tokenizer.json")["special_tokens"]["<|assistant_end|>"],
+        cases[0]["prompt_ids"][0],
+    )
+    new = generate.generate(
+        params, config, [c["prompt_ids"] for c in cases], 32, temperature=0, stop=ends
+    )
+    assert [c["prompt_ids"] + row for c, row in zip(cases, new)] == [
+        c["batch_rows"][0] for c in cases
+    ]
 
 
 def scripted(monkeypatch, scripts):
@@ -88,9 +102,21 @@ def scripted(monkeypatch, scripts):
         return logits[:, None], cache | {"length": cache["length"] + (tokens_BT[:, 0] >= 0)}
 
     monkeypatch.setattr(model, "forward", forward)
-    config = Config(vocab_size=vocab, n_layer=1, n_embd=24, n_head=1, n_kv_head=1, head_dim=2, mlp_dim=8, window_pattern="L",
-                    # traced anew
-                    sequence_len=64, microbatch=1, total_batch_size=64, seed=zlib.crc32(str(scripts).encode()) % 2**31)
+    config = Config(
+        vocab_size=vocab,
+        n_layer=1,
+        n_embd=24,
+        n_head=1,
+        n_kv_head=1,
+        head_dim=2,
+        mlp_dim=8,
+        window_pattern="L",
+        # traced anew
+        sequence_len=64,
+        microbatch=1,
+        total_batch_size=64,
+        seed=zlib.crc32(str(scripts).encode()) % 2**31,
+    )
     return Engine(init_params(0, config), config, len(scripts), 64, golden()[2], calculator)
 
 
@@ -98,13 +124,20 @@ def scripted(monkeypatch, scripts):
 @pytest.mark.parametrize("count", [1, 3, 32])
 def test_tool_calls_match_the_reference(case, count, monkeypatch):
     trace = load("generation_T.json")["tool_traces"][case]
-    engine, prompt = scripted(monkeypatch, trace["scripted_greedy_ids_per_forward"]), trace["prompt_ids"]
-    settings = Sampling(trace["max_tokens"], temperature=0, stop=(golden()[2].special["<|assistant_end|>"],))
+    engine, prompt = (
+        scripted(monkeypatch, trace["scripted_greedy_ids_per_forward"]),
+        trace["prompt_ids"],
+    )
+    settings = Sampling(
+        trace["max_tokens"], temperature=0, stop=(golden()[2].special["<|assistant_end|>"],)
+    )
     slots = engine.add_many([prompt] * engine.slots, [settings] * engine.slots)
     rows, why = drain(engine, count=count)
     for row, slot in enumerate(slots):
         assert prompt + ids(rows[slot]) == trace["generate_batch_rows"][row]
-        assert [0] * len(prompt) + [int(not t.forced) for t in rows[slot]] == trace["generate_batch_masks"][row]
+        assert [0] * len(prompt) + [int(not t.forced) for t in rows[slot]] == trace[
+            "generate_batch_masks"
+        ][row]
         assert why[slot] == "stop"
 
 
@@ -130,7 +163,9 @@ def test_a_row_does_not_depend_on_its_batch_and_seeds_repeat():
     prompts = PROMPTS + [p[::-1] for p in PROMPTS]
     settings = dict(temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
     together = generate.generate(params, config, prompts, 20, seed=5, **settings)
-    assert together == [alone(p, Sampling(20, seed=5 + i, **settings)) for i, p in enumerate(prompts)]
+    assert together == [
+        alone(p, Sampling(20, seed=5 + i, **settings)) for i, p in enumerate(prompts)
+    ]
     assert together != generate.generate(params, config, prompts, 20, seed=6, **settings)
     same_prompt = generate.generate(params, config, [[491]] * 6, 20, temperature=1.5, seed=0)
     assert len({row[0] for row in same_prompt}) > 1, "every row draws its own first token"
@@ -138,7 +173,10 @@ def test_a_row_does_not_depend_on_its_batch_and_seeds_repeat():
 
 def test_rows_join_and_leave_in_the_middle_and_equal_their_solo_runs():
     config, params, _ = golden()
-    samplings = [Sampling(n, temperature=t, top_k=k, seed=n) for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))]
+    samplings = [
+        Sampling(n, temperature=t, top_k=k, seed=n)
+        for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))
+    ]
     solo = [alone(p, s) for p, s in zip(PROMPTS, samplings)]
     engine, rows = Engine(params, config, 2, 64), {}
     waiting, running, done = [0, 1, 2, 3], {}, {}
@@ -150,14 +188,21 @@ def test_rows_join_and_leave_in_the_middle_and_equal_their_solo_runs():
             rows.setdefault(running[slot], []).extend(ids(tokens))
             if finish:
                 done[running.pop(slot)] = finish
-    assert rows == dict(enumerate(solo)) and done == dict.fromkeys(range(4), "length") and engine.free == 2
+    assert (
+        rows == dict(enumerate(solo))
+        and done == dict.fromkeys(range(4), "length")
+        and engine.free == 2
+    )
     assert engine.step() == {}
 
 
 def test_a_cancelled_row_frees_its_slot_and_disturbs_nobody():
     config, params, _ = golden()
     engine = Engine(params, config, 2, 64)
-    kept, dropped = engine.add(PROMPTS[1], Sampling(20, temperature=0)), engine.add(PROMPTS[2], Sampling(40, temperature=0))
+    kept, dropped = (
+        engine.add(PROMPTS[1], Sampling(20, temperature=0)),
+        engine.add(PROMPTS[2], Sampling(40, temperature=0)),
+    )
     rows = {kept: engine.step()[kept][0]}
     engine.cancel(dropped)
     engine.cancel(dropped)  # once is enough
@@ -169,12 +214,21 @@ def test_a_cancelled_row_frees_its_slot_and_disturbs_nobody():
 
 def test_engines_side_by_side_write_what_one_row_alone_writes():
     config, params, _ = golden()
-    samplings = [Sampling(n, temperature=t, top_k=k, seed=n) for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))]
+    samplings = [
+        Sampling(n, temperature=t, top_k=k, seed=n)
+        for n, t, k in ((30, 0, 0), (9, 1.0, 0), (25, 0.8, 5), (12, 1.2, 0))
+    ]
     solo = [alone(p, s) for p, s in zip(PROMPTS, samplings)]
     engines = Engines(params, config, 4, 64, sides=2)
     slots = engines.add_many(PROMPTS, samplings)
-    assert sorted(slots) == [0, 1, 2, 3] and [part.free for part in engines.parts] == [0, 0] and engines.free == 0
-    assert all(len(tokens) == 1 for tokens, _ in engines.step().values()), "the first tokens don't wait for a whole chunk"
+    assert (
+        sorted(slots) == [0, 1, 2, 3]
+        and [part.free for part in engines.parts] == [0, 0]
+        and engines.free == 0
+    )
+    assert all(len(tokens) == 1 for tokens, _ in engines.step().values()), (
+        "the first tokens don't wait for a whole chunk"
+    )
     engines.cancel(slots[2])
     assert engines.free == 1 and engines.add_many(PROMPTS[2:3], samplings[2:3]) == slots[2:3]
     made = {slot: solo[i][:1] if i != 2 else [] for i, slot in enumerate(slots)}
@@ -187,8 +241,11 @@ def test_engines_side_by_side_write_what_one_row_alone_writes():
 def test_engines_add_all_rows_or_none():
     config, params, _ = golden()
     engines = Engines(params, config, 4, 64, sides=2)
-    for prompts, message in (([[1]] * 5, "5 rows do not fit into 4 free slots"), ([[1], [1] * 64], "leaves no room"),
-                             ([[1], []], "no tokens")):
+    for prompts, message in (
+        ([[1]] * 5, "5 rows do not fit into 4 free slots"),
+        ([[1], [1] * 64], "leaves no room"),
+        ([[1], []], "no tokens"),
+    ):
         with pytest.raises(UserError, match=message):
             engines.add_many(prompts, [Sampling(4)] * len(prompts))
         assert engines.free == 4
@@ -210,8 +267,11 @@ def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
     count = lambda slots: len(Engines(params, config, slots, 16).parts)
     monkeypatch.setattr(generate.os, "cpu_count", lambda: 8)
     assert [count(slots) for slots in (1, 2, 3, 4, 5, 6, 32)] == [1, 1, 1, 2, 1, 2, 2]
-    for owner, name, value in ((generate.os, "cpu_count", lambda: 1), (generate.jax, "default_backend", lambda: "gpu"),
-                               (generate, "SMALL", 1000)):
+    for owner, name, value in (
+        (generate.os, "cpu_count", lambda: 1),
+        (generate.jax, "default_backend", lambda: "gpu"),
+        (generate, "SMALL", 1000),
+    ):
         with monkeypatch.context() as other:
             other.setattr(owner, name, value)
             assert count(8) == 1
@@ -220,10 +280,17 @@ def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
 def test_no_setting_recompiles():
     config, params, tokenizer = golden()
     generate.generate(params, config, PROMPTS, 4)
-    sizes = lambda: [f._cache_size() for f in (generate._decode, generate._prefill, generate._set_rows)]
+    sizes = lambda: [
+        f._cache_size() for f in (generate._decode, generate._prefill, generate._set_rows)
+    ]
     before = sizes()
-    for settings in (dict(temperature=0), dict(temperature=0.3, top_k=7), dict(top_p=0.5, min_p=0.1), dict(seed=9, stop=(3, 4, 5)),
-                     dict(repetition_penalty=1.3, stop_strings=("x", "yz"), tokenizer=tokenizer)):
+    for settings in (
+        dict(temperature=0),
+        dict(temperature=0.3, top_k=7),
+        dict(top_p=0.5, min_p=0.1),
+        dict(seed=9, stop=(3, 4, 5)),
+        dict(repetition_penalty=1.3, stop_strings=("x", "yz"), tokenizer=tokenizer),
+    ):
         generate.generate(params, config, PROMPTS, 4, **settings)
     # nor does another length in the same bucket
     generate.generate(params, config, [p + [60] for p in PROMPTS], 3, temperature=0)
@@ -232,15 +299,28 @@ def test_no_setting_recompiles():
 
 # ---- the cache -----------------------------------------------------------------------------------------------------------
 
-TINY = Config(vocab_size=90, sequence_len=256, n_layer=3, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, mlp_dim=32,
-              window_pattern="SL", microbatch=1, total_batch_size=256)
+TINY = Config(
+    vocab_size=90,
+    sequence_len=256,
+    n_layer=3,
+    n_embd=32,
+    n_head=4,
+    n_kv_head=2,
+    head_dim=8,
+    mlp_dim=32,
+    window_pattern="SL",
+    microbatch=1,
+    total_batch_size=256,
+)
 
 
 @functools.cache
 def tiny_params():
     leaves, tree = jax.tree.flatten(init_params(0, TINY))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
+    return jax.tree.unflatten(
+        tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)]
+    )
 
 
 def test_ragged_prefill_and_decoding_equal_full_logits_at_every_position():
@@ -250,14 +330,22 @@ def test_ragged_prefill_and_decoding_equal_full_logits_at_every_position():
     forward = jax.jit(model.forward, static_argnums=1)
     full, _ = forward(tiny_params(), TINY, x)
     cache, at = model.init_cache(TINY, 3, 9999), np.zeros(3, int)
-    for sizes in ((200, 3, 60), (16, 16, 0), (1, 16, 7), *[(1, 1, 1)] * 3, *[(1, 0, 1)] * 3, (16, 16, 16), (5, 0, 16)):
+    for sizes in (
+        (200, 3, 60),
+        (16, 16, 0),
+        (1, 16, 7),
+        *[(1, 1, 1)] * 3,
+        *[(1, 0, 1)] * 3,
+        (16, 16, 16),
+        (5, 0, 16),
+    ):
         width = {200: 200}.get(max(sizes), 16 if max(sizes) > 1 else 1)
         tokens = np.full((3, width), -1, np.int32)
         for row, n in enumerate(sizes):
-            tokens[row, :n] = x[row, at[row]: at[row] + n]
+            tokens[row, :n] = x[row, at[row] : at[row] + n]
         logits, cache = forward(tiny_params(), TINY, tokens, cache)
         for row, n in enumerate(sizes):
-            np.testing.assert_allclose(logits[row, :n], full[row, at[row]: at[row] + n], atol=5e-5)
+            np.testing.assert_allclose(logits[row, :n], full[row, at[row] : at[row] + n], atol=5e-5)
         at += sizes
         np.testing.assert_array_equal(cache["length"], at)
 
@@ -267,10 +355,25 @@ def test_decoding_copies_no_cache_per_step():
     for slots in (1, 3):
         engine = Engine(tiny_params(), TINY, slots, 512)
         shapes = {f"f32[{','.join(map(str, a.shape))}]" for a in engine.caches[0]["k"]}
-        text = generate._decode.lower(engine.params[0], TINY, engine.caches[0], engine.rows, np.full((slots, 8), -1, np.int32), 8,
-                                      pause=-1).compile().as_text()
+        text = (
+            generate._decode.lower(
+                engine.params[0],
+                TINY,
+                engine.caches[0],
+                engine.rows,
+                np.full((slots, 8), -1, np.int32),
+                8,
+                pause=-1,
+            )
+            .compile()
+            .as_text()
+        )
         assert all(shape in text for shape in shapes)
-        assert [line for line in text.splitlines() if " copy(" in line and any(shape in line for shape in shapes)] == []
+        assert [
+            line
+            for line in text.splitlines()
+            if " copy(" in line and any(shape in line for shape in shapes)
+        ] == []
 
 
 def test_long_prompts_and_equal_prompts_are_prefilled_as_one():
@@ -282,8 +385,10 @@ def test_long_prompts_and_equal_prompts_are_prefilled_as_one():
     engine.add_many([prompt] * 4, [Sampling(16, temperature=0)] * 4)
     rows, _ = drain(engine)
     assert calls == [1] and len({tuple(ids(t)) for t in rows.values()}) == 1
-    logits, _ = jax.jit(model.forward, static_argnums=1)(tiny_params(), TINY, np.array([prompt + ids(rows[0])]))
-    assert logits[0, 239: -1].argmax(-1).tolist() == ids(rows[0])
+    logits, _ = jax.jit(model.forward, static_argnums=1)(
+        tiny_params(), TINY, np.array([prompt + ids(rows[0])])
+    )
+    assert logits[0, 239:-1].argmax(-1).tolist() == ids(rows[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -305,7 +410,9 @@ def test_int8_weights_stay_close_and_decode():
     assert held(small) < 0.35 * held(tiny_params())
     losses = model.token_losses(small, TINY, x, x), model.token_losses(tiny_params(), TINY, x, x)
     assert abs(float(losses[0].mean() - losses[1].mean())) < 0.05
-    assert generate.generate(small, TINY, [x[0, :9].tolist()], 2, temperature=0)[0][0] == int(rough[0, 8].argmax())
+    assert generate.generate(small, TINY, [x[0, :9].tolist()], 2, temperature=0)[0][0] == int(
+        rough[0, 8].argmax()
+    )
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------------
@@ -314,14 +421,28 @@ def test_int8_weights_stay_close_and_decode():
 def sample(logits_BV, seen=None, **settings):
     """`sampling.sample` with the same settings in every row, each with its own seed."""
     B, V = logits_BV.shape
-    row = sampling.new_row([0], Sampling(1, **settings), V) | dict(seen=np.zeros(V, bool) if seen is None else seen)
+    row = sampling.new_row([0], Sampling(1, **settings), V) | dict(
+        seen=np.zeros(V, bool) if seen is None else seen
+    )
     rows = {name: jnp.broadcast_to(value, (B, *np.shape(value))) for name, value in row.items()}
-    return np.asarray(jax.jit(sampling.sample)(logits_BV, rows | dict(seed=jnp.arange(B, dtype=jnp.uint32))))
+    return np.asarray(
+        jax.jit(sampling.sample)(logits_BV, rows | dict(seed=jnp.arange(B, dtype=jnp.uint32)))
+    )
 
 
-SETS = [(dict(), {0, 1, 2, 3}), (dict(top_k=2), {0, 1}), (dict(top_p=0.6), {0, 1}), (dict(top_p=0.1), {0}), (dict(top_k=1), {0}),
-        (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=3, top_p=0.95), {0, 1, 2}), (dict(min_p=0.25), {0, 1, 2}), (dict(min_p=0.5), {0, 1}),
-        (dict(top_k=2, top_p=0.62), {0}), (dict(top_p=0.6, min_p=0.7), {0})]
+SETS = [
+    (dict(), {0, 1, 2, 3}),
+    (dict(top_k=2), {0, 1}),
+    (dict(top_p=0.6), {0, 1}),
+    (dict(top_p=0.1), {0}),
+    (dict(top_k=1), {0}),
+    (dict(top_k=99), {0, 1, 2, 3}),
+    (dict(top_k=3, top_p=0.95), {0, 1, 2}),
+    (dict(min_p=0.25), {0, 1, 2}),
+    (dict(min_p=0.5), {0, 1}),
+    (dict(top_k=2, top_p=0.62), {0}),
+    (dict(top_p=0.6, min_p=0.7), {0}),
+]
 
 
 @pytest.mark.parametrize("settings,allowed", SETS, ids=str)
@@ -336,13 +457,20 @@ def test_sampling_draws_from_the_right_set_in_the_right_shares(settings, allowed
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_temperature_sharpens_and_flattens(temperature):
     p = np.array([0.5, 0.3, 0.15, 0.05])
-    shares = np.bincount(sample(jnp.log(jnp.tile(p, (4000, 1))), temperature=temperature), minlength=4) / 4000
-    np.testing.assert_allclose(shares, p ** (1 / temperature) / (p ** (1 / temperature)).sum(), atol=0.03)
+    shares = (
+        np.bincount(sample(jnp.log(jnp.tile(p, (4000, 1))), temperature=temperature), minlength=4)
+        / 4000
+    )
+    np.testing.assert_allclose(
+        shares, p ** (1 / temperature) / (p ** (1 / temperature)).sum(), atol=0.03
+    )
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits, seen = jnp.array([[2.0, 1.5, -1.0, -1.5]]), np.array([True, False, False, False])
-    assert sample(logits, seen, temperature=0) == [0] and sample(logits, seen, temperature=0, repetition_penalty=1.4) == [1]
+    assert sample(logits, seen, temperature=0) == [0] and sample(
+        logits, seen, temperature=0, repetition_penalty=1.4
+    ) == [1]
     assert sample(-logits[:, ::-1], seen[::-1], temperature=0, repetition_penalty=4.0) == [0]
 
 
@@ -351,8 +479,14 @@ def test_filters_agree_with_sorting_on_random_logits():
     rng = np.random.default_rng(0)
     B, V = 64, 300
     logits = rng.normal(size=(B, V)).astype(np.float32) * 3
-    k, top_p, min_p = rng.integers(0, 40, B), rng.uniform(0.2, 1, B), rng.uniform(0, 0.2, B) * (rng.random(B) < 0.5)
-    rows = dict(top_k=k.astype(np.int32), top_p=top_p.astype(np.float32), min_p=min_p.astype(np.float32))
+    k, top_p, min_p = (
+        rng.integers(0, 40, B),
+        rng.uniform(0.2, 1, B),
+        rng.uniform(0, 0.2, B) * (rng.random(B) < 0.5),
+    )
+    rows = dict(
+        top_k=k.astype(np.int32), top_p=top_p.astype(np.float32), min_p=min_p.astype(np.float32)
+    )
     kept = np.isfinite(jax.jit(sampling._filtered)(logits, rows))
     for b in range(B):
         order = np.argsort(-logits[b])[: k[b] or V]
@@ -365,13 +499,20 @@ def test_filters_agree_with_sorting_on_random_logits():
 def test_logprobs_are_the_models_own():
     config, params, _ = golden()
     engine = Engine(params, config, 2, 64)
-    plain, asked = Sampling(6, temperature=0.7, top_k=3, seed=1), Sampling(6, temperature=0.7, top_k=3, seed=1, logprobs=4)
+    plain, asked = (
+        Sampling(6, temperature=0.7, top_k=3, seed=1),
+        Sampling(6, temperature=0.7, top_k=3, seed=1, logprobs=4),
+    )
     engine.add_many([PROMPTS[1]] * 2, [plain, asked])
     (a, b), _ = drain(engine)[0].values(), None
     logits, _ = model.forward(params, config, np.array([PROMPTS[1] + ids(b)]))
-    want = np.asarray(jax.nn.log_softmax(logits[0, len(PROMPTS[1]) - 1: -1]))
+    want = np.asarray(jax.nn.log_softmax(logits[0, len(PROMPTS[1]) - 1 : -1]))
     for i, (x, y) in enumerate(zip(a, b)):
-        assert x.id == y.id and x.top == [] and x.logprob == y.logprob == pytest.approx(float(want[i, y.id]), abs=1e-4)
+        assert (
+            x.id == y.id
+            and x.top == []
+            and x.logprob == y.logprob == pytest.approx(float(want[i, y.id]), abs=1e-4)
+        )
         assert [t for t, _ in y.top] == np.argsort(-want[i])[:4].tolist()
         np.testing.assert_allclose([p for _, p in y.top], np.sort(want[i])[::-1][:4], atol=1e-4)
 
@@ -390,7 +531,11 @@ def test_stops_at_a_token_and_streams_what_generate_returns():
     many = (*range(480, 491), stop)  # more than the device is told of
     assert generate.generate(params, config, [prompt], count, temperature=0, stop=many)[0] == cut
     streamed = list(generate.stream(params, config, [prompt], count, temperature=0))
-    assert len(streamed[0][0]) == 1 and len(streamed) > 2 and sum((rows[0] for rows in streamed), []) == free
+    assert (
+        len(streamed[0][0]) == 1
+        and len(streamed) > 2
+        and sum((rows[0] for rows in streamed), []) == free
+    )
 
 
 @pytest.mark.parametrize("where", ["first token", "inside", "across", "late", "never", "two"])
@@ -400,12 +545,22 @@ def test_stop_strings_are_found_wherever_they_cross_tokens(where):
     free = generate.generate(params, config, [prompt], 30, temperature=0)[0]
     text = tokenizer.decode(free)
     pieces = [tokenizer.decode([t]) for t in free]
-    stops = {"first token": (text[0],), "inside": (max(pieces, key=len)[1:3],), "across": (pieces[2][-1] + pieces[3] + pieces[4][:1],),
-             "late": (text[-4:],), "never": ("\0no",), "two": (text[20:24], text[9:12])}[where]
+    stops = {
+        "first token": (text[0],),
+        "inside": (max(pieces, key=len)[1:3],),
+        "across": (pieces[2][-1] + pieces[3] + pieces[4][:1],),
+        "late": (text[-4:],),
+        "never": ("\0no",),
+        "two": (text[20:24], text[9:12]),
+    }[where]
     want = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    got = generate.generate(params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer)[0]
+    got = generate.generate(
+        params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer
+    )[0]
     assert tokenizer.decode(got) == want
-    held = generate.stream(params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer)
+    held = generate.stream(
+        params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer
+    )
     written = ""
     for rows in held:
         written += tokenizer.decode(rows[0])
@@ -421,11 +576,19 @@ def test_a_full_slot_ends_as_length():
     assert len(rows[0]) == 16 - len(PROMPTS[1]) and why == {0: "length"}
 
 
-BAD = {"empty prompt": (dict(prompts=[[]]), "no tokens"), "foreign token": (dict(prompts=[[500]]), "outside the model's vocabulary"),
-       "no room": (dict(max_tokens=0), "max_tokens must be from 1"), "temperature": (dict(temperature=-1), "temperature must be from 0"),
-       "top_p": (dict(top_p=0), "top_p"), "not a number": (dict(temperature=float("nan")), "temperature"), "min_p": (dict(min_p=2), "min_p"),
-       "penalty": (dict(repetition_penalty=0), "repetition_penalty"), "stop string": (dict(stop_strings=("",)), "stop string is empty"),
-       "no tokenizer": (dict(stop_strings=("a",)), "need the tokenizer"), "tool": (dict(tool=calculator), "need the tokenizer")}
+BAD = {
+    "empty prompt": (dict(prompts=[[]]), "no tokens"),
+    "foreign token": (dict(prompts=[[500]]), "outside the model's vocabulary"),
+    "no room": (dict(max_tokens=0), "max_tokens must be from 1"),
+    "temperature": (dict(temperature=-1), "temperature must be from 0"),
+    "top_p": (dict(top_p=0), "top_p"),
+    "not a number": (dict(temperature=float("nan")), "temperature"),
+    "min_p": (dict(min_p=2), "min_p"),
+    "penalty": (dict(repetition_penalty=0), "repetition_penalty"),
+    "stop string": (dict(stop_strings=("",)), "stop string is empty"),
+    "no tokenizer": (dict(stop_strings=("a",)), "need the tokenizer"),
+    "tool": (dict(tool=calculator), "need the tokenizer"),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PARITY, load, parity_model
-from tests.generate.test_generate import PROMPTS, drain, ids, scripted
 
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate.engine import Engine, Sampling, generate, stream
 from lib.generate.speculative import look_up
-from lib.data.tokenizer import Tokenizer
+from tests.generate.test_generate import PROMPTS, drain, ids, scripted
 
 
 @functools.cache
@@ -21,20 +21,31 @@ def golden():
     config, params = parity_model("T")
     noise = lambda a, k: a + 0.1 * a.std() * jax.random.normal(k, a.shape)
     leaves, tree = jax.tree.flatten(params)
-    draft = jax.tree.unflatten(tree, [noise(a, k) for a, k in zip(leaves, jax.random.split(jax.random.key(0), len(leaves)))])
+    draft = jax.tree.unflatten(
+        tree,
+        [noise(a, k) for a, k in zip(leaves, jax.random.split(jax.random.key(0), len(leaves)))],
+    )
     return config, params, draft
 
 
-SETTINGS = [Sampling(50, temperature=0, logprobs=2), Sampling(33, temperature=1.0, seed=3), Sampling(50, temperature=0.8, top_k=20, top_p=0.9),
-            Sampling(20, temperature=1.1, repetition_penalty=1.2, stop=(10, 32))]
+SETTINGS = [
+    Sampling(50, temperature=0, logprobs=2),
+    Sampling(33, temperature=1.0, seed=3),
+    Sampling(50, temperature=0.8, top_k=20, top_p=0.9),
+    Sampling(20, temperature=1.1, repetition_penalty=1.2, stop=(10, 32)),
+]
 
 
 @functools.cache
 def written(kind):
     """What an engine writes after PROMPTS, and the share of its guesses that were right."""
     config, params, draft = golden()
-    guessing = {"plain": {}, "look-up": dict(guess=4), "draft": dict(guess=3, draft=(draft, config)),
-                "itself": dict(guess=3, draft=(params, config))}[kind]
+    guessing = {
+        "plain": {},
+        "look-up": dict(guess=4),
+        "draft": dict(guess=3, draft=(draft, config)),
+        "itself": dict(guess=3, draft=(params, config)),
+    }[kind]
     engine = Engine(params, config, 4, 128, **guessing)
     engine.add_many(PROMPTS, SETTINGS)
     rows, why = drain(engine)
@@ -45,9 +56,13 @@ def written(kind):
 def test_the_text_is_that_of_plain_decoding_at_any_setting(kind):
     rows, why, _ = written("plain")
     new, ends, share = written(kind)
-    assert {s: ids(t) for s, t in new.items()} == {s: ids(t) for s, t in rows.items()} and ends == why
+    assert {s: ids(t) for s, t in new.items()} == {
+        s: ids(t) for s, t in rows.items()
+    } and ends == why
     for slot in rows:
-        np.testing.assert_allclose([t.logprob for t in new[slot]], [t.logprob for t in rows[slot]], atol=1e-4)
+        np.testing.assert_allclose(
+            [t.logprob for t in new[slot]], [t.logprob for t in rows[slot]], atol=1e-4
+        )
     assert [[i for i, _ in t.top] for t in new[0]] == [[i for i, _ in t.top] for t in rows[0]]
     assert 0 < share < 1 if kind != "itself" else share > 0.9
 
@@ -79,29 +94,38 @@ def test_the_distribution_is_unchanged():
 
 @pytest.mark.parametrize("case", [0, 2])
 def test_tool_results_are_forced_through_guesses(case, monkeypatch):
-    from lib.model import transformer as model
     from lib.generate import speculative
+    from lib.model import transformer as model
 
     trace = load("generation_T.json")["tool_traces"][case]
-    engine, prompt = scripted(monkeypatch, trace["scripted_greedy_ids_per_forward"]), trace["prompt_ids"]
+    engine, prompt = (
+        scripted(monkeypatch, trace["scripted_greedy_ids_per_forward"]),
+        trace["prompt_ids"],
+    )
     one = model.forward
 
     def forward(params, config, tokens_BT, cache):  # the script's forward takes single tokens
         logits = []
         for t in range(tokens_BT.shape[1]):
-            out, cache = one(params, config, tokens_BT[:, t: t + 1], cache)
+            out, cache = one(params, config, tokens_BT[:, t : t + 1], cache)
             logits.append(out)
         return jnp.concatenate(logits, axis=1), cache
 
     monkeypatch.setattr(model, "forward", forward)
     tokenizer = Tokenizer.load(PARITY / "tokenizer.json")
-    engine = Engine(*golden_like(engine), len(trace["generate_batch_rows"]), 64, tokenizer, engine.tool, guess=3)
-    stop = Sampling(trace["max_tokens"], temperature=0, stop=(tokenizer.special["<|assistant_end|>"],))
+    engine = Engine(
+        *golden_like(engine), len(trace["generate_batch_rows"]), 64, tokenizer, engine.tool, guess=3
+    )
+    stop = Sampling(
+        trace["max_tokens"], temperature=0, stop=(tokenizer.special["<|assistant_end|>"],)
+    )
     slots = engine.add_many([prompt] * engine.slots, [stop] * engine.slots)
     rows, _ = drain(engine)
     for row, slot in enumerate(slots):
         assert prompt + ids(rows[slot]) == trace["generate_batch_rows"][row]
-        assert [0] * len(prompt) + [int(not t.forced) for t in rows[slot]] == trace["generate_batch_masks"][row]
+        assert [0] * len(prompt) + [int(not t.forced) for t in rows[slot]] == trace[
+            "generate_batch_masks"
+        ][row]
     assert speculative.decode._cache_size() and engine.right > 0
 
 
@@ -111,7 +135,9 @@ def golden_like(engine):
 
 
 def test_look_up_prefers_long_then_late_matches():
-    history = jnp.array([[1, 2, 3, 7, 9, 3, 8, 1, 2, 3, 0, 0], [5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0]])
+    history = jnp.array(
+        [[1, 2, 3, 7, 9, 3, 8, 1, 2, 3, 0, 0], [5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0]]
+    )
     got = look_up(history, jnp.array([9, 3]), jnp.array([3, 5]), 2)
     assert got[0].tolist() == [7, 9], "after 1 2 3, not after the later 9 3"
     assert got[1, 0] == 5
@@ -121,7 +147,9 @@ def test_generate_and_stream_guess_too():
     config, params, draft = golden()
     plain = generate(params, config, PROMPTS, 24, temperature=0)
     assert plain == generate(params, config, PROMPTS, 24, temperature=0, guess=3)
-    pieces = list(stream(params, config, PROMPTS[:1], 24, temperature=0, guess=3, draft=(draft, config)))
+    pieces = list(
+        stream(params, config, PROMPTS[:1], 24, temperature=0, guess=3, draft=(draft, config))
+    )
     assert [id for (new,) in pieces for id in new] == plain[0] and len(pieces) > 1
 
 

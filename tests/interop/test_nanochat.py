@@ -7,18 +7,26 @@ import optax
 import pytest
 from conftest import load, parity_model
 
-from lib.model import transformer as model
-from lib.train import optim
 from lib.files import UserError
 from lib.interop.nanochat import config_from_nanochat, from_nanochat, to_nanochat
+from lib.model import transformer as model
+from lib.train import optim
 
 
 @pytest.fixture
 def model_a():
     """(config with the recorded run's constant schedules, state dict)."""
     config, _ = parity_model("A")
-    return (config.replace(attention="einsum", compute_dtype="float32", weight_decay=0.1, warmup_steps=0,
-                           warmdown_ratio=0.0), load("model_A_state.safetensors"))
+    return (
+        config.replace(
+            attention="einsum",
+            compute_dtype="float32",
+            weight_decay=0.1,
+            warmup_steps=0,
+            warmdown_ratio=0.0,
+        ),
+        load("model_A_state.safetensors"),
+    )
 
 
 @pytest.mark.parametrize("name", ["A", "T"])
@@ -38,7 +46,9 @@ def test_parameters_have_the_shapes_of_the_specs(model_a):
     config, state_dict = model_a
     params = from_nanochat(state_dict, config)
     expected = jax.eval_shape(lambda: model.init_params(jax.random.key(0), config))
-    assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(lambda p: (p.shape, p.dtype), expected)
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), expected
+    )
 
 
 class Torch:
@@ -57,18 +67,31 @@ class Torch:
 @pytest.mark.parametrize("kind", [lambda a: a, Torch])
 def test_bfloat16_arrays_of_any_library_become_float32(model_a, kind, prefix):
     config, state_dict = model_a
-    params = from_nanochat({prefix + name: kind(jnp.asarray(a, jnp.bfloat16)) for name, a in state_dict.items()},
-                           config)
+    params = from_nanochat(
+        {prefix + name: kind(jnp.asarray(a, jnp.bfloat16)) for name, a in state_dict.items()},
+        config,
+    )
     assert params["embed"].dtype == jnp.float32
-    np.testing.assert_array_equal(params["embed"], state_dict["transformer.wte.weight"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        params["embed"], state_dict["transformer.wte.weight"].astype(jnp.bfloat16)
+    )
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda d: d.pop("lm_head.weight"), "lacks lm_head.weight"),
-    (lambda d: d.update({"transformer.h.4.mlp.c_fc.weight": np.zeros((4, 4))}), "unexpected transformer.h.4.mlp.c_fc"),
-    (lambda d: d.update({"smear_gate.weight": np.zeros((1, 12))}), r"smear_gate.weight .* \(1, 12\) .* \(1, 24\)"),
-    (lambda d: d.update({"lm_head.weight": d["lm_head.weight"].T}), "lm_head.weight"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: d.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (
+            lambda d: d.update({"transformer.h.4.mlp.c_fc.weight": np.zeros((4, 4))}),
+            "unexpected transformer.h.4.mlp.c_fc",
+        ),
+        (
+            lambda d: d.update({"smear_gate.weight": np.zeros((1, 12))}),
+            r"smear_gate.weight .* \(1, 12\) .* \(1, 24\)",
+        ),
+        (lambda d: d.update({"lm_head.weight": d["lm_head.weight"].T}), "lm_head.weight"),
+    ],
+)
 def test_a_foreign_state_dict_is_refused(model_a, spoil, message):
     config, state_dict = model_a
     state_dict = dict(state_dict)
@@ -77,19 +100,32 @@ def test_a_foreign_state_dict_is_refused(model_a, spoil, message):
         from_nanochat(state_dict, config)
 
 
-@pytest.mark.parametrize("change", [dict(mlp="swiglu"), dict(tied_head=True), dict(smear=False), dict(softcap=0.0),
-                                    dict(mlp_dim=128), dict(value_embeds=False), dict(head_dim=32)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(mlp="swiglu"),
+        dict(tied_head=True),
+        dict(smear=False),
+        dict(softcap=0.0),
+        dict(mlp_dim=128),
+        dict(value_embeds=False),
+        dict(head_dim=32),
+    ],
+)
 def test_a_model_that_nanochat_lacks_is_refused(model_a, change):
     config = model_a[0].replace(**change)
     with pytest.raises(UserError, match=f"only {next(iter(change))}="):
         to_nanochat({}, config)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(n_layer=None), "lacks n_layer"),
-    (dict(dropout=0.1), "unknown nanochat config field 'dropout': choose one of n_embd"),
-    (dict(n_head=5), "n_embd=64 .* n_head=5"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(n_layer=None), "lacks n_layer"),
+        (dict(dropout=0.1), "unknown nanochat config field 'dropout': choose one of n_embd"),
+        (dict(n_head=5), "n_embd=64 .* n_head=5"),
+    ],
+)
 def test_a_foreign_config_is_refused(change, message):
     gpt = load("model_A_config.json")["GPTConfig"] | change
     with pytest.raises(UserError, match=message):
@@ -126,7 +162,9 @@ def test_three_steps_from_own_gradients(model_a, recorded_schedules):
 
     @jax.jit
     def step(params, state):
-        (loss, _), grads = jax.value_and_grad(model.loss_fn, has_aux=True)(params, config, io["idx"], io["targets"])
+        (loss, _), grads = jax.value_and_grad(model.loss_fn, has_aux=True)(
+            params, config, io["idx"], io["targets"]
+        )
         updates, state = optimizer.update(grads, state, params)
         return loss, optax.apply_updates(params, updates), state
 

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from lib.config import check_attention
-from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
 from lib.files import UserError
+from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
 
-BLOCKS = {"einsum": dict(block=128), "jax": {}, "splash": dict(block=128), "pallas": dict(block=128)}
+BLOCKS = {
+    "einsum": dict(block=128),
+    "jax": {},
+    "splash": dict(block=128),
+    "pallas": dict(block=128),
+}
 KERNELS = ("splash", "pallas")
 
 
@@ -72,14 +77,18 @@ def test_window_counts_keys_before_the_query(name):
     q = jnp.zeros((1, T, 1, 8))
     position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.float32)[None, :, None, None], q.shape)
     o = ATTENTION[name](q, q, position, window)[0, :, 0, 0]
-    np.testing.assert_allclose(o, (np.arange(T) + np.maximum(np.arange(T) - window, 0)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        o, (np.arange(T) + np.maximum(np.arange(T) - window, 0)) / 2, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_bfloat16(name):
     args = inputs(1, 256, 4, 2, 32, jnp.bfloat16)
     got = with_gradients(lambda q, k, v: ATTENTION[name](q, k, v, 128, **BLOCKS[name]))(*args)
-    want = with_gradients(lambda q, k, v: reference(q, k, v, 128))(*(x.astype(jnp.float32) for x in args))
+    want = with_gradients(lambda q, k, v: reference(q, k, v, 128))(
+        *(x.astype(jnp.float32) for x in args)
+    )
     for what, a, b in zip(("o", "dq", "dk", "dv"), got, want):
         assert a.dtype == jnp.bfloat16
         error = jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
@@ -93,36 +102,60 @@ def test_residuals_can_be_saved_by_name(name):
     def residuals(*names):
         policy = jax.checkpoint_policies.save_only_these_names(*names)
         attend = jax.checkpoint(lambda q, k, v: ATTENTION[name](q, k, v, 100), policy=policy)
-        return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], q, k, v))]
+        return [
+            x.shape
+            for x in jax.tree.leaves(jax.eval_shape(lambda *qkv: jax.vjp(attend, *qkv)[1], q, k, v))
+        ]
 
     without, saved = residuals(), residuals(RESIDUAL_NAME)
-    o_and_lse = {(1, 1, 512, 16), (1, 1, 512, 1)} if name == "einsum" else {(1, 2, 256, 16), (1, 2, 256)}
+    o_and_lse = (
+        {(1, 1, 512, 16), (1, 1, 512, 1)} if name == "einsum" else {(1, 2, 256, 16), (1, 2, 256)}
+    )
     assert set(saved) - set(without) == o_and_lse
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_interpreter_only_on_cpu(name):
     q, k, v, _ = inputs(1, 128, 2, 1, 16)
-    interpreted = lambda **options: "interpret=True" in str(
-        jax.make_jaxpr(lambda q, k, v: ATTENTION[name](q, k, v, None, **options))(q, k, v))
+    interpreted = lambda **options: (
+        "interpret=True"
+        in str(jax.make_jaxpr(lambda q, k, v: ATTENTION[name](q, k, v, None, **options))(q, k, v))
+    )
     assert interpreted() and not interpreted(interpret=False)
     with compiled_kernels():
         assert not interpreted() and interpreted(interpret=True)
     assert interpreted()
 
 
-@pytest.mark.parametrize("gpu, dtype, expected", [
-    (dict(platform="gpu", version="cuda 12", compute_capability="9.0"), jnp.bfloat16, ["cudnn"]),
-    (dict(platform="gpu", version="cuda 12", compute_capability="9.0"), jnp.float32, ["xla"]),
-    (dict(platform="gpu", version="cuda 12", compute_capability="7.5"), jnp.float16, ["xla"]),
-    (dict(platform="gpu", version="rocm 6", compute_capability="gfx942"), jnp.bfloat16, ["xla"]),
-    (dict(platform="tpu", version="libtpu", compute_capability=None), jnp.bfloat16, ["xla"]),
-    (dict(platform="gpu", version="cuda 12", compute_capability="8.0", lacks="head width"), jnp.bfloat16,
-     ["cudnn", "xla"]),
-])
+@pytest.mark.parametrize(
+    "gpu, dtype, expected",
+    [
+        (
+            dict(platform="gpu", version="cuda 12", compute_capability="9.0"),
+            jnp.bfloat16,
+            ["cudnn"],
+        ),
+        (dict(platform="gpu", version="cuda 12", compute_capability="9.0"), jnp.float32, ["xla"]),
+        (dict(platform="gpu", version="cuda 12", compute_capability="7.5"), jnp.float16, ["xla"]),
+        (
+            dict(platform="gpu", version="rocm 6", compute_capability="gfx942"),
+            jnp.bfloat16,
+            ["xla"],
+        ),
+        (dict(platform="tpu", version="libtpu", compute_capability=None), jnp.bfloat16, ["xla"]),
+        (
+            dict(platform="gpu", version="cuda 12", compute_capability="8.0", lacks="head width"),
+            jnp.bfloat16,
+            ["cudnn", "xla"],
+        ),
+    ],
+)
 def test_jax_uses_cudnn_where_it_can(monkeypatch, gpu, dtype, expected):
-    device = SimpleNamespace(platform=gpu["platform"], client=SimpleNamespace(platform_version=gpu["version"]),
-                             compute_capability=gpu["compute_capability"])
+    device = SimpleNamespace(
+        platform=gpu["platform"],
+        client=SimpleNamespace(platform_version=gpu["version"]),
+        compute_capability=gpu["compute_capability"],
+    )
     tried = []
 
     def attention(q, k, v, *, implementation, is_causal, local_window_size):
@@ -138,16 +171,19 @@ def test_jax_uses_cudnn_where_it_can(monkeypatch, gpu, dtype, expected):
     assert tried == expected
 
 
-@pytest.mark.parametrize("name, change, says", [
-    ("flash", {}, "einsum, jax, pallas, splash"),
-    ("einsum", dict(n_kv_head=3), "use n_kv_head=2"),
-    ("jax", dict(window=-1), "at least 0"),
-    ("splash", dict(sequence_len=1000), "use sequence_len=1024"),
-    ("splash", dict(sequence_len=40), "use sequence_len=128"),
-    ("pallas", dict(sequence_len=2000), "use sequence_len=2048"),
-    ("pallas", dict(sequence_len=32768), "sequence_len=16384"),
-    ("pallas", dict(sequence_len=16384, head_dim=192), "sequence_len=8192"),
-])
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("flash", {}, "einsum, jax, pallas, splash"),
+        ("einsum", dict(n_kv_head=3), "use n_kv_head=2"),
+        ("jax", dict(window=-1), "at least 0"),
+        ("splash", dict(sequence_len=1000), "use sequence_len=1024"),
+        ("splash", dict(sequence_len=40), "use sequence_len=128"),
+        ("pallas", dict(sequence_len=2000), "use sequence_len=2048"),
+        ("pallas", dict(sequence_len=32768), "sequence_len=16384"),
+        ("pallas", dict(sequence_len=16384, head_dim=192), "sequence_len=8192"),
+    ],
+)
 def test_what_cannot_be_done_is_said(name, change, says):
     sizes = dict(sequence_len=2048, head_dim=128, n_head=4, n_kv_head=2)
     for possible in ATTENTION:
@@ -193,13 +229,33 @@ for names, T, K, H, window in [("einsum jax", 256, 2, 128, 100), ("splash pallas
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                    reason="compiling for a TPU without one needs the preflight extra: pip install libtpu")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",
+)
 def test_compiles_for_a_tpu():
     """Forward and backward in bfloat16; a policy that saves the residuals leaves no second forward kernel."""
-    env = os.environ | dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-1",
-                            TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=env, cwd=Path(__file__).parents[2],
-                         capture_output=True, text=True)
+    env = os.environ | dict(
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_ACCELERATOR_TYPE="v6e-1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split("\n") == ["einsum 0", "jax 0", "splash 2", "pallas 2", "splash 2", "pallas 2", ""]
+    assert run.stdout.split("\n") == [
+        "einsum 0",
+        "jax 0",
+        "splash 2",
+        "pallas 2",
+        "splash 2",
+        "pallas 2",
+        "",
+    ]

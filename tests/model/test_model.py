@@ -8,15 +8,27 @@ import numpy as np
 import pytest
 from conftest import load, parity_model
 
-from lib.model import transformer as model
 from lib.config import Config
 from lib.interop.nanochat import from_nanochat
+from lib.model import transformer as model
 from lib.params import init_params
 
 forward = jax.jit(model.forward, static_argnums=1)
 loss_and_grad = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True), static_argnums=1)
-TINY = Config(vocab_size=100, sequence_len=256, n_layer=5, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64,
-              window_pattern="SL", microbatch=1, total_batch_size=256, loss_chunk=100)
+TINY = Config(
+    vocab_size=100,
+    sequence_len=256,
+    n_layer=5,
+    n_embd=32,
+    n_head=2,
+    n_kv_head=1,
+    head_dim=16,
+    mlp_dim=64,
+    window_pattern="SL",
+    microbatch=1,
+    total_batch_size=256,
+    loss_chunk=100,
+)
 
 
 @functools.cache
@@ -24,7 +36,9 @@ def tiny_params(config=TINY):
     """Perturbed, so that the output projections and scales that start at zero matter."""
     leaves, tree = jax.tree.flatten(init_params(0, config))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)])
+    return jax.tree.unflatten(
+        tree, [a + 0.1 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves)]
+    )
 
 
 def tokens(rows, length, seed=0, vocab=100):
@@ -37,8 +51,12 @@ def relative(a, b):
 
 # ---- the golden model ------------------------------------------------------------------------------------------------
 
-VARIANTS = {"plain": {}, "small chunks, recomputing products": dict(loss_chunk=300, remat="dots"),
-            "recomputing layers": dict(remat="layer"), "jax attention": dict(attention="jax")}
+VARIANTS = {
+    "plain": {},
+    "small chunks, recomputing products": dict(loss_chunk=300, remat="dots"),
+    "recomputing layers": dict(remat="layer"),
+    "jax attention": dict(attention="jax"),
+}
 
 
 def test_logits_and_token_losses_match_the_reference():
@@ -57,9 +75,14 @@ def test_loss_and_every_gradient_match_the_reference(variant):
     io = load("model_A_io.safetensors")
     (loss, aux), grads = loss_and_grad(params, config, io["idx"], io["targets"])
     assert abs(float(loss) - io["loss_mean"][0]) < 1e-5
-    assert abs(float(aux["loss_sum"]) - io["loss_sum"][0]) < 1e-2 and int(aux["count"]) == (io["targets"] >= 0).sum()
+    assert (
+        abs(float(aux["loss_sum"]) - io["loss_sum"][0]) < 1e-2
+        and int(aux["count"]) == (io["targets"] >= 0).sum()
+    )
     want = from_nanochat(load("model_A_grads.safetensors"), config)
-    for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want)):
+    for (path, got), expected in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want)
+    ):
         limit = 1e-4 if got.ndim > 1 else 5e-4
         assert relative(got, np.asarray(expected)) < limit, jax.tree_util.keystr(path)
 
@@ -80,10 +103,26 @@ def test_no_position_sees_a_later_one_or_another_row():
 
 def test_short_windows_end_where_the_reference_says():
     """With one short layer and no other way back, position 200 sees 72 = 200 - 128 and not 71 (the smear gate reads one more)."""
-    c = TINY.replace(n_layer=1, window_pattern="S", sequence_len=512, total_batch_size=512, smear=False, value_embeds=False)
+    c = TINY.replace(
+        n_layer=1,
+        window_pattern="S",
+        sequence_len=512,
+        total_batch_size=512,
+        smear=False,
+        value_embeds=False,
+    )
     params = tiny_params(c)
-    run = jax.jit(lambda p, x: model._block(x, x, jax.tree.map(lambda a: a[0], p["blocks"]), None, c,
-                                            model.rope_tables(jnp.arange(x.shape[1]), c), 128)[0])
+    run = jax.jit(
+        lambda p, x: model._block(
+            x,
+            x,
+            jax.tree.map(lambda a: a[0], p["blocks"]),
+            None,
+            c,
+            model.rope_tables(jnp.arange(x.shape[1]), c),
+            128,
+        )[0]
+    )
     x = jax.random.normal(jax.random.key(0), (1, 300, 32))
     seen = lambda j: np.abs(run(params, x.at[0, j].add(1.0)) - run(params, x))[0, 200].max() > 0
     assert seen(72) and not seen(71) and not seen(201)
@@ -93,7 +132,10 @@ def test_short_windows_end_where_the_reference_says():
 def test_scanned_layers_equal_unrolled_ones(remat):
     x = tokens(2, 64)
     c = TINY.replace(n_layer=7)  # three groups of two, and a last layer of its own
-    assert model.group_size(c) == (2, 3) and model.group_size(c.replace(scan_layers=False)) == (2, 0)
+    assert model.group_size(c) == (2, 3) and model.group_size(c.replace(scan_layers=False)) == (
+        2,
+        0,
+    )
     params = tiny_params(c)
     (loss, _), grads = loss_and_grad(params, c.replace(remat=remat), x, x)
     (want, _), expected = loss_and_grad(params, c.replace(scan_layers=False), x, x)
@@ -102,19 +144,38 @@ def test_scanned_layers_equal_unrolled_ones(remat):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("pattern,layers,groups", [("SSSL", 16, (4, 4)), ("SSSL", 26, (4, 6)), ("L", 6, (2, 3)), ("S", 6, (2, 2)),
-                                                   ("SSSL", 6, (4, 0))])
+@pytest.mark.parametrize(
+    "pattern,layers,groups",
+    [
+        ("SSSL", 16, (4, 4)),
+        ("SSSL", 26, (4, 6)),
+        ("L", 6, (2, 3)),
+        ("S", 6, (2, 2)),
+        ("SSSL", 6, (4, 0)),
+    ],
+)
 def test_groups_cover_equal_layers_only(pattern, layers, groups):
-    c = TINY.replace(window_pattern=pattern, n_layer=layers, sequence_len=1024, total_batch_size=1024)
+    c = TINY.replace(
+        window_pattern=pattern, n_layer=layers, sequence_len=1024, total_batch_size=1024
+    )
     assert model.group_size(c) == groups
     period, n = groups
     kinds = [(w, i in c.value_layers) for i, w in enumerate(c.windows)]
     assert kinds[: n * period] == kinds[:period] * n
 
 
-@pytest.mark.parametrize("parts", [dict(mlp="swiglu"), dict(mlp="gelu"), dict(tied_head=True), dict(softcap=0.0), dict(qk_norm=False),
-                                   dict(value_embeds=False, smear=False, backout=False, x0_scales=False, resid_scales=False)],
-                         ids=lambda p: next(iter(p)))
+@pytest.mark.parametrize(
+    "parts",
+    [
+        dict(mlp="swiglu"),
+        dict(mlp="gelu"),
+        dict(tied_head=True),
+        dict(softcap=0.0),
+        dict(qk_norm=False),
+        dict(value_embeds=False, smear=False, backout=False, x0_scales=False, resid_scales=False),
+    ],
+    ids=lambda p: next(iter(p)),
+)
 def test_each_part_can_be_switched_and_matters(parts):
     x = tokens(1, 48)
     c = TINY.replace(n_layer=2, **parts)
@@ -130,7 +191,9 @@ def test_each_part_can_be_switched_and_matters(parts):
 
 def dense_loss(params, config, x, y):
     logits, _ = model.forward(params, config, x)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(y, 0)[..., None], -1)[..., 0]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(y, 0)[..., None], -1)[
+        ..., 0
+    ]
     return -jnp.sum(jnp.where(y >= 0, picked, 0)) / jnp.maximum((y >= 0).sum(), 1)
 
 
@@ -150,7 +213,9 @@ def test_logits_of_all_tokens_are_never_held():
     c = TINY.replace(vocab_size=4096, n_layer=2, loss_chunk=32)
     x = jax.ShapeDtypeStruct((4, 256), np.int32)
     shapes = jax.eval_shape(lambda: init_params(0, c))
-    text = str(jax.make_jaxpr(lambda p, x: jax.grad(lambda p: model.loss_fn(p, c, x, x)[0])(p))(shapes, x))
+    text = str(
+        jax.make_jaxpr(lambda p, x: jax.grad(lambda p: model.loss_fn(p, c, x, x)[0])(p))(shapes, x)
+    )
     assert "f32[32,4096]" in text and "f32[1024,4096]" not in text and "f32[4,256,4096]" not in text
 
 
@@ -175,7 +240,11 @@ def test_cached_logits_equal_full_ones_across_window_and_context_ends():
     """Prefill of ragged rows, then single tokens, beyond sequence_len: short windows are 128, long ones 256."""
     x = tokens(2, 290)
     params = tiny_params()
-    full, _ = forward(params, TINY.replace(sequence_len=512, window_pattern="SL", total_batch_size=512), x[:, :256])
+    full, _ = forward(
+        params,
+        TINY.replace(sequence_len=512, window_pattern="SL", total_batch_size=512),
+        x[:, :256],
+    )
     cache = model.init_cache(TINY, 2, 300)
     first, cache = forward(params, TINY, x[:, :120], cache)
     np.testing.assert_allclose(first, full[:, :120], atol=2e-5)
@@ -196,7 +265,7 @@ def test_cached_bfloat16_is_as_close_as_the_full_forward():
     _, cache = forward(tiny_params(), config, x[:, :30], model.init_cache(config, 2, 64))
     steps = []
     for t in range(30, 40):
-        logits, cache = forward(tiny_params(), config, x[:, t: t + 1], cache)
+        logits, cache = forward(tiny_params(), config, x[:, t : t + 1], cache)
         steps.append(logits[:, 0])
     assert cache["k"][0].dtype == jnp.bfloat16
     assert relative(np.stack(steps, 1), exact) < 1.5 * relative(full, exact)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from lib.files import UserError
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError
 
 SCRIPT = str(Path(__file__).parents[2] / "01_tokenizer.py")
 
@@ -23,13 +23,19 @@ def run(tmp_path, monkeypatch):
     rng = random.Random(0)
     (tmp_path / "corpus").mkdir()
     for i in range(30):
-        (tmp_path / "corpus" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=400)) + " Grüße 東京 $5\n")
+        (tmp_path / "corpus" / f"{i}.txt").write_text(
+            " ".join(rng.choices(words, k=400)) + " Grüße 東京 $5\n"
+        )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
 
     def run(*args):
-        monkeypatch.setattr(sys, "argv", [SCRIPT, "--run", "small", "--source", "corpus", "--vocab-size", "300", *args])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [SCRIPT, "--run", "small", "--source", "corpus", "--vocab-size", "300", *args],
+        )
         return runpy.run_path(SCRIPT, run_name="__main__")
 
     return run
@@ -51,7 +57,9 @@ def test_what_it_leaves_and_running_again(run, tmp_path, capsys):
     before = (folder / "tokenizer.json").read_bytes()
     run()
     assert "nothing to train" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"other settings \(vocab_size, doc_cap\).*--if-exists fresh"):
+    with pytest.raises(
+        UserError, match=r"other settings \(vocab_size, doc_cap\).*--if-exists fresh"
+    ):
         run("--vocab-size", "310", "--doc-cap", "1000")
     with pytest.raises(UserError, match="exists: choose another run"):
         run("--if-exists", "stop")
@@ -64,7 +72,9 @@ def test_what_it_leaves_and_running_again(run, tmp_path, capsys):
 
 def test_a_published_encoding_instead_and_beside(run, tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)} | {b" walk": 256}
-    published = tiktoken.Encoding("any", pat_str=r"\s?\S+|\s+", mergeable_ranks=ranks, special_tokens={})
+    published = tiktoken.Encoding(
+        "any", pat_str=r"\s?\S+|\s+", mergeable_ranks=ranks, special_tokens={}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: published)
     seen = run("--pretrained", "tiktoken:gpt2")
     assert list(seen["compression"]["prose"]) == ["ours", "GPT-2", "GPT-4"]

@@ -22,30 +22,72 @@ from nbclient import NotebookClient
 
 from lib.config import PRESETS
 from lib.data.sources import SOURCES, documents, head
-from lib.train.metrics import read_jsonl
-from lib.notebook import flags, parameters
 from lib.data.tokenizer import Tokenizer
+from lib.notebook import flags, parameters
+from lib.train.metrics import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(ROOT.glob("0*.py"))
 CORPUS = f"{sysconfig.get_path('stdlib')}/[a-c]*.py"
-TINY = ("total_batch_size=256 microbatch=4 sequence_len=64 n_embd=64 n_head=2 n_kv_head=1 head_dim=32 mlp_dim=128 "
-        "warmup_steps=1")
+TINY = (
+    "total_batch_size=256 microbatch=4 sequence_len=64 n_embd=64 n_head=2 n_kv_head=1 head_dim=32 mlp_dim=128 "
+    "warmup_steps=1"
+)
 # Smallest settings that still run every cell; the notebooks run in this order, each on what the last one left.
 SMOKE = {
     "01_tokenizer": dict(run="smoke", source=CORPUS, vocab_size=512),
-    "02_train": dict(run="smoke", source=CORPUS, preset="cpu_demo", depth=2, num_steps=4, overrides=TINY,
-                     eval_bytes=4000, eval_every=4, sample_every=4, save_every=2),
+    "02_train": dict(
+        run="smoke",
+        source=CORPUS,
+        preset="cpu_demo",
+        depth=2,
+        num_steps=4,
+        overrides=TINY,
+        eval_bytes=4000,
+        eval_every=4,
+        sample_every=4,
+        save_every=2,
+    ),
     "03_worker": dict(run="smoke", source=CORPUS, sweep="isoflop", budget="smoke", count=12),
-    "04_eval_chat": dict(run="smoke", eval_bytes=4000, max_tokens=4, num_samples=1, mid="identity:0.02 spelling:0.001",
-                         sft_mixture="identity:0.01", tasks="identity spelling", task_items=4, say="Hi | What is 2+3?"),
+    "04_eval_chat": dict(
+        run="smoke",
+        eval_bytes=4000,
+        max_tokens=4,
+        num_samples=1,
+        mid="identity:0.02 spelling:0.001",
+        sft_mixture="identity:0.01",
+        tasks="identity spelling",
+        task_items=4,
+        say="Hi | What is 2+3?",
+    ),
 }
 PRODUCTS = {
     "01_tokenizer": ["tokenizer.json", "results.json", "plots/tokenizer_compression.png"],
     "02_train": ["config.json", "metrics.jsonl", "checkpoints", "plots/training.png"],
-    "03_worker": [f"sweeps/*/{name}" for name in ("trials.csv", "curves.csv", "curves.png", "best.png", "parallel.png", "importance.png",
-                                                 "isoflop.png", "frontier.png", "held_out.csv", "laws.json")],
-    "04_eval_chat": ["plots/surprise.png", "plots/fine_tuning.png", "plots/tasks.png", "mid", "sft", "evals/base.json", "evals/sft.json"],
+    "03_worker": [
+        f"sweeps/*/{name}"
+        for name in (
+            "trials.csv",
+            "curves.csv",
+            "curves.png",
+            "best.png",
+            "parallel.png",
+            "importance.png",
+            "isoflop.png",
+            "frontier.png",
+            "held_out.csv",
+            "laws.json",
+        )
+    ],
+    "04_eval_chat": [
+        "plots/surprise.png",
+        "plots/fine_tuning.png",
+        "plots/tasks.png",
+        "mid",
+        "sft",
+        "evals/base.json",
+        "evals/sft.json",
+    ],
 }
 IN_COLAB = """import sys, unittest.mock
 colab = sys.modules["google.colab"] = unittest.mock.MagicMock()
@@ -66,7 +108,9 @@ def test_every_notebook_has_smoke_settings():
 
 
 def test_notebooks_match_their_sources():
-    done = subprocess.run(["bash", ROOT / "update_notebooks.sh", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", ROOT / "update_notebooks.sh", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -96,24 +140,36 @@ def colab(tmp_path_factory):
     git = ["git", "-C", origin, "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
         subprocess.run([*git, *command], check=True)
-    return content, os.environ | {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
-                                  "GIT_CONFIG_VALUE_0": repository(), "JAX_PLATFORMS": "cpu",
-                                  "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-                                  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return content, os.environ | {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
+        "GIT_CONFIG_VALUE_0": repository(),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 
 @each_notebook
 def test_runs_in_colab(source, colab):
     content, env = colab
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    place = next(i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", ()))
+    place = next(
+        i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", ())
+    )
     chosen = "\n".join(f"{name} = {value!r}" for name, value in SMOKE[source.stem].items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(chosen))
     notebook.cells.insert(0, nbformat.v4.new_code_cell(IN_COLAB))
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(content)}})
     client.execute(env=env)
     check_products(source.stem, content / "rawchat" / "runs" / "smoke")
-    shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "image/png" in o.get("data", {})]
+    shown = [
+        o
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    ]
     assert len(shown) >= sum(p.endswith(".png") for p in PRODUCTS[source.stem])
 
 
@@ -123,8 +179,14 @@ def workdir(tmp_path_factory):
 
 
 def script(source, *args, cwd):
-    return subprocess.run([sys.executable, source, *args], cwd=cwd, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                          capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, source, *args],
+        cwd=cwd,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @each_notebook
@@ -141,22 +203,42 @@ def test_runs_as_script(source, workdir):
     assert again.returncode == 0, again.stdout + again.stderr
     after = json.loads((run / "results.json").read_text())
     assert {k: after[k] for k in ("vocab_size", "val_bpb", "params") if k in results} == {
-        k: results[k] for k in ("vocab_size", "val_bpb", "params") if k in results}
+        k: results[k] for k in ("vocab_size", "val_bpb", "params") if k in results
+    }
 
 
 # ---- 02 on several devices and in several processes ------------------------------------------------------------------
 
-SHARED = SMOKE["02_train"] | dict(num_steps=30, eval_every=30, sample_every=30, save_every=15,
-                                  overrides=TINY.replace("total_batch_size=256 microbatch=4", "total_batch_size=1024"))
+SHARED = SMOKE["02_train"] | dict(
+    num_steps=30,
+    eval_every=30,
+    sample_every=30,
+    save_every=15,
+    overrides=TINY.replace("total_batch_size=256 microbatch=4", "total_batch_size=1024"),
+)
 
 
 def start_02(workdir, devices=1, hosts=None, **settings):
     """02 as a script on virtual devices; hosts: (port, how many, which one)."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
     if hosts:
-        settings |= dict(coordinator=f"127.0.0.1:{hosts[0]}", host_count=hosts[1], host_index=hosts[2], join_timeout=60)
-    return subprocess.Popen([sys.executable, ROOT / "02_train.py", *words_of(SHARED | settings)], cwd=workdir, env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        settings |= dict(
+            coordinator=f"127.0.0.1:{hosts[0]}",
+            host_count=hosts[1],
+            host_index=hosts[2],
+            join_timeout=60,
+        )
+    return subprocess.Popen(
+        [sys.executable, ROOT / "02_train.py", *words_of(SHARED | settings)],
+        cwd=workdir,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(*jobs, code=0):
@@ -166,7 +248,9 @@ def finish(*jobs, code=0):
     finally:
         for job in jobs:
             job.kill()
-    assert [job.returncode for job in jobs] == [code] * len(jobs), "\n".join(out[-2000:] + err[-2000:] for out, err in said)
+    assert [job.returncode for job in jobs] == [code] * len(jobs), "\n".join(
+        out[-2000:] + err[-2000:] for out, err in said
+    )
     return [(re.sub(r"\[Gloo\].*\n", "", out), err) for out, err in said]
 
 
@@ -175,14 +259,19 @@ def start_two(workdir, second={}, **settings):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [start_02(workdir, hosts=(port, 2, i), **settings | own) for i, own in enumerate(({}, second))]
+    return [
+        start_02(workdir, hosts=(port, 2, i), **settings | own)
+        for i, own in enumerate(({}, second))
+    ]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """(folder to work in, rows of metrics) of thirty steps on one device."""
     workdir = tmp_path_factory.mktemp("shared")
-    Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(workdir / "runs" / "alone" / "tokenizer.json")
+    Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(
+        workdir / "runs" / "alone" / "tokenizer.json"
+    )
     out = finish(start_02(workdir, run="alone"))[0][0]
     assert "devices     one" in out
     for run in ("eight", "two", "wrong"):
@@ -195,8 +284,12 @@ def check_curve(run, alone, rtol=2e-3):
     """The same batches, their sums in another order: the rounding grows by the step."""
     rows = read_jsonl(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [row["step"] for row in alone]
-    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in alone], rtol=rtol)
-    np.testing.assert_allclose([row["loss"] for row in rows[:4]], [row["loss"] for row in alone[:4]], rtol=5e-5)
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows], [row["loss"] for row in alone], rtol=rtol
+    )
+    np.testing.assert_allclose(
+        [row["loss"] for row in rows[:4]], [row["loss"] for row in alone[:4]], rtol=5e-5
+    )
     np.testing.assert_allclose(rows[-1]["val_bpb"], alone[-1]["val_bpb"], rtol=rtol)
 
 
@@ -204,9 +297,15 @@ def test_02_on_eight_devices_equals_one_and_goes_on_there(alone):
     workdir, wanted = alone
     run = workdir / "runs" / "eight"
     out = finish(start_02(workdir, 8, run="eight"))[0][0]
-    assert "devices     zero: it fits" in out and "(1 x 16 rows, 2 a device)" in out and "FAIL" not in out
+    assert (
+        "devices     zero: it fits" in out
+        and "(1 x 16 rows, 2 a device)" in out
+        and "FAIL" not in out
+    )
     check_curve(run, wanted)
-    out = finish(start_02(workdir, 8, run="eight", if_exists="fresh", strategy="fsdp", mesh="data=2 fsdp=4"))[0][0]
+    out = finish(
+        start_02(workdir, 8, run="eight", if_exists="fresh", strategy="fsdp", mesh="data=2 fsdp=4")
+    )[0][0]
     assert "devices     fsdp: asked for" in out and "FAIL" not in out
     check_curve(run, wanted)
     shutil.rmtree(run / "checkpoints" / "step_00000030")
@@ -225,70 +324,126 @@ def test_02_in_two_processes_stops_and_goes_on_as_one(alone):
         time.sleep(0.01)
     jobs[1].send_signal(signal.SIGTERM)
     (_, first), (out, second) = finish(*jobs, code=2)
-    stopped = [int(re.search(r"Error: stopped at step (\d+) and saved", err)[1]) for err in (first, second)]
-    assert stopped[0] == stopped[1] < 30 and (run / "checkpoints" / f"step_{stopped[0]:08d}").exists() and out == ""
+    stopped = [
+        int(re.search(r"Error: stopped at step (\d+) and saved", err)[1]) for err in (first, second)
+    ]
+    assert (
+        stopped[0] == stopped[1] < 30
+        and (run / "checkpoints" / f"step_{stopped[0]:08d}").exists()
+        and out == ""
+    )
 
     (first, _), (out, _) = finish(*start_two(workdir, run="two"))
     assert f"at step {stopped[0]} of 30" in first and "FAIL" not in first and out == ""
     check_curve(run, wanted)
-    assert {"opt_state.0-of-2.safetensors", "opt_state.1-of-2.safetensors"} < {p.name for p in (run / "checkpoints" / "step_00000030").iterdir()}
+    assert {"opt_state.0-of-2.safetensors", "opt_state.1-of-2.safetensors"} < {
+        p.name for p in (run / "checkpoints" / "step_00000030").iterdir()
+    }
     assert json.loads((run / "results.json").read_text())["devices"] == 2
 
-    tuned = script(ROOT / "04_eval_chat.py", *words_of(SMOKE["04_eval_chat"] | dict(run="two", mid="none", tasks="none")), cwd=workdir)
+    tuned = script(
+        ROOT / "04_eval_chat.py",
+        *words_of(SMOKE["04_eval_chat"] | dict(run="two", mid="none", tasks="none")),
+        cwd=workdir,
+    )
     assert tuned.returncode == 0, tuned.stdout + tuned.stderr
     check_products("02_train", run)
     assert (run / "sft").exists()
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
-    (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
-    (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
-    (dict(overrides=SHARED["overrides"] + " microbatch=4"), "microbatch=4 rows cannot be split over 8 devices"),
-    (dict(coordinator="127.0.0.1:1", host_count=2), "process -1 of 2: give host:port of process 0, and an index from 0"),
-    (dict(host_count=2, host_index=0), "process 0 of 2 does not know the others: give coordinator"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
+        (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
+        (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
+        (
+            dict(overrides=SHARED["overrides"] + " microbatch=4"),
+            "microbatch=4 rows cannot be split over 8 devices",
+        ),
+        (
+            dict(coordinator="127.0.0.1:1", host_count=2),
+            "process -1 of 2: give host:port of process 0, and an index from 0",
+        ),
+        (
+            dict(host_count=2, host_index=0),
+            "process 0 of 2 does not know the others: give coordinator",
+        ),
+    ],
+)
 def test_02_refuses_what_cannot_be_shared_out(alone, settings, said):
     [(_, err)] = finish(start_02(alone[0], 8, run="wrong", **settings), code=2)
     assert said in err and err.startswith("Error: ") and err.count("\n") == 1
 
 
 def test_a_process_with_other_settings_ends_all(alone):
-    (_, first), (_, second) = finish(*start_two(alone[0], run="wrong", second=dict(num_steps=31)), code=2)
+    (_, first), (_, second) = finish(
+        *start_two(alone[0], run="wrong", second=dict(num_steps=31)), code=2
+    )
     for err in (first, second):
         assert "process 1 has other settings than process 0 (num_steps: 31, not 30)" in err
 
 
 def words_of(settings):
-    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [
+        word
+        for name, value in settings.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def test_core_is_measured_while_training_and_again_by_04(tmp_path):
     """With flags, in metrics.jsonl and in the record, alike; and a bundle that is not there stops a run before it computes."""
     files = load("core.json")["bundle_files"]
     # one of each kind
-    shown = [task for task in yaml.safe_load(files["core.yaml"])["icl_tasks"] if task["num_fewshot"] == [0]]
+    shown = [
+        task
+        for task in yaml.safe_load(files["core.yaml"])["icl_tasks"]
+        if task["num_fewshot"] == [0]
+    ]
     for name, text in (files | {"core.yaml": yaml.safe_dump({"icl_tasks": shown})}).items():
         (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "bundle" / name).write_text(text)
     run = tmp_path / "runs" / "core"
     Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(run / "tokenizer.json")
-    settings = SMOKE["02_train"] | dict(run="core", core_every=2, core_limit=4, core_bundle=tmp_path / "bundle")
-    lost = script(ROOT / "02_train.py", *words_of(settings | dict(core_bundle=tmp_path / "nowhere")), cwd=tmp_path)
-    assert lost.returncode == 2 and "no CORE bundle at" in lost.stderr and not (run / "metrics.jsonl").exists()
+    settings = SMOKE["02_train"] | dict(
+        run="core", core_every=2, core_limit=4, core_bundle=tmp_path / "bundle"
+    )
+    lost = script(
+        ROOT / "02_train.py",
+        *words_of(settings | dict(core_bundle=tmp_path / "nowhere")),
+        cwd=tmp_path,
+    )
+    assert (
+        lost.returncode == 2
+        and "no CORE bundle at" in lost.stderr
+        and not (run / "metrics.jsonl").exists()
+    )
     done = script(ROOT / "02_train.py", *words_of(settings), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_jsonl(run / "metrics.jsonl")
     assert [(row["step"], "core" in row, "val_bpb" in row, "samples" in row) for row in rows] == [
-        (1, False, False, False), (2, True, False, False), (3, False, False, False), (4, True, True, True)]
+        (1, False, False, False),
+        (2, True, False, False),
+        (3, False, False, False),
+        (4, True, True, True),
+    ]
 
-    settings = SMOKE["04_eval_chat"] | dict(run="core", mid="none", sft_mixture="none", tasks="none", core_bundle=tmp_path / "bundle",
-                                            core_items=4)
+    settings = SMOKE["04_eval_chat"] | dict(
+        run="core",
+        mid="none",
+        sft_mixture="none",
+        tasks="none",
+        core_bundle=tmp_path / "bundle",
+        core_items=4,
+    )
     done = script(ROOT / "04_eval_chat.py", *words_of(settings), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((run / "evals" / "base.json").read_text())
     assert record["core"]["score"] == pytest.approx(rows[-1]["core"]) and record["core"]["partial"]
-    assert {f"core/{name}" for name in record["core"]["tasks"]} == set(record["tasks"]) and len(record["tasks"]) == 3
+    assert {f"core/{name}" for name in record["core"]["tasks"]} == set(record["tasks"]) and len(
+        record["tasks"]
+    ) == 3
     assert all(entry["contamination"]["n"] == entry["n"] == 4 for entry in record["tasks"].values())
     assert "CORE of a part" in (run / "report.md").read_text()
 

@@ -12,14 +12,37 @@ import jax
 import numpy as np
 import pytest
 
-from lib.parallel import layout as sharding
 from lib.config import Config
 from lib.files import UserError
+from lib.parallel import layout as sharding
 
 ROOT = Path(__file__).parents[2]
-CONFIG = dict(vocab_size=320, sequence_len=32, n_layer=3, n_embd=64, n_head=4, n_kv_head=4, head_dim=16, mlp_dim=128, microbatch=8, window_pattern="SL",
-              total_batch_size=2 * 8 * 32, num_steps=10, warmup_steps=2, loss_chunk=64, compute_dtype="float32", attention="einsum", scan_layers=False)
-LAYOUTS = [("dp", {"data": 8}), ("zero", {"data": 8}), ("fsdp", {"fsdp": 8}), ("fsdp", {"data": 2, "fsdp": 4}), ("tp", {"data": 2, "tensor": 4})]
+CONFIG = dict(
+    vocab_size=320,
+    sequence_len=32,
+    n_layer=3,
+    n_embd=64,
+    n_head=4,
+    n_kv_head=4,
+    head_dim=16,
+    mlp_dim=128,
+    microbatch=8,
+    window_pattern="SL",
+    total_batch_size=2 * 8 * 32,
+    num_steps=10,
+    warmup_steps=2,
+    loss_chunk=64,
+    compute_dtype="float32",
+    attention="einsum",
+    scan_layers=False,
+)
+LAYOUTS = [
+    ("dp", {"data": 8}),
+    ("zero", {"data": 8}),
+    ("fsdp", {"fsdp": 8}),
+    ("fsdp", {"data": 2, "fsdp": 4}),
+    ("tp", {"data": 2, "tensor": 4}),
+]
 # Trains and reports. arguments: json of {config, steps, strategy, mesh, save, restore, hosts}
 TRAIN = """
 import json, re, sys
@@ -70,15 +93,29 @@ def train(devices=1, processes=1, **arguments):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             arguments["hosts"] = ["127.0.0.1:%d" % s.getsockname()[1], processes]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
-    jobs = [subprocess.Popen([sys.executable, "-c", TRAIN, json.dumps(arguments), str(i)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True) for i in range(processes)]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+    }
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, json.dumps(arguments), str(i)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
     try:
         done = [job.communicate(timeout=300) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
-    assert [job.returncode for job in jobs] == [0] * processes, "\n".join(err[-2000:] for _, err in done)
+    assert [job.returncode for job in jobs] == [0] * processes, "\n".join(
+        err[-2000:] for _, err in done
+    )
     return json.loads(done[0][0].partition("RESULT")[2])
 
 
@@ -98,12 +135,17 @@ def single(tmp_path_factory):
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eight")
-    return dict(zip(map(str, LAYOUTS), train(devices=8, layouts=LAYOUTS, text=True))) | {"folder": folder}
+    return dict(zip(map(str, LAYOUTS), train(devices=8, layouts=LAYOUTS, text=True))) | {
+        "folder": folder
+    }
 
 
 def check_equal(many, single, steps=slice(None)):
     """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible where gradients are nearly zero."""
-    (losses, norms), (wanted, wanted_norms) = np.transpose(many["losses"]), np.transpose(single["losses"][steps])
+    (losses, norms), (wanted, wanted_norms) = (
+        np.transpose(many["losses"]),
+        np.transpose(single["losses"][steps]),
+    )
     np.testing.assert_allclose(losses, wanted, rtol=2e-5)
     np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
     if steps.stop is None:
@@ -125,21 +167,43 @@ def test_collectives_are_the_expected_ones(eight):
     dp, zero, fsdp, *_ = (eight[str(x)] for x in LAYOUTS)
     # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a batch or sequence in its shape
     assert set(dp["kinds"]) == {"all-reduce", "all-gather"} and dp["kinds"]["all-reduce"] <= 3
-    widths = {CONFIG[k] for k in ("n_embd", "mlp_dim", "n_head", "head_dim", "n_layer")} | {12, 1, 2, 8}
+    widths = {CONFIG[k] for k in ("n_embd", "mlp_dim", "n_head", "head_dim", "n_layer")} | {
+        12,
+        1,
+        2,
+        8,
+    }
     for shape in dp["gathers"]:
-        assert {int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n} <= widths, shape
+        assert {int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n} <= widths, (
+            shape
+        )
     assert zero["kinds"]["reduce-scatter"] and fsdp["kinds"]["reduce-scatter"]
     assert not {"all-to-all", "collective-permute"} & {*zero["kinds"], *fsdp["kinds"]}
 
 
-@pytest.mark.parametrize("processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})])
-def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, tmp_path, processes, strategy, mesh):
+@pytest.mark.parametrize(
+    "processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})]
+)
+def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
+    single, tmp_path, processes, strategy, mesh
+):
     """Trained five steps on all processes, saved by all, the rest on one, two and four devices of one process."""
-    half = train(devices=processes, processes=processes, layouts=[[strategy, mesh]], steps=5, save=str(tmp_path))
+    half = train(
+        devices=processes,
+        processes=processes,
+        layouts=[[strategy, mesh]],
+        steps=5,
+        save=str(tmp_path),
+    )
     check_equal(half[0], single, slice(0, 5))
     files = {p.name for p in next(tmp_path.glob("step_*")).iterdir()}
-    assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(list(tmp_path.iterdir())) == 1
-    for devices, layouts in ((1, [[None, None]]), (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]))[: 3 - processes // 2]:
+    assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(
+        list(tmp_path.iterdir())
+    ) == 1
+    for devices, layouts in (
+        (1, [[None, None]]),
+        (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]),
+    )[: 3 - processes // 2]:
         for rest in train(devices=devices, layouts=layouts, restore=str(tmp_path)):
             check_equal(rest, single, slice(5, None))
 
@@ -165,10 +229,21 @@ def test_missing_processes_are_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = "127.0.0.1:%d" % s.getsockname()[1]
-    jobs = [subprocess.Popen([sys.executable, "-c", code, address, str(i)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                             env=os.environ | {"JAX_PLATFORMS": "cpu"}) for i in (0, 1)]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(i)],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        for i in (0, 1)
+    ]
     for job in jobs:
-        assert "process 2 of 3 never joined within 4 s" in job.communicate(timeout=60)[1].splitlines()[-1]
+        assert (
+            "process 2 of 3 never joined within 4 s"
+            in job.communicate(timeout=60)[1].splitlines()[-1]
+        )
     for arguments in (("nowhere", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0)):
         with pytest.raises(UserError, match="host:port"):
             sharding.start_hosts(*arguments)

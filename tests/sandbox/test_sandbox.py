@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.sandbox import programs as sandbox
 from lib.files import UserError
+from lib.sandbox import programs as sandbox
 from lib.sandbox.programs import available, calculator, run_many, run_python
 
 # ---------------------------------------------------------------------------------------------------------------- calculator
@@ -253,24 +253,50 @@ def world():
     abstract.bind("\0" + abstract_name if sys.platform == "linux" else str(base / "socket"))
     abstract.listen()
     signals = []
-    handlers = {s: signal.signal(s, lambda number, frame: signals.append(number)) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    handlers = {
+        s: signal.signal(s, lambda number, frame: signals.append(number))
+        for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
     secret_r, secret_w = os.pipe()
     os.write(secret_w, b"secret of a pipe")
     os.set_inheritable(secret_r, True)
     env = Path("/proc/self/environ")
-    secrets = [line.split("=", 1)[-1] for line in (env.read_text().split("\0") if env.exists() else [])]
-    secrets = [s for s in secrets if len(s) > 12 and "UTF-8" not in s] + ["secret of a variable", "secret of a pipe"]
-    place = {"CANARY": base / "canary", "LATE": base / "late", "PORT": tcp.getsockname()[1], "PID": os.getpid(), "ABSTRACT": abstract_name}
+    secrets = [
+        line.split("=", 1)[-1] for line in (env.read_text().split("\0") if env.exists() else [])
+    ]
+    secrets = [s for s in secrets if len(s) > 12 and "UTF-8" not in s] + [
+        "secret of a variable",
+        "secret of a pipe",
+    ]
+    place = {
+        "CANARY": base / "canary",
+        "LATE": base / "late",
+        "PORT": tcp.getsockname()[1],
+        "PID": os.getpid(),
+        "ABSTRACT": abstract_name,
+    }
 
     def source(name):
         code = HOSTILE[name][0]
-        if "attempt(" in code or any(word in code for word in ("os.", "sys.", "signal.", "time.", "later")):
+        if "attempt(" in code or any(
+            word in code for word in ("os.", "sys.", "signal.", "time.", "later")
+        ):
             code = TRY + code
         for key, value in place.items():
             code = code.replace(f"@{key}@", str(value))
         return code
 
-    w = SimpleNamespace(base=base, tcp=tcp, udp=udp, abstract=abstract, signals=signals, secrets=secrets, source=source, place=place, results={})
+    w = SimpleNamespace(
+        base=base,
+        tcp=tcp,
+        udp=udp,
+        abstract=abstract,
+        signals=signals,
+        secrets=secrets,
+        source=source,
+        place=place,
+        results={},
+    )
     patch = pytest.MonkeyPatch()
     patch.setenv("SANDBOX_CANARY", "secret of a variable")
     patch.setattr(sandbox, "JAIL", base / "jail.py")
@@ -280,7 +306,9 @@ def world():
         name, level = run
         began, expected = time.monotonic(), HOSTILE[name][2]
         seconds = 0.4 if expected == "stopped after" else 5 if expected else 1
-        return run_python(source(name), timeout=seconds, memory=MEMORY, output=1 << 16, layers=level), time.monotonic() - began
+        return run_python(
+            source(name), timeout=seconds, memory=MEMORY, output=1 << 16, layers=level
+        ), time.monotonic() - began
 
     w.before = limits_of_the_caller()
     with ThreadPoolExecutor(8) as pool:
@@ -308,12 +336,18 @@ def test_there_are_enough_of_them():
     assert len(HOSTILE) >= 40 and RUNS
 
 
-@pytest.mark.parametrize("name, level", RUNS, ids=[f"{name}-{LABEL[level]}" for name, level in RUNS])
+@pytest.mark.parametrize(
+    "name, level", RUNS, ids=[f"{name}-{LABEL[level]}" for name, level in RUNS]
+)
 def test_hostile_program(world, name, level):
     result, seconds = world.results[name, level]
     assert "BREACH" not in result.stdout + result.stderr, result
     assert HOSTILE[name][2] in result.reason, result
-    assert (not result.ok or not result.reason) and "\n" not in result.reason and len(result.reason) < 600
+    assert (
+        (not result.ok or not result.reason)
+        and "\n" not in result.reason
+        and len(result.reason) < 600
+    )
     assert not any(secret in result.stdout + result.stderr for secret in world.secrets)
     assert len(result.stdout) <= 1 << 16 and len(result.stderr) <= 1 << 16
     assert seconds < 15  # with seven others on a busy machine
@@ -322,7 +356,11 @@ def test_hostile_program(world, name, level):
 def test_nothing_was_harmed(world):
     assert sorted(p.name for p in (world.base / "canary").iterdir()) == ["folder", "precious"]
     precious = world.base / "canary" / "precious"
-    assert precious.read_text() == "precious" and precious.stat().st_mode & 0o777 == 0o777 and precious.stat().st_mtime > 1e9
+    assert (
+        precious.read_text() == "precious"
+        and precious.stat().st_mode & 0o777 == 0o777
+        and precious.stat().st_mtime > 1e9
+    )
     assert list((world.base / "temp").iterdir()) == []  # every program's own folder is gone
     assert world.signals == []
     assert limits_of_the_caller() == world.before
@@ -368,10 +406,26 @@ def test_the_traps_close(world, tmp_path):
         code = world.source(name)
         for old, new in ((world.base / "canary", canary), (world.base / "late", tmp_path / "late")):
             code = code.replace(str(old), str(new))
-        code = code.replace(str(world.place["PORT"]), str(server.getsockname()[1])).replace(str(world.place["PID"]), "0")
-        return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=tmp_path, text=True, timeout=20).stdout
+        code = code.replace(str(world.place["PORT"]), str(server.getsockname()[1])).replace(
+            str(world.place["PID"]), "0"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            cwd=tmp_path,
+            text=True,
+            timeout=20,
+        ).stdout
 
-    for name in ("read /etc/passwd", "TCP", "change rights", "environment", "socket by number", "read by symlink", "delete"):
+    for name in (
+        "read /etc/passwd",
+        "TCP",
+        "change rights",
+        "environment",
+        "socket by number",
+        "read by symlink",
+        "delete",
+    ):
         assert "BREACH" in unprotected(name), name
     server.accept()
     assert not (canary / "precious").exists()
@@ -417,13 +471,26 @@ def test_honest_program(level):
     if not promised("others", level) and sys.platform == "linux":  # no thread may start there
         code = code.replace("thread.start(); thread.join()", "print('from a thread')")
     result = run_python(code, stdin="first\nrest", layers=level)
-    assert result == (True, f"from a thread\nfirst rest d41d8cd98f00b204e9800998ecf8427e {__import__('math').comb(60, 30)}\n", "", "")
+    assert result == (
+        True,
+        f"from a thread\nfirst rest d41d8cd98f00b204e9800998ecf8427e {__import__('math').comb(60, 30)}\n",
+        "",
+        "",
+    )
 
 
 def test_result_tells_what_happened():
     result = run_python("print('before', flush=True)\ndef f():\n    return 1 / 0\nf()\n")
-    assert not result.ok and result.stdout == "before\n" and result.reason == "it raised ZeroDivisionError: division by zero"
-    assert "line 3, in f" in result.stderr and "return 1 / 0" in result.stderr and "jail" not in result.stderr
+    assert (
+        not result.ok
+        and result.stdout == "before\n"
+        and result.reason == "it raised ZeroDivisionError: division by zero"
+    )
+    assert (
+        "line 3, in f" in result.stderr
+        and "return 1 / 0" in result.stderr
+        and "jail" not in result.stderr
+    )
     late = run_python("import time; print('said', flush=True); time.sleep(60)", timeout=0.3)
     assert late == (False, "said\n", "", "it was stopped after 0.3 seconds")
     much = run_python("print('é' * 100)", output=50)
@@ -432,7 +499,9 @@ def test_result_tells_what_happened():
 
 def test_many_at_once_keep_their_order():
     results = run_many([f"print({i})\nassert {i} != 3" for i in range(12)], workers=4)
-    assert [r.stdout for r in results] == [f"{i}\n" for i in range(12)] and [r.ok for r in results] == [i != 3 for i in range(12)]
+    assert [r.stdout for r in results] == [f"{i}\n" for i in range(12)] and [
+        r.ok for r in results
+    ] == [i != 3 for i in range(12)]
 
 
 def test_hashes_are_the_same_every_time():
@@ -441,7 +510,14 @@ def test_hashes_are_the_same_every_time():
 
 
 def test_senseless_limits_are_refused():
-    for options in (dict(timeout=0), dict(timeout=float("nan")), dict(memory=1000), dict(output=0), dict(layers=("moat",)), dict(code=" " * (1 << 21))):
+    for options in (
+        dict(timeout=0),
+        dict(timeout=float("nan")),
+        dict(memory=1000),
+        dict(output=0),
+        dict(layers=("moat",)),
+        dict(code=" " * (1 << 21)),
+    ):
         with pytest.raises(UserError):
             run_python(**{"code": "", **options})
 
@@ -455,7 +531,12 @@ def test_the_least_memory_is_enough_to_start():
 def test_a_wall_that_fails_is_left_out_or_told(monkeypatch, tmp_path):
     """available() does without it; once it has been there, no program is run without it."""
     broken = tmp_path / "jail.py"
-    broken.write_text(sandbox.JAIL.read_text().replace("def seccomp(metadata):", "def seccomp(metadata):\n    raise OSError('not here')\n\n\ndef unused(metadata):"))
+    broken.write_text(
+        sandbox.JAIL.read_text().replace(
+            "def seccomp(metadata):",
+            "def seccomp(metadata):\n    raise OSError('not here')\n\n\ndef unused(metadata):",
+        )
+    )
     monkeypatch.setattr(sandbox, "JAIL", broken)
     assert available.__wrapped__() == tuple(layer for layer in available() if layer != "seccomp")
     with pytest.raises(OSError, match="seccomp: not here"):

@@ -14,8 +14,12 @@ from lib.serve import web as serve
 from lib.train.checkpoint import load_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine: apt install chromium")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+pytestmark = pytest.mark.skipif(
+    not CHROMIUM, reason="no chromium on this machine: apt install chromium"
+)
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -25,7 +29,12 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SUM, COUNT, MARKDOWN, ATTACK = "What is 37 plus 85?", "Count to 120.", "Show me some Markdown.", "Attack the page."
+SUM, COUNT, MARKDOWN, ATTACK = (
+    "What is 37 plus 85?",
+    "Count to 120.",
+    "Show me some Markdown.",
+    "Attack the page.",
+)
 
 
 @cache
@@ -35,7 +44,9 @@ def model():
 
 @contextlib.contextmanager
 def serving(**settings):
-    server = serve.Server(model(), serve.Settings(run=str(parrot.run()), port=0, max_tokens=700, **settings)).start()
+    server = serve.Server(
+        model(), serve.Settings(run=str(parrot.run()), port=0, max_tokens=700, **settings)
+    ).start()
     try:
         yield server
     finally:
@@ -133,7 +144,10 @@ def test_tool_calls_are_folded(page):
     send(page, SUM)
     finished(page)
     details = page.locator("details.tool")
-    assert details.count() == 1 and details.locator("summary").inner_text() == "Calculator: 37+85 = 122"
+    assert (
+        details.count() == 1
+        and details.locator("summary").inner_text() == "Calculator: 37+85 = 122"
+    )
     assert not details.locator("dl").is_visible()
     details.locator("summary").focus()
     page.keyboard.press("Enter")
@@ -143,7 +157,10 @@ def test_tool_calls_are_folded(page):
 
 def test_an_answer_streams_and_stops(page, server):
     send(page, COUNT)
-    until(page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('10 11')")
+    until(
+        page,
+        "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('10 11')",
+    )
     assert page.get_by_role("button", name="Stop").is_visible() and "120" not in answers(page)[0]
     page.get_by_role("button", name="Stop").click()
     finished(page)
@@ -156,7 +173,9 @@ def test_an_answer_streams_and_stops(page, server):
         page.wait_for_timeout(50)
     assert not server.app.state.worker.busy, "the server writes on for nobody"
     page.get_by_role("button", name="Regenerate").click()
-    until(page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('3 4')")
+    until(
+        page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('3 4')"
+    )
     page.keyboard.press("Escape")
     finished(page)
     assert len(answers(page)) == 1 and answers(page)[0] != text
@@ -164,7 +183,10 @@ def test_an_answer_streams_and_stops(page, server):
 
 def test_a_reload_in_the_middle_keeps_what_was_there(page):
     send(page, COUNT)
-    until(page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('20 21')")
+    until(
+        page,
+        "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('20 21')",
+    )
     page.reload()
     text = answers(page)[0]
     assert parrot.COUNT.startswith(text.strip()) and "20 21" in text and questions(page) == [COUNT]
@@ -174,7 +196,10 @@ def test_a_reload_in_the_middle_keeps_what_was_there(page):
 def test_editing_a_message_goes_on_from_there(page):
     for text in ("hello", COUNT):
         send(page, text)
-        until(page, "document.querySelector('.message.assistant:last-child .body')?.innerText.length > 5")
+        until(
+            page,
+            "document.querySelector('.message.assistant:last-child .body')?.innerText.length > 5",
+        )
         page.keyboard.press("Escape")
         finished(page)
     first = page.locator(".message.user").first
@@ -209,10 +234,13 @@ def test_markdown_becomes_elements(page):
         (".block pre .c", "# a sum"),
     ]:
         assert body.locator(selector).inner_text().strip() == text, selector
-    assert body.locator("a").get_attribute("href") == "https://example.com/a?b=c" and "noopener" in body.locator(
-        "a"
-    ).get_attribute("rel")
-    assert body.locator(".block pre").inner_text().rstrip() == "def add(a, b):  # a sum\n    return a + b"
+    assert body.locator("a").get_attribute(
+        "href"
+    ) == "https://example.com/a?b=c" and "noopener" in body.locator("a").get_attribute("rel")
+    assert (
+        body.locator(".block pre").inner_text().rstrip()
+        == "def add(a, b):  # a sum\n    return a + b"
+    )
 
 
 RENDER = """([texts, elements]) => texts.map(text => {
@@ -265,7 +293,9 @@ def test_nothing_that_is_written_becomes_code(page, context):
     rendered = page.evaluate(RENDER, [PAYLOADS, ELEMENTS])
     assert [r["bad"] for r in rendered] == [[]] * len(PAYLOADS)
     page.wait_for_timeout(200)
-    assert page.evaluate("window.hacked") is None and not [u for u in requests if "evil" in u or u.endswith("/x")]
+    assert page.evaluate("window.hacked") is None and not [
+        u for u in requests if "evil" in u or u.endswith("/x")
+    ]
     assert page.locator("img, iframe, svg svg, #log script").count() == 0
 
 
@@ -298,7 +328,11 @@ def test_odd_markdown_is_rendered_quickly_and_whole(page):
     )
     assert max(milliseconds) < 2000, milliseconds
     rendered = page.evaluate(RENDER, [texts, ELEMENTS])
-    assert "snake_case_name" in rendered[4]["text"] and "never closed" in rendered[12]["text"] and rendered[14]["text"] == "*not*"
+    assert (
+        "snake_case_name" in rendered[4]["text"]
+        and "never closed" in rendered[12]["text"]
+        and rendered[14]["text"] == "*not*"
+    )
     assert all(r["bad"] == [] for r in rendered)
 
 
@@ -306,7 +340,10 @@ def test_probabilities_on_hover(page):
     page.get_by_role("button", name="Token probabilities").click()
     send(page, SUM)
     finished(page)
-    assert "".join(page.locator(".message.assistant .tokens span").all_inner_texts()) == "Let me see. 37 plus 85 is **122**."
+    assert (
+        "".join(page.locator(".message.assistant .tokens span").all_inner_texts())
+        == "Let me see. 37 plus 85 is **122**."
+    )
     token = page.locator(".tokens span").nth(1)
     assert not page.locator("#tip").is_visible()
     token.hover()
@@ -315,7 +352,10 @@ def test_probabilities_on_hover(page):
     assert len(rows) == 5 and shares == sorted(shares, reverse=True) and shares[0] > 50
     assert page.locator("#tip tr.taken td").first.inner_text() == token.inner_text()
     page.get_by_role("button", name="Token probabilities").click()
-    assert page.locator(".tokens").count() == 0 and page.locator(".message.assistant strong").inner_text() == "122"
+    assert (
+        page.locator(".tokens").count() == 0
+        and page.locator(".message.assistant strong").inner_text() == "122"
+    )
 
 
 def test_settings_reach_the_server_and_survive_a_reload(page, context):
@@ -344,7 +384,10 @@ def test_settings_reach_the_server_and_survive_a_reload(page, context):
     assert answers(page)[0] == first, "the same seed gives the same answer"
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Back to defaults").click()
-    assert page.get_by_label("Temperature").input_value() == "0.6" and page.get_by_label("Seed").input_value() == ""
+    assert (
+        page.get_by_label("Temperature").input_value() == "0.6"
+        and page.get_by_label("Seed").input_value() == ""
+    )
 
 
 def test_several_conversations(page):
@@ -367,7 +410,9 @@ def test_several_conversations(page):
 
 def test_two_tabs_at_once(page, context):
     send(page, COUNT)
-    until(page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('4 5')")
+    until(
+        page, "document.querySelectorAll('.message.assistant .body')[0]?.innerText.includes('4 5')"
+    )
     other = context.new_page()
     other.goto("/")
     until(
@@ -402,12 +447,19 @@ def test_two_tabs_in_one_conversation_lose_nothing(page, context):
     for tab, question in ((page, COUNT), (other, SUM)):
         shown = answers(tab)[-1]
         assert questions(tab)[0] == "hello" and questions(tab)[-1] == question and len(shown) > 10
-        assert any(chat[-2] == question and len(chat[-1]) > 10 for chat in stored), "both tabs' conversations are kept whole"
+        assert any(chat[-2] == question and len(chat[-1]) > 10 for chat in stored), (
+            "both tabs' conversations are kept whole"
+        )
 
 
 def test_a_narrow_screen(browser, server):
     with contextlib.closing(
-        browser.new_context(viewport={"width": 360, "height": 640}, base_url=server.url, has_touch=True, is_mobile=True)
+        browser.new_context(
+            viewport={"width": 360, "height": 640},
+            base_url=server.url,
+            has_touch=True,
+            is_mobile=True,
+        )
     ) as context:
         page = context.new_page()
         page.goto("/")
@@ -416,10 +468,14 @@ def test_a_narrow_screen(browser, server):
         assert not page.locator("#side").is_visible()
         send(page, MARKDOWN)
         finished(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is wider than the screen"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, (
+            "nothing is wider than the screen"
+        )
         box = page.get_by_label("Message", exact=True).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
-        assert page.locator("#text").evaluate("e => getComputedStyle(e).fontSize") == "16px", "smaller, and phones zoom in"
+        assert page.locator("#text").evaluate("e => getComputedStyle(e).fontSize") == "16px", (
+            "smaller, and phones zoom in"
+        )
         page.get_by_role("button", name="Conversations").tap()
         page.locator("#side").wait_for(state="visible")
         page.get_by_role("button", name="+ New conversation").tap()
@@ -428,10 +484,19 @@ def test_a_narrow_screen(browser, server):
 
 
 def test_dark_and_light(browser, server):
-    with contextlib.closing(browser.new_context(color_scheme="dark", base_url=server.url)) as context:
+    with contextlib.closing(
+        browser.new_context(color_scheme="dark", base_url=server.url)
+    ) as context:
         page = context.new_page()
         page.goto("/")
-        shade = lambda: sum(map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3]))
+        shade = lambda: sum(
+            map(
+                int,
+                re.findall(
+                    r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor")
+                )[:3],
+            )
+        )
         assert shade() < 200
         page.get_by_role("button", name="Theme: as the system").click()
         assert shade() > 600
@@ -443,7 +508,9 @@ def test_dark_and_light(browser, server):
 
 def test_an_error_is_shown_and_can_be_tried_again(page, context, server):
     page.route(
-        "**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "too many people"}}), times=1
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(status=429, json={"error": {"message": "too many people"}}),
+        times=1,
     )
     send(page, SUM)
     finished(page)
@@ -455,7 +522,11 @@ def test_an_error_is_shown_and_can_be_tried_again(page, context, server):
     for wanted in ("the model 'the-one-before' does not exist here", ""):
         page.get_by_role("button", name="Try again" if not wanted else "Regenerate").click()
         finished(page)
-        assert (wanted in page.get_by_role("alert").inner_text()) if wanted else page.get_by_role("alert").count() == 0
+        assert (
+            (wanted in page.get_by_role("alert").inner_text())
+            if wanted
+            else page.get_by_role("alert").count() == 0
+        )
     page.route("**/v1/chat/completions", lambda route: route.abort(), times=1)
     send(page, "hello")
     finished(page)
@@ -464,7 +535,10 @@ def test_an_error_is_shown_and_can_be_tried_again(page, context, server):
 
 
 def test_the_token_is_asked_for_once(browser):
-    with serving(token="s3cret") as server, contextlib.closing(browser.new_context(base_url=server.url)) as context:
+    with (
+        serving(token="s3cret") as server,
+        contextlib.closing(browser.new_context(base_url=server.url)) as context,
+    ):
         page = context.new_page()
         page.goto("/")
         page.get_by_label("Token", exact=True).fill("wrong")
@@ -475,7 +549,10 @@ def test_the_token_is_asked_for_once(browser):
         page.get_by_text("context of 768 tokens").wait_for()
         page.reload()
         page.get_by_text("context of 768 tokens").wait_for()
-    with serving(token="s3cret") as server, contextlib.closing(browser.new_context(base_url=server.url)) as context:
+    with (
+        serving(token="s3cret") as server,
+        contextlib.closing(browser.new_context(base_url=server.url)) as context,
+    ):
         page = context.new_page()
         page.goto("/#token=s3cret")
         page.get_by_text("context of 768 tokens").wait_for()
@@ -491,6 +568,17 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(page):
     seen = set()
     for _ in range(30):
         page.keyboard.press("Tab")
-        seen.add(page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText.trim()"))
-    assert {"+ New conversation", "Settings", "Token probabilities", "Edit", "Regenerate", "Calculator: 37+85 = 122"} <= seen
+        seen.add(
+            page.evaluate(
+                "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText.trim()"
+            )
+        )
+    assert {
+        "+ New conversation",
+        "Settings",
+        "Token probabilities",
+        "Edit",
+        "Regenerate",
+        "Calculator: 37+85 = 122",
+    } <= seen
     assert page.get_by_role("status").inner_text() == "The answer is complete"

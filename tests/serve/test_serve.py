@@ -21,11 +21,12 @@ import httpx
 import parrot
 import pytest
 
-from lib.serve import api, web as serve
 from lib.chat import terminal as chat
-from lib.train.checkpoint import load_model
 from lib.files import UserError
 from lib.generate.engine import generate
+from lib.serve import api
+from lib.serve import web as serve
+from lib.train.checkpoint import load_model
 
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
@@ -96,7 +97,9 @@ def slowly(client, seconds=0.2):
 
 
 def test_models(ai, name):
-    assert [m.id for m in ai.models.list()] == [name] and ai.models.retrieve(name).owned_by == "rawchat"
+    assert [m.id for m in ai.models.list()] == [name] and ai.models.retrieve(
+        name
+    ).owned_by == "rawchat"
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         ai.models.retrieve("gpt-4o")
 
@@ -104,13 +107,24 @@ def test_models(ai, name):
 def test_a_chat(ai, name):
     answer = ai.chat.completions.create(model=name, messages=ASK[SUM], temperature=0)
     choice = answer.choices[0]
-    assert choice.message.content == "Let me see. 37 plus 85 is **122**." and choice.message.role == "assistant"
+    assert (
+        choice.message.content == "Let me see. 37 plus 85 is **122**."
+        and choice.message.role == "assistant"
+    )
     assert choice.message.parts == parrot.CHATS[SUM], "who knows of tools sees the calls"
-    assert choice.finish_reason == "stop" and answer.model == name and answer.object == "chat.completion"
+    assert (
+        choice.finish_reason == "stop"
+        and answer.model == name
+        and answer.object == "chat.completion"
+    )
     prompt = len(model().tokenizer.render_for_completion(ASK[SUM]))
     # without <|assistant_end|>
     made = len(model().tokenizer.render_conversation(parrot.messages(SUM))[0]) - prompt - 1
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+    assert (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+        answer.usage.total_tokens,
+    ) == (
         prompt,
         made,
         prompt + made,
@@ -121,7 +135,11 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
     for question in (SCRIPTS, SUM):
         chunks = list(
             ai.chat.completions.create(
-                model=name, messages=ASK[question], temperature=0, stream=True, stream_options={"include_usage": True}
+                model=name,
+                messages=ASK[question],
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
             )
         )
         deltas = [c.choices[0].delta for c in chunks if c.choices]
@@ -129,10 +147,16 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
         assert "".join(d.content or "" for d in deltas) == chat.plain(parrot.CHATS[question])
         assert not any("\ufffd" in (d.content or "") for d in deltas) and len(deltas) > 4
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
-        assert chunks[-1].usage.total_tokens > 0 and not chunks[-1].choices and all(c.usage is None for c in chunks[:-1])
+        assert (
+            chunks[-1].usage.total_tokens > 0
+            and not chunks[-1].choices
+            and all(c.usage is None for c in chunks[:-1])
+        )
     parts = {}
     for d in deltas:
-        pieces = getattr(d, "parts", None) or ([{"index": 0, "type": "text", "text": d.content}] if d.content else [])
+        pieces = getattr(d, "parts", None) or (
+            [{"index": 0, "type": "text", "text": d.content}] if d.content else []
+        )
         for p in pieces:
             parts.setdefault(p["index"], {"type": p["type"], "text": ""})["text"] += p["text"]
     assert [parts[i] for i in sorted(parts)] == parrot.CHATS[SUM]
@@ -140,7 +164,9 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
 
 def test_the_parts_of_an_answer_may_be_sent_back(ai, http, name):
     messages = [*parrot.messages(SUM), *ASK["hello"]]
-    prompt = ai.chat.completions.create(model=name, messages=messages, max_tokens=1).usage.prompt_tokens
+    prompt = ai.chat.completions.create(
+        model=name, messages=messages, max_tokens=1
+    ).usage.prompt_tokens
     assert prompt == len(model().tokenizer.render_for_completion(messages))
 
 
@@ -151,7 +177,9 @@ def test_system_messages_and_content_parts(ai, name):
         {"role": "user", "content": [{"type": "text", "text": "C"}, {"type": "text", "text": "D"}]},
         {"role": "user", "content": "E"},
     ]
-    prompt = ai.chat.completions.create(model=name, messages=messages, max_tokens=1).usage.prompt_tokens
+    prompt = ai.chat.completions.create(
+        model=name, messages=messages, max_tokens=1
+    ).usage.prompt_tokens
     same = [{"role": "system", "content": "A\n\nB"}, {"role": "user", "content": "CD\n\nE"}]
     assert prompt == len(model().tokenizer.render_for_completion(same))
 
@@ -160,10 +188,20 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     ask = dict(model=name, messages=ASK["hello"], temperature=1.7, max_tokens=24)
     several = [c.message.content for c in ai.chat.completions.create(n=3, seed=5, **ask).choices]
     assert len(set(several)) == 3
-    alone = [ai.chat.completions.create(seed=5 + i, **ask).choices[0].message.content for i in range(3)]
+    alone = [
+        ai.chat.completions.create(seed=5 + i, **ask).choices[0].message.content for i in range(3)
+    ]
     assert several == alone
     ids = model().tokenizer.render_for_completion(ASK["hello"])
-    made = generate(model().params, model().config, [ids], 24, temperature=1.7, seed=5, stop=chat.ends(model().tokenizer))[0]
+    made = generate(
+        model().params,
+        model().config,
+        [ids],
+        24,
+        temperature=1.7,
+        seed=5,
+        stop=chat.ends(model().tokenizer),
+    )[0]
     reader = chat.Reader(model().tokenizer)
     reader.read([chat.Token(i, 0.0) for i in made])
     assert several[0] == chat.plain(reader.parts), "the server writes what generate writes"
@@ -184,7 +222,10 @@ def test_stop_strings_and_lengths(ai, name):
             answer = ai.chat.completions.create(stop=stop, stream=stream, **ask)
             if stream:
                 chunks = list(answer)
-                text, reason = "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+                text, reason = (
+                    "".join(c.choices[0].delta.content or "" for c in chunks),
+                    chunks[-1].choices[0].finish_reason,
+                )
             else:
                 text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
             assert (text, reason) == ("1 2 3 4 5 ", "stop")
@@ -197,24 +238,44 @@ def test_stop_strings_and_lengths(ai, name):
 def test_logprobs_of_a_chat(ai, name):
     for stream in (False, True):
         answer = ai.chat.completions.create(
-            model=name, messages=ASK[SCRIPTS], temperature=0, logprobs=True, top_logprobs=3, stream=stream
+            model=name,
+            messages=ASK[SCRIPTS],
+            temperature=0,
+            logprobs=True,
+            top_logprobs=3,
+            stream=stream,
         )
         found = [c.choices[0].logprobs for c in answer] if stream else [answer.choices[0].logprobs]
         entries = [e for logprobs in found if logprobs for e in logprobs.content]
-        assert b"".join(bytes(e.bytes) for e in entries).decode() == parrot.CHATS[SCRIPTS], "the tokens make up the text"
+        assert b"".join(bytes(e.bytes) for e in entries).decode() == parrot.CHATS[SCRIPTS], (
+            "the tokens make up the text"
+        )
         assert all(
-            e.logprob <= 0 and len(e.top_logprobs) == 3 and e.top_logprobs[0].logprob == max(t.logprob for t in e.top_logprobs)
+            e.logprob <= 0
+            and len(e.top_logprobs) == 3
+            and e.top_logprobs[0].logprob == max(t.logprob for t in e.top_logprobs)
             for e in entries
         )
-        assert all(e.top_logprobs[0].token == e.token for e in entries), "greedy takes the likeliest"
+        assert all(e.top_logprobs[0].token == e.token for e in entries), (
+            "greedy takes the likeliest"
+        )
 
 
 def test_completions(ai, name):
     ids = model().tokenizer.encode("1 2 3", bos=True)
     one = ai.completions.create(model=name, prompt="1 2 3", temperature=0, max_tokens=12)
-    assert one.object == "text_completion" and one.usage.prompt_tokens == len(ids) and one.usage.completion_tokens <= 12
-    assert ai.completions.create(model=name, prompt=ids, temperature=0, max_tokens=12).choices[0].text == one.choices[0].text
-    several = ai.completions.create(model=name, prompt=["1 2 3", "4 5"], temperature=0, max_tokens=12, n=2, echo=True)
+    assert (
+        one.object == "text_completion"
+        and one.usage.prompt_tokens == len(ids)
+        and one.usage.completion_tokens <= 12
+    )
+    assert (
+        ai.completions.create(model=name, prompt=ids, temperature=0, max_tokens=12).choices[0].text
+        == one.choices[0].text
+    )
+    several = ai.completions.create(
+        model=name, prompt=["1 2 3", "4 5"], temperature=0, max_tokens=12, n=2, echo=True
+    )
     texts = [c.text for c in several.choices]
     assert (
         texts[0] == texts[1] == "1 2 3" + one.choices[0].text
@@ -223,13 +284,22 @@ def test_completions(ai, name):
     )
     streamed = "".join(
         c.choices[0].text
-        for c in ai.completions.create(model=name, prompt="1 2 3", temperature=0, max_tokens=12, echo=True, stream=True)
+        for c in ai.completions.create(
+            model=name, prompt="1 2 3", temperature=0, max_tokens=12, echo=True, stream=True
+        )
     )
     assert streamed == texts[0]
     assert ai.completions.create(model=name, prompt="1 2 3").usage.completion_tokens <= 16
-    scored = ai.completions.create(model=name, prompt="1 2 3", temperature=0, max_tokens=12, logprobs=2).choices[0]
+    scored = ai.completions.create(
+        model=name, prompt="1 2 3", temperature=0, max_tokens=12, logprobs=2
+    ).choices[0]
     logprobs = scored.logprobs
-    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(logprobs.top_logprobs)
+    assert (
+        len(logprobs.tokens)
+        == len(logprobs.token_logprobs)
+        == len(logprobs.text_offset)
+        == len(logprobs.top_logprobs)
+    )
     for token, offset in zip(logprobs.tokens, logprobs.text_offset):
         assert token.startswith("bytes:") or scored.text[offset:].startswith(token)
 
@@ -245,7 +315,14 @@ def test_errors_are_openais(ai, name):
         (dict(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
         (dict(n=1000), "n"),
         (dict(messages=[]), "messages"),
-        (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), None),
+        (
+            dict(
+                messages=[
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            ),
+            None,
+        ),
         (dict(messages=[{"role": "tool", "content": "x"}]), "messages.0.role"),
         (dict(messages=parrot.messages("hello")), "messages"),
     ]
@@ -286,24 +363,35 @@ def test_the_oldest_turns_are_left_out_when_asked(ai, name):
     messages = [
         m
         for i in range(30)
-        for m in ({"role": "user", "content": f"{i} " + "word " * 12}, {"role": "assistant", "content": "hm"})
+        for m in (
+            {"role": "user", "content": f"{i} " + "word " * 12},
+            {"role": "assistant", "content": "hm"},
+        )
     ] + ASK[SUM]
     with pytest.raises(openai.BadRequestError) as e:
         ai.chat.completions.create(model=name, messages=messages)
     assert e.value.code == "context_length_exceeded"
-    answer = ai.chat.completions.create(model=name, messages=messages, max_tokens=50, extra_body={"truncation": "auto"})
+    answer = ai.chat.completions.create(
+        model=name, messages=messages, max_tokens=50, extra_body={"truncation": "auto"}
+    )
     assert answer.dropped_messages > 20 and answer.usage.total_tokens <= 768
     first = next(
         iter(
             ai.chat.completions.create(
-                model=name, messages=messages, max_tokens=50, stream=True, extra_body={"truncation": "auto"}
+                model=name,
+                messages=messages,
+                max_tokens=50,
+                stream=True,
+                extra_body={"truncation": "auto"},
             )
         )
     )
     assert first.dropped_messages == answer.dropped_messages
     with pytest.raises(openai.BadRequestError) as e:
         ai.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": "word " * 600}], extra_body={"truncation": "auto"}
+            model=name,
+            messages=[{"role": "user", "content": "word " * 600}],
+            extra_body={"truncation": "auto"},
         )
     assert e.value.code == "context_length_exceeded"
 
@@ -328,17 +416,23 @@ def test_32_streaming_clients_get_what_each_would_get_alone(http, name):
     ]
 
     async def crowd():
-        async with openai.AsyncOpenAI(base_url=f"{http.server.url}/v1", api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(
+            base_url=f"{http.server.url}/v1", api_key="none", max_retries=0
+        ) as client:
 
             async def one(ask):
                 ask = dict(ask)
                 chunks = [
                     c
                     async for c in await client.chat.completions.create(
-                        **{k: v for k, v in ask.items() if k != "top_k"}, stream=True, extra_body={"top_k": ask["top_k"]}
+                        **{k: v for k, v in ask.items() if k != "top_k"},
+                        stream=True,
+                        extra_body={"top_k": ask["top_k"]},
                     )
                 ]
-                return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[-1].choices[0].finish_reason
+                return "".join(c.choices[0].delta.content or "" for c in chunks), chunks[
+                    -1
+                ].choices[0].finish_reason
 
             return await asyncio.gather(*map(one, asks))
 
@@ -446,14 +540,24 @@ def test_a_full_queue_is_429_and_late_ones_503(narrow):
         jobs += [pool.submit(late), pool.submit(late)]
         until(narrow, waiting=2)
         refused = narrow.post("/v1/chat/completions", json=ask)
-        assert refused.status_code == 429 and refused.headers["retry-after"] and refused.json()["error"]["code"] == "queue_full"
+        assert (
+            refused.status_code == 429
+            and refused.headers["retry-after"]
+            and refused.json()["error"]["code"] == "queue_full"
+        )
         answers = [job.result() for job in jobs]
     choice = answers[0].json()["choices"][0]
-    assert (choice["finish_reason"], choice["ended_by"]) == ("length", "time"), "what was written in time is delivered"
+    assert (choice["finish_reason"], choice["ended_by"]) == ("length", "time"), (
+        "what was written in time is delivered"
+    )
     assert choice["message"]["content"]
-    assert {a.status_code for a in answers[1:]} <= {200, 503} and 503 in {a.status_code for a in answers[1:]}
+    assert {a.status_code for a in answers[1:]} <= {200, 503} and 503 in {
+        a.status_code for a in answers[1:]
+    }
     assert all(a.json()["error"]["code"] == "timeout" for a in answers if a.status_code == 503)
-    assert narrow.post("/v1/completions", json={"prompt": ["a", "b", "c"]}).status_code == 400, "more than could ever wait"
+    assert narrow.post("/v1/completions", json={"prompt": ["a", "b", "c"]}).status_code == 400, (
+        "more than could ever wait"
+    )
     settle(narrow)
 
 
@@ -461,7 +565,9 @@ def test_large_and_slow_requests_are_refused(narrow):
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 9000}]})
     # with a length, and in chunks of none
     for content in (big, iter([big[:5000].encode(), big[5000:].encode()])):
-        answer = narrow.post("/v1/chat/completions", content=content, headers={"Content-Type": "application/json"})
+        answer = narrow.post(
+            "/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code == 413 and "8 KiB" in answer.json()["error"]["message"]
     with socket.create_connection(("127.0.0.1", narrow.server.port)) as raw:
         raw.sendall(
@@ -510,7 +616,12 @@ def test_only_loopback_without_a_token():
 def test_a_token_is_asked_for():
     with serving(token="s3cret", host="0.0.0.0") as client:
         base = f"http://127.0.0.1:{client.server.port}"
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": "Bearer s3cret2"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "s3cret"},
+            {"Authorization": "Bearer s3cret2"},
+        ):
             for path in ("/v1/models", "/metrics", "/v1/chat/completions", "/nowhere"):
                 answer = httpx.get(base + path, headers=headers)
                 assert (
@@ -519,7 +630,10 @@ def test_a_token_is_asked_for():
                     and answer.headers["www-authenticate"]
                 )
         assert httpx.get(base + "/").status_code == httpx.get(base + "/health").status_code == 200
-        assert httpx.get(base + "/metrics", headers={"Authorization": "Bearer s3cret"}).status_code == 200
+        assert (
+            httpx.get(base + "/metrics", headers={"Authorization": "Bearer s3cret"}).status_code
+            == 200
+        )
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=base + "/v1", api_key="wrong").models.list()
         assert openai.OpenAI(base_url=base + "/v1", api_key="s3cret").models.list().data
@@ -537,9 +651,14 @@ def test_names_given_for_an_open_server_are_the_only_ones():
         for host, status in (("chat.test", 200), ("localhost", 200), ("evil.test", 403)):
             assert httpx.get(url, headers={"Host": host}).status_code == status
         ask = dict(messages=ASK["hello"], temperature=0)
-        url, headers = url.replace("health", "v1/chat/completions"), {"Host": "chat.test", "Authorization": "Bearer t"}
+        url, headers = (
+            url.replace("health", "v1/chat/completions"),
+            {"Host": "chat.test", "Authorization": "Bearer t"},
+        )
         answer = httpx.post(url, json=ask, headers=headers, timeout=60).json()
-        assert answer["choices"][0]["message"]["content"] == parrot.CHATS["hello"], "with int8 weights and guesses as well"
+        assert answer["choices"][0]["message"]["content"] == parrot.CHATS["hello"], (
+            "with int8 weights and guesses as well"
+        )
         assert client.server.app.state.worker.engine.guessed
 
 
@@ -556,7 +675,14 @@ def test_a_bug_of_ours_is_counted_as_500():
 
 def test_other_pages_and_other_names_are_kept_out(http):
     port = http.server.port
-    for host in ("evil.test", f"evil.test:{port}", "127.0.0.1.evil.test", "localhost@evil.test", "[", ""):
+    for host in (
+        "evil.test",
+        f"evil.test:{port}",
+        "127.0.0.1.evil.test",
+        "localhost@evil.test",
+        "[",
+        "",
+    ):
         assert http.get("/v1/models", headers={"Host": host}).status_code == 403, host
     for host in (f"localhost:{port}", "127.0.0.1", f"[::1]:{port}", "LOCALHOST"):
         assert http.get("/v1/models", headers={"Host": host}).status_code == 200, host
@@ -569,13 +695,20 @@ def test_other_pages_and_other_names_are_kept_out(http):
         assert http.get("/v1/models", headers={"Origin": origin}).status_code == status, origin
     # what a form on a foreign page could send
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": kind}).status_code == 415
+        assert (
+            http.post(
+                "/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": kind}
+            ).status_code
+            == 415
+        )
 
 
 def test_the_page_may_run_its_own_code_only(http):
     answer = http.get("/")
     policy = answer.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
+    assert (
+        "default-src 'none'" in policy and "unsafe" not in policy and policy.count("sha256-") == 2
+    )
     assert answer.headers["x-content-type-options"] == "nosniff" and "http://" not in re.sub(
         r"http://www\.w3\.org\S*", "", answer.text
     )
@@ -601,7 +734,19 @@ SEEDS = [  # valid requests that the mutations start from
             truncation="auto",
         ),
     ),
-    ("/v1/completions", dict(prompt=["a", "b"], max_tokens=2, temperature=0.5, top_p=0.9, echo=False, logprobs=1, stop="x", n=1)),
+    (
+        "/v1/completions",
+        dict(
+            prompt=["a", "b"],
+            max_tokens=2,
+            temperature=0.5,
+            top_p=0.9,
+            echo=False,
+            logprobs=1,
+            stop="x",
+            n=1,
+        ),
+    ),
 ]
 ODD = [
     None,
@@ -650,7 +795,18 @@ def mutated(random, value, depth=0):
         if choice < 0.3:
             return value | {
                 random.choice(
-                    ["stream", "tools", "n", "best_of", "suffix", "user", "nonsense", "\ud800", "max_tokens", "stream_options"]
+                    [
+                        "stream",
+                        "tools",
+                        "n",
+                        "best_of",
+                        "suffix",
+                        "user",
+                        "nonsense",
+                        "\ud800",
+                        "max_tokens",
+                        "stream_options",
+                    ]
                 ): random.choice(ODD)
             }
         return value | {key: mutated(random, value[key], depth + 1)}
@@ -669,14 +825,25 @@ def test_mutated_requests_are_answered_or_refused_and_never_break_the_server(htt
         if i % 7 == 0:  # not even JSON
             at = random_.randrange(len(data))
             data = (
-                data[:at] + random_.choice([b"", b"\xff", b"{", b"]", b"\x00", b"[" * 5000]) + data[at + random_.randint(0, 9) :]
+                data[:at]
+                + random_.choice([b"", b"\xff", b"{", b"]", b"\x00", b"[" * 5000])
+                + data[at + random_.randint(0, 9) :]
             )
         answer = http.post(path, content=data, headers={"Content-Type": "application/json"})
         statuses.append(answer.status_code)
-        assert answer.status_code == 200 or 400 <= answer.status_code < 500, (answer.status_code, path, data[:300], answer.text)
+        assert answer.status_code == 200 or 400 <= answer.status_code < 500, (
+            answer.status_code,
+            path,
+            data[:300],
+            answer.text,
+        )
         if answer.status_code != 200:
             error = answer.json()["error"]
-            assert set(error) == {"message", "type", "param", "code"} and error["message"] and "Traceback" not in answer.text
+            assert (
+                set(error) == {"message", "type", "param", "code"}
+                and error["message"]
+                and "Traceback" not in answer.text
+            )
     assert statuses.count(400) > 120 and statuses.count(200) > 15
     settle(http)
     out = capfd.readouterr()
@@ -717,7 +884,10 @@ def test_wrong_paths_and_methods(http):
         ("GET", "/v1/models/%00%ff", 404),
     ]:
         answer = http.request(method, path)
-        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error", (
+        assert (
+            answer.status_code == status
+            and answer.json()["error"]["type"] == "invalid_request_error"
+        ), (
             method,
             path,
             answer.status_code,
@@ -730,13 +900,16 @@ def test_wrong_paths_and_methods(http):
 def test_metrics_add_up(http, name):
     before, made = _counter(http, "rawchat_completion_tokens_total"), 0
     for i in range(3):
-        made += http.post("/v1/completions", json={"prompt": "a", "max_tokens": 5, "temperature": 2, "seed": i}).json()["usage"][
-            "completion_tokens"
-        ]
+        made += http.post(
+            "/v1/completions", json={"prompt": "a", "max_tokens": 5, "temperature": 2, "seed": i}
+        ).json()["usage"]["completion_tokens"]
     text = http.get("/metrics").text
     assert _counter(http, "rawchat_completion_tokens_total") == before + made
     for line in text.splitlines():
-        assert re.fullmatch(r'# TYPE \w+ (counter|gauge|histogram)|\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+.\de]+', line), line
+        assert re.fullmatch(
+            r'# TYPE \w+ (counter|gauge|histogram)|\w+(\{\w+="[^"]*"(,\w+="[^"]*")*\})? [-+.\de]+',
+            line,
+        ), line
     for name in ("rawchat_time_to_first_token_seconds", "rawchat_request_seconds"):
         counts = [float(c) for c in re.findall(rf'{name}_bucket{{le="[^"]*"}} (\d+)', text)]
         assert counts == sorted(counts) and counts[-1] == _counter(http, f"{name}_count") > 0
@@ -749,7 +922,13 @@ def test_metrics_add_up(http, name):
 
 
 def test_settings_out_of_bounds_are_told():
-    for change in (dict(port=70000), dict(slots=0), dict(queue=0), dict(seconds=0), dict(max_tokens=0)):
+    for change in (
+        dict(port=70000),
+        dict(slots=0),
+        dict(queue=0),
+        dict(seconds=0),
+        dict(max_tokens=0),
+    ):
         with pytest.raises(UserError, match=next(iter(change))):
             serve.Settings(**change)
 
@@ -765,7 +944,10 @@ def test_colabs_address_is_printed(monkeypatch, capsys):
     import lib.notebook
 
     output = types.SimpleNamespace(
-        eval_js=lambda code: "https://proxy.test/" + re.fullmatch(r"google\.colab\.kernel\.proxyPort\((\d+)\)", code)[1]
+        eval_js=lambda code: (
+            "https://proxy.test/"
+            + re.fullmatch(r"google\.colab\.kernel\.proxyPort\((\d+)\)", code)[1]
+        )
     )
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(output=output))
     monkeypatch.setattr(lib.notebook, "in_colab", lambda: True)
@@ -774,7 +956,9 @@ def test_colabs_address_is_printed(monkeypatch, capsys):
         assert f"https://proxy.test/{server.port}" in capsys.readouterr().out
         proxied = {"Host": "abc-8000.colab.dev", "Origin": "https://abc-8000.colab.dev"}
         assert httpx.get(server.url + "/v1/models", headers=proxied).status_code == 200
-        assert "frame-ancestors" not in httpx.get(server.url + "/").headers["content-security-policy"]
+        assert (
+            "frame-ancestors" not in httpx.get(server.url + "/").headers["content-security-policy"]
+        )
     finally:
         server.close()
 
@@ -784,8 +968,18 @@ def test_a_notebooks_server_makes_up_its_token_too(capsys):
     try:
         token = re.search(r"token: (\S{20,})", shown := capsys.readouterr().out)[1]
         assert f"{server.url}/#token={token}\n" in shown
-        assert httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer auto"}).status_code == 401
-        assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert (
+            httpx.get(
+                server.url + "/v1/models", headers={"Authorization": "Bearer auto"}
+            ).status_code
+            == 401
+        )
+        assert (
+            httpx.get(
+                server.url + "/v1/models", headers={"Authorization": f"Bearer {token}"}
+            ).status_code
+            == 200
+        )
     finally:
         server.close()
 
@@ -793,9 +987,14 @@ def test_a_notebooks_server_makes_up_its_token_too(capsys):
 def test_the_command_serves_finishes_what_it_began_and_leaves():
     with process(RAWCHAT_TOKEN="t0ken") as server:
         headers, text = {"Authorization": "Bearer t0ken"}, ""
-        assert "#token=t0ken" in server.first_line and httpx.get(server.url + "/v1/models").status_code == 401
+        assert (
+            "#token=t0ken" in server.first_line
+            and httpx.get(server.url + "/v1/models").status_code == 401
+        )
         ask = dict(messages=ASK["Count to 120."], temperature=0, stream=True)
-        with httpx.stream("POST", server.url + "/v1/chat/completions", json=ask, headers=headers, timeout=60) as answer:
+        with httpx.stream(
+            "POST", server.url + "/v1/chat/completions", json=ask, headers=headers, timeout=60
+        ) as answer:
             for i, line in enumerate(answer.iter_lines()):
                 if i == 4:
                     server.send_signal(signal.SIGINT)
@@ -844,4 +1043,6 @@ def test_small_answers_do_not_wait_for_the_network(http):
         began = time.perf_counter()
         http.get("/health")
         seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.02, "an answer in two packets waits 40 ms for an acknowledgement unless TCP_NODELAY is set"
+    assert min(seconds) < 0.02, (
+        "an answer in two packets waits 40 ms for an acknowledgement unless TCP_NODELAY is set"
+    )

@@ -15,7 +15,11 @@ each_task = pytest.mark.parametrize("name", TASKS)
 
 def written(parts) -> str:
     """What a model that answers with these parts would write, as the evaluation decodes it."""
-    around = {"text": "{}", "python": "<|python_start|>{}<|python_end|>", "python_output": "<|output_start|>{}<|output_end|>"}
+    around = {
+        "text": "{}",
+        "python": "<|python_start|>{}<|python_end|>",
+        "python_output": "<|output_start|>{}<|output_end|>",
+    }
     return "".join(around[p["type"]].format(p["text"]) for p in parts)
 
 
@@ -30,7 +34,11 @@ def reference(item):
 @each_task
 def test_splits_are_the_same_each_time_and_share_nothing(name):
     train, test = (items_of(name, split) for split in ("train", "test"))
-    again = embedded.dialogues.__wrapped__("test") if name == "dialogues" else TASKS[name].items.__wrapped__("test")
+    again = (
+        embedded.dialogues.__wrapped__("test")
+        if name == "dialogues"
+        else TASKS[name].items.__wrapped__("test")
+    )
     assert test == again and len(test) >= 200 and len(train) >= 1000
     assert len({item["id"] for item in train + test}) == len(train) + len(test)
     if name != "dialogues":
@@ -40,7 +48,11 @@ def test_splits_are_the_same_each_time_and_share_nothing(name):
 
 
 def test_words_of_tests_are_in_no_training_item():
-    tested = {item["about"] for name in ("spelling", "counting", "strings") for item in items_of(name, "test")}
+    tested = {
+        item["about"]
+        for name in ("spelling", "counting", "strings")
+        for item in items_of(name, "test")
+    }
     for name in ("spelling", "counting", "strings"):
         for item in items_of(name, "train"):
             assert not tested & {item["about"], *re.findall(r"[\"'](\w+)[\"']", asked(item))}, item
@@ -48,7 +60,9 @@ def test_words_of_tests_are_in_no_training_item():
 
 def test_dialogues_are_made_of_items_of_their_own_split():
     for split in ("train", "test"):
-        known = {asked(item) for name in TASKS if name != "dialogues" for item in items_of(name, split)}
+        known = {
+            asked(item) for name in TASKS if name != "dialogues" for item in items_of(name, split)
+        }
         for item in items_of("dialogues", split)[:300]:
             assert {m["content"] for m in item["messages"] if m["role"] == "user"} <= known
 
@@ -57,7 +71,9 @@ def test_dialogues_are_made_of_items_of_their_own_split():
 def test_reference_answers_are_right_and_others_are_not(name):
     grade, items = TASKS[name].grade, items_of(name, "test") + items_of(name, "train")[:500]
     for item in items:
-        assert grade(item, reference(item)) and grade(item, reference(item) + "<|assistant_end|>"), item
+        assert grade(item, reference(item)) and grade(
+            item, reference(item) + "<|assistant_end|>"
+        ), item
         assert not grade(item, "") and not grade(item, "I do not know.")
     if name not in ("identity", "dialogues"):  # to say the question back is no answer
         assert sum(grade(item, asked(item)) for item in items) / len(items) < 0.05
@@ -89,7 +105,16 @@ def test_answers_are_true():
     assert counts.most_common(1)[0][1] < 0.45 * sum(counts.values())
     for item in items_of("strings", "test"):
         word = item["about"]
-        expected = {word[::-1], word.upper(), word[0], word[-1], word * 2, word * 3, word * 4, f"{len(word)}letters"}
+        expected = {
+            word[::-1],
+            word.upper(),
+            word[0],
+            word[-1],
+            word * 2,
+            word * 3,
+            word * 4,
+            f"{len(word)}letters",
+        }
         given = item["answer"].replace(" ", "")
         assert given in expected or (given.startswith(word) and given[len(word) :] in asked(item))
 
@@ -102,7 +127,11 @@ def test_facts_are_those_of_the_running_python():
     for item in items_of("pyfacts", "train"):
         stated = reference(item)
         if match := re.fullmatch(r'(Yes|No), "(\w+)" is (not )?(a keyword|built in)\.', stated):
-            is_one = keyword.iskeyword(match[2]) if match[4] == "a keyword" else hasattr(builtins, match[2])
+            is_one = (
+                keyword.iskeyword(match[2])
+                if match[4] == "a keyword"
+                else hasattr(builtins, match[2])
+            )
             assert is_one == (match[1] == "Yes") == (not match[3])
         elif match := re.fullmatch(r"(.+) is of type (\w+)\.", stated):
             assert type(ast.literal_eval(match[1])).__name__ == match[2]
@@ -114,41 +143,80 @@ def test_facts_are_those_of_the_running_python():
 
 def test_variety():
     for name in ("arithmetic", "spelling", "counting", "strings", "pyfacts"):
-        shapes = {re.sub(r'"\w+"|\d+|\[[^]]*\]', "#", asked(item)) for item in items_of(name, "train")[:3000]}
+        shapes = {
+            re.sub(r'"\w+"|\d+|\[[^]]*\]', "#", asked(item))
+            for item in items_of(name, "train")[:3000]
+        }
         assert len(shapes) >= 10, (name, shapes)
     calls = [item["messages"][1]["content"][0]["text"] for item in items_of("arithmetic", "train")]
     signs = collections.Counter(re.sub(r"\d", "", call) for call in calls)
     assert {"+", "-", "*", "//", "%", "+*", "--"} <= set(signs) and signs["+"] < 0.4 * signs.total()
 
 
-@pytest.mark.parametrize("said, number", [
-    ("It is 12.", "12"), ("12", "12"), ("1,234,567", "1234567"), ("The answer is -5.", "-5"), ("5.0", "5"), ("2.50 in all.", "2.5"),
-    ("<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>That is 7.<|assistant_end|>", "7"),
-    ("<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>", None), ("none", None), ("", None), ("x2", None),
-    ("first 3, then 4", "4"), ("10-3", "3"), ("007", "007"), ("0", "0"), ("-0.0", "-0")])
+@pytest.mark.parametrize(
+    "said, number",
+    [
+        ("It is 12.", "12"),
+        ("12", "12"),
+        ("1,234,567", "1234567"),
+        ("The answer is -5.", "-5"),
+        ("5.0", "5"),
+        ("2.50 in all.", "2.5"),
+        (
+            "<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>That is 7.<|assistant_end|>",
+            "7",
+        ),
+        ("<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>", None),
+        ("none", None),
+        ("", None),
+        ("x2", None),
+        ("first 3, then 4", "4"),
+        ("10-3", "3"),
+        ("007", "007"),
+        ("0", "0"),
+        ("-0.0", "-0"),
+    ],
+)
 def test_last_number(said, number):
     assert embedded.last_number(said) == number
 
 
-@pytest.mark.parametrize("answer, said, right", [
-    ("c a t", '"cat": c a t', True), ("c a t", "c a t.", True), ("c a t", '"scat": s c a t', False), ("c a t", "cat", False),
-    ("c a t", "It is c, a, t.", True), ("c a t", "c a t s", False),
-    ("c", 'The first letter is "c".', True), ("c", "abc", False), ("math", "sqrt is in the module math.", True),
-    ("math", "It is cmath.", False), ("3 items", "1: 2 It has 3 items.", True), ("os.path", "It is os.path.", True),
-    ("c", "", False)])
+@pytest.mark.parametrize(
+    "answer, said, right",
+    [
+        ("c a t", '"cat": c a t', True),
+        ("c a t", "c a t.", True),
+        ("c a t", '"scat": s c a t', False),
+        ("c a t", "cat", False),
+        ("c a t", "It is c, a, t.", True),
+        ("c a t", "c a t s", False),
+        ("c", 'The first letter is "c".', True),
+        ("c", "abc", False),
+        ("math", "sqrt is in the module math.", True),
+        ("math", "It is cmath.", False),
+        ("3 items", "1: 2 It has 3 items.", True),
+        ("os.path", "It is os.path.", True),
+        ("c", "", False),
+    ],
+)
 def test_same_end(answer, said, right):
     assert embedded.same_end(dict(answer=answer), said) is right
 
 
 def test_yes_and_no_are_said_first():
-    assert embedded.fact(dict(answer="yes"), "Yes, it is.") and not embedded.fact(dict(answer="yes"), "No, yes.")
+    assert embedded.fact(dict(answer="yes"), "Yes, it is.") and not embedded.fact(
+        dict(answer="yes"), "No, yes."
+    )
     assert not embedded.fact(dict(answer="no"), "nothing is certain")
 
 
 def test_words_are_asked_with_and_without_quotes():
     for name in ("spelling", "counting", "strings"):
         items = items_of(name, "test")
-        share = {mark: sum(f"{mark}{item['about']}{mark}" in asked(item) for item in items) / len(items) for mark in "\"'"}
+        share = {
+            mark: sum(f"{mark}{item['about']}{mark}" in asked(item) for item in items) / len(items)
+            for mark in "\"'"
+        }
         assert share['"'] > 0.4 and share["'"] > 0.1 and sum(share.values()) < 0.8, (name, share)
 
 
@@ -157,9 +225,16 @@ def test_the_questions_that_we_suggest_are_asked_as_they_were_taught():
     from pathlib import Path
 
     root = Path(__file__).parents[2]
-    shapes = {re.sub(r'"\w+"|\d+', "#", asked(item)) for name in ("arithmetic", "spelling", "counting", "identity")
-              for item in items_of(name, "train")}
+    shapes = {
+        re.sub(r'"\w+"|\d+', "#", asked(item))
+        for name in ("arithmetic", "spelling", "counting", "identity")
+        for item in items_of(name, "train")
+    }
     for file, count in (("lib/serve/page.html", 4), ("benchmarks/serve.py", 4)):
-        line = next(line for line in (root / file).read_text().splitlines() if "Who are you?" in line)
+        line = next(
+            line for line in (root / file).read_text().splitlines() if "Who are you?" in line
+        )
         questions = ast.literal_eval(re.search(r"\[[^][]*Who are you\?\"\]", line)[0])
-        assert len(questions) == count and {re.sub(r'"\w+"|\d+', "#", q) for q in questions} <= shapes
+        assert (
+            len(questions) == count and {re.sub(r'"\w+"|\d+', "#", q) for q in questions} <= shapes
+        )

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.data import sources as data
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.tasks import Task, hub, stdlib
-from lib.data.tokenizer import Tokenizer
 
 PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r):\n    """ Area of half a circle. """\n'
 BODY = "    return half(math.pi * r * r)\n"
@@ -28,49 +28,158 @@ ROWS = {
     "smoltalk": (dict(messages=CHAT, source="smol"), dict(messages=CHAT)),
     "mmlu": (
         dict(question="What is 2+2? ", subject="maths", choices=["1", "4", "5", "22"], answer=1),
-        dict(messages=[dict(role="user", content="What is 2+2?\n\n- 1=A\n- 4=B\n- 5=C\n- 22=D\n\nAnswer with the letter alone."),
-                       dict(role="assistant", content="B")],
-             letters=["A", "B", "C", "D"], gold=1, question="What is 2+2?", options=["1", "4", "5", "22"], subject="maths")),
+        dict(
+            messages=[
+                dict(
+                    role="user",
+                    content="What is 2+2?\n\n- 1=A\n- 4=B\n- 5=C\n- 22=D\n\nAnswer with the letter alone.",
+                ),
+                dict(role="assistant", content="B"),
+            ],
+            letters=["A", "B", "C", "D"],
+            gold=1,
+            question="What is 2+2?",
+            options=["1", "4", "5", "22"],
+            subject="maths",
+        ),
+    ),
     "arc_easy": (
         dict(id="X_1", question="What is hot?", choices=FOUR, answerKey="2"),
-        dict(messages=[dict(role="user", content="What is hot?\n\n- ice=1\n- steam=2\n- fog=3\n- snow=4\n\nAnswer with the letter alone."),
-                       dict(role="assistant", content="2")],
-             letters=["1", "2", "3", "4"], gold=1, question="What is hot?", options=["ice", "steam", "fog", "snow"])),
+        dict(
+            messages=[
+                dict(
+                    role="user",
+                    content="What is hot?\n\n- ice=1\n- steam=2\n- fog=3\n- snow=4\n\nAnswer with the letter alone.",
+                ),
+                dict(role="assistant", content="2"),
+            ],
+            letters=["1", "2", "3", "4"],
+            gold=1,
+            question="What is hot?",
+            options=["ice", "steam", "fog", "snow"],
+        ),
+    ),
     "arc_challenge": (
-        dict(id="X_2", question="Which?", choices=dict(text=["a", "b", "c"], label=["A", "B", "C"]), answerKey="C"),
-        dict(messages=[dict(role="user", content="Which?\n\n- a=A\n- b=B\n- c=C\n\nAnswer with the letter alone."),
-                       dict(role="assistant", content="C")],
-             letters=["A", "B", "C"], gold=2, question="Which?", options=["a", "b", "c"])),
+        dict(
+            id="X_2",
+            question="Which?",
+            choices=dict(text=["a", "b", "c"], label=["A", "B", "C"]),
+            answerKey="C",
+        ),
+        dict(
+            messages=[
+                dict(
+                    role="user",
+                    content="Which?\n\n- a=A\n- b=B\n- c=C\n\nAnswer with the letter alone.",
+                ),
+                dict(role="assistant", content="C"),
+            ],
+            letters=["A", "B", "C"],
+            gold=2,
+            question="Which?",
+            options=["a", "b", "c"],
+        ),
+    ),
     "gsm8k": (
-        dict(question="How much?", answer="It is 12*100=<<12*100=1200>>1200.\nLess 0.5: <<1200-0.5=1199.5>>1199.5.\n#### 1,199.5"),
-        dict(messages=[dict(role="user", content="How much?"), dict(role="assistant", content=[
-            dict(type="text", text="It is 12*100="), dict(type="python", text="12*100"), dict(type="python_output", text="1200"),
-            dict(type="text", text="1200.\nLess 0.5: "), dict(type="python", text="1200-0.5"), dict(type="python_output", text="1199.5"),
-            dict(type="text", text="1199.5.\n#### 1,199.5")])], answer="1199.5")),
+        dict(
+            question="How much?",
+            answer="It is 12*100=<<12*100=1200>>1200.\nLess 0.5: <<1200-0.5=1199.5>>1199.5.\n#### 1,199.5",
+        ),
+        dict(
+            messages=[
+                dict(role="user", content="How much?"),
+                dict(
+                    role="assistant",
+                    content=[
+                        dict(type="text", text="It is 12*100="),
+                        dict(type="python", text="12*100"),
+                        dict(type="python_output", text="1200"),
+                        dict(type="text", text="1200.\nLess 0.5: "),
+                        dict(type="python", text="1200-0.5"),
+                        dict(type="python_output", text="1199.5"),
+                        dict(type="text", text="1199.5.\n#### 1,199.5"),
+                    ],
+                ),
+            ],
+            answer="1199.5",
+        ),
+    ),
     "humaneval": (
-        dict(task_id="HumanEval/0", prompt=PROMPT, canonical_solution=BODY, test=TEST, entry_point="area"),
-        dict(messages=[dict(role="user", content=f"Complete this Python program:\n```python\n{PROMPT}```"),
-                       dict(role="assistant", content=f"```python\n{PROMPT}{BODY}```")],
-             prompt=PROMPT, test=TEST, entry_point="area")),
+        dict(
+            task_id="HumanEval/0",
+            prompt=PROMPT,
+            canonical_solution=BODY,
+            test=TEST,
+            entry_point="area",
+        ),
+        dict(
+            messages=[
+                dict(role="user", content=f"Complete this Python program:\n```python\n{PROMPT}```"),
+                dict(role="assistant", content=f"```python\n{PROMPT}{BODY}```"),
+            ],
+            prompt=PROMPT,
+            test=TEST,
+            entry_point="area",
+        ),
+    ),
     "hellaswag": (
-        dict(ind=1, activity_label="Cooking", ctx_a="A man [x] stands.", ctx_b="he", ctx="A man stands. He", label="2",
-             endings=["eats.", "[substeps] cuts  it.", "runs [title] Then stops", "sleeps."]),
-        dict(context="Cooking: A man stands. He", choices=[" eats.", " cuts it.", " runs. Then stops", " sleeps."], gold=2)),
+        dict(
+            ind=1,
+            activity_label="Cooking",
+            ctx_a="A man [x] stands.",
+            ctx_b="he",
+            ctx="A man stands. He",
+            label="2",
+            endings=["eats.", "[substeps] cuts  it.", "runs [title] Then stops", "sleeps."],
+        ),
+        dict(
+            context="Cooking: A man stands. He",
+            choices=[" eats.", " cuts it.", " runs. Then stops", " sleeps."],
+            gold=2,
+        ),
+    ),
     "piqa": (
         dict(goal="Open a jar", sol1="Twist the lid.", sol2=" Eat the lid.", label=0),
-        dict(context="Question: Open a jar\nAnswer:", choices=[" Twist the lid.", " Eat the lid."], gold=0)),
+        dict(
+            context="Question: Open a jar\nAnswer:",
+            choices=[" Twist the lid.", " Eat the lid."],
+            gold=0,
+        ),
+    ),
     "winogrande": (
-        dict(sentence="The cup did not fit the bag, as the _ was too large.", option1="cup", option2="bag", answer="1"),
-        dict(context=["The cup did not fit the bag, as the cup", "The cup did not fit the bag, as the bag"],
-             choices=[" was too large."] * 2, gold=0)),
+        dict(
+            sentence="The cup did not fit the bag, as the _ was too large.",
+            option1="cup",
+            option2="bag",
+            answer="1",
+        ),
+        dict(
+            context=[
+                "The cup did not fit the bag, as the cup",
+                "The cup did not fit the bag, as the bag",
+            ],
+            choices=[" was too large."] * 2,
+            gold=0,
+        ),
+    ),
     "lambada": (
         dict(text="He opened the door and saw the old dog"),
-        dict(context="He opened the door and saw the old", choices=[" dog"], gold=0)),
+        dict(context="He opened the door and saw the old", choices=[" dog"], gold=0),
+    ),
     "wikitext103": (
         dict(text=" = A Title = \n"),
-        dict(text='= A Title =\n\nIt cost 1,000 pounds (well-known), he said: "don\'t".\n== Part ==\n', words=29)),
+        dict(
+            text='= A Title =\n\nIt cost 1,000 pounds (well-known), he said: "don\'t".\n== Part ==\n',
+            words=29,
+        ),
+    ),
 }
-ARTICLE = [" = A Title = \n", " \n", " It cost 1 @,@ 000 pounds ( well @-@ known ) , he said : \" don 't \" . \n", " = = Part = = \n"]
+ARTICLE = [
+    " = A Title = \n",
+    " \n",
+    ' It cost 1 @,@ 000 pounds ( well @-@ known ) , he said : " don \'t " . \n',
+    " = = Part = = \n",
+]
 
 
 def parquet(rows) -> bytes:
@@ -105,7 +214,9 @@ def server(tmp_path, monkeypatch):
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(body) - start))
             self.end_headers()
-            self.wfile.write(body[start : start + (len(body) - start) // 2 if fault == "truncate" else None])
+            self.wfile.write(
+                body[start : start + (len(body) - start) // 2 if fault == "truncate" else None]
+            )
 
         def log_message(self, *args):
             pass
@@ -115,14 +226,18 @@ def server(tmp_path, monkeypatch):
     for name, source in hub.SOURCES.items():
         for split in set(source.splits.values()):
             listing = f"/api/datasets/{source.repo}/parquet/{source.config}/{split}"
-            served[listing] = json.dumps([f"https://huggingface.co{listing}/{i}.parquet" for i in range(2)]).encode()
+            served[listing] = json.dumps(
+                [f"https://huggingface.co{listing}/{i}.parquet" for i in range(2)]
+            ).encode()
             all_rows = rows_of(name)
             for i, part in enumerate((all_rows[:4], all_rows[4:])):
                 served[f"{listing}/{i}.parquet"] = parquet(part)
     served["/identity.jsonl"] = "\n".join(json.dumps(CHAT) for _ in range(40)).encode()
     http_server.served, http_server.faults, http_server.log = served, faults, log
     address = f"http://127.0.0.1:{http_server.server_port}"
-    http_server.tasks = lambda **kw: hub.make(cache_dir=tmp_path / "cache", hub=address, identity=f"{address}/identity.jsonl", **kw)
+    http_server.tasks = lambda **kw: hub.make(
+        cache_dir=tmp_path / "cache", hub=address, identity=f"{address}/identity.jsonl", **kw
+    )
     yield http_server
     http_server.shutdown()
     http_server.server_close()
@@ -142,7 +257,9 @@ def test_rows_of_the_hub_become_the_items_written_here(server, name):
     assert items == task.items("test")
     asked = [path for path, _ in server.log]
     listing = f"/api/datasets/{source.repo}/parquet/{source.config}/{source.splits['test']}"
-    assert asked == [listing, f"{listing}/0.parquet", f"{listing}/1.parquet"], "asked the second time too"
+    assert asked == [listing, f"{listing}/0.parquet", f"{listing}/1.parquet"], (
+        "asked the second time too"
+    )
     assert bool(task.items("train")) == ("train" in source.splits)
 
 
@@ -153,22 +270,41 @@ def test_chats_render_as_tokens_and_the_calculator_is_learnt_but_not_its_answers
             ids, mask = tokenizer.render_conversation(item["messages"])
             learnt = tokenizer.decode([t for t, m in zip(ids, mask) if m])
             if name == "gsm8k":
-                assert learnt.startswith("It is 12*100=<|python_start|>12*100<|python_end|>1200.") and learnt.count("1200") == 2
+                assert (
+                    learnt.startswith("It is 12*100=<|python_start|>12*100<|python_end|>1200.")
+                    and learnt.count("1200") == 2
+                )
             if name == "mmlu":
                 assert learnt == "B<|assistant_end|>"
 
 
 def test_order_is_mixed_and_always_the_same(server):
     rows = [dict(ROWS["piqa"][0], goal=f"goal {i}") for i in range(30)]
-    for path in [p for p in server.served if p.startswith("/api/datasets/baber/piqa/") and p.endswith("0.parquet")]:
+    for path in [
+        p
+        for p in server.served
+        if p.startswith("/api/datasets/baber/piqa/") and p.endswith("0.parquet")
+    ]:
         server.served[path] = parquet(rows)
     items = server.tasks()["piqa"].items("test")
     numbers = [int(item["id"].rsplit("/", 1)[1]) for item in items]
     assert numbers == np.random.default_rng(42).permutation(31).tolist() != sorted(numbers)
-    assert all(item["context"] == f"Question: goal {i}\nAnswer:" for i, item in zip(numbers, items) if i < 30)
+    assert all(
+        item["context"] == f"Question: goal {i}\nAnswer:"
+        for i, item in zip(numbers, items)
+        if i < 30
+    )
 
 
-@pytest.mark.parametrize("faults", [["truncate"], [None, "truncate", 429, 503, "truncate"], [429, 429, 429, 500], [None, None, "truncate"]])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["truncate"],
+        [None, "truncate", 429, 503, "truncate"],
+        [429, 429, 429, 500],
+        [None, None, "truncate"],
+    ],
+)
 def test_broken_and_refused_downloads_are_taken_up_again(server, faults):
     server.faults += faults
     assert len(server.tasks()["gsm8k"].items("test")) == 5
@@ -179,13 +315,19 @@ def test_broken_and_refused_downloads_are_taken_up_again(server, faults):
 
 def test_token_goes_to_the_hub_and_to_nobody_else(server):
     listing = "/api/datasets/openai/gsm8k/parquet/main/test"
-    elsewhere = server.served[listing].replace(b"https://huggingface.co", f"http://localhost:{server.server_port}".encode())
+    elsewhere = server.served[listing].replace(
+        b"https://huggingface.co", f"http://localhost:{server.server_port}".encode()
+    )
     server.tasks(token="secret")["gsm8k"].items("train")
     assert {headers.get("Authorization") for _, headers in server.log} == {"Bearer secret"}
     server.log.clear()
     server.served[listing] = elsewhere
     server.tasks(token="secret")["gsm8k"].items("test")
-    assert [headers.get("Authorization") for _, headers in server.log] == ["Bearer secret", None, None]
+    assert [headers.get("Authorization") for _, headers in server.log] == [
+        "Bearer secret",
+        None,
+        None,
+    ]
 
 
 def test_without_a_network_what_was_loaded_is_there_and_the_rest_is_told_in_a_line(server):
@@ -194,27 +336,71 @@ def test_without_a_network_what_was_loaded_is_there_and_the_rest_is_told_in_a_li
     tasks["identity_conversations"].items("test")
     server.shutdown()
     server.server_close()
-    assert len(tasks["piqa"].items("test")) == 5 and len(tasks["identity_conversations"].items("train")) == 38
+    assert (
+        len(tasks["piqa"].items("test")) == 5
+        and len(tasks["identity_conversations"].items("train")) == 38
+    )
     for name in ("mmlu", "smoltalk"):
         with pytest.raises(UserError, match="cannot download .*check the network") as caught:
             tasks[name].items("test")
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.faults.append(404), "cannot download .*gsm8k.*404"),
-    (lambda s: s.faults.append(401), "401.*Hub token"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[]"}), "no list of parquet files for openai/gsm8k"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"<html>"}), "no list of parquet files"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[1]"}), "no list of parquet files"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": b"PAR1"}), "cannot read .*0001.parquet as parquet"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet([dict(question="q")])}),
-     "0001.parquet has no column answer, only question"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet([dict(question="q", answer="12")])}),
-     r"row 4 of openai/gsm8k \(main, test\) is not as task gsm8k expects .*no number after ####"),
-    (lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet([dict(question=None, answer="#### 1")])}),
-     "row 4 of openai/gsm8k"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.faults.append(404), "cannot download .*gsm8k.*404"),
+        (lambda s: s.faults.append(401), "401.*Hub token"),
+        (
+            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[]"}),
+            "no list of parquet files for openai/gsm8k",
+        ),
+        (
+            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"<html>"}),
+            "no list of parquet files",
+        ),
+        (
+            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[1]"}),
+            "no list of parquet files",
+        ),
+        (
+            lambda s: s.served.update(
+                {"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": b"PAR1"}
+            ),
+            "cannot read .*0001.parquet as parquet",
+        ),
+        (
+            lambda s: s.served.update(
+                {
+                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
+                        [dict(question="q")]
+                    )
+                }
+            ),
+            "0001.parquet has no column answer, only question",
+        ),
+        (
+            lambda s: s.served.update(
+                {
+                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
+                        [dict(question="q", answer="12")]
+                    )
+                }
+            ),
+            r"row 4 of openai/gsm8k \(main, test\) is not as task gsm8k expects .*no number after ####",
+        ),
+        (
+            lambda s: s.served.update(
+                {
+                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
+                        [dict(question=None, answer="#### 1")]
+                    )
+                }
+            ),
+            "row 4 of openai/gsm8k",
+        ),
+    ],
+)
 def test_bad_data_is_told_in_a_sentence(server, change, message):
     change(server)
     with pytest.raises(UserError, match=message) as caught:
@@ -222,8 +408,15 @@ def test_bad_data_is_told_in_a_sentence(server, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["openai/gsm8k/main/test/0000.parquet", "openai/gsm8k/main/test-00000-of-00001.parquet",
-                                   "gsm8k/main/test-00000-of-00001.parquet", "openai/gsm8k/data/test-00000-of-00001.parquet"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "openai/gsm8k/main/test/0000.parquet",
+        "openai/gsm8k/main/test-00000-of-00001.parquet",
+        "gsm8k/main/test-00000-of-00001.parquet",
+        "openai/gsm8k/data/test-00000-of-00001.parquet",
+    ],
+)
 def test_a_folder_takes_the_place_of_the_hub(tmp_path, place):
     path = tmp_path / "mine" / place
     path.parent.mkdir(parents=True)
@@ -245,7 +438,9 @@ def test_files_put_into_the_cache_by_hand_are_used(tmp_path):
 def test_identity_conversations_split_by_line(server, tmp_path):
     task = server.tasks()["identity_conversations"]
     train, test = task.items("train"), task.items("test")
-    assert (len(train), len(test)) == (38, 2) and not {i["id"] for i in train} & {i["id"] for i in test}
+    assert (len(train), len(test)) == (38, 2) and not {i["id"] for i in train} & {
+        i["id"] for i in test
+    }
     assert train[0]["messages"] == CHAT
     (tmp_path / "identity_conversations.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="line 1: expected a list of messages"):
@@ -255,15 +450,41 @@ def test_identity_conversations_split_by_line(server, tmp_path):
 # ---- grading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("So it is 72.\n#### 72", "72", True), ("#### 72.", "72", True), ("#### 72. That is all.", "72", True), ("####72", "72", True),
-    ("#### 1,234", "1234", True), ("#### 1234", "1,234", True), ("#### $1,234.00", "1234", True), ("#### -5", "-5", True),
-    ("#### 5", "-5", False), ("#### −5", "-5", True), ("#### -$5", "-5", True), ("#### 3.50", "3.5", True), ("#### .5", "0.5", True),
-    ("#### 10.0", "10", True), ("#### 15%", "15", True), ("#### 7 apples", "7", True), ("#### 72", "720", False), ("#### 720", "72", False),
-    ("The answer is 72", "72", False), ("#### none", "72", False), ("", "72", False), ("####", "72", False), ("#### 72\n#### 9", "72", True),
-    ("<|python_start|>70+2<|python_end|><|output_start|>72<|output_end|>72\n#### 72<|assistant_end|>", "72", True),
-    ("#### 1.5", "15", False), ("#### 1,5", "15", True),
-])
+@pytest.mark.parametrize(
+    "text, answer, right",
+    [
+        ("So it is 72.\n#### 72", "72", True),
+        ("#### 72.", "72", True),
+        ("#### 72. That is all.", "72", True),
+        ("####72", "72", True),
+        ("#### 1,234", "1234", True),
+        ("#### 1234", "1,234", True),
+        ("#### $1,234.00", "1234", True),
+        ("#### -5", "-5", True),
+        ("#### 5", "-5", False),
+        ("#### −5", "-5", True),
+        ("#### -$5", "-5", True),
+        ("#### 3.50", "3.5", True),
+        ("#### .5", "0.5", True),
+        ("#### 10.0", "10", True),
+        ("#### 15%", "15", True),
+        ("#### 7 apples", "7", True),
+        ("#### 72", "720", False),
+        ("#### 720", "72", False),
+        ("The answer is 72", "72", False),
+        ("#### none", "72", False),
+        ("", "72", False),
+        ("####", "72", False),
+        ("#### 72\n#### 9", "72", True),
+        (
+            "<|python_start|>70+2<|python_end|><|output_start|>72<|output_end|>72\n#### 72<|assistant_end|>",
+            "72",
+            True,
+        ),
+        ("#### 1.5", "15", False),
+        ("#### 1,5", "15", True),
+    ],
+)
 def test_gsm8k_compares_the_number_behind_the_mark(text, answer, right):
     assert hub.grade_gsm8k(dict(answer=str(hub.number(answer))), text) is right
 
@@ -271,20 +492,23 @@ def test_gsm8k_compares_the_number_behind_the_mark(text, answer, right):
 DEFINED = "def area(r):\n    return half(math.pi * r * r)\n"
 
 
-@pytest.mark.parametrize("text, right", [
-    (ROWS["humaneval"][1]["messages"][1]["content"], True),
-    (BODY, True),  # the body alone, as a base model continues the prompt
-    (f"```python\n{BODY}```", True),
-    # needs the prompt's import and its helper function
-    (f"Sure:\n```python\n{DEFINED}```\nDone.", True),
-    (f"```\n{DEFINED}", True),  # the fence was never closed
-    (DEFINED.replace("half(", "("), False),
-    ("    return 0\n", False),
-    ("    import sys\n    sys.exit(0)\n", False),
-    ("    import os\n    os._exit(0)\n", False),
-    ("I cannot do that.", False),
-    ("", False),
-])
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        (ROWS["humaneval"][1]["messages"][1]["content"], True),
+        (BODY, True),  # the body alone, as a base model continues the prompt
+        (f"```python\n{BODY}```", True),
+        # needs the prompt's import and its helper function
+        (f"Sure:\n```python\n{DEFINED}```\nDone.", True),
+        (f"```\n{DEFINED}", True),  # the fence was never closed
+        (DEFINED.replace("half(", "("), False),
+        ("    return 0\n", False),
+        ("    import sys\n    sys.exit(0)\n", False),
+        ("    import os\n    os._exit(0)\n", False),
+        ("I cannot do that.", False),
+        ("", False),
+    ],
+)
 def test_humaneval_runs_the_tests(text, right):
     assert hub.grade_humaneval(ROWS["humaneval"][1], text) is right
 
@@ -306,52 +530,98 @@ def own(tmp_path, *records) -> Task:
 
 def test_own_choices(tmp_path):
     asked = dict(question=" Which? ", choices=["red", "B", "blue"])
-    task = own(tmp_path, asked | dict(answer=2, id="x"), asked | dict(answer="red"), asked | dict(answer="C"), asked | dict(answer="B"))
-    assert task.kind == "choice" and [i["gold"] for i in task.items("test")] == [2, 0, 2, 1] and task.items("train") == []
+    task = own(
+        tmp_path,
+        asked | dict(answer=2, id="x"),
+        asked | dict(answer="red"),
+        asked | dict(answer="C"),
+        asked | dict(answer="B"),
+    )
+    assert (
+        task.kind == "choice"
+        and [i["gold"] for i in task.items("test")] == [2, 0, 2, 1]
+        and task.items("train") == []
+    )
     assert [i["id"] for i in task.items("test")] == ["x", "own/3", "own/5", "own/7"]
-    assert task.items("test")[0]["messages"][0]["content"] == "Which?\n\n- red=A\n- B=B\n- blue=C\n\nAnswer with the letter alone."
+    assert (
+        task.items("test")[0]["messages"][0]["content"]
+        == "Which?\n\n- red=A\n- B=B\n- blue=C\n\nAnswer with the letter alone."
+    )
 
 
 def test_own_continuations_and_texts(tmp_path):
     task = own(tmp_path, dict(context="The sky is", choices=["blue", " green"], answer=0))
     assert task.kind == "likelihood"
-    assert task.items("test") == [dict(id="own/1", context="The sky is", choices=[" blue", " green"], gold=0)]
-    assert own(tmp_path, dict(text="Some text.")).items("test") == [dict(id="own/1", text="Some text.")]
+    assert task.items("test") == [
+        dict(id="own/1", context="The sky is", choices=[" blue", " green"], gold=0)
+    ]
+    assert own(tmp_path, dict(text="Some text.")).items("test") == [
+        dict(id="own/1", text="Some text.")
+    ]
     assert own(tmp_path, dict(messages=CHAT)).items("test") == [dict(id="own/1", messages=CHAT)]
 
 
-@pytest.mark.parametrize("match, wanted, said, right", [
-    ("exact", "Paris", " paris. ", True), ("exact", "Paris", "It is Paris", False), ("exact", ["Paris", "Lutetia"], "lutetia", True),
-    ("contains", "Paris", "It is Paris, of course", True), ("contains", "Paris", "Parisian", False),
-    ("number", "1234", "That makes $1,234.00.", True), ("number", "12", "12 or 13", False), ("number", "-3", "−3", True),
-    ("number", "7", "no", False),
-    ("exact", "4", "<|python_start|>2+2<|python_end|><|output_start|>5<|output_end|>4", True),
-    ("number", "5", "<|output_start|>5<|output_end|>so four", False),
-])
+@pytest.mark.parametrize(
+    "match, wanted, said, right",
+    [
+        ("exact", "Paris", " paris. ", True),
+        ("exact", "Paris", "It is Paris", False),
+        ("exact", ["Paris", "Lutetia"], "lutetia", True),
+        ("contains", "Paris", "It is Paris, of course", True),
+        ("contains", "Paris", "Parisian", False),
+        ("number", "1234", "That makes $1,234.00.", True),
+        ("number", "12", "12 or 13", False),
+        ("number", "-3", "−3", True),
+        ("number", "7", "no", False),
+        ("exact", "4", "<|python_start|>2+2<|python_end|><|output_start|>5<|output_end|>4", True),
+        ("number", "5", "<|output_start|>5<|output_end|>so four", False),
+    ],
+)
 def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right):
     task = own(tmp_path, dict(question="?", answer=wanted, match=match))
     assert task.kind == "generate" and task.grade(task.items("test")[0], said) is right
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "expected .question. or .context."), ('{"question": "a"}', "expected"),
-    ('{"question": "a", "choices": ["x", "y"]}', "'answer' is missing"),
-    ('{"question": "a", "choices": ["x", "y"], "answer": 2}', "answer 2 is none of the 2 choices"),
-    ('{"question": "a", "choices": ["x", "y"], "answer": -1}', "answer -1 is none"),
-    ('{"question": "a", "choices": ["x", "y"], "answer": true}', "answer True is none"),
-    ('{"question": "a", "choices": ["x", "y"], "answer": "z"}', "answer 'z' is none"),
-    ('{"question": "a", "choices": ["x"], "answer": 0}', "2 to 26"),
-    ('{"question": "a", "choices": [], "answer": 0}', "choices must be text"),
-    ('{"question": "a", "choices": ["x", 1], "answer": 0}', "choices must be text"),
-    ('{"question": "a", "answer": 5}', "answer must be text"), ('{"question": "", "answer": "5"}', "question must be text"),
-    ('{"question": "a", "answer": "5", "match": "fuzzy"}', "match 'fuzzy' is none of exact, contains, number"),
-    ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no number"),
-    ('{"messages": [{"role": "assistant", "content": "a"}], "answer": "5"}', "must end with the user's"),
-    ('{"messages": [{"role": "user"}]}', "messages must be a list of objects"), ('{"messages": 3}', "messages must be a list"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "nothing to measure"),
-    ('{"text": ""}', "text must be text"), ('{"text": "a", "id": "own/1"}', "the id 'own/1' is taken"),
-    ('{"question": "a", "answer": "5"}', "a generate item, but the lines above are perplexity items"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "expected .question. or .context."),
+        ('{"question": "a"}', "expected"),
+        ('{"question": "a", "choices": ["x", "y"]}', "'answer' is missing"),
+        (
+            '{"question": "a", "choices": ["x", "y"], "answer": 2}',
+            "answer 2 is none of the 2 choices",
+        ),
+        ('{"question": "a", "choices": ["x", "y"], "answer": -1}', "answer -1 is none"),
+        ('{"question": "a", "choices": ["x", "y"], "answer": true}', "answer True is none"),
+        ('{"question": "a", "choices": ["x", "y"], "answer": "z"}', "answer 'z' is none"),
+        ('{"question": "a", "choices": ["x"], "answer": 0}', "2 to 26"),
+        ('{"question": "a", "choices": [], "answer": 0}', "choices must be text"),
+        ('{"question": "a", "choices": ["x", 1], "answer": 0}', "choices must be text"),
+        ('{"question": "a", "answer": 5}', "answer must be text"),
+        ('{"question": "", "answer": "5"}', "question must be text"),
+        (
+            '{"question": "a", "answer": "5", "match": "fuzzy"}',
+            "match 'fuzzy' is none of exact, contains, number",
+        ),
+        ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no number"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}], "answer": "5"}',
+            "must end with the user's",
+        ),
+        ('{"messages": [{"role": "user"}]}', "messages must be a list of objects"),
+        ('{"messages": 3}', "messages must be a list"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "nothing to measure"),
+        ('{"text": ""}', "text must be text"),
+        ('{"text": "a", "id": "own/1"}', "the id 'own/1' is taken"),
+        (
+            '{"question": "a", "answer": "5"}',
+            "a generate item, but the lines above are perplexity items",
+        ),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(UserError, match=rf"own.jsonl, line 3: .*{message}"):
         own(tmp_path, '{"text": "fine"}', line)
@@ -373,11 +643,22 @@ def test_a_file_that_is_none_is_told(tmp_path):
 def test_shuffled_options_keep_their_answer():
     item = dict(id="m") | ROWS["mmlu"][1]
     turned = hub.shuffled(item, [2, 1, 3, 0])
-    assert turned["options"] == ["5", "4", "22", "1"] and turned["gold"] == 1 and turned["messages"][1]["content"] == "B"
-    assert "- 5=A\n- 4=B\n- 22=C\n- 1=D" in turned["messages"][0]["content"] and turned["subject"] == "maths"
+    assert (
+        turned["options"] == ["5", "4", "22", "1"]
+        and turned["gold"] == 1
+        and turned["messages"][1]["content"] == "B"
+    )
+    assert (
+        "- 5=A\n- 4=B\n- 22=C\n- 1=D" in turned["messages"][0]["content"]
+        and turned["subject"] == "maths"
+    )
     assert hub.shuffled(turned, [3, 1, 0, 2]) == item
     pair = hub.shuffled(ROWS["winogrande"][1], [1, 0])
-    assert pair["gold"] == 1 and pair["context"][1].endswith("the cup") and hub.shuffled(pair, [1, 0]) == ROWS["winogrande"][1]
+    assert (
+        pair["gold"] == 1
+        and pair["context"][1].endswith("the cup")
+        and hub.shuffled(pair, [1, 0]) == ROWS["winogrande"][1]
+    )
     with pytest.raises(UserError, match="item q does not tell its options apart"):
         hub.shuffled(dict(id="q", letters=["A", "B"], gold=0, messages=CHAT), [1, 0])
 
@@ -396,13 +677,24 @@ def test_code_completion_asks_about_held_out_files_only():
     for item in items[::20]:
         true = item["context"] + item["choices"][item["gold"]]
         assert any(true in document for document in val)
-        assert not any(item["context"] + wrong in document for wrong in item["choices"] for document in val
-                       if wrong != item["choices"][item["gold"]])
-        assert len({len(re.match(" *", choice)[0]) for choice in item["choices"]}) == 1 and len(set(item["choices"])) == 4
+        assert not any(
+            item["context"] + wrong in document
+            for wrong in item["choices"]
+            for document in val
+            if wrong != item["choices"][item["gold"]]
+        )
+        assert (
+            len({len(re.match(" *", choice)[0]) for choice in item["choices"]}) == 1
+            and len(set(item["choices"])) == 4
+        )
 
 
 def test_all_entries_are_tasks_with_sound_baselines():
-    assert set(ROWS) == set(hub.SOURCES) and set(hub.SOURCES) | {"identity_conversations", "code_completion", "source_text"} == set(hub.TASKS)
+    assert set(ROWS) == set(hub.SOURCES) and set(hub.SOURCES) | {
+        "identity_conversations",
+        "code_completion",
+        "source_text",
+    } == set(hub.TASKS)
     for name, task in hub.TASKS.items():
         assert (task.grade is not None) == (task.kind == "generate"), name
         assert (task.baseline is None) == (task.kind == "perplexity"), name

@@ -19,10 +19,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lib.train import checkpoint
-from lib.train.checkpoint import (Saver, best, check_hub, interruptible, latest, nbytes, read_meta, restore, save,
-                            upload_to_hub)
 from lib.files import UserError, filesystem
+from lib.train import checkpoint
+from lib.train.checkpoint import (
+    Saver,
+    best,
+    check_hub,
+    interruptible,
+    latest,
+    nbytes,
+    read_meta,
+    restore,
+    save,
+    upload_to_hub,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,11 +46,19 @@ class State(NamedTuple):
 def make_state(seed=0):
     rng = np.random.default_rng(seed)
     # NaNs too
-    bits = lambda *shape: jnp.asarray(rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16))
-    params = {"wte": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32), "blocks": {"wq": bits(2, 3, 4)},
-              "scale": jnp.float32(1.5)}
-    return State(params, ((jnp.zeros((0, 3)), None), [rng.normal(size=4), {"count": 7, "rate": 0.1, "on": True}]),
-                 jnp.int32(seed))
+    bits = lambda *shape: jnp.asarray(
+        rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16)
+    )
+    params = {
+        "wte": jnp.asarray(rng.normal(size=(5, 3)), jnp.float32),
+        "blocks": {"wq": bits(2, 3, 4)},
+        "scale": jnp.float32(1.5),
+    }
+    return State(
+        params,
+        ((jnp.zeros((0, 3)), None), [rng.normal(size=4), {"count": 7, "rate": 0.1, "on": True}]),
+        jnp.int32(seed),
+    )
 
 
 def bits(tree):
@@ -56,7 +74,11 @@ def damage(path, at=-1):
 
 @pytest.fixture(params=["local", "memory"])
 def folder(request, tmp_path):
-    return tmp_path / "checkpoints" if request.param == "local" else f"memory://{tmp_path.name}/checkpoints"
+    return (
+        tmp_path / "checkpoints"
+        if request.param == "local"
+        else f"memory://{tmp_path.name}/checkpoints"
+    )
 
 
 def names(folder):
@@ -64,6 +86,7 @@ def names(folder):
 
 
 # ---- round trip ------------------------------------------------------------------------------------------------------
+
 
 def test_round_trip_is_bitwise_for_every_kind_of_leaf(folder):
     state = make_state(3)
@@ -79,7 +102,9 @@ def test_round_trip_is_bitwise_for_every_kind_of_leaf(folder):
     got, _ = restore(path, state)
     assert [type(x) for x in jax.tree.leaves(got)] == [type(x) for x in jax.tree.leaves(state)]
     plain, _ = restore(path)
-    assert bits(plain["params"]) == bits(state.params) and plain["opt_state"]["1"]["1"]["rate"] == 0.1
+    assert (
+        bits(plain["params"]) == bits(state.params) and plain["opt_state"]["1"]["1"]["rate"] == 0.1
+    )
 
 
 def test_random_keys(tmp_path):
@@ -149,10 +174,14 @@ for i in range(len(losses), int(sys.argv[2])):
     losses.append(float(value))
 save(sys.argv[1], len(losses), state, {"losses": losses})
 """
-    run = lambda folder, n: subprocess.Popen([sys.executable, "-c", code, tmp_path / folder, str(n)], cwd=ROOT)
+    run = lambda folder, n: subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / folder, str(n)], cwd=ROOT
+    )
     together = run("whole", 20), run("parts", 10)
     assert [process.wait(60) for process in together] == [0, 0] and run("parts", 20).wait(60) == 0
-    (one, one_meta), (two, two_meta) = (restore(tmp_path / f / "step_00000020") for f in ("whole", "parts"))
+    (one, one_meta), (two, two_meta) = (
+        restore(tmp_path / f / "step_00000020") for f in ("whole", "parts")
+    )
     assert bits(one) == bits(two) and one_meta == two_meta
 
 
@@ -182,12 +211,15 @@ assert (got.addressable_shards[0].data == array.addressable_shards[0].data).all(
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
+
 def test_keeps_the_newest_and_the_best_and_nan_is_never_best(folder):
     with Saver(folder, keep=2) as saver:
         for step, metric in enumerate([3.0, 1.0, float("nan"), 2.0, 2.5, None], 1):
             saver.save(step, {"w": np.full(3, step)}, metric=metric)
     assert names(folder) == ["step_00000002", "step_00000005", "step_00000006"]
-    assert str(best(folder)).endswith("step_00000002") and str(latest(folder)).endswith("step_00000006")
+    assert str(best(folder)).endswith("step_00000002") and str(latest(folder)).endswith(
+        "step_00000006"
+    )
     assert restore(latest(folder))[1]["metric"] is None
     assert restore(folder)[0]["w"][0] == 6
 
@@ -196,7 +228,10 @@ def test_a_run_taken_up_at_an_earlier_step_is_the_newest(tmp_path):
     save(tmp_path, 500, {"w": np.zeros(1)})
     save(tmp_path, 1000, {"w": np.zeros(1)})
     save(tmp_path, 600, {"w": np.ones(1)}, keep=2)
-    assert latest(tmp_path).name == "step_00000600" and names(tmp_path) == ["step_00000600", "step_00001000"]
+    assert latest(tmp_path).name == "step_00000600" and names(tmp_path) == [
+        "step_00000600",
+        "step_00001000",
+    ]
 
 
 def test_saving_a_step_again_replaces_it(folder):
@@ -218,6 +253,7 @@ def test_keeping_none_is_refused(tmp_path):
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
+
 
 def truncate(path):
     os.truncate(path / "params.safetensors", 50)
@@ -241,7 +277,10 @@ def cut_meta(path):
 
 def edit(**entries):
     def change(path):
-        (path / "meta.json").write_text(json.dumps(json.loads((path / "meta.json").read_text()) | entries))
+        (path / "meta.json").write_text(
+            json.dumps(json.loads((path / "meta.json").read_text()) | entries)
+        )
+
     return change
 
 
@@ -254,7 +293,10 @@ DAMAGE = {
     "foreign": (edit(kind="other"), "not written by rawchat"),
     "foreign list": (lambda path: (path / "meta.json").write_text("[]"), "not written by rawchat"),
     "newer": (edit(format=99), "format 99, newer than .* update rawchat"),
-    "path outside": (edit(files={"../x.safetensors": {"bytes": 1, "sha256": ""}}), "meta.json is damaged"),
+    "path outside": (
+        edit(files={"../x.safetensors": {"bytes": 1, "sha256": ""}}),
+        "meta.json is damaged",
+    ),
     "no files": (edit(files=None), "meta.json is damaged"),
 }
 
@@ -282,7 +324,10 @@ def test_remote_bit_flip_is_noticed(tmp_path):
     data = bytearray(fs.cat_file(f"{root}/params.safetensors"))
     data[-1] ^= 1
     fs.pipe_file(f"{root}/params.safetensors", bytes(data))
-    with pytest.raises(UserError, match="memory://b/run/step_00000001/params.safetensors does not match its checksum"):
+    with pytest.raises(
+        UserError,
+        match="memory://b/run/step_00000001/params.safetensors does not match its checksum",
+    ):
         restore(path)
     fs.rm_file(f"{root}/meta.json")  # an upload that never ended
     with pytest.raises(UserError, match="no meta.json"):
@@ -291,10 +336,19 @@ def test_remote_bit_flip_is_noticed(tmp_path):
 
 
 MISFITS = {
-    "shape": (lambda s: s._replace(step=np.zeros(2, np.int32)), r"step is int32 \(\) in it and int32 \(2,\) here"),
-    "dtype": (lambda s: s._replace(step=np.float32(0)), r"step is int32 \(\) in it and float32 \(\) here"),
+    "shape": (
+        lambda s: s._replace(step=np.zeros(2, np.int32)),
+        r"step is int32 \(\) in it and int32 \(2,\) here",
+    ),
+    "dtype": (
+        lambda s: s._replace(step=np.float32(0)),
+        r"step is int32 \(\) in it and float32 \(\) here",
+    ),
     "missing": (lambda s: s._replace(step=None), r"step is int32 \(\) in it and missing here"),
-    "extra": (lambda s: s._replace(params=s.params | {"ve": jnp.ones(3)}), "params.ve is missing in it"),
+    "extra": (
+        lambda s: s._replace(params=s.params | {"ve": jnp.ones(3)}),
+        "params.ve is missing in it",
+    ),
     "all": (lambda s: {"x": jnp.ones(1)}, r"\(and \d more\); use the config"),
 }
 
@@ -315,7 +369,9 @@ def test_foreign_and_missing_folders(tmp_path):
     with pytest.raises(UserError, match="step_00000009 is not a checkpoint"):
         restore(tmp_path / "step_00000009")
     save(tmp_path, 1, {"params": {"w": np.ones(1)}})
-    with pytest.raises(UserError, match="unknown part of the checkpoint 'opt': choose one of params"):
+    with pytest.raises(
+        UserError, match="unknown part of the checkpoint 'opt': choose one of params"
+    ):
         restore(tmp_path, only="opt")
 
 
@@ -329,6 +385,7 @@ def test_what_is_no_array_is_refused_before_writing(tmp_path):
 
 
 # ---- failed saves ----------------------------------------------------------------------------------------------------
+
 
 def test_full_disk_harms_nothing_and_is_told_at_the_next_call(tmp_path, monkeypatch):
     saver = Saver(tmp_path, keep=1)
@@ -369,7 +426,9 @@ def test_folder_that_cannot_be_written(tmp_path, monkeypatch):
         Saver(tmp_path / "new")
 
 
-@pytest.mark.parametrize("address, sentence", [("gs://bucket/run", "install gcsfs"), ("foo://b", "not known: foo")])
+@pytest.mark.parametrize(
+    "address, sentence", [("gs://bucket/run", "install gcsfs"), ("foo://b", "not known: foo")]
+)
 def test_remote_that_cannot_be_had(address, sentence, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=f"cannot reach {address} .*{sentence}.*check the address"):
@@ -390,7 +449,9 @@ def test_remote_upload_that_breaks_leaves_the_older_one(monkeypatch):
 
     with monkeypatch.context() as network:
         network.setattr(MemoryFileSystem, "put_file", breaking)
-        with pytest.raises(UserError, match="cannot reach memory://b/run/step_00000002 .network is gone"):
+        with pytest.raises(
+            UserError, match="cannot reach memory://b/run/step_00000002 .network is gone"
+        ):
             save(folder, 2, make_state(2))
     with pytest.warns(UserWarning, match="no meta.json"):
         assert latest(folder).endswith("step_00000001")
@@ -411,7 +472,9 @@ def slow(arrays, path):
 safetensors.numpy.save_file = slow
 save(sys.argv[1], 2, {"params": {"w": np.ones(1000)}})
 """
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "writing\n"
     process.kill()
     process.wait()
@@ -427,10 +490,13 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
     path.rename(tmp_path / ".step_00000001.0123abcd.old")
     (tmp_path / ".step_00000001.0123abcd.tmp").mkdir()
     Saver(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"] and restore(path)[0]["w"].sum() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"] and restore(path)[0][
+        "w"
+    ].sum() == 3
 
 
 # ---- Hub -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -454,7 +520,9 @@ def hub(monkeypatch):
     make = huggingface_hub.HfApi
 
     def at(port):
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda token: make(f"http://127.0.0.1:{port}", token=token))
+        monkeypatch.setattr(
+            huggingface_hub, "HfApi", lambda token: make(f"http://127.0.0.1:{port}", token=token)
+        )
 
     at(server.server_port)
     yield at
@@ -464,7 +532,9 @@ def hub(monkeypatch):
 
 def test_hub_with_a_wrong_token(hub, tmp_path, capsys):
     path = save(tmp_path, 1, {"w": np.ones(2)})
-    with pytest.raises(UserError, match="cannot upload to the Hub repository me/model .*the token is wrong"):
+    with pytest.raises(
+        UserError, match="cannot upload to the Hub repository me/model .*the token is wrong"
+    ):
         check_hub("me/model", "hf_wrong")
     assert upload_to_hub(path, "me/model", "hf_wrong").result(60) is None
     out = capsys.readouterr().out
@@ -480,6 +550,7 @@ def test_hub_without_network(hub, tmp_path, capsys):
 
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_asks_second_stops_and_handlers_come_back(sig, capsys):
@@ -520,7 +591,9 @@ with interruptible() as flag, Saver(sys.argv[1]) as saver:
             saver.save(step, {"w": np.full(3, step)})
             break
 """
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "running\n"
     process.terminate()
     assert process.wait(30) == 0

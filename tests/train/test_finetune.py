@@ -8,15 +8,30 @@ import numpy as np
 import pytest
 from conftest import load
 
-from lib.train import checkpoint, finetune as sft, step as train
-from lib.model import transformer as model
 from lib.config import Config
-from lib.files import UserError
-from lib.tasks import items_of
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError
+from lib.model import transformer as model
+from lib.tasks import items_of
+from lib.train import checkpoint
+from lib.train import finetune as sft
+from lib.train import step as train
 
-TINY = Config(vocab_size=265, sequence_len=64, n_layer=1, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64, microbatch=2,
-              total_batch_size=256, num_steps=4, warmup_steps=2, loss_chunk=64)
+TINY = Config(
+    vocab_size=265,
+    sequence_len=64,
+    n_layer=1,
+    n_embd=32,
+    n_head=2,
+    n_kv_head=1,
+    head_dim=16,
+    mlp_dim=64,
+    microbatch=2,
+    total_batch_size=256,
+    num_steps=4,
+    warmup_steps=2,
+    loss_chunk=64,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +40,9 @@ def tokenizer():
 
 
 def chat(*texts):
-    return [dict(role="user" if i % 2 == 0 else "assistant", content=t) for i, t in enumerate(texts)]
+    return [
+        dict(role="user" if i % 2 == 0 else "assistant", content=t) for i, t in enumerate(texts)
+    ]
 
 
 def chats(*conversations):
@@ -42,8 +59,14 @@ def test_rows_are_the_references():
 
     tokens = tuple(base64.b64decode(t) for t, _ in saved["mergeable_ranks"])
     tokenizer = Tokenizer(saved["pattern"], tokens)
-    got = sft.batches(chats(*(c["messages"] for c in golden["conversations"])), tokenizer, golden["B"], golden["T"],
-                      buffer_size=golden["buffer_size"], shuffle=False)
+    got = sft.batches(
+        chats(*(c["messages"] for c in golden["conversations"])),
+        tokenizer,
+        golden["B"],
+        golden["T"],
+        buffer_size=golden["buffer_size"],
+        shuffle=False,
+    )
     for k, (inputs, targets, cursor) in enumerate(itertools.islice(got, golden["num_batches"])):
         np.testing.assert_array_equal(inputs, rows["inputs"][k])
         np.testing.assert_array_equal(targets, rows["targets"][k])
@@ -54,25 +77,43 @@ def test_rows_are_the_references():
 def test_only_what_the_assistant_says_is_a_target(tokenizer):
     for inputs, targets, _ in itertools.islice(sft.batches(MANY, tokenizer, 3, 64), 20):
         for x, y in zip(inputs, targets):
-            text = "".join(tokenizer.decode([t]) if t >= 0 else "·" for t in y).replace("<|assistant_end|>", "\n")
-            assert all(part.strip("·").isdigit() for part in text.split("\n")[:-1]) and text.split("\n")[-1].strip("·") == ""
-            given = [tokenizer.special[name] for name in ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")]
+            text = "".join(tokenizer.decode([t]) if t >= 0 else "·" for t in y).replace(
+                "<|assistant_end|>", "\n"
+            )
+            assert (
+                all(part.strip("·").isdigit() for part in text.split("\n")[:-1])
+                and text.split("\n")[-1].strip("·") == ""
+            )
+            given = [
+                tokenizer.special[name]
+                for name in ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>")
+            ]
             assert not np.isin(y, given).any()
             assert (y[:-1][y[:-1] >= 0] == x[1:][y[:-1] >= 0]).all()  # a target is the next input
 
 
 def test_text_among_the_chats_is_learnt_whole_but_for_its_beginning(tokenizer):
     mixed = chats("import os", chat("2 plus 2?", "4"), "x" * 100)
-    (inputs, targets, cursor), = sft.batches(mixed, tokenizer, 2, 63, loop=False, shuffle=False)
+    ((inputs, targets, cursor),) = sft.batches(mixed, tokenizer, 2, 63, loop=False, shuffle=False)
     learnt = [tokenizer.decode([t for t in row if t >= 0]) for row in targets]
-    assert sorted(learnt) == sorted(["x" * 63, "4<|assistant_end|>import os"]) and cursor["truncated"] == 1
+    assert (
+        sorted(learnt) == sorted(["x" * 63, "4<|assistant_end|>import os"])
+        and cursor["truncated"] == 1
+    )
     assert (inputs[:, 0] == tokenizer.bos).all() and not (targets == tokenizer.bos).any()
 
 
 def test_the_text_of_a_mixture_is_that_of_training_only():
-    train_side, val_side = (sft.open_mixture(dict(source_text=1.0), split).messages for split in ("train", "val"))
+    train_side, val_side = (
+        sft.open_mixture(dict(source_text=1.0), split).messages for split in ("train", "val")
+    )
     tested = {item["text"] for item in items_of("source_text", "test")}
-    assert train_side and val_side and not (set(train_side) | set(val_side)) & tested and not set(train_side) & set(val_side)
+    assert (
+        train_side
+        and val_side
+        and not (set(train_side) | set(val_side)) & tested
+        and not set(train_side) & set(val_side)
+    )
 
 
 def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):
@@ -83,9 +124,13 @@ def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):
         return out, cursor
 
     first, cursor = answers(seed=1)
-    assert sorted(first) == sorted(m[1]["content"] for m in MANY.messages) and cursor["conversations"] == len(MANY)
+    assert sorted(first) == sorted(m[1]["content"] for m in MANY.messages) and cursor[
+        "conversations"
+    ] == len(MANY)
     assert first == answers(seed=1)[0] != answers(seed=2)[0]
-    assert 0 < cursor["padding"] < cursor["cells"] and cursor["targets"] == sum(len(a) + 1 for a in first)
+    assert 0 < cursor["padding"] < cursor["cells"] and cursor["targets"] == sum(
+        len(a) + 1 for a in first
+    )
 
 
 def test_cursor_resumes_exactly(tokenizer):
@@ -93,7 +138,11 @@ def test_cursor_resumes_exactly(tokenizer):
     assert whole[-1][2]["epoch"] > 2
     for at in (0, 5, 17):
         cursor = json.loads(json.dumps(whole[at][2]))
-        rest = list(itertools.islice(sft.batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7, cursor=cursor), 29 - at))
+        rest = list(
+            itertools.islice(
+                sft.batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7, cursor=cursor), 29 - at
+            )
+        )
         for (x, y, c), (a, b, d) in zip(whole[at + 1 :], rest, strict=True):
             assert np.array_equal(x, a) and np.array_equal(y, b) and c == d
     with pytest.raises(UserError, match="seed 3"):
@@ -113,9 +162,18 @@ def test_long_conversations_are_cut_and_counted_and_silent_ones_left_out(tokeniz
 def test_no_target_is_no_nan():
     state = train.init_state(TINY)
     before = jax.tree.map(np.array, state.params)
-    state, metrics = train.make_train_step(TINY)(state, np.zeros((4, 64), np.int32), np.full((4, 64), -1, np.int32))
-    assert float(metrics["loss"]) == 0 and float(metrics["grad_norm"]) == 0 and int(metrics["count"]) == 0
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params)) and before.keys() == state.params.keys()
+    state, metrics = train.make_train_step(TINY)(
+        state, np.zeros((4, 64), np.int32), np.full((4, 64), -1, np.int32)
+    )
+    assert (
+        float(metrics["loss"]) == 0
+        and float(metrics["grad_norm"]) == 0
+        and int(metrics["count"]) == 0
+    )
+    assert (
+        all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+        and before.keys() == state.params.keys()
+    )
 
 
 def test_loss_is_per_target_however_they_are_spread(tokenizer):
@@ -125,14 +183,22 @@ def test_loss_is_per_target_however_they_are_spread(tokenizer):
     y = np.where(np.arange(64) < np.array([[60], [50], [1], [2]]), np.roll(x, -1, 1), -1)
     mean, _ = model.loss_fn(state.params, TINY, x, y)
     _, metrics = train.make_train_step(TINY)(state, x, y)
-    assert float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5) and int(metrics["count"]) == 113
+    assert (
+        float(metrics["loss"]) == pytest.approx(float(mean), rel=1e-5)
+        and int(metrics["count"]) == 113
+    )
 
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
     config = sft.phase_config(TINY, 4, 0.5, warm)
     step = train.make_train_step(config)
-    pretrained = train.steps(train.make_train_step(TINY), train.init_state(TINY), sft.batches(MANY, tokenizer, 4, 64), TINY)
+    pretrained = train.steps(
+        train.make_train_step(TINY),
+        train.init_state(TINY),
+        sft.batches(MANY, tokenizer, 4, 64),
+        TINY,
+    )
     base = jax.tree.map(np.array, list(pretrained)[-1].state)
 
     def begin():
@@ -140,10 +206,20 @@ def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
         return sft.start(state.params, config, state.opt_state if warm else None)
 
     def go(state, cursor=None):
-        return list(train.steps(step, state, sft.batches(MANY, tokenizer, 4, 64, cursor=cursor), config, pause=lambda n: n == 2))
+        return list(
+            train.steps(
+                step,
+                state,
+                sft.batches(MANY, tokenizer, 4, 64, cursor=cursor),
+                config,
+                pause=lambda n: n == 2,
+            )
+        )
 
     whole = []
-    for s in train.steps(step, begin(), sft.batches(MANY, tokenizer, 4, 64), config, pause=lambda n: n == 2):
+    for s in train.steps(
+        step, begin(), sft.batches(MANY, tokenizer, 4, 64), config, pause=lambda n: n == 2
+    ):
         whole.append(s.metrics)
         if s.step == 2:
             checkpoint.save(tmp_path, 2, s.state, dict(cursor=s.cursor))
@@ -152,32 +228,51 @@ def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
     state, meta = checkpoint.restore(tmp_path, train.state_template(config))
     rest = go(state, meta["cursor"])
     assert rest[-1].step == 4 and rest[-1].metrics["loss"] == whole[-1]["loss"]
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(rest[-1].state)))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(rest[-1].state))
+    )
 
 
 def test_a_warm_start_keeps_moments_and_follows_the_phases_schedule():
     from lib.train.optim import lr_multiplier
 
     base = train.init_state(TINY)
-    old = base.opt_state._replace(step=jax.numpy.asarray(100, jax.numpy.int32), m=jax.tree.map(lambda m: m + 1, base.opt_state.m))
+    old = base.opt_state._replace(
+        step=jax.numpy.asarray(100, jax.numpy.int32),
+        m=jax.tree.map(lambda m: m + 1, base.opt_state.m),
+    )
     config = sft.phase_config(TINY, 40, 0.5, warm=True)
     state = sft.start(base.params, config, old)
     h = {k: np.asarray(v) for k, v in state.opt_state.hyper.items() if k != "lr"}
-    assert int(state.step) == 0 and int(state.opt_state.step) == 100 and jax.tree.leaves(state.opt_state.m)[0].min() == 1
+    assert (
+        int(state.step) == 0
+        and int(state.opt_state.step) == 100
+        and jax.tree.leaves(state.opt_state.m)[0].min() == 1
+    )
     for n in range(40):
-        asked = lr_multiplier(n, 40, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac)
-        done = lr_multiplier(100 + n, h["num_steps"], h["warmup_steps"], h["warmdown_ratio"], h["final_lr_frac"])
+        asked = lr_multiplier(
+            n, 40, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
+        )
+        done = lr_multiplier(
+            100 + n, h["num_steps"], h["warmup_steps"], h["warmdown_ratio"], h["final_lr_frac"]
+        )
         assert done == pytest.approx(asked, abs=1e-5)
     fresh = sft.start(base.params, config)
-    assert int(fresh.opt_state.step) == 0 and not any(m.any() for m in jax.tree.leaves(fresh.opt_state.m))
-    assert float(fresh.opt_state.hyper["lr"]["matrix"]) == pytest.approx(0.5 * float(base.opt_state.hyper["lr"]["matrix"]))
+    assert int(fresh.opt_state.step) == 0 and not any(
+        m.any() for m in jax.tree.leaves(fresh.opt_state.m)
+    )
+    assert float(fresh.opt_state.hyper["lr"]["matrix"]) == pytest.approx(
+        0.5 * float(base.opt_state.hyper["lr"]["matrix"])
+    )
 
 
 # ---- mixtures and files
 
 
 def write(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
     return str(path)
 
 
@@ -185,22 +280,47 @@ def test_three_shapes_of_file_give_the_same_chats(tmp_path):
     openai = [dict(messages=chat("hi", "hello")), dict(messages=chat("a", "b", "c", "d"))]
     lists = [m["messages"] for m in openai]
     names = ["human", "gpt"]
-    share = [dict(id="x", conversations=[{"from": names[i % 2], "value": m["content"]} for i, m in enumerate(c)]) for c in lists]
+    share = [
+        dict(
+            id="x",
+            conversations=[{"from": names[i % 2], "value": m["content"]} for i, m in enumerate(c)],
+        )
+        for c in lists
+    ]
     share[0]["conversations"].insert(0, {"from": "gpt", "value": "I greet first"})
-    got = [sft.read_chats(write(tmp_path / f"{i}.jsonl", *lines, "")) for i, lines in enumerate([openai, lists, share])]
+    got = [
+        sft.read_chats(write(tmp_path / f"{i}.jsonl", *lines, ""))
+        for i, lines in enumerate([openai, lists, share])
+    ]
     assert got[0] == got[1] == got[2] == lists
-    parts = dict(messages=[dict(role="developer", content="be brief"), dict(role="user", content=[dict(type="text", text="hi")]),
-                           dict(role="assistant", content="hello", name="x")])
+    parts = dict(
+        messages=[
+            dict(role="developer", content="be brief"),
+            dict(role="user", content=[dict(type="text", text="hi")]),
+            dict(role="assistant", content="hello", name="x"),
+        ]
+    )
     joined = [dict(role="system", content="be brief"), *chat("hi", "hello")]
     assert sft.read_chats(write(tmp_path / "parts.jsonl", parts)) == [joined]
 
 
-@pytest.mark.parametrize("line, says", [
-    ("{", "JSONDecodeError"), ('"text"', "expected"), ("[]", "no messages"), ("5", "expected"), ('{"text": "x"}', "messages"),
-    ('{"messages": [{"role": "user"}]}', "content"), ('{"conversations": [{"from": "alien", "value": "x"}]}', "speaker 'alien'"),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', "'user' is due"), ('{"conversations": []}', "no messages"),
-    ('{"messages": [{"role": "user", "content": 5}]}', "not text"), ('{"messages": [{"role": "tool", "content": "x"}]}', "is due"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text")])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("{", "JSONDecodeError"),
+        ('"text"', "expected"),
+        ("[]", "no messages"),
+        ("5", "expected"),
+        ('{"text": "x"}', "messages"),
+        ('{"messages": [{"role": "user"}]}', "content"),
+        ('{"conversations": [{"from": "alien", "value": "x"}]}', "speaker 'alien'"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "'user' is due"),
+        ('{"conversations": []}', "no messages"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "not text"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "is due"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "not text"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line, says):
     path = write(tmp_path / "chats.jsonl", chat("hi", "hello"), line)
     with pytest.raises(UserError, match=rf"chats\.jsonl, line 2: (.*)({says})"):
@@ -223,9 +343,15 @@ def test_mixture_weighs_by_epochs_and_its_sides_share_nothing(tmp_path):
     a = write(tmp_path / "a.jsonl", *(chat(f"a{i}", "x") for i in range(400)))
     b = write(tmp_path / "b.jsonl", *(chat(f"b{i}", "x") for i in range(10)))
     train_side, val = (sft.open_mixture({a: 0.5, b: 3.0}, split) for split in ("train", "val"))
-    of = lambda side, name: [m[0]["content"] for m, s in zip(side.messages, side.source) if s == name]
-    assert len(of(train_side, a)) == round((400 - len(of(val, a))) / 2) and len(set(of(train_side, a))) == len(of(train_side, a))
-    assert len(of(train_side, b)) == 27 and len(set(of(train_side, b))) == 9 and len(of(val, b)) == 1
+    of = lambda side, name: [
+        m[0]["content"] for m, s in zip(side.messages, side.source) if s == name
+    ]
+    assert len(of(train_side, a)) == round((400 - len(of(val, a))) / 2) and len(
+        set(of(train_side, a))
+    ) == len(of(train_side, a))
+    assert (
+        len(of(train_side, b)) == 27 and len(set(of(train_side, b))) == 9 and len(of(val, b)) == 1
+    )
     words = lambda side: {m[0]["content"] for m in side.messages}
     assert not words(train_side) & words(val) and 1 <= len(of(val, a)) < 40
     again, other = (sft.open_mixture({a: epochs, b: 3.0}, "train") for epochs in (0.5, 0.4))
@@ -234,12 +360,23 @@ def test_mixture_weighs_by_epochs_and_its_sides_share_nothing(tmp_path):
 
 def test_parse_mixture(tmp_path):
     assert sft.parse_mixture("embedded_mid") == sft.MIXTURES["embedded_mid"]
-    assert sft.parse_mixture("arithmetic:0.5 spelling my.jsonl:3") == dict(arithmetic=0.5, spelling=1.0) | {"my.jsonl": 3.0}
+    assert sft.parse_mixture("arithmetic:0.5 spelling my.jsonl:3") == dict(
+        arithmetic=0.5, spelling=1.0
+    ) | {"my.jsonl": 3.0}
     both = sft.MIXTURES["embedded_sft"] | {"my.jsonl": 3.0}
-    assert sft.parse_mixture("embedded_sft my.jsonl:3") == both, "a user's own chats beside a named mixture"
-    assert sft.parse_mixture("embedded_sft:2") == {name: 2 * epochs for name, epochs in sft.MIXTURES["embedded_sft"].items()}
-    for bad, says in [("", "empty"), ("arithmetic:x", "number of epochs"), ("arithmetc", "unknown source"),
-                      ("spelling:0", "above 0"), ("spelling:nan", "above 0")]:
+    assert sft.parse_mixture("embedded_sft my.jsonl:3") == both, (
+        "a user's own chats beside a named mixture"
+    )
+    assert sft.parse_mixture("embedded_sft:2") == {
+        name: 2 * epochs for name, epochs in sft.MIXTURES["embedded_sft"].items()
+    }
+    for bad, says in [
+        ("", "empty"),
+        ("arithmetic:x", "number of epochs"),
+        ("arithmetc", "unknown source"),
+        ("spelling:0", "above 0"),
+        ("spelling:nan", "above 0"),
+    ]:
         with pytest.raises(UserError, match=says):
             sft.parse_mixture(bad)
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lib.train import metrics
 from lib.files import UserError
+from lib.train import metrics
 from lib.train.metrics import WRITERS, Metrics, column, read_jsonl, trace_window
 
 
@@ -27,7 +27,9 @@ def fake_wandb(monkeypatch):
         if said.init_error:
             raise said.init_error
         said.calls.append(kwargs)
-        return types.SimpleNamespace(define_metric=lambda *a, **k: None, log=said.rows.append, finish=lambda: None)
+        return types.SimpleNamespace(
+            define_metric=lambda *a, **k: None, log=said.rows.append, finish=lambda: None
+        )
 
     said.init = init
     monkeypatch.setitem(sys.modules, "wandb", said)
@@ -42,7 +44,9 @@ def collector(monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            bodies.append(gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body)
+            bodies.append(
+                gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
+            )
             self.send_response(200)
             self.end_headers()
 
@@ -59,7 +63,14 @@ def collector(monkeypatch):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_takes_any_number_and_jsonl_has_it_too(name, tmp_path, fake_wandb, collector):
-    values = {"loss": jnp.float32(1.5), "half": jnp.bfloat16(0.5), "n": 3, "mfu": None, "bad": math.nan, "up": math.inf}
+    values = {
+        "loss": jnp.float32(1.5),
+        "half": jnp.bfloat16(0.5),
+        "n": 3,
+        "mfu": None,
+        "bad": math.nan,
+        "up": math.inf,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a writer that fails would warn
         with Metrics(tmp_path, 10, [name], config={"depth": 2}) as m:
@@ -68,7 +79,9 @@ def test_every_writer_takes_any_number_and_jsonl_has_it_too(name, tmp_path, fake
     assert math.isnan(got.pop("bad")) and got == {"loss": 1.5, "half": 0.5, "n": 3, "up": math.inf}
     assert list(map(type, got.values())) == [float, float, int, float]
     rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and rows[1]["loss"] == 1.5 and "mfu" not in rows[1]
+    assert (
+        [row["step"] for row in rows] == [1, 2] and rows[1]["loss"] == 1.5 and "mfu" not in rows[1]
+    )
 
 
 def test_texts_go_to_jsonl_alone(tmp_path, fake_wandb):
@@ -76,7 +89,10 @@ def test_texts_go_to_jsonl_alone(tmp_path, fake_wandb):
         warnings.simplefilter("error")  # a writer that cannot take them would be switched off
         log.log(1, {"loss": 2.0, "samples": "Once\n\nupon"})
         log.log(2, {"loss": 1.0})
-    assert [row.get("samples") for row in read_jsonl(tmp_path / "metrics.jsonl")] == ["Once\n\nupon", None]
+    assert [row.get("samples") for row in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        "Once\n\nupon",
+        None,
+    ]
     assert fake_wandb.rows == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
 
 
@@ -136,14 +152,20 @@ def test_full_disk_loses_nothing_and_warns_once(tmp_path, monkeypatch):
 
     with Metrics(tmp_path, 9, []) as m:
         m.log(1, {"loss": 1.0})
-        with monkeypatch.context() as disk, pytest.warns(UserWarning, match="No space left.*goes on") as warned:
+        with (
+            monkeypatch.context() as disk,
+            pytest.warns(UserWarning, match="No space left.*goes on") as warned,
+        ):
             disk.setattr(metrics, "open", FullDisk, raising=False)
             m.log(2, {"loss": 2.0})
             m.log(3, {"loss": 3.0})
         assert len(warned) == 1
         assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
         m.log(4, {"loss": 4.0})
-    assert column(read_jsonl(tmp_path / "metrics.jsonl"), "loss") == ([1, 2, 3, 4], [1.0, 2.0, 3.0, 4.0])
+    assert column(read_jsonl(tmp_path / "metrics.jsonl"), "loss") == (
+        [1, 2, 3, 4],
+        [1.0, 2.0, 3.0, 4.0],
+    )
 
 
 def test_a_failing_writer_is_switched_off_alone(tmp_path, monkeypatch):
@@ -155,7 +177,9 @@ def test_a_failing_writer_is_switched_off_alone(tmp_path, monkeypatch):
 
     monkeypatch.setitem(WRITERS, "broken", lambda run: (write, lambda: calls.append("closed")))
     with Metrics(tmp_path, 9, ["broken"]) as m:
-        with pytest.warns(UserWarning, match=r"no more metrics to broken \(ConnectionError: server away\)"):
+        with pytest.warns(
+            UserWarning, match=r"no more metrics to broken \(ConnectionError: server away\)"
+        ):
             m.log(1, {"loss": 1.0})
         m.log(2, {"loss": 2.0})
     assert calls == [1]
@@ -164,7 +188,10 @@ def test_a_failing_writer_is_switched_off_alone(tmp_path, monkeypatch):
 
 def test_unknown_writer_lists_the_names_and_touches_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="unknown metrics writer 'tensorbord'.*tensorboard, wandb:off, wandb:offline"):
+    with pytest.raises(
+        UserError,
+        match="unknown metrics writer 'tensorbord'.*tensorboard, wandb:off, wandb:offline",
+    ):
         Metrics(tmp_path, 1, ["tensorbord"])
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
 
@@ -184,7 +211,9 @@ def test_console_prints_some_lines_to_a_log_file(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 52  # the first, every fourth, and the evaluation
     assert lines[0] == "step 1/200  loss 2.0000  12,346 tok/s  MFU 41.5%"
-    assert lines[-1].startswith("step 200/200  loss 2.0000  val bpb 1.2500  12,346 tok/s  MFU 41.5%  ETA 00:0")
+    assert lines[-1].startswith(
+        "step 200/200  loss 2.0000  val bpb 1.2500  12,346 tok/s  MFU 41.5%  ETA 00:0"
+    )
 
 
 def test_console_shows_a_bar_in_a_terminal(tmp_path, capsys, monkeypatch):
@@ -214,7 +243,11 @@ def test_wandb_takes_up_the_same_run(tmp_path, fake_wandb):
             m.log(6, {"loss": 1.0})
     first, second, third = fake_wandb.calls
     assert first["id"] == second["id"] != third["id"]
-    assert first["mode"] == "offline" and first["config"] == {"depth": 2} and first["name"] == tmp_path.name
+    assert (
+        first["mode"] == "offline"
+        and first["config"] == {"depth": 2}
+        and first["name"] == tmp_path.name
+    )
     assert fake_wandb.rows[0] == {"step": 6, "loss": 1.0}
 
 
@@ -242,7 +275,9 @@ def test_wandb_offline_for_real(tmp_path):
 
 def test_otlp_gauges_arrive(tmp_path, collector):
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the otlp extra")
-    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+        ExportMetricsServiceRequest,
+    )
 
     with Metrics(tmp_path / "run7", 2, ["otlp"]) as m:
         m.log(1, {"loss": 3.0})
@@ -254,8 +289,10 @@ def test_otlp_gauges_arrive(tmp_path, collector):
     assert points["loss"].as_double == 1.5 and points["step"].as_int == 2 and "bad" not in points
 
 
-@pytest.mark.parametrize("name, module", [("tensorboard", "tensorboard.compat.proto.event_pb2"),
-                                          ("otlp", "opentelemetry.sdk.metrics")])
+@pytest.mark.parametrize(
+    "name, module",
+    [("tensorboard", "tensorboard.compat.proto.event_pb2"), ("otlp", "opentelemetry.sdk.metrics")],
+)
 def test_a_missing_package_says_what_to_install(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"the {name} writer needs .*: pip install"):
@@ -264,7 +301,9 @@ def test_a_missing_package_says_what_to_install(name, module, tmp_path, monkeypa
 
 def test_trace_window_profiles_its_steps_only(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", step, folder)))
+    monkeypatch.setattr(
+        jax.profiler, "start_trace", lambda folder: calls.append(("start", step, folder))
+    )
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
     with trace_window(tmp_path, 3, 5) as tick:
         for step in range(1, 10):

@@ -9,12 +9,24 @@ import optax
 import pytest
 from conftest import load
 
-from lib.train import optim
 from lib.config import OPTIMIZER_NAMES, Config
 from lib.params import init_params
+from lib.train import optim
 
-SMALL = Config(vocab_size=64, sequence_len=32, n_layer=3, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=128,
-               microbatch=1, total_batch_size=2**19, num_steps=100, attention="einsum")
+SMALL = Config(
+    vocab_size=64,
+    sequence_len=32,
+    n_layer=3,
+    n_embd=32,
+    n_head=2,
+    n_kv_head=1,
+    head_dim=16,
+    mlp_dim=128,
+    microbatch=1,
+    total_batch_size=2**19,
+    num_steps=100,
+    attention="einsum",
+)
 
 
 # ---- against the reference ---------------------------------------------------------------------------------------
@@ -30,19 +42,30 @@ def test_updates_match_the_reference_at_each_of_six_steps(group):
     # theirs are outputs by inputs, one weight each; ours inputs by outputs, stacked
     def stack(what):
         arrays = [data[f"{what}.{name}"] for name in group["params"]]
-        return np.stack([a.T for a in arrays]) if muon else np.concatenate([a.ravel() for a in arrays])
+        return (
+            np.stack([a.T for a in arrays]) if muon else np.concatenate([a.ravel() for a in arrays])
+        )
 
     if muon:
         update = jax.jit(optim.muon_update)
-        given = lambda i, at: dict(momentum=at["muon_momentum"], weight_decay=at["muon_weight_decay"])
+        given = lambda i, at: dict(
+            momentum=at["muon_momentum"], weight_decay=at["muon_weight_decay"]
+        )
     else:
         b1, b2 = group["betas"]
-        update = jax.jit(partial(optim.adamw_update, b1=b1, b2=b2, weight_decay=group["weight_decay"]))
+        update = jax.jit(
+            partial(optim.adamw_update, b1=b1, b2=b2, weight_decay=group["weight_decay"])
+        )
         given = lambda i, at: dict(step=i)
     p = stack("init")
-    m, v = np.zeros(p.shape, p.dtype), np.zeros(optim.muon_second_moment(p.shape) if muon else p.shape, p.dtype)
+    m, v = (
+        np.zeros(p.shape, p.dtype),
+        np.zeros(optim.muon_second_moment(p.shape) if muon else p.shape, p.dtype),
+    )
     for i, at in enumerate(recorded["steps"], 1):
-        u, m, v = update(stack(f"grad{i}"), m, v, p, lr=group["base_lr"] * at["lr_multiplier"], **given(i, at))
+        u, m, v = update(
+            stack(f"grad{i}"), m, v, p, lr=group["base_lr"] * at["lr_multiplier"], **given(i, at)
+        )
         p = p + np.asarray(u)
         np.testing.assert_allclose(p, stack(f"param{i}"), rtol=0, atol=3e-6, err_msg=f"step {i}")
     first, second = ("momentum_buffer6", "second_moment6") if muon else ("exp_avg6", "exp_avg_sq6")
@@ -56,20 +79,33 @@ def test_schedules_match_the_reference_at_every_step(run):
     n, ratio, decay = r["num_iterations"], r["warmdown_ratio"], r["weight_decay_scaled"]
     steps = r["iterations"] if isinstance(r["iterations"], list) else range(n + 1)
     schedules = {
-        "lr_multiplier": lambda i, n, ratio, decay: optim.lr_multiplier(i, n, r["warmup_steps"], ratio,
-                                                                        r["final_lr_frac"]),
+        "lr_multiplier": lambda i, n, ratio, decay: optim.lr_multiplier(
+            i, n, r["warmup_steps"], ratio, r["final_lr_frac"]
+        ),
         "muon_momentum": lambda i, n, ratio, decay: optim.muon_momentum(i, n, ratio),
         "muon_weight_decay": lambda i, n, ratio, decay: optim.muon_weight_decay(i, n, decay),
     }
     for name, schedule in schedules.items():
-        np.testing.assert_allclose([schedule(i, n, ratio, decay) for i in steps], r[name], rtol=1e-9, atol=1e-16,
-                                   err_msg=name)
-        traced = jax.jit(jax.vmap(schedule, (0, None, None, None)))(jnp.asarray(steps), float(n), ratio, decay)
+        np.testing.assert_allclose(
+            [schedule(i, n, ratio, decay) for i in steps],
+            r[name],
+            rtol=1e-9,
+            atol=1e-16,
+            err_msg=name,
+        )
+        traced = jax.jit(jax.vmap(schedule, (0, None, None, None)))(
+            jnp.asarray(steps), float(n), ratio, decay
+        )
         np.testing.assert_allclose(traced, r[name], rtol=2e-6, atol=2e-8, err_msg=f"{name}, traced")
 
 
-GROUP_OF = {"lm_head.weight": "head", "transformer.wte.weight": "embed", "resid_lambdas": "resid", "x0_lambdas": "x0",
-            "smear_gate.weight": "smear"}
+GROUP_OF = {
+    "lm_head.weight": "head",
+    "transformer.wte.weight": "embed",
+    "resid_lambdas": "resid",
+    "x0_lambdas": "x0",
+    "smear_gate.weight": "smear",
+}
 
 
 def test_rates_betas_and_decays_match_the_reference_at_every_size():
@@ -81,7 +117,9 @@ def test_rates_betas_and_decays_match_the_reference_at_every_size():
         lrs = optim.group_lrs(config)
         for theirs in r["optimizer_groups"]:
             first = theirs["first_param"]
-            ours = "value_embed" if first.startswith("value_embeds") else GROUP_OF.get(first, "matrix")
+            ours = (
+                "value_embed" if first.startswith("value_embeds") else GROUP_OF.get(first, "matrix")
+            )
             assert lrs[ours] == pytest.approx(theirs["lr"], rel=1e-9), (name, ours)
             if ours != "matrix":
                 assert optim.ADAMW_GROUPS[ours] == (*theirs["betas"], theirs["weight_decay"])
@@ -105,8 +143,16 @@ def noise(p, size):
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_every_weight_goes_towards_its_target(name, params):
-    config = SMALL.replace(optimizer=name, warmup_steps=0, weight_decay=0.0, adamw_lr=0.001, matrix_lr=0.002,
-                           embedding_lr=0.001, unembedding_lr=0.001, scalar_lr=0.02)
+    config = SMALL.replace(
+        optimizer=name,
+        warmup_steps=0,
+        weight_decay=0.0,
+        adamw_lr=0.001,
+        matrix_lr=0.002,
+        embedding_lr=0.001,
+        unembedding_lr=0.001,
+        scalar_lr=0.02,
+    )
     optimizer = optim.make_optimizer(config, 60)
     target = jax.tree.map(lambda p: p + noise(p, 0.02), params)
 
@@ -119,7 +165,9 @@ def test_every_weight_goes_towards_its_target(name, params):
     for _ in range(60):
         p, state = step(p, state)
     assert int(state.step) == 60
-    distances = lambda p: jax.tree.map(lambda p, q: float(jnp.linalg.norm((p - q).ravel())), p, target)
+    distances = lambda p: jax.tree.map(
+        lambda p, q: float(jnp.linalg.norm((p - q).ravel())), p, target
+    )
     shrunk = jax.tree.map(lambda after, before: after / before, distances(p), distances(params))
     assert max(jax.tree.leaves(shrunk)) < 0.9, shrunk
 
@@ -132,16 +180,32 @@ def test_without_gradients_weights_only_decay(name, params):
     rate = state.hyper["lr"]["matrix"] * SMALL.scaled_weight_decay
     wide = 2.0 if name == "muon" else 1.0  # Muon's rate grows with the root of outputs / inputs
     np.testing.assert_allclose(updates["blocks"]["wq"], -rate * params["blocks"]["wq"], rtol=1e-5)
-    np.testing.assert_allclose(updates["blocks"]["w_in"], -rate * wide * params["blocks"]["w_in"], rtol=1e-5)
-    np.testing.assert_allclose(updates["embed"], -state.hyper["lr"]["embed"] * 0.001 * params["embed"], rtol=1e-5)
+    np.testing.assert_allclose(
+        updates["blocks"]["w_in"], -rate * wide * params["blocks"]["w_in"], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        updates["embed"], -state.hyper["lr"]["embed"] * 0.001 * params["embed"], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_rates_and_schedules_are_data_not_code(name, params):
     """Trials with other rates and another horizon run the same program, and still differ."""
     one = SMALL.replace(optimizer=name)
-    two = one.replace(matrix_lr=0.05, adamw_lr=0.5, embedding_lr=0.9, unembedding_lr=0.1, scalar_lr=0.1, warmup_steps=3,
-                      weight_decay=0.9, warmdown_ratio=0.1, final_lr_frac=0.5, num_steps=7, reference_tokens=1e9, seed=7)
+    two = one.replace(
+        matrix_lr=0.05,
+        adamw_lr=0.5,
+        embedding_lr=0.9,
+        unembedding_lr=0.1,
+        scalar_lr=0.1,
+        warmup_steps=3,
+        weight_decay=0.9,
+        warmdown_ratio=0.1,
+        final_lr_frac=0.5,
+        num_steps=7,
+        reference_tokens=1e9,
+        seed=7,
+    )
     grads = jax.tree.map(lambda p: noise(p, 1.0), params)
     programs, results = [], []
     for config in (one, two):

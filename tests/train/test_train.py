@@ -11,13 +11,27 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lib.train import checkpoint, step as train
 from lib.config import Config
-from lib.files import UserError
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError
+from lib.train import checkpoint
+from lib.train import step as train
 
-TINY = Config(vocab_size=100, sequence_len=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64,
-              microbatch=2, total_batch_size=256, num_steps=20, warmup_steps=4, loss_chunk=64)
+TINY = Config(
+    vocab_size=100,
+    sequence_len=64,
+    n_layer=2,
+    n_embd=32,
+    n_head=2,
+    n_kv_head=1,
+    head_dim=16,
+    mlp_dim=64,
+    microbatch=2,
+    total_batch_size=256,
+    num_steps=20,
+    warmup_steps=4,
+    loss_chunk=64,
+)
 
 
 def batches(seed=0, rows=4, start=0, structure=True):
@@ -25,20 +39,36 @@ def batches(seed=0, rows=4, start=0, structure=True):
     n = start
     while True:
         rng = np.random.default_rng((seed, n))
-        x = (rng.integers(0, 100, (rows, 1)) + 7 * np.arange(65)) % 100 if structure else rng.integers(0, 100, (rows, 65))
+        x = (
+            (rng.integers(0, 100, (rows, 1)) + 7 * np.arange(65)) % 100
+            if structure
+            else rng.integers(0, 100, (rows, 65))
+        )
         n += 1
         yield x[:, :-1].astype(np.int32), x[:, 1:].astype(np.int32), {"n": n}
 
 
 def run(config, batches, state=None, **kwargs):
-    return list(train.steps(train.make_train_step(config), state or train.init_state(config), batches, config, **kwargs))
+    return list(
+        train.steps(
+            train.make_train_step(config),
+            state or train.init_state(config),
+            batches,
+            config,
+            **kwargs,
+        )
+    )
 
 
 def test_it_learns_and_yields_every_step_in_order():
     steps = run(TINY, batches())
     assert [s.step for s in steps] == list(range(1, 21))
     assert steps[-1].metrics["loss"] < steps[0].metrics["loss"] - 0.3
-    assert all(s.state is None for s in steps[:-1]) and int(steps[-1].state.step) == 20 and steps[-1].cursor == {"n": 20}
+    assert (
+        all(s.state is None for s in steps[:-1])
+        and int(steps[-1].state.step) == 20
+        and steps[-1].cursor == {"n": 20}
+    )
     assert set(steps[0].metrics) == {"loss", "grad_norm", "lr", "step_time", "tokens_per_s"}
     assert steps[0].metrics["lr"] == pytest.approx(0.25) and steps[-1].metrics["lr"] < 0.2
 
@@ -67,7 +97,9 @@ def test_accumulation_equals_one_big_batch(optimizer):
         state, metrics = train.make_train_step(config)(train.init_state(config), x, y)
         results.append((float(metrics["loss"]), float(metrics["grad_norm"]), state.opt_state.m))
     for loss, norm, momentum in results[1:]:
-        assert loss == pytest.approx(results[0][0], rel=1e-6) and norm == pytest.approx(results[0][1], rel=1e-5)
+        assert loss == pytest.approx(results[0][0], rel=1e-6) and norm == pytest.approx(
+            results[0][1], rel=1e-5
+        )
         for a, b in zip(jax.tree.leaves(momentum), jax.tree.leaves(results[0][2])):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
@@ -92,7 +124,9 @@ def test_a_broken_loss_stops_before_its_state_is_given_away(poison):
 
     seen = []
     with pytest.raises(UserError, match=r"step 7.*(lower learning rates)"):
-        for s in train.steps(step_fn, train.init_state(TINY), batches(), TINY, pause=lambda n: True):
+        for s in train.steps(
+            step_fn, train.init_state(TINY), batches(), TINY, pause=lambda n: True
+        ):
             seen.append(s.step)
     assert seen == [1, 2, 3, 4, 5, 6]
 
@@ -113,7 +147,9 @@ def test_memory_estimate_counts_what_is_stored():
     estimate = train.estimate_memory(TINY)
     assert estimate["parameters"] == sum(a.nbytes for a in jax.tree.leaves(state.params))
     assert estimate["optimizer"] == sum(a.nbytes for a in jax.tree.leaves(state.opt_state))
-    assert train.estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
+    assert (
+        train.estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
+    )
 
 
 # ---- whole processes: resume is bitwise, signals save ----------------------------------------------------------------
@@ -152,8 +188,12 @@ with checkpoint.interruptible() as flag, checkpoint.Saver(folder + "/checkpoints
 
 def start(folder, stop_at):
     code = SCRIPT.format(root=str(ROOT), cache=str(ROOT / ".cache" / "jax"))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(stop_at)], stdout=subprocess.PIPE, text=True,
-                            env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(stop_at)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
 
 
 @pytest.fixture
@@ -161,8 +201,12 @@ def corpus(tmp_path):
     rng = np.random.default_rng(0)
     words = ["tea", "sea", "bee", "tree", "free", "see", "a", "the", "green"]
     for i in range(120):
-        (tmp_path / f"{i}.txt").write_text(" ".join(rng.choice(words, rng.integers(3, 120))) + f" {i}.\n")
-    Tokenizer.train((p.read_text() for p in tmp_path.glob("*.txt")), 280).save(tmp_path / "tokenizer.json")
+        (tmp_path / f"{i}.txt").write_text(
+            " ".join(rng.choice(words, rng.integers(3, 120))) + f" {i}.\n"
+        )
+    Tokenizer.train((p.read_text() for p in tmp_path.glob("*.txt")), 280).save(
+        tmp_path / "tokenizer.json"
+    )
     return tmp_path
 
 
