@@ -56,7 +56,8 @@ from tqdm import tqdm
 from lib.data.sources import documents, head
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.files import UserError, choose, update_json
-from lib.notebook import flags, open_run, secret, show, subplots
+from lib.notebook import flags, secret, show, subplots
+from lib.runs import open_run
 
 # %% tags=["parameters"]
 # @title Parameters

@@ -61,17 +61,16 @@ from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
 from lib.generate import engine as generate
+from lib.interrupts import interruptible
 from lib.model import transformer as model
 from lib.notebook import (
     device_report,
     flags,
     join_hosts,
-    open_run,
     parse_overrides,
     parse_steps,
     pick_preset,
     secret,
-    set_aside,
     show,
     subplots,
 )
@@ -79,6 +78,7 @@ from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
 from lib.preflight import compile as preflight
 from lib.report import page as report
+from lib.runs import STAGES, open_run, set_aside
 from lib.train import checkpoint
 from lib.train import step as train
 from lib.train.metrics import Metrics, column, read_jsonl, trace_window
@@ -200,7 +200,7 @@ if saved and if_exists == "fresh":
             f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh"
         )
     if first:
-        old = [*checkpoint.STAGES.values(), "evals", "metrics.jsonl", "config.json"]
+        old = [*STAGES.values(), "evals", "metrics.jsonl", "config.json"]
         print(f"fresh start: what was there is now in {set_aside(folder, *old)}")
     saved = None
 config = preflight.with_microbatch(
@@ -435,7 +435,7 @@ with (
         config=config.to_dict(),
     ) as metrics,
     checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
-    checkpoint.interruptible() as signal,
+    interruptible() as signal,
     trace_window(folder, trace_start, trace_stop) as tick,
 ):
     tick(done + 1, state)

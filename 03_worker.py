@@ -54,9 +54,10 @@ from pathlib import Path
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.files import UserError, choose, update_json
-from lib.notebook import device_report, flags, open_run, parse_overrides, secret, show
+from lib.interrupts import interruptible
+from lib.notebook import device_report, flags, parse_overrides, secret, show
+from lib.runs import open_run
 from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
-from lib.train import checkpoint
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -213,7 +214,7 @@ if count >= 0 and left:
 
 # %%
 clock, worked, interrupted = time.perf_counter(), 0, False
-with journal.Journal(here) as book, checkpoint.interruptible() as signal:
+with journal.Journal(here) as book, interruptible() as signal:
     boss = (
         drivers.Local(book, spec)
         if driver == "local"

@@ -56,13 +56,15 @@ from lib.chat import terminal as chat
 from lib.config import Config
 from lib.data import sources as data
 from lib.data.tokenizer import FILE, load_tokenizer
-from lib.evals import chat as chat_tasks
 from lib.evals import contamination, core, kinds, stats
+from lib.evals import questions as chat_tasks
 from lib.files import UserError, choose, update_json
 from lib.generate import engine as generate
-from lib.notebook import device_report, flags, open_run, results_table, set_aside, show, subplots
+from lib.interrupts import interruptible
+from lib.notebook import device_report, flags, show, subplots
 from lib.params import count_params, templates
 from lib.report import page as report
+from lib.runs import STAGES, open_run, results_table, set_aside
 from lib.sandbox import programs as sandbox
 from lib.tasks import tasks as known_tasks
 from lib.train import checkpoint
@@ -366,7 +368,7 @@ def examine(stage, path, params):
     }
     step = checkpoint.read_meta(path)["step"]
     about[stage] = dict(
-        step=step, checkpoint=f"{checkpoint.STAGES[stage]}/step_{step:08d}", seed=seed
+        step=step, checkpoint=f"{STAGES[stage]}/step_{step:08d}", seed=seed
     )
     records[stage] = chat_tasks.write(
         folder, stage, about[stage] | found | dict(bpb={source: bits_of[stage]})
@@ -418,7 +420,7 @@ def fine_tune(stage, params, opt_state, epochs, lr):
         optimizer_state=optimizer_state,
         start=sft.fingerprint(params),
     )
-    store = folder / checkpoint.STAGES[stage]
+    store = folder / STAGES[stage]
     saved = checkpoint.latest(store)
     if saved and if_exists == "stop":
         raise UserError(
@@ -474,7 +476,7 @@ def fine_tune(stage, params, opt_state, epochs, lr):
     with (
         Metrics(store, last, resumed=done if saved else None, config=tuned.to_dict()) as metrics,
         checkpoint.Saver(store, keep=1, size=checkpoint.nbytes(state)) as saver,
-        checkpoint.interruptible() as signal,
+        interruptible() as signal,
     ):
         pause = lambda n: (
             signal.stop or n == last or n % max(1, last // 10) == 0 or n % max(1, last // 3) == 0
@@ -521,7 +523,7 @@ for phase, epochs, lr in (("mid", mid_epochs, mid_lr), ("sft", sft_epochs, sft_l
     if phase in taught:
         state, path = fine_tune(phase, params, opt_state, epochs, lr)
         stage, params, opt_state = phase, state.params, state.opt_state
-        curves[phase] = read_jsonl(folder / checkpoint.STAGES[phase] / "metrics.jsonl")
+        curves[phase] = read_jsonl(folder / STAGES[phase] / "metrics.jsonl")
         examine(phase, path, params)
 
 # %%

@@ -158,13 +158,13 @@ def main(args: Args):
     from lib.generate import engine as generate
     from lib.model import transformer as model
     from lib.notebook import parse_overrides
-    from lib.train import checkpoint
+    from lib.runs import load_model
 
     if args.draft and not args.run:
         raise UserError("a draft model needs a trained model to draft for: pass --run too")
     text = None
     if args.run:
-        loaded = checkpoint.load_model(Path(args.run))
+        loaded = load_model(Path(args.run))
         params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
         if args.overrides:
             config = config.replace(**parse_overrides(args.overrides, Config))
@@ -188,7 +188,7 @@ def main(args: Args):
     weights = read(ready)
     draft = None
     if args.draft:
-        other = checkpoint.load_model(Path(args.draft))
+        other = load_model(Path(args.draft))
         draft = (other.params, other.config)
 
     engines = {}

@@ -1,4 +1,4 @@
-"""Files that are never half-written, errors that say what to do, and run folders."""
+"""Files that are never half-written, and errors that say what to do."""
 
 import contextlib
 import errno
@@ -109,14 +109,16 @@ def sha256(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def newest_run(runs_dir="runs", holding="config.json") -> Path:
-    """The run folder whose `holding` file or folder changed last, or a UserError saying how to make one."""
-    found = [p.parent for p in Path(runs_dir).glob(f"*/{holding}")]
-    if not found:
-        raise UserError(
-            f"no run with {holding} under {Path(runs_dir).resolve()}: train one first, or pass --run NAME"
-        )
-    return max(found, key=lambda p: ((p / holding).stat().st_mtime, p.name))
+def set_aside(folder, *names: str) -> Path:
+    """Move what a fresh start would overwrite into FOLDER/old-N and return that: nothing trained is ever lost."""
+    number = 1
+    while (old := Path(folder) / f"old-{number}").exists():
+        number += 1
+    old.mkdir()
+    for name in names:
+        if (Path(folder) / name).exists():
+            (Path(folder) / name).rename(old / name)
+    return old
 
 
 def is_remote(path) -> bool:

@@ -1,10 +1,8 @@
-"""What a notebook needs around its story: flags, set-up, plots, the device report, secrets, the run folder."""
+"""What a notebook needs around its story: flags, set-up, plots, the device report, secrets."""
 
 import ast
 import dataclasses
 import importlib.metadata
-import itertools
-import json
 import os
 import platform
 import re
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
 from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
-from lib.files import UserError, choose, newest_run, replacing, write_atomic, writing
+from lib.files import UserError, choose, replacing, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,73 +215,6 @@ def parse_steps(text: str) -> tuple[int, int]:
     if not (match := re.fullmatch(r"(\d+):(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"trace={text!r} is not a range of steps: write first:last, like 10:12")
     return int(match[1]), int(match[2])
-
-
-# ---- the run folder --------------------------------------------------------------------------------------------------
-
-# which notebook leaves what in a run folder
-MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}
-
-
-def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
-    """The folder runs/NAME, made if missing; with `needs` it must hold that file or folder already.
-
-    An empty name stands for the run whose `needs` changed last.
-    """
-    if not name and needs:
-        return newest_run(runs_dir, holding=needs)
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"run name {name!r} cannot name a folder: use letters, digits, . _ and -")
-    run = Path(runs_dir) / name
-    if needs and not (run / needs).exists():
-        raise UserError(f"{run} has no {needs}: run {MAKERS[needs]}.py --run {name} first")
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-    return run
-
-
-def set_aside(run: Path, *names: str) -> Path:
-    """Move what a fresh start would overwrite into RUN/old-N and return that folder: nothing trained is ever lost."""
-    old = next(p for n in itertools.count(1) if not (p := run / f"old-{n}").exists())
-    old.mkdir()
-    for name in names:
-        if (run / name).exists():
-            (run / name).rename(old / name)
-    return old
-
-
-RESULTS = {  # results.json key: (label, format); others are printed as they are
-    "bytes_per_token": ("tokenizer compression, bytes/token", ".2f"),
-    "params": ("parameters", ",d"),
-    "steps": ("steps", ",d"),
-    "train_tokens_per_s": ("training tokens/s", ",.0f"),
-    "val_bpb": ("validation bits per byte", ".4f"),
-    "gzip_bpb": ("  gzip -9 on the same bytes", ".4f"),
-    "xz_bpb": ("  xz -9 on the same bytes", ".4f"),
-}
-
-
-def results_table(run) -> str:
-    """The figures and samples in RUN/results.json as text."""
-    path = Path(run) / "results.json"
-    if not path.exists():
-        raise UserError(
-            f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py --run {Path(run).name} first"
-        )
-    results = json.loads(path.read_text())
-    rows = [
-        (label, format(results[key], spec))
-        for key, (label, spec) in RESULTS.items()
-        if results.get(key) is not None
-    ]
-    rows += [
-        (k, f"{v:.6g}" if isinstance(v, float) else str(v))
-        for k, v in results.items()
-        if k not in RESULTS and isinstance(v, (int, float, str))
-    ]
-    wide = max(len(label) for label, _ in rows)
-    lines = [f"{label:<{wide}}  {value:>14}" for label, value in rows]
-    return "\n".join(lines + [f"\nsample: {sample}" for sample in results.get("samples", [])])
 
 
 # ---- secrets ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.files import replacing
 from lib.model import transformer as model
 from lib.params import init_params
+from lib.runs import STAGES
 from lib.train import checkpoint
 
 MARKDOWN = """# A heading
@@ -131,4 +132,4 @@ def make(folder: Path, sequence_len: int = 768):
         params, state, loss = step(params, state)
     assert loss < 0.05, f"the parrot has not learnt its chats: loss {loss:.3f}"
     meta = {"config": config.to_dict(), "tokenizer": tokenizer.fingerprint}
-    checkpoint.save(folder / checkpoint.STAGES["sft"], STEPS, {"params": params}, meta)
+    checkpoint.save(folder / STAGES["sft"], STEPS, {"params": params}, meta)

@@ -19,7 +19,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, write_json, writing
 from lib.generate.engine import Engine, Sampling, Token
 from lib.model.transformer import quantized
-from lib.train.checkpoint import Model
+from lib.runs import Model, load_model, open_run
 
 # ---- any chat ----------------------------------------------------------------------------------------------------------
 
@@ -426,8 +426,6 @@ def converse(talk: Talk, read):
 
 def main(settings: Settings, coloured: bool):
     """Load the model and talk on standard input and output; `coloured`: the user wants colours where a terminal is."""
-    from lib import notebook
-    from lib.train.checkpoint import load_model
 
     sys.stdin.reconfigure(errors="replace")  # what is not text becomes U+FFFD
     single = settings.prompt
@@ -440,7 +438,7 @@ def main(settings: Settings, coloured: bool):
     folder = (
         Path(settings.run)
         if "/" in settings.run
-        else notebook.open_run(settings.run, needs="tokenizer.json")
+        else open_run(settings.run, needs="tokenizer.json")
     )
     model = load_model(folder, settings.ckpt, settings.stage)
     tty = sys.stdin.isatty() and sys.stdout.isatty() and not single

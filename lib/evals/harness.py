@@ -14,7 +14,7 @@ from lib.evals import questions as chat
 from lib.files import UserError, first_line, write_json
 from lib.generate.engine import Sampling
 from lib.params import count_params
-from lib.train.checkpoint import load_model
+from lib.runs import load_model
 
 # A chat is handed through lm_eval as text; ours begins with this, and JSON follows: special tokens in a task's text stay plain text.
 CHAT = "\ue000chat\ue000"

@@ -28,9 +28,9 @@ from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
 from lib.model import transformer as model
+from lib.runs import STAGES
 from lib.sandbox import programs as sandbox
 from lib.tasks import Task, hub, tasks
-from lib.train.checkpoint import STAGES
 
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
 # faster

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import tyro
 
-from lib.files import newest_run
 from lib.notebook import setup
 from lib.report.page import write
+from lib.runs import newest_run
 
 
 def main(run: str = "", runs_dir: str = "runs"):

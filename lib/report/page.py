@@ -20,7 +20,7 @@ import jax
 
 from lib.evals import stats
 from lib.files import UserError, write_atomic
-from lib.train.checkpoint import STAGES
+from lib.runs import STAGES
 from lib.train.metrics import column, read_jsonl
 
 # Published elsewhere, to see one's own figures beside: (system, where it stands, {metric: {stage: score from 0 to 1}})

@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.chat import terminal as chat
 from lib.files import UserError
 from lib.generate.engine import PREFILL, TOP, Engines, Sampling, Token, bucket
-from lib.train.checkpoint import Model
+from lib.runs import Model
 
 ADMIT = 4  # answers begun between two steps: the others wait meanwhile
 # seconds after which a silent stream sends a comment, so that nothing on the way gives it up

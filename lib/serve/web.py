@@ -27,8 +27,8 @@ from urllib.parse import quote, urlsplit
 from lib.files import UserError
 from lib.generate.engine import Engines
 from lib.model.transformer import quantized
+from lib.runs import Model, load_model, open_run
 from lib.serve.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
-from lib.train.checkpoint import Model
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -522,13 +522,11 @@ class Server:
 
 def load(settings: Settings) -> Model:
     """The model that the settings name."""
-    from lib import notebook
-    from lib.train.checkpoint import load_model
 
     folder = (
         Path(settings.run)
         if "/" in settings.run
-        else notebook.open_run(settings.run, needs="tokenizer.json")
+        else open_run(settings.run, needs="tokenizer.json")
     )
     return load_model(folder, settings.ckpt, settings.stage)
 

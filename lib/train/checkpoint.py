@@ -13,24 +13,18 @@ import math
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 import time
-import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lib.config import Config
-from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.files import (
     UserError,
     choose,
@@ -43,10 +37,7 @@ from lib.files import (
     sha256,
     writing,
 )
-from lib.params import templates
 
-# training stage: its folder in a run, in order
-STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}
 KIND, FORMAT = "rawchat checkpoint", 1
 NAME = re.compile(r"step_\d{8,}")
 SHARE_TIMEOUT = 600  # seconds that processes wait for each other's files
@@ -622,89 +613,3 @@ def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = T
             print(f"warning: {e if isinstance(e, UserError) else _hub_error(repo, e)}")
 
     return _uploads.submit(upload)
-
-
-# ---- signals ---------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Yield a flag whose `.stop` becomes True at the first SIGTERM or Ctrl-C, so that the loop can save and leave.
-
-    A second signal raises KeyboardInterrupt at once. The handlers that were there are put back at the end. Outside
-    the main thread, where Python gives nobody signals, the flag just stays False.
-    """
-    flag = types.SimpleNamespace(stop=False)
-
-    def handler(signum, frame):
-        if flag.stop:
-            raise KeyboardInterrupt
-        flag.stop = True
-        with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print
-            print(
-                f"\n{signal.Signals(signum).name}: finishing this step and saving; once more to stop at once"
-            )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    old = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag
-    finally:
-        for s, previous in old.items():
-            signal.signal(s, signal.SIG_DFL if previous is None else previous)
-
-
-# ---- a model to use ----------------------------------------------------------------------------------------------------
-
-
-class Model(NamedTuple):
-    """A trained model with all that is needed to use it."""
-
-    params: dict
-    config: Config
-    tokenizer: Tokenizer
-    meta: dict  # of the checkpoint: step, metric, settings...
-    stage: str  # which of STAGES made it; "base" where the path does not say
-    path: str
-
-
-def load_model(folder, ckpt: str = "", stage: str = "") -> Model:
-    """The model of a run folder, ready on the device.
-
-    stage: one of STAGES; empty takes the furthest one that the run has. ckpt: empty for the stage's newest checkpoint, "best" for the one of
-    lowest validation loss, or a checkpoint's own path or address (gs://…, hf://USER/NAME); the tokenizer is the run's, for hf:// the repository's.
-    """
-    folder = Path(folder)
-    if ckpt in ("", "best"):
-        has = [s for s, name in STAGES.items() if latest(folder / name)]
-        if not has:
-            raise UserError(
-                f"no checkpoint in {folder}: train one with 02_train.py --run {folder.name} first"
-            )
-        if stage and choose("stage", stage, tuple(STAGES)) not in has:
-            raise UserError(
-                f"{folder} has no {stage} checkpoint, only {', '.join(has)}: run that stage first"
-            )
-        stage = stage or has[-1]
-        store = folder / STAGES[stage]
-        path = best(store) if ckpt == "best" else latest(store)
-        if path is None:
-            raise UserError(
-                f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest"
-            )
-    else:
-        path, parent = ckpt, str(ckpt).rstrip("/").split("/")[-2:][0]
-        stage = stage or next((s for s, name in STAGES.items() if name == parent), "base")
-    tokenizer = load_tokenizer(
-        f"hf:{ckpt.removeprefix('hf://')}" if ckpt.startswith("hf://") else folder
-    )
-    meta = read_meta(path)
-    config = Config.from_dict(meta["config"])
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            f"{path} was trained with another tokenizer than {folder} has: name the run it belongs to"
-        )
-    params, _ = restore(path, templates(config), only="params")
-    return Model(jax.device_put(params), config, tokenizer, meta, stage, str(path))

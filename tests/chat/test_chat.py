@@ -19,7 +19,7 @@ from lib.chat import terminal as chat
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate.engine import Engine, Sampling, Token
-from lib.train.checkpoint import load_model
+from lib.runs import load_model
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ from functools import cache
 import parrot
 import pytest
 
+from lib.runs import load_model
 from lib.serve import web as serve
-from lib.train.checkpoint import load_model
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = (

@@ -24,9 +24,9 @@ import pytest
 from lib.chat import terminal as chat
 from lib.files import UserError
 from lib.generate.engine import generate
+from lib.runs import load_model
 from lib.serve import api
 from lib.serve import web as serve
-from lib.train.checkpoint import load_model
 
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]

@@ -3,12 +3,10 @@ import http.server
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +23,6 @@ from lib.train.checkpoint import (
     Saver,
     best,
     check_hub,
-    interruptible,
     latest,
     nbytes,
     read_meta,
@@ -547,55 +544,3 @@ def test_hub_without_network(hub, tmp_path, capsys):
     assert upload_to_hub(path, "me/model", "hf_any").result(60) is None
     out = capsys.readouterr().out
     assert "check the name and the network" in out and len(out.splitlines()) == 1
-
-
-# ---- signals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_asks_second_stops_and_handlers_come_back(sig, capsys):
-    before = signal.getsignal(sig)
-    with interruptible() as flag:
-        assert not flag.stop
-        os.kill(os.getpid(), sig)
-        time.sleep(0.01)
-        assert flag.stop and "once more" in capsys.readouterr().out
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), sig)
-            time.sleep(1)
-    assert signal.getsignal(sig) is before
-
-
-def test_no_handlers_outside_the_main_thread():
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    def work():
-        with interruptible() as flag:
-            seen.append((flag.stop, signal.getsignal(signal.SIGTERM)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [(False, before)]
-
-
-def test_sigterm_saves_then_exits(tmp_path):
-    code = """
-import sys, time, numpy as np
-from lib.train.checkpoint import Saver, interruptible
-with interruptible() as flag, Saver(sys.argv[1]) as saver:
-    for step in range(1, 10**6):
-        if step == 3: print("running", flush=True)
-        time.sleep(0.005)
-        if flag.stop:
-            saver.save(step, {"w": np.full(3, step)})
-            break
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "running\n"
-    process.terminate()
-    assert process.wait(30) == 0
-    tree, meta = restore(tmp_path)
-    assert tree["w"][0] == meta["step"] >= 3

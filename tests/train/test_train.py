@@ -161,6 +161,7 @@ jax.config.update("jax_compilation_cache_dir", {cache!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 from lib.train import checkpoint, step as train
 from lib.data import sources as data
+from lib.interrupts import interruptible
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 folder, stop_at = sys.argv[1], int(sys.argv[2])
@@ -174,7 +175,7 @@ if saved:
     state, meta = checkpoint.restore(saved, train.state_template(config))
     cursor = meta["cursor"]
 rows = data.batches(tokens, 4, 64, cursor=cursor, buffer_size=8)
-with checkpoint.interruptible() as flag, checkpoint.Saver(folder + "/checkpoints") as saver:
+with interruptible() as flag, checkpoint.Saver(folder + "/checkpoints") as saver:
     for s in train.steps(train.make_train_step(config), state, data.prefetch(rows, jax.device_put), config,
                          pause=lambda n: n == stop_at or flag.stop):
         print(json.dumps([s.step, s.metrics["loss"]]), flush=True)

@@ -1,0 +1,184 @@
+"""A run: the folder runs/NAME, the stages that a model goes through in it, and what came out.
+
+Notebooks, chat, server, measurements and reports open a run and load its model here and nowhere else.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lib.config import Config
+from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.files import UserError, choose, set_aside, writing
+from lib.params import templates
+from lib.train import checkpoint
+
+__all__ = [
+    "MAKERS",
+    "Model",
+    "RESULTS",
+    "STAGES",
+    "load_model",
+    "newest_run",
+    "open_run",
+    "results_table",
+    "set_aside",
+    "stages",
+]
+
+# stage of training: its folder of checkpoints in a run, in the order of training
+STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}
+
+# what stands in a run folder: the notebook that makes it
+MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}
+
+# key of results.json: (label, format); other keys are printed as they are
+RESULTS = {
+    "bytes_per_token": ("tokenizer compression, bytes/token", ".2f"),
+    "params": ("parameters", ",d"),
+    "steps": ("steps", ",d"),
+    "train_tokens_per_s": ("training tokens/s", ",.0f"),
+    "val_bpb": ("validation bits per byte", ".4f"),
+    "gzip_bpb": ("  gzip -9 on the same bytes", ".4f"),
+    "xz_bpb": ("  xz -9 on the same bytes", ".4f"),
+}
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
+    """The folder runs/NAME, made if missing; with `needs` it must hold that file or folder already.
+
+    An empty name stands for the run whose `needs` changed last.
+    """
+    if not name and needs:
+        return newest_run(runs_dir, holding=needs)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"run name {name!r} cannot name a folder: use letters, digits, . _ and -")
+
+    run = Path(runs_dir) / name
+    if needs and not (run / needs).exists():
+        raise UserError(f"{run} has no {needs}: run {MAKERS[needs]}.py --run {name} first")
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def newest_run(runs_dir="runs", holding: str = "config.json") -> Path:
+    """The run folder whose `holding` file or folder changed last; UserError where there is none."""
+    candidates = [path.parent for path in Path(runs_dir).glob(f"*/{holding}")]
+    if not candidates:
+        raise UserError(
+            f"no run with {holding} under {Path(runs_dir).resolve()}: "
+            "train one first, or pass --run NAME"
+        )
+    # of two that changed in the same instant the last by name, so that the answer is always the same
+    return max(candidates, key=lambda run: ((run / holding).stat().st_mtime, run.name))
+
+
+def stages(run) -> list[str]:
+    """Those of STAGES that have a usable checkpoint in the run folder, in the order of training."""
+    return [stage for stage, name in STAGES.items() if checkpoint.latest(Path(run) / name)]
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """A trained model with all that is needed to use it."""
+
+    params: dict
+    config: Config
+    tokenizer: Tokenizer
+    meta: dict  # of the checkpoint: step, metric, settings, ...
+    stage: str  # which of STAGES made it; "base" where the path does not say
+    path: str
+
+
+def load_model(run, ckpt: str = "", stage: str = "") -> Model:
+    """The model of a run folder, its parameters on the device.
+
+    ckpt: empty for the newest checkpoint of the stage, "best" for the one of lowest validation
+    loss, or a checkpoint's own path or address (gs://..., hf://USER/NAME). stage: one of STAGES,
+    or empty for the furthest that the run has. The tokenizer is the run's; for hf:// the repository's.
+    """
+    run = Path(run)
+    if ckpt in ("", "best"):
+        stage = _choose_stage(run, stage)
+        path = _choose_checkpoint(run / STAGES[stage], ckpt)
+    else:
+        path = ckpt
+        stage = stage or _stage_of(ckpt)
+
+    repository = ckpt.removeprefix("hf://")
+    tokenizer = load_tokenizer(f"hf:{repository}" if ckpt.startswith("hf://") else run)
+    meta = checkpoint.read_meta(path)
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{path} was trained with another tokenizer than {run} has: name the run it belongs to"
+        )
+    config = Config.from_dict(meta["config"])
+    params, _ = checkpoint.restore(path, templates(config), only="params")
+    return Model(jax.device_put(params), config, tokenizer, meta, stage, str(path))
+
+
+def _choose_stage(run: Path, stage: str) -> str:
+    """The stage asked for, or the furthest; UserError where the run does not have it."""
+    trained = stages(run)
+    if not trained:
+        raise UserError(f"no checkpoint in {run}: train one with 02_train.py --run {run.name} first")
+    if stage and choose("stage", stage, tuple(STAGES)) not in trained:
+        raise UserError(
+            f"{run} has no {stage} checkpoint, only {', '.join(trained)}: run that stage first"
+        )
+    return stage or trained[-1]
+
+
+def _choose_checkpoint(store: Path, which: str):
+    """The newest checkpoint of a stage's folder, or with "best" that of the lowest validation loss."""
+    if which != "best":
+        return checkpoint.latest(store)
+    path = checkpoint.best(store)
+    if path is None:
+        raise UserError(
+            f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest"
+        )
+    return path
+
+
+def _stage_of(path: str) -> str:
+    """The stage that the folder above a checkpoint names, else "base"."""
+    parent = str(path).rstrip("/").split("/")[-2:][0]
+    return next((stage for stage, name in STAGES.items() if name == parent), "base")
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def results_table(run) -> str:
+    """The figures and samples in RUN/results.json as text."""
+    path = Path(run) / "results.json"
+    if not path.exists():
+        raise UserError(
+            f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py "
+            f"--run {Path(run).name} first"
+        )
+    results = json.loads(path.read_text())
+
+    # the known figures first, in their own words, then everything else that is one number or word
+    table = []
+    for key, (label, spec) in RESULTS.items():
+        if results.get(key) is not None:
+            table.append((label, format(results[key], spec)))
+    for key, value in results.items():
+        if key not in RESULTS and isinstance(value, int | float | str):
+            table.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
+
+    width = max(len(label) for label, _ in table)
+    lines = [f"{label:<{width}}  {value:>14}" for label, value in table]
+    lines += [f"\nsample: {sample}" for sample in results.get("samples", [])]
+    return "\n".join(lines)
