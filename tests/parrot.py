@@ -69,18 +69,11 @@ def messages(question: str) -> list[dict]:
 def run() -> Path:
     """The run folder of the model, trained once for all tests and kept until the code that makes it changes."""
     root = Path(__file__).parents[1]
-    sources = [
-        Path(__file__),
-        *(
-            root / "lib" / f"{name}.py"
-            for name in ("checkpoint", "config", "model", "params", "tokenizer")
-        ),
-    ]
-    folder = (
-        root
-        / ".cache"
-        / f"parrot-{hashlib.sha256(b''.join(p.read_bytes() for p in sources)).hexdigest()[:12]}"
-    )
+    lib = root / "lib"
+    makers = [lib / "config.py", lib / "params.py", lib / "data" / "tokenizer.py"]
+    sources = [Path(__file__), *makers, *sorted((lib / "model").glob("*.py"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    folder = root / ".cache" / f"parrot-{digest[:12]}"
     folder.parent.mkdir(exist_ok=True)
     # the other test files wait for the one that trains
     with open(folder.with_suffix(".lock"), "w") as lock:

@@ -378,11 +378,11 @@ def test_bad_chats(tokenizer, problem):
             render(BAD_CHATS[problem])
 
 
-# ---- the benchmark, whose name is also a module's of the standard library
+# ---- the benchmark
 
 
-def test_the_benchmark_runs_as_a_file_and_does_not_hide_tokenize(tmp_path):
-    script = PARITY.parents[1] / "benchmarks" / "tokenize.py"
+def test_the_benchmark_runs_as_a_file_too(tmp_path):
+    script = PARITY.parents[1] / "benchmarks" / "tokenizing.py"
     args = [
         "--vocab-sizes",
         "300",
