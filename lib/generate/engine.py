@@ -198,8 +198,9 @@ class _Writer:
 
     def _let_out(self, token: Token):
         """Find stop strings in the bytes of what the model wrote in one go, wherever they cross tokens."""
-        # no text, or not the model's own
-        if not self.stops or token.forced or token.id >= len(self.tokenizer.tokens):
+        # not the model's own, within a call, which nobody hears, or no text
+        silent = not self.stops or token.forced or self.call is not None
+        if silent or token.id >= len(self.tokenizer.tokens):
             self.ready += [*self.held, token]
             self.held = []
             return

@@ -155,6 +155,21 @@ def test_a_tool_that_refuses_forces_nothing_and_a_long_answer_crosses_chunks(mon
         assert len(tokens) == 60
 
 
+def test_stop_strings_look_at_what_is_said_and_not_into_calls(monkeypatch):
+    tokenizer = golden()[2]
+    call = [tokenizer.special["<|python_start|>"], *tokenizer.encode("2*3")]
+    call.append(tokenizer.special["<|python_end|>"])
+    # what the tool answers is forced, so the script goes on behind it
+    output = tokenizer.encode("6")
+    script = [*call, 0, *[0] * len(output), 0, *tokenizer.encode("so 6*"), *tokenizer.encode("x")]
+    engine = scripted(monkeypatch, [script])
+    slot = engine.add([491, 70, 71], Sampling(60, temperature=0, stop_strings=("*",)))
+    rows, why = drain(engine)
+    assert why == {slot: "stop"}
+    assert ids(rows[slot])[: len(call)] == call
+    assert tokenizer.decode(ids(rows[slot])[len(call) + 2 + len(output) :]) == "so 6"
+
+
 # ---- rows do not depend on each other ----------------------------------------------------------------------------------
 
 
