@@ -49,14 +49,14 @@ setup()
 import time
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from tqdm import tqdm
 
+from lib import pictures
 from lib.data.sources import documents, head
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.files import UserError, choose, update_json
-from lib.notebook import flags, secret, show, subplots
+from lib.notebook import flags, secret
+from lib.pictures import show
 from lib.runs import open_run
 
 # %% tags=["parameters"]
@@ -258,22 +258,7 @@ for kind, row in compression.items():
     print(f"{kind:26}" + "".join(f"{value:8.2f}" for value in row.values()))
 
 # %%
-figure, axis = subplots(size=(7.5, 3.8))
-height = 0.8 / len(tokenizers)
-for k, (name, colour) in enumerate(zip(tokenizers, ("#3b6fb6", "#b9bec6", "#878f9b"))):
-    values = [row[name] for row in compression.values()]
-    places = np.arange(len(values)) + (k - (len(tokenizers) - 1) / 2) * height
-    bars = axis.barh(places, values, 0.92 * height, color=colour, label=name)
-    axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
-axis.set_yticks(range(len(compression)), compression)
-axis.invert_yaxis()
-axis.set(xlabel="bytes per token (more is better)")
-axis.set_title("Compression by kind of text", loc="left")
-axis.grid(visible=False, axis="y")
-axis.set_axisbelow(True)
-if len(tokenizers) > 1:
-    figure.legend(loc="outside upper right", ncols=len(tokenizers), frameon=False)
-show(figure, plots / "tokenizer_compression.png")
+show(pictures.compression(compression), plots / "tokenizer_compression.png")
 
 # %% [markdown]
 # ## Pictures
@@ -284,23 +269,10 @@ show(figure, plots / "tokenizer_compression.png")
 # %%
 ids = np.concatenate([np.array(x, int) for x in tokenizer.encode_batch(validation)])
 learnt = tokenizer.token_bytes[: len(tokenizer.tokens)]
-bins = np.arange(1, 22)
-figure, axes = subplots(1, 2, size=(4.5, 3))
-for axis, values, title, colour in (
-    (axes[0], learnt, "vocabulary: {:,} learnt tokens", "#3b6fb6"),
-    (axes[1], tokenizer.token_bytes[ids], "validation text: {:,} tokens", "#d98032"),
-):
-    share = np.bincount(values.clip(max=bins[-1]), minlength=bins[-1] + 1)[1:] / len(values)
-    axis.bar(bins, share * 100, width=0.85, color=colour)
-    axis.axvline(values.mean(), color="#333333", linestyle="--", linewidth=1)
-    axis.annotate(
-        f" mean {values.mean():.2f}", (values.mean(), share.max() * 100), va="top", fontsize=8
-    )
-    axis.set(xlabel="bytes per token", ylabel="% of tokens", title=title.format(len(values)))
-    axis.set_xticks([1, 5, 10, 15, bins[-1]], [1, 5, 10, 15, f"{bins[-1]}+"])
-    axis.grid(visible=False, axis="x")
-    axis.set_axisbelow(True)
-show(figure, plots / "tokenizer_lengths.png")
+show(
+    pictures.token_lengths(learnt, tokenizer.token_bytes[ids]),
+    plots / "tokenizer_lengths.png",
+)
 used = np.unique(ids).size
 words = [i for i in np.argsort(-learnt, kind="stable") if tokenizer.tokens[i].strip().isalpha()]
 print(
@@ -312,57 +284,7 @@ print(
 # A sample as the model sees it: every token on its own colour. `↵` is a line end, `�` a part of a character that has
 # no token of its own, and `□` a character that the font of the picture lacks.
 
-
 # %%
-def coloured(tokenizer, text, columns=92):
-    """A figure of the text on a grid of characters, with a background colour per token."""
-    palette = [
-        (0.79, 0.87, 0.97),
-        (0.99, 0.88, 0.74),
-        (0.82, 0.93, 0.80),
-        (0.97, 0.82, 0.84),
-        (0.89, 0.84, 0.95),
-    ]
-    rows, colours = [""], [[]]
-    known = get_font(findfont("monospace")).get_charmap()
-    for k, i in enumerate(tokenizer.encode(text)):
-        token = tokenizer.tokens[i].decode(errors="replace").replace("\t", "→").replace("\n", "↵")
-        token = "".join(char if ord(char) in known else "□" for char in token)
-        if len(rows[-1]) + len(token) > columns:
-            rows, colours = [*rows, ""], [*colours, []]
-        for char in token[:columns]:
-            rows[-1] += char
-            colours[-1].append(palette[k % len(palette)])
-            if char == "↵":
-                rows, colours = [*rows, ""], [*colours, []]
-    grid = np.ones((len(rows), columns, 3))
-    for row, line in enumerate(colours):
-        grid[row, : len(line)] = np.reshape(line, (-1, 3))
-    grid = grid.repeat(12, axis=0)
-    grid[::12] = 1  # a white gap above every row
-    width, line_height, margin = 9.0, 0.22, 1.5  # inches, inches, characters
-    figure = Figure(figsize=(width, line_height * (len(rows) + 1)))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.imshow(grid, aspect="auto", interpolation="nearest", extent=(0, columns, len(rows), 0))
-    axis.set(xlim=(-margin, columns + margin), ylim=(len(rows) + 0.5, -0.5))
-    axis.axis("off")
-    size = width * 72 / (columns + 2 * margin) / 0.602  # DejaVu Sans Mono is 0.602 of its size wide
-    for row, line in enumerate(rows):
-        for column, char in enumerate(line):  # one by one: a whole line drifts off the grid
-            axis.text(
-                column + 0.5,
-                row + 0.55,
-                char,
-                size=size,
-                family="monospace",
-                ha="center",
-                va="center_baseline",
-                color="#222222",
-                parse_math=False,
-            )
-    return figure
-
-
 sample = "\n".join(
     [
         validation[len(validation) // 2][:700].rstrip(),
@@ -373,7 +295,7 @@ sample = "\n".join(
         "Grüße aus dem Café, Поезд отправляется, 東京",
     ]
 )
-show(coloured(tokenizer, sample), plots / "tokenizer_sample.png")
+show(pictures.coloured_tokens(tokenizer, sample), plots / "tokenizer_sample.png")
 
 # %% [markdown]
 # ## A chat, as training will see it

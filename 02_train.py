@@ -53,7 +53,7 @@ import time
 import jax
 import numpy as np
 
-from lib import evals
+from lib import evals, pictures
 from lib.chips import Slice, chip
 from lib.config import Config
 from lib.data import sources as data
@@ -71,11 +71,10 @@ from lib.notebook import (
     parse_steps,
     pick_preset,
     secret,
-    show,
-    subplots,
 )
 from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
+from lib.pictures import show
 from lib.preflight import compile as preflight
 from lib.report import page as report
 from lib.runs import STAGES, open_run, set_aside
@@ -517,27 +516,8 @@ if not first:
 
 # %%
 rows_logged = read_jsonl(folder / "metrics.jsonl")
-figure, axes = subplots(1, 3, size=(4.6, 3.2))
-steps_done, losses = column(rows_logged, "loss")
-axes[0].plot(steps_done, losses, color="C0", alpha=0.35, linewidth=0.8)
-smooth = np.convolve(losses, np.ones(k := max(1, len(losses) // 30)) / k, mode="valid")
-axes[0].plot(steps_done[len(losses) - len(smooth) :], smooth, color="C0", label="training")
-axes[0].plot(
-    *column(rows_logged, "val_loss"),
-    "o-",
-    color="C1",
-    markersize=3,
-    label="validation (per token of text)",
-)
-axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
-axes[0].legend()
-axes[1].plot(*column(rows_logged, "lr"), color="C2")
-axes[1].set(
-    title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None)
-)
-axes[2].plot(*column(rows_logged, "tokens_per_s"), color="C3", linewidth=0.8)
-axes[2].set(title="throughput", xlabel="step", ylabel="tokens/s", ylim=(0, None))
-show(figure, folder / "plots" / "training.png")
+_, losses = column(rows_logged, "loss")
+show(pictures.training_curves(rows_logged), folder / "plots" / "training.png")
 
 # %% [markdown]
 # ## Samples

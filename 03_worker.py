@@ -55,7 +55,8 @@ from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.files import UserError, choose, update_json
 from lib.interrupts import interruptible
-from lib.notebook import device_report, flags, parse_overrides, secret, show
+from lib.notebook import device_report, flags, parse_overrides, secret
+from lib.pictures import show
 from lib.runs import open_run
 from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
 

@@ -51,7 +51,7 @@ import time
 import jax
 import numpy as np
 
-from lib import evals
+from lib import evals, pictures
 from lib.chat import terminal as chat
 from lib.config import Config
 from lib.data import sources as data
@@ -61,8 +61,9 @@ from lib.evals import questions as chat_tasks
 from lib.files import UserError, choose, update_json
 from lib.generate import engine as generate
 from lib.interrupts import interruptible
-from lib.notebook import device_report, flags, show, subplots
+from lib.notebook import device_report, flags
 from lib.params import count_params, templates
+from lib.pictures import show
 from lib.report import page as report
 from lib.runs import STAGES, open_run, results_table, set_aside
 from lib.sandbox import programs as sandbox
@@ -222,7 +223,8 @@ for name, bits in sorted(by_kind["kinds"].items(), key=lambda entry: -entry[1]["
 # %% [markdown]
 # ## What it finds easy and hard
 #
-# Each token of one held-out text, coloured by how many bits it cost: blue was expected, red was a surprise.
+# Each token of one held-out text, coloured by how many bits it cost: blue was expected, red was a surprise. `↵` is the end of a
+# line, which costs bits too.
 
 # %%
 ids = tokenizer.encode(texts[0], bos=True)[: min(config.sequence_len, 240) + 1]
@@ -233,40 +235,7 @@ bits = np.asarray(evals.token_losses(params, config, row[:1], row[1:]))[0, : len
     2
 )
 
-figure, axis = subplots(size=(9, 4.5))
-axis.set_axis_off()
-# of the font, and how many of its characters (0.602 of its size wide) fit beside each other
-points, columns = 10, 104
-x = y = 0
-for token, cost in zip(ids[1:], bits):
-    for piece in tokenizer.decode([token]).replace("\t", "    ").splitlines(keepends=True):
-        text = piece.rstrip("\r\n")
-        if x + len(text) > columns:
-            x, y = 0, y + 1
-        if text:
-            axis.text(
-                x,
-                -y,
-                text,
-                family="monospace",
-                fontsize=points,
-                va="top",
-                parse_math=False,
-                bbox=dict(
-                    facecolor=(1, 0.3, 0.2, min(cost / 16, 0.8))
-                    if cost > 4
-                    else (0.2, 0.5, 1, 0.3 - cost / 16),
-                    edgecolor="none",
-                    pad=0.6,
-                ),
-            )
-        x, y = (0, y + 1) if piece != text else (x + len(text), y)
-axis.set(
-    xlim=(0, columns), ylim=(-y - 1, 0.5), title=f"bits per token: {bits.mean():.2f} on average"
-)
-axis.set_position([0.02, 0.02, columns * 0.602 * points / 72 / 9, 0.9])
-figure.set_size_inches(9, 0.5 + (y + 2) * 1.35 * points / 72)
-show(figure, folder / "plots" / "surprise.png")
+show(pictures.surprise(tokenizer, ids[1:], bits), folder / "plots" / "surprise.png")
 
 # %% [markdown]
 # ## Completions
@@ -528,13 +497,7 @@ for phase, epochs, lr in (("mid", mid_epochs, mid_lr), ("sft", sft_epochs, sft_l
 
 # %%
 if curves:
-    figure, axes = subplots(1, len(curves), size=(4.6, 3), squeeze=False)
-    for axis, (phase, logged) in zip(axes[0], curves.items()):
-        axis.plot(*column(logged, "loss"), color="C0", alpha=0.5, linewidth=0.8, label="training")
-        axis.plot(*column(logged, "val_loss"), "o-", color="C1", markersize=3, label="validation")
-        axis.set(title=phase, xlabel="step", ylabel="nats per token of the assistant", yscale="log")
-        axis.legend(loc="upper right")
-    show(figure, folder / "plots" / "fine_tuning.png")
+    show(pictures.fine_tuning(curves), folder / "plots" / "fine_tuning.png")
 
 # %% [markdown]
 # ## Before and after
@@ -557,24 +520,11 @@ if graded:
             + "".join(f"{100 * e['score']:9.1f} ± {100 * (e['stderr'] or 0):4.1f}" for e in row)
             + f"   of {row[0]['n']}"
         )
-    figure, axis = subplots(size=(max(4.5, 1.2 * len(graded)), 3))
-    for i, (stage_, found) in enumerate(marks.items()):
-        at = np.arange(len(graded)) + 0.26 * (i - (len(marks) - 1) / 2)
-        axis.bar(
-            at,
-            [100 * found[n]["score"] for n in graded],
-            0.24,
-            yerr=[100 * (found[n]["stderr"] or 0) for n in graded],
-            capsize=2,
-            color=f"C{i}",
-            error_kw=dict(linewidth=0.8),
-            label=stage_,
-        )
-    axis.set(title="held-out questions answered rightly", ylabel="%", ylim=(0, 105))
-    axis.set_xticks(range(len(graded)), graded)
-    axis.tick_params(axis="x", rotation=20)
-    axis.legend(ncols=len(marks), loc="upper left", bbox_to_anchor=(0, -0.2))
-    show(figure, folder / "plots" / "tasks.png")
+    rated = {
+        stage_: {name: found[name] for name in graded if name in found}
+        for stage_, found in marks.items()
+    }
+    show(pictures.scores(rated), folder / "plots" / "tasks.png")
 
 # %% [markdown]
 # Which of these differences are more than chance? Each stage against the one before, on the same questions:

@@ -123,7 +123,8 @@ def main(args: Args):
     from lib.chips import chip
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
-    from lib.notebook import parse_overrides, show, subplots
+    from lib.notebook import parse_overrides
+    from lib.pictures import show, subplots
     from lib.preflight import roofline
 
     config = Config.from_depth(

@@ -1,4 +1,4 @@
-"""What a notebook needs around its story: flags, set-up, plots, the device report, secrets."""
+"""What a notebook needs around its story: flags, set-up, the device report, secrets."""
 
 import ast
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
 from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
-from lib.files import UserError, choose, replacing, write_atomic
+from lib.files import UserError, choose, write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -235,44 +235,6 @@ def secret(name: str) -> str | None:
     value = os.environ.get(name) or None
     print(f"{name}: {'from the environment' if value else 'not set, going on without'}")
     return value
-
-
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.titlesize": "medium",
-    "legend.frameon": False,
-    "font.size": 9,
-    "lines.linewidth": 1.3,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 130,
-}
-
-
-def subplots(rows=1, cols=1, size=(4.5, 3), **kwargs):
-    """(figure, axes) in the house style, `size` in inches per axes; needs no display and no pyplot state."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size[0] * cols, size[1] * rows))
-        return figure, figure.subplots(rows, cols, **kwargs)
-
-
-def show(figure, path):
-    """Write a matplotlib figure to `path` (format from its suffix), and show it inline in a notebook."""
-    with replacing(path) as tmp:
-        figure.savefig(tmp, format=Path(path).suffix[1:], dpi=STYLE["savefig.dpi"])
-    if in_notebook():
-        from IPython.display import Image, display
-
-        display(Image(filename=str(path)))
-    else:
-        print(f"plot: {path}")
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------

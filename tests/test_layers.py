@@ -16,6 +16,7 @@ LAYERS = [  # files and rooms of lib; each imports only from the lines above its
     {"train"},
     {"runs"},
     {"notebook"},
+    {"pictures"},
     {"evals", "interop"},
     {"report"},
     {"preflight"},

@@ -139,14 +139,6 @@ def test_device_report(capsys):
     assert "no MFU" in capsys.readouterr().out
 
 
-def test_plots_are_files_in_a_script(tmp_path, capsys):
-    figure, (left, right) = notebook.subplots(1, 2)
-    left.plot([1, 2])
-    notebook.show(figure, tmp_path / "plots" / "x.png")
-    assert (tmp_path / "plots" / "x.png").read_bytes().startswith(b"\x89PNG")
-    assert "x.png" in capsys.readouterr().out
-
-
 def test_secret(monkeypatch, capsys):
     monkeypatch.setenv("RAWCHAT_TEST", "value")
     assert notebook.secret("RAWCHAT_TEST") == "value"

@@ -774,7 +774,7 @@ def heat_map(found: dict, path):
     """Draw a search: the lowest bound in ms for each microbatch and rematerialisation; hatched where nothing fits."""
     import numpy as np
 
-    from lib.notebook import show, subplots
+    from lib.pictures import show, subplots
 
     remats, micros = ("none", "dots", "layer"), sorted({r["microbatch"] for r in found["rows"]})
     grid, fits = np.full((3, len(micros)), np.nan), np.zeros((3, len(micros)), bool)

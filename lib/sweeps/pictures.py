@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from lib.files import write_atomic
-from lib.notebook import subplots
+from lib.pictures import subplots
 from lib.sweeps import scaling, space
 
 GREY = "0.68"

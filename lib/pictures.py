@@ -1,0 +1,386 @@
+"""The pictures that the notebooks show: each a function of data that returns a matplotlib figure.
+
+A notebook draws one in a line, `show(pictures.training_curves(rows), folder / "training.png")`.
+Nothing here needs a display, and nothing touches pyplot's global state.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lib.files import replacing
+from lib.notebook import in_notebook
+from lib.train.metrics import column
+
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": "medium",
+    "legend.frameon": False,
+    "font.size": 9,
+    "lines.linewidth": 1.3,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 130,
+}
+
+# ours first, then greys for those that stand beside it
+BLUE, ORANGE, GREY, DARK_GREY = "#3b6fb6", "#d98032", "#b9bec6", "#878f9b"
+INK = "#222222"
+
+# ---- the house style -----------------------------------------------------------------------------
+
+
+def styled(draw: Callable) -> Callable:
+    """Decorate a function that draws: all that it adds, legends too, is in the house style."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@styled
+def subplots(rows: int = 1, cols: int = 1, size=(4.5, 3), **kwargs):
+    """(figure, axes) in the house style, `size` in inches per axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * cols, size[1] * rows))
+    return figure, figure.subplots(rows, cols, **kwargs)
+
+
+@styled
+def show(figure, path):
+    """Write a figure to `path` (format from its suffix), and show it inline in a notebook."""
+    with replacing(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:])
+
+    if not in_notebook():
+        print(f"plot: {path}")
+        return
+    from IPython.display import Image, display
+
+    display(Image(filename=str(path)))
+
+
+def whole_ticks(axis):
+    """Put the ticks of `axes.xaxis` or `axes.yaxis` at whole numbers: there is no step 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def running_mean(values: Sequence[float], share: int = 30) -> list[float]:
+    """Each value's mean with its neighbours on both sides, together a `share`-th of all values."""
+    half = len(values) // (2 * share)
+    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
+    centers = np.arange(len(values))
+
+    # at both ends the neighbourhood is cut, not filled up
+    first = np.maximum(centers - half, 0)
+    last = np.minimum(centers + half + 1, len(values))
+    return ((sums[last] - sums[first]) / (last - first)).tolist()
+
+
+# ---- 01: what a tokenizer learnt -----------------------------------------------------------------
+
+
+@styled
+def compression(bytes_per_token: dict[str, dict[str, float]]):
+    """Bars of bytes per token: {kind of text: {tokenizer: bytes per token}}, ours first."""
+    kinds = list(bytes_per_token)
+    names = list(bytes_per_token[kinds[0]])
+    height = 0.8 / len(names)
+    figure, axis = subplots(size=(7.5, 3.8))
+
+    for k, (name, colour) in enumerate(zip(names, (BLUE, GREY, DARK_GREY))):
+        values = [bytes_per_token[kind][name] for kind in kinds]
+        middle = k - (len(names) - 1) / 2
+        places = np.arange(len(kinds)) + middle * height
+        bars = axis.barh(places, values, 0.92 * height, color=colour, label=name)
+        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+
+    axis.set_yticks(range(len(kinds)), kinds)
+    axis.invert_yaxis()
+    axis.set(xlabel="bytes per token (more is better)")
+    axis.set_title("Compression by kind of text", loc="left")
+    axis.grid(visible=False, axis="y")
+    if len(names) > 1:
+        figure.legend(loc="outside upper right", ncols=len(names))
+    return figure
+
+
+@styled
+def token_lengths(vocabulary_bytes, text_bytes, longest: int = 21):
+    """Histograms of token lengths in bytes: in the vocabulary, and in a text made of its tokens."""
+    figure, axes = subplots(1, 2, size=(4.5, 3))
+    lengths = np.arange(1, longest + 1)
+    parts = (
+        (axes[0], np.asarray(vocabulary_bytes), "vocabulary: {:,} learnt tokens", BLUE),
+        (axes[1], np.asarray(text_bytes), "validation text: {:,} tokens", ORANGE),
+    )
+    for axis, values, title, colour in parts:
+        # the last bar holds all that are longer
+        counts = np.bincount(values.clip(max=longest), minlength=longest + 1)[1:]
+        percent = 100 * counts / len(values)
+        axis.bar(lengths, percent, width=0.85, color=colour)
+
+        mean = values.mean()
+        axis.axvline(mean, color="#333333", linestyle="--", linewidth=1)
+        axis.annotate(f" mean {mean:.2f}", (mean, percent.max()), va="top", fontsize=8)
+
+        axis.set(xlabel="bytes per token", ylabel="% of tokens", title=title.format(len(values)))
+        axis.set_xticks([1, 5, 10, 15, longest], [1, 5, 10, 15, f"{longest}+"])
+        axis.grid(visible=False, axis="x")
+    return figure
+
+
+PALETTE = (
+    (0.79, 0.87, 0.97),
+    (0.99, 0.88, 0.74),
+    (0.82, 0.93, 0.80),
+    (0.97, 0.82, 0.84),
+    (0.89, 0.84, 0.95),
+)
+
+
+def coloured_tokens(tokenizer, text: str):
+    """Draw a text with each token on a colour: `↵` is a line end, `�` a part of a character."""
+    pieces = []
+    for k, i in enumerate(tokenizer.encode(text)):
+        pieces.append((tokenizer.tokens[i].decode(errors="replace"), PALETTE[k % len(PALETTE)]))
+    return _text_grid(pieces)
+
+
+# characters in a row of a text that is drawn
+COLUMNS = 92
+
+
+@styled
+def _text_grid(pieces: list[tuple[str, tuple]], columns: int = COLUMNS):
+    """Draw (text, background colour) pieces on a grid of characters; `\\n` ends a row."""
+    from matplotlib.figure import Figure
+
+    rows, colours = _fill_rows(pieces, columns)
+    backgrounds = np.ones((len(rows), columns, 3))
+    for row, line in enumerate(colours):
+        backgrounds[row, : len(line)] = np.reshape(line, (-1, 3))
+
+    # a white gap above every row
+    backgrounds = backgrounds.repeat(12, axis=0)
+    backgrounds[::12] = 1
+
+    # inches, inches, characters
+    width, line_height, margin = 9.0, 0.22, 1.5
+    figure = Figure(figsize=(width, line_height * (len(rows) + 1)), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(
+        backgrounds, aspect="auto", interpolation="nearest", extent=(0, columns, len(rows), 0)
+    )
+    axis.set(xlim=(-margin, columns + margin), ylim=(len(rows) + 0.5, -0.5))
+    axis.axis("off")
+
+    # DejaVu Sans Mono is 0.602 of its size wide
+    style = dict(
+        size=width * 72 / (columns + 2 * margin) / 0.602,
+        family="monospace",
+        ha="center",
+        va="center_baseline",
+        color=INK,
+        parse_math=False,
+    )
+    for row, line in enumerate(rows):
+        # one by one: a whole line drifts off the grid
+        for column_, char in enumerate(line):
+            if char != " ":
+                axis.text(column_ + 0.5, row + 0.55, char, **style)
+    return figure
+
+
+def _fill_rows(pieces, columns: int) -> tuple[list[str], list[list]]:
+    """(rows of at most `columns` characters, the colour of each character)."""
+    from matplotlib.font_manager import findfont, get_font
+
+    drawable = get_font(findfont("monospace")).get_charmap()
+    rows, colours = [""], [[]]
+
+    def new_row():
+        rows.append("")
+        colours.append([])
+
+    for text, colour in pieces:
+        text = text.replace("\r\n", "\n").replace("\t", "→   ").replace("\n", "↵")
+        # a piece is not cut in two unless it is longer than a row
+        if len(rows[-1]) + len(text.rstrip("↵")) > columns:
+            new_row()
+        for char in text:
+            if len(rows[-1]) == columns and char != "↵":
+                new_row()
+            if len(rows[-1]) < columns:
+                rows[-1] += char if char == " " or ord(char) in drawable else "□"
+                colours[-1].append(colour)
+            if char == "↵":
+                new_row()
+    return rows, colours
+
+
+# ---- 02: how training went -----------------------------------------------------------------------
+
+
+@styled
+def training_curves(rows: list[dict]):
+    """Loss, learning rate and throughput over the steps of a metrics.jsonl."""
+    figure, axes = subplots(1, 3, size=(4.6, 3.2))
+    _loss_curves(axes[0], rows, "validation (per token of text)")
+    axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
+
+    axes[1].plot(*column(rows, "lr"), color="C2")
+    axes[1].set(
+        title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None)
+    )
+
+    axes[2].plot(*column(rows, "tokens_per_s"), color="C3", linewidth=0.8)
+    axes[2].set(title="throughput", xlabel="step", ylabel="tokens/s", ylim=(0, None))
+    for axis in axes:
+        whole_ticks(axis.xaxis)
+    return figure
+
+
+def _loss_curves(axis, rows, validation: str):
+    """Draw the training loss, its running mean in bold, and the validation loss as dots."""
+    steps, losses = column(rows, "loss")
+    axis.plot(steps, losses, color="C0", alpha=0.35, linewidth=0.8)
+    axis.plot(steps, running_mean(losses), color="C0", label="training")
+
+    style = dict(color="C1", markersize=3, label=validation)
+    axis.plot(*column(rows, "val_loss"), "o-", **style)
+    axis.legend(loc="upper right")
+
+
+# ---- 04: what a model finds hard, and what it learnt ---------------------------------------------
+
+
+def surprise_colour(bits: float) -> tuple[float, float, float]:
+    """Blue for an expected token (0 bits), paler towards 4 bits, then red for a surprise (16)."""
+    colour, strength = ((0.2, 0.5, 1.0), 0.34 * (1 - bits / 4))
+    if bits > 4:
+        colour, strength = ((1.0, 0.3, 0.2), 0.75 * min(1.0, (bits - 3) / 13))
+    return tuple(1 - strength * (1 - part) for part in colour)
+
+
+def surprise(tokenizer, ids: Sequence[int], bits: Sequence[float]):
+    """A text whose tokens are coloured by the bits that each cost, under a key of the colours."""
+    white = (1.0, 1.0, 1.0)
+    pieces = [("bits a token cost:", white)]
+    for level in (0, 1, 2, 3, 4, 6, 8, 12, 16):
+        pieces += [(" ", white), (f" {level}{'+' * (level == 16)} ", surprise_colour(level))]
+    pieces.append((f"   {np.mean(bits):.2f} on average", white))
+
+    rows = [(tokenizer.decode([i]), surprise_colour(float(cost))) for i, cost in zip(ids, bits)]
+    empty_row = (" " * COLUMNS, white)
+    return _text_grid([*pieces, empty_row, *rows])
+
+
+@styled
+def bits_by_kind(by_stage: dict[str, dict]):
+    """Bits per byte of each kind of text, with two standard errors.
+
+    by_stage: {stage: the answer of `evals.kinds.bits_by_kind`}.
+    """
+    sizes = {}
+    for measured in by_stage.values():
+        for kind, entry in measured["kinds"].items():
+            sizes[kind] = entry["bytes"]
+    kinds = sorted(sizes, key=lambda kind: -sizes[kind])
+    total = sum(sizes.values())
+
+    figure, axis = subplots(size=(6.5, 0.8 + 0.3 * len(kinds)))
+    for i, (stage, measured) in enumerate(by_stage.items()):
+        entries = [
+            (k, measured["kinds"][kind])
+            for k, kind in enumerate(kinds)
+            if kind in measured["kinds"]
+        ]
+        shift = 0.16 * (i - (len(by_stage) - 1) / 2)
+        axis.errorbar(
+            [entry["bpb"] for _, entry in entries],
+            [k + shift for k, _ in entries],
+            xerr=[2 * entry["stderr"] for _, entry in entries],
+            fmt="o",
+            markersize=4,
+            elinewidth=1.2,
+            color=f"C{i}",
+            label=stage,
+        )
+    axis.set_yticks(
+        range(len(kinds)), [f"{kind}, {sizes[kind] / total:.0%} of the bytes" for kind in kinds]
+    )
+    axis.invert_yaxis()
+    axis.set(xlabel="bits per byte (less is better)")
+    if len(by_stage) > 1:
+        figure.legend(loc="outside upper right", ncols=len(by_stage))
+    return figure
+
+
+@styled
+def fine_tuning(curves: dict[str, list[dict]]):
+    """Training and validation loss of each phase: {phase: rows of its metrics}."""
+    from matplotlib.ticker import LogFormatter
+
+    figure, axes = subplots(1, len(curves), size=(4.6, 3), squeeze=False)
+    for axis, (phase, rows) in zip(axes[0], curves.items()):
+        _loss_curves(axis, rows, "validation")
+        axis.set(title=phase, xlabel="step", ylabel="nats per token of the assistant", yscale="log")
+
+        # 0.5 and 6 instead of powers of ten, and between them where there is room
+        axis.yaxis.set_major_formatter(LogFormatter())
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        whole_ticks(axis.xaxis)
+    return figure
+
+
+@styled
+def scores(marks: dict[str, dict[str, dict]]):
+    """Share of questions answered rightly, with its standard error: {stage: {task: entry}}.
+
+    A dark line across a task's bars is what guessing gets.
+    """
+    tasks = []
+    for entries in marks.values():
+        tasks += [name for name in entries if name not in tasks]
+    height = 0.8 / len(marks)
+    figure, axis = subplots(size=(6.5, 0.9 + (0.2 + 0.14 * len(marks)) * len(tasks)))
+
+    for i, (stage, entries) in enumerate(marks.items()):
+        known = [(k, entries[name]) for k, name in enumerate(tasks) if name in entries]
+        middle = i - (len(marks) - 1) / 2
+        axis.barh(
+            [k + middle * height for k, _ in known],
+            [100 * entry["score"] for _, entry in known],
+            0.9 * height,
+            xerr=[100 * (entry["stderr"] or 0) for _, entry in known],
+            error_kw=dict(linewidth=0.8, ecolor="#444444"),
+            capsize=2,
+            color=f"C{i}",
+            label=stage,
+        )
+        for k, entry in known:
+            guess = 100 * (entry["baseline"] or 0)
+            axis.plot([guess, guess], [k - 0.42, k + 0.42], color=INK, linewidth=1)
+
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.invert_yaxis()
+    axis.set(
+        xlabel="% of held-out questions answered rightly (dark line: by guessing)", xlim=(0, 105)
+    )
+    axis.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper right", ncols=len(marks))
+    return figure
