@@ -52,7 +52,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib import pictures
-from lib.data.sources import documents, head
+from lib.data import documents, head
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.files import UserError, choose, update_json
 from lib.notebook import flags, secret

@@ -53,10 +53,9 @@ import time
 import jax
 import numpy as np
 
-from lib import evals, pictures
+from lib import data, evals, pictures
 from lib.chips import Slice, chip
 from lib.config import Config
-from lib.data import sources as data
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json

@@ -51,10 +51,9 @@ import time
 import jax
 import numpy as np
 
-from lib import evals, pictures
+from lib import data, evals, pictures
 from lib.chat import terminal as chat
 from lib.config import Config
-from lib.data import sources as data
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import contamination, core, kinds, stats
 from lib.evals import questions as chat_tasks
@@ -289,7 +288,7 @@ for stage, found in chats.items():
     shown = next(
         (m for m in found.messages if '"type": "python"' in json.dumps(m)), found.messages[0]
     )
-    pairs = zip(*sft.render(tokenizer, shown, config.sequence_len + 1))
+    pairs = zip(*data.render(tokenizer, shown, config.sequence_len + 1))
     print(f"{stage}, a conversation of its mixture:")
     for learnt, part in itertools.groupby(pairs, key=lambda pair: pair[1]):
         print(f"  {'learnt ' if learnt else 'context'}  {tokenizer.decode([i for i, _ in part])!r}")
@@ -428,10 +427,12 @@ def fine_tune(stage, params, opt_state, epochs, lr):
     if done == last:
         return state, saved
     val = list(
-        sft.batches(held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False)
+        data.chat_batches(
+            held_out[stage], tokenizer, tuned.microbatch, tuned.sequence_len, loop=False
+        )
     )
     batches = data.prefetch(
-        sft.batches(
+        data.chat_batches(
             chats[stage],
             tokenizer,
             rows,

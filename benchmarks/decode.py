@@ -151,9 +151,8 @@ def main(args: Args):
     import numpy as np
 
     from benchmarks.train_step import CONFIGS
-    from lib import evals
+    from lib import data, evals
     from lib.config import PRESETS, Config
-    from lib.data import sources as data
     from lib.files import UserError, choose, write_json
     from lib.generate import engine as generate
     from lib.model import transformer as model

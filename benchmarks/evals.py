@@ -148,8 +148,8 @@ def main(
 
     import jax
 
+    from lib import data
     from lib.config import Config
-    from lib.data import sources as data
     from lib.data.tokenizer import Tokenizer
     from lib.evals import core
     from lib.files import write_json

@@ -8,7 +8,7 @@ def kept_whole(tokens, packing: str, sequence_len: int) -> float:
     """Share of the documents that fit the context that one epoch shows in one piece."""
     import numpy as np
 
-    from lib.data import sources as data
+    from lib import data
 
     fitting, shown = set(), set()
     for shard in tokens:
@@ -38,7 +38,7 @@ def main(
     import tempfile
     import time
 
-    from lib.data import sources as data
+    from lib import data
     from lib.data.tokenizer import Tokenizer
     from lib.files import write_json
 

@@ -44,7 +44,7 @@ def main(
     import time
     from concurrent.futures import ProcessPoolExecutor
 
-    from lib.data.sources import documents
+    from lib.data import documents
     from lib.data.tokenizer import Tokenizer
     from lib.files import write_json
 

@@ -71,7 +71,7 @@ def test_help_does_nothing_else(house, script, says):
 
 def test_speedrun_help_lists_every_preset_and_source():
     from lib.config import PRESETS
-    from lib.data.sources import SOURCES
+    from lib.data import SOURCES
 
     text = (ROOT / "speedrun.sh").read_text()
     assert [name for name in [*PRESETS, *SOURCES] if name not in text] == []

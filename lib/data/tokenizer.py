@@ -1,4 +1,6 @@
-"""Text to token ids and back: byte-level BPE, trained by rustbpe and served by tiktoken; chats with their loss mask."""
+"""Text to token ids and back: byte-level BPE, trained by rustbpe and served by tiktoken; chats with
+their loss mask.
+"""
 
 import base64
 import contextlib
@@ -42,7 +44,8 @@ LONGEST_BLANK = 400_000
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A byte-level BPE vocabulary followed by `SPECIAL_TOKENS`; picklable, and cheap to send to another process.
+    """A byte-level BPE vocabulary followed by `SPECIAL_TOKENS`; picklable, and cheap to send to
+    another process.
 
     `tokens[i]` are the bytes of id i; `meta` says how it was made and does not influence encoding.
     """
@@ -62,10 +65,11 @@ class Tokenizer:
         doc_cap: int | None = None,
         meta: dict | None = None,
     ) -> "Tokenizer":
-        """Learn a vocabulary of exactly `vocab_size` ids, special tokens included, from a stream of texts.
+        """Learn a vocabulary of exactly `vocab_size` ids, special tokens included, from a stream of
+        texts.
 
-        Reads at most `doc_cap` characters of each text and stops after `max_chars` in all. Deterministic.
-        UserError if there is no text, or too little of it for that many tokens.
+        Reads at most `doc_cap` characters of each text and stops after `max_chars` in all.
+        Deterministic. UserError if there is no text, or too little of it for that many tokens.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
@@ -107,7 +111,9 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, name: str, timeout: float = 60) -> "Tokenizer":
-        """A published encoding with our special tokens after its ranks; fetched once (`timeout` seconds), cached."""
+        """A published encoding with our special tokens after its ranks; fetched once (`timeout`
+        seconds), cached.
+        """
         choose("tiktoken encoding", name, PUBLISHED)
         result = []
 
@@ -135,7 +141,9 @@ class Tokenizer:
     # ---- keeping one
 
     def to_json(self) -> str:
-        """Everything as one JSON object: plain data, so loading a stranger's tokenizer runs no code."""
+        """Everything as one JSON object: plain data, so loading a stranger's tokenizer runs no
+        code.
+        """
         data = {
             "kind": "bpe",
             "vocab_size": self.vocab_size,
@@ -151,7 +159,9 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str | bytes, where="this text") -> "Tokenizer":
-        """The inverse of `to_json`; UserError naming `where` if the text is anything else or was damaged."""
+        """The inverse of `to_json`; UserError naming `where` if the text is anything else or was
+        damaged.
+        """
         try:
             data = json.loads(text)
             tokens = tuple(
@@ -181,7 +191,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read a saved tokenizer: a file, or a folder (such as a run's) that holds `tokenizer.json`."""
+        """Read a saved tokenizer: a file, or a folder (such as a run's) that holds
+        `tokenizer.json`.
+        """
         path = Path(path)
         path = path / FILE if path.is_dir() else path
         try:
@@ -193,7 +205,9 @@ class Tokenizer:
         return cls.from_json(text, path)
 
     def push_to_hub(self, repo: str, token: str | None = None, private: bool = True) -> str:
-        """Upload `tokenizer.json` to a Hub model repository, made if missing; returns the repository's address."""
+        """Upload `tokenizer.json` to a Hub model repository, made if missing; returns the
+        repository's address.
+        """
         from huggingface_hub import HfApi
 
         with _hub_errors(f"cannot push the tokenizer to {repo!r}"):
@@ -234,12 +248,16 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): raw bytes each id stands for, 0 for special tokens; the denominator of bits per byte."""
+        """int32 (vocab_size,): raw bytes each id stands for, 0 for special tokens; the denominator
+        of bits per byte.
+        """
         return np.array([len(t) for t in self.tokens] + [0] * len(SPECIAL_TOKENS), np.int32)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of what decides the ids of a text: two tokenizers with one fingerprint encode alike."""
+        """Hex SHA-256 of what decides the ids of a text: two tokenizers with one fingerprint encode
+        alike.
+        """
         digest = hashlib.sha256(json.dumps([self.pattern, SPECIAL_TOKENS]).encode())
         for token in self.tokens:
             digest.update(len(token).to_bytes(4, "little") + token)
@@ -256,7 +274,9 @@ class Tokenizer:
         )
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of a text. Names of special tokens in it are plain text: only `bos` and chats make special ids."""
+        """Ids of a text. Names of special tokens in it are plain text: only `bos` and chats make
+        special ids.
+        """
         ids = [self.bos] if bos else []
         for part in _cut_blanks(text):
             ids += self.encoding.encode_ordinary(part)
@@ -280,25 +300,29 @@ class Tokenizer:
     def render_conversation(
         self, messages: list[dict], max_tokens: int = 2048
     ) -> tuple[list[int], list[int]]:
-        """Ids of a chat, and a mask that is 1 on the ids an assistant is to learn; both cut to `max_tokens`.
+        """Ids of a chat, and a mask that is 1 on the ids an assistant is to learn; both cut to
+        `max_tokens`.
 
-        A message is {"role", "content"}: maybe one by the system, which joins the text of the first user message, then
-        user and assistant in turn. Content is text; the assistant's may be a list of {"type", "text"} with types text,
-        python and python_output (what the tool answered: not learnt). UserError says which message is wrong, and how.
+        A message is {"role", "content"}: maybe one by the system, which joins the text of the first
+        user message, then user and assistant in turn. Content is text; the assistant's may be a
+        list of {"type", "text"} with types text, python and python_output (what the tool answered:
+        not learnt). UserError says which message is wrong, and how.
         """
-        ids, mask = self._render(_turns(messages))
+        ids, mask = self._render(turns(messages))
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, messages: list[dict]) -> list[int]:
-        """Ids that ask for the assistant's next message; if the last message is the assistant's, it is left out.
+        """Ids that ask for the assistant's next message; if the last message is the assistant's, it
+        is left out.
 
-        Never cut: only the caller knows the model's context, and the newest words are the ones that matter.
+        Never cut: only the caller knows the model's context, and the newest words are the ones that
+        matter.
         """
-        turns = list(_turns(messages))
-        ids, _ = self._render(turns[:-1] if turns[-1][0] == "assistant" else turns)
+        checked = list(turns(messages))
+        ids, _ = self._render(checked[:-1] if checked[-1][0] == "assistant" else checked)
         return [*ids, self.special["<|assistant_start|>"]]
 
-    def _render(self, turns) -> tuple[list[int], list[int]]:
+    def _render(self, checked) -> tuple[list[int], list[int]]:
         ids, mask = [self.bos], [0]
 
         def add(new: list[int], learn: int):
@@ -312,7 +336,7 @@ class Tokenizer:
                 self.special[f"<|{name}_end|>"],
             ]
 
-        for role, content in turns:
+        for role, content in checked:
             if role == "user":
                 add(fenced("user", content), 0)
                 continue
@@ -336,7 +360,7 @@ def load_tokenizer(spec) -> Tokenizer:
     return Tokenizer.from_hub(name) if kind == "hf" else Tokenizer.load(spec)
 
 
-def _turns(messages) -> Iterator[tuple[str, str | list[tuple[str, str]]]]:
+def turns(messages) -> Iterator[tuple[str, str | list[tuple[str, str]]]]:
     """Check a chat and yield ("user", text) and ("assistant", [(kind, text), ...]) in turn."""
 
     def fail(problem: str):
@@ -393,7 +417,9 @@ def _cut_blanks(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def _hub_errors(failure: str):
-    """Turn whatever the Hub or the way to it answers into a UserError that starts with `failure`."""
+    """Turn whatever the Hub or the way to it answers into a UserError that starts with
+    `failure`.
+    """
     try:
         yield
     except Exception as e:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.data.sources import CACHE, fetch
+from lib.data import CACHE, fetch
 from lib.evals import evaluating, likelihood, stats
 from lib.files import UserError, choose, sha256, write_atomic
 

@@ -18,9 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib import evals
+from lib import data, evals
 from lib.config import Config
-from lib.data import sources as data
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
 from lib.params import count_params

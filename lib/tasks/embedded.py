@@ -17,7 +17,7 @@ import random
 import re
 from collections.abc import Callable
 
-from lib.data import sources as data
+from lib import data
 from lib.tasks import Task
 
 HELD_OUT = 10  # one thing to ask about in so many is for tests

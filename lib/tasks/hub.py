@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.data import sources as data
+from lib import data
 from lib.files import UserError
 from lib.sandbox import programs as sandbox
 from lib.tasks import Task

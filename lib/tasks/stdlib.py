@@ -6,7 +6,7 @@ import random
 import re
 from collections import defaultdict
 
-from lib.data import sources as data
+from lib import data
 from lib.tasks import Task
 
 ITEMS = 400

@@ -1,39 +1,30 @@
-"""Fine-tuning on conversations: mixtures by name, whole conversations packed into rows, phases between checkpoints.
+"""Fine-tuning on conversations: mixtures by name, whole conversations packed into rows, phases
+between checkpoints.
 
-A mixture is a list of sources, each a task of lib.tasks or a JSONL file of chats. Its conversations are rendered as they enter
-the packing buffer, and a row teaches the assistant's words alone. Plain text may be among them, against forgetting; all of it is taught. The training step is lib.train.step's, the very one of pretraining.
+A mixture is a list of sources, each a task of lib.tasks or a JSONL file of chats. Its conversations
+are rendered as they enter the packing buffer, and a row teaches the assistant's words alone. Plain
+text may be among them, against forgetting; all of it is taught. The training step is
+lib.train.step's, the very one of pretraining.
 """
 
 import collections
-import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lib.config import Config
-from lib.data.tokenizer import Tokenizer, _turns
+from lib.data import Chats, Tokenizer, read_chats, render
 from lib.files import UserError, choose
 from lib.model import transformer as model
 from lib.tasks import items_of, tasks
 from lib.train.optim import hyper, make_optimizer
 from lib.train.step import TrainState
 
-FORMAT = 1  # of cursors; raise it when they change meaning
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
 VAL_EVERY, VAL_MOST = 50, 200
-BUFFER = 100  # conversations to choose from when a row is filled
-SPEAKERS = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
-    # as ShareGPT files of different origin call them
-    "assistant gpt chatgpt model bing bard".split(),
-    "assistant",
-)
-
 # Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its own (lib.train.checkpoint.STAGES).
 PHASES = {
     "mid": "the broad mixture: conversations, tools, many kinds of questions",
@@ -71,70 +62,12 @@ MIXTURES: dict[str, dict[str, float]] = {
 # ---- conversations ---------------------------------------------------------------------------------------------------
 
 
-def read_chats(path) -> list[list[dict]]:
-    """The conversations of a JSONL file, each a list of {"role", "content"}.
-
-    A line is {"messages": [{"role", "content"}, …]} (OpenAI), such a list alone, or {"conversations": [{"from", "value"}, …]}
-    (ShareGPT). UserError names file and line of anything else.
-    """
-    path, chats = Path(path).expanduser(), []
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    chats.append(_chat(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    if not chats:
-        raise UserError(f'{path} has no conversations: write one {{"messages": […]}} per line')
-    return chats
-
-
-def _chat(line: str, where: str) -> list[dict]:
-    try:
-        record = json.loads(line)
-        if isinstance(record, dict) and "conversations" in record:
-            messages = [
-                dict(role=choose("speaker", m["from"], SPEAKERS), content=m["value"])
-                for m in record["conversations"]
-            ]
-            if messages[:1] and messages[0]["role"] == "assistant":
-                del messages[0]  # some begin with a greeting by the model, which answers nothing
-        else:
-            messages = record if isinstance(record, list) else record["messages"]
-            messages = [
-                dict(role={"developer": "system"}.get(m["role"], m["role"]), content=_joined(m))
-                for m in messages
-            ]
-        list(_turns(messages))
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f'{where}: expected {{"messages": [{{"role", "content"}}, …]}}, a list of such messages, or '
-            f'{{"conversations": [{{"from", "value"}}, …]}} ({type(e).__name__}: {e})'
-        ) from None
-    return messages
-
-
-def _joined(message: dict):
-    """The content of a message; the text parts that OpenAI allows a user's or system's to have become one text."""
-    content = message["content"]
-    if (
-        message["role"] != "assistant"
-        and isinstance(content, list)
-        and all(part["type"] == "text" for part in content)
-    ):
-        return "".join(part["text"] for part in content)
-    return content
-
-
 def parse_mixture(text: str) -> dict[str, float]:
-    """{source: epochs} of words such as "arithmetic:0.5 spelling my_chats.jsonl:3" or "embedded_sft my_chats.jsonl:3".
+    """{source: epochs} of words such as "arithmetic:0.5 spelling my_chats.jsonl:3" or "embedded_sft
+    my_chats.jsonl:3".
 
-    A word is a source, or a name in MIXTURES for all of its sources; behind a colon the epochs, or what a mixture's are multiplied by.
+    A word is a source, or a name in MIXTURES for all of its sources; behind a colon the epochs, or
+    what a mixture's are multiplied by.
     """
     mixture = {}
     for word in text.split():
@@ -175,32 +108,11 @@ def _source(name: str) -> list[list[dict] | str]:
     return chats
 
 
-def render(
-    tokenizer: Tokenizer, chat: list[dict] | str, max_tokens: int
-) -> tuple[list[int], list[int]]:
-    """(ids, mask) as of `Tokenizer.render_conversation`; of a text, all but its bos is learnt."""
-    if not isinstance(chat, str):
-        return tokenizer.render_conversation(chat, max_tokens)
-    ids = tokenizer.encode(chat, bos=True)[:max_tokens]
-    return ids, [0] + [1] * (len(ids) - 1)
-
-
-@dataclass(frozen=True)
-class Chats:
-    """The conversations (or texts) of one side of a mixture, `messages[i]` from `source[i]`; `identity` names their content."""
-
-    messages: list[list[dict] | str]
-    source: list[str]
-    identity: str
-
-    def __len__(self) -> int:
-        return len(self.messages)
-
-
 def open_mixture(mixture: dict[str, float], split: str) -> Chats:
     """The conversations of one side of a mixture, "train" or "val".
 
-    They are the sources' training conversations, divided by the hash of their content; val has each once, whatever the epochs.
+    They are the sources' training conversations, divided by the hash of their content; val has each
+    once, whatever the epochs.
     """
     choose("split", split, ("train", "val"))
     messages, source, digest = [], [], hashlib.sha256()
@@ -226,128 +138,12 @@ def open_mixture(mixture: dict[str, float], split: str) -> Chats:
     return Chats(messages, source, digest.hexdigest())
 
 
-# ---- packing ---------------------------------------------------------------------------------------------------------
-
-# what a cursor has counted so far
-COUNTS = ("conversations", "truncated", "empty", "targets", "cells", "padding")
-
-
-def batches(
-    chats: Chats,
-    tokenizer: Tokenizer,
-    batch_size: int,
-    sequence_len: int,
-    *,
-    cursor: dict | None = None,
-    seed: int = 0,
-    buffer_size: int = BUFFER,
-    shuffle: bool = True,
-    loop: bool = True,
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
-    """Packed batches: (inputs_BT int32, targets_BT int32, the cursor after this batch), for ever or for one epoch.
-
-    A row holds sequence_len + 1 tokens: whole conversations, each time the longest waiting one that fits (of equals the first),
-    then bos. Targets are -1 on all that the assistant does not say itself, so no conversation is asked to predict another. One that
-    is longer than a row is cut to it; one in which the assistant says nothing (before the cut) is left out. The cursor counts
-    both, beside the rest of COUNTS; it is JSON: give it back with the same arguments and the very batches that would have come
-    follow. Each epoch has its own order, from `seed`.
-    """
-    if min(batch_size, sequence_len, buffer_size) < 1 or not 0 <= seed < 1 << 32 or not len(chats):
-        raise UserError(
-            f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and the number of "
-            f"conversations ({len(chats)}) must be at least 1, seed {seed} in 32 bits"
-        )
-    settings = dict(
-        format=FORMAT,
-        chats=chats.identity,
-        tokenizer=tokenizer.fingerprint,
-        batch_size=batch_size,
-        sequence_len=sequence_len,
-        seed=seed,
-        buffer_size=buffer_size,
-        shuffle=shuffle,
-    )
-    for name, value in settings.items() if cursor else ():
-        if cursor.get(name) != value:
-            raise UserError(
-                f"cannot resume the conversations: the cursor was made with {name} {cursor.get(name)!r}, now it is "
-                f"{value!r}; restore that, or start the phase anew"
-            )
-    position = dict(epoch=1, index=0, waiting=[]) | dict.fromkeys(COUNTS, 0) | (cursor or {})
-    return _batches(chats, tokenizer, settings, position, loop)
-
-
-def _batches(chats, tokenizer, settings, position, loop):
-    width, seed = settings["sequence_len"] + 1, settings["seed"]
-    epoch, index = position["epoch"], position["index"]
-    counts = {name: position[name] for name in COUNTS}
-
-    def rendered(i):
-        """(number, ids, mask, whether it was cut) of a conversation."""
-        ids, mask = render(tokenizer, chats.messages[i], width + 1)
-        return i, ids[:width], mask[:width], len(ids) > width
-
-    @functools.lru_cache(1)
-    def order(epoch):
-        if not settings["shuffle"]:
-            return np.arange(len(chats))
-        # its numbers never change with numpy's version
-        return np.random.RandomState([seed, epoch]).permutation(len(chats))
-
-    waiting = [rendered(i) for i in position["waiting"]]
-
-    def top_up():
-        nonlocal epoch, index
-        skipped = 0
-        while len(waiting) < settings["buffer_size"]:
-            if index == len(chats):
-                if not loop:
-                    return
-                epoch, index = epoch + 1, 0
-            chat = rendered(int(order(epoch)[index]))
-            index += 1
-            if any(chat[2][1:]):
-                waiting.append(chat)
-                skipped = 0
-            else:
-                counts["empty"] += 1
-                skipped += 1
-                if skipped == len(chats):
-                    raise UserError(
-                        f"in none of {len(chats)} conversations does the assistant say anything within {width} "
-                        "tokens: use a longer sequence_len or other conversations"
-                    )
-
-    while True:
-        rows = np.full((settings["batch_size"], width), tokenizer.bos, np.int32)
-        learn = np.zeros(rows.shape, bool)
-        for row, mask in zip(rows, learn):
-            at = 0
-            while at < width:
-                top_up()
-                fits = [k for k, chat in enumerate(waiting) if len(chat[1]) <= width - at]
-                if not fits:
-                    break
-                # max takes the first of equals
-                _, ids, taught, cut = waiting.pop(max(fits, key=lambda k: len(waiting[k][1])))
-                row[at : at + len(ids)], mask[at : at + len(ids)] = ids, taught
-                at += len(ids)
-                counts["conversations"] += 1
-                counts["truncated"] += cut
-            counts["padding"] += width - at
-        if not learn.any():
-            return
-        targets = np.where(learn[:, 1:], rows[:, 1:], -1)
-        counts["cells"] += rows.size
-        counts["targets"] += int((targets >= 0).sum())
-        place = dict(epoch=epoch, index=index, waiting=[i for i, *_ in waiting])
-        yield rows[:, :-1].copy(), targets, settings | place | counts
-
-
 def plan(
     chats: Chats, tokenizer: Tokenizer, config: Config, epochs: float, sample: int = 2000
 ) -> dict:
-    """{"conversations": {source: how many}, "tokens": of one pass, "steps": of `epochs` passes}, from the lengths of a sample."""
+    """{"conversations": {source: how many}, "tokens": of one pass, "steps": of `epochs` passes},
+    from the lengths of a sample.
+    """
     some = chats.messages[:: max(1, len(chats) // sample)]
     mean = np.mean([len(render(tokenizer, chat, config.sequence_len + 1)[0]) for chat in some])
     rows = epochs * len(chats) * mean / (config.sequence_len + 1)
@@ -365,9 +161,11 @@ RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "adamw_lr")
 
 
 def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) -> Config:
-    """The config of a phase: the model and batch of `config`, with its own horizon and `lr` times its rates.
+    """The config of a phase: the model and batch of `config`, with its own horizon and `lr` times
+    its rates.
 
-    A warm optimizer state needs no warm-up of the rates, a fresh one has a tenth of the phase at most.
+    A warm optimizer state needs no warm-up of the rates, a fresh one has a tenth of the phase at
+    most.
     """
     if num_steps < 1 or lr <= 0:
         raise UserError(
@@ -382,10 +180,12 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
 
 
 def start(params, config: Config, opt_state=None) -> TrainState:
-    """The state that a phase begins with: a copy of trained parameters and a fresh optimizer state, or a warm one.
+    """The state that a phase begins with: a copy of trained parameters and a fresh optimizer state,
+    or a warm one.
 
-    config: the phase's. opt_state: the optimizer's at the end of the stage before, to go on with its moments (give `phase_config`
-    warm=True too). Its count of updates goes on as well, as Adam's bias correction needs it; so the schedule is moved up by it.
+    config: the phase's. opt_state: the optimizer's at the end of the stage before, to go on with
+    its moments (give `phase_config` warm=True too). Its count of updates goes on as well, as Adam's
+    bias correction needs it; so the schedule is moved up by it.
     """
     params = jax.tree.map(jnp.copy, params)  # the step is given its state to overwrite
     if opt_state is None:
@@ -403,7 +203,9 @@ _loss_sums = jax.jit(model.loss_sums, static_argnames="config")
 
 
 def validation_loss(params, config: Config, batches) -> float:
-    """Nats per target over (inputs_BT, targets_BT, ...) batches; NaN where there is no target at all."""
+    """Nats per target over (inputs_BT, targets_BT, ...) batches; NaN where there is no target at
+    all.
+    """
     total = count = 0
     for inputs_BT, targets_BT, *_ in batches:
         loss, n = _loss_sums(params, config, inputs_BT, targets_BT)
@@ -412,7 +214,9 @@ def validation_loss(params, config: Config, batches) -> float:
 
 
 def fingerprint(params) -> str:
-    """A name for trained parameters, from the first numbers of each: a phase remembers by it what it started from."""
+    """A name for trained parameters, from the first numbers of each: a phase remembers by it what
+    it started from.
+    """
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(jnp.ravel(leaf)[:256]).tobytes())

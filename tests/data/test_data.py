@@ -20,12 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from lib import files
-from lib.data import sources as data
+from lib import data, files
+from lib.data import download, sources
+from lib.data import packing as packing_rules
+from lib.data import tokens as token_files
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 
-PARITY = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+PARITY = ROOT / "tests/golden"
 PACKING_DATA = json.loads((PARITY / "packing.json").read_text())
 BOS = 0
 
@@ -89,7 +92,7 @@ def test_reference_packing_equals_parity(name, monkeypatch):
     tokens = data.Tokens(
         "parity", docs[0][0], tuple(partial(lambda shard: shard, shard) for shard in made)
     )
-    order = partial(data._row_groups, at_once=run["tokenizer_batch_size"])
+    order = partial(packing_rules._row_groups, at_once=run["tokenizer_batch_size"])
     monkeypatch.setitem(data.PACKING, "reference", data.PACKING["reference"]._replace(order=order))
     start = partial(
         data.batches,
@@ -345,9 +348,9 @@ def test_one_book_is_cut_into_pieces_and_has_both_sides(tmp_path):
     (tmp_path / "book.txt").write_text(book)
     train, val = (list(data.documents(str(tmp_path / "book.txt"), split)) for split in data.SPLITS)
     assert val and train and sum(map(len, train + val)) == len(book)
-    assert max(map(len, train + val)) <= 2 * data.PIECE_CHARS
-    assert "".join(data._pieces(book)) == book
-    assert sum(piece.startswith("chapter") for piece in data._pieces(book)) > 10
+    assert max(map(len, train + val)) <= 2 * sources.PIECE_CHARS
+    assert "".join(sources._pieces(book)) == book
+    assert sum(piece.startswith("chapter") for piece in sources._pieces(book)) > 10
 
 
 def test_tiny_corpus_has_a_validation_document(tmp_path):
@@ -449,7 +452,7 @@ def test_baselines():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A server with the layout of the Hub. `faults` are consumed one per request; `log` holds (path, headers)."""
-    monkeypatch.setattr(data, "BACKOFF", 0.001)
+    monkeypatch.setattr(download, "BACKOFF", 0.001)
     served, faults, log = {}, [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -597,7 +600,7 @@ def test_hub_tokens_keep_row_groups(hub, tmp_path, tokenizer):
 def decode(tokens, tokenizer):
     texts = []
     for shard in tokens:
-        begins, lengths = data._spans(shard, tokens.bos)
+        begins, lengths = token_files.spans(shard, tokens.bos)
         texts += [tokenizer.decode(shard.ids[i + 1 : i + n]) for i, n in zip(begins, lengths)]
         assert sum(shard.groups) == len(begins)
     return texts
@@ -608,7 +611,9 @@ def inline(monkeypatch):
     """Tokenise in this process, and count how often."""
     calls = []
     monkeypatch.setattr(
-        data, "_tokenise_apart", lambda *job: [calls.append(job), data._tokenise(*job)]
+        token_files,
+        "_tokenise_apart",
+        lambda *job: [calls.append(job), token_files._tokenise(*job)],
     )
     return calls
 
@@ -651,14 +656,14 @@ def test_truncated_cache_is_made_anew(tmp_path, tokenizer, inline, keep):
 
 
 def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_BYTES", 400)
+    monkeypatch.setattr(sources, "SHARD_BYTES", 400)
     go = threading.Event()
 
     def slow(shard, spec, out):
         assert shard.name.endswith("[0]") or go.wait(20)
-        data._tokenise(shard, spec, out)
+        token_files._tokenise(shard, spec, out)
 
-    monkeypatch.setattr(data, "_tokenise_apart", slow)
+    monkeypatch.setattr(token_files, "_tokenise_apart", slow)
     tokens = data.open_tokens(
         corpus(tmp_path / "texts"), "train", tokenizer, cache_dir=tmp_path / "cache", workers=1
     )
@@ -673,13 +678,13 @@ def test_script_without_main_guard_runs_once_and_workers_have_no_jax(tmp_path, t
     tokenizer.save(tmp_path / "tokenizer.json")
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys; from lib.data.sources import *; assert 'jax' not in sys.modules\n"
+        "import sys; from lib.data import *; assert 'jax' not in sys.modules\n"
         "print('top level')\n"
         f"texts, tokenizer = {corpus(tmp_path / 'texts')!r}, Tokenizer.load('tokenizer.json')\n"
         "tokens = open_tokens(texts, 'train', tokenizer, cache_dir='cache')\n"
         "print(tokens[0].ids.size > 100)\n"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(data.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
     )
@@ -706,8 +711,8 @@ def test_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, tokenizer, mon
 
 def test_worker_ends_with_its_parent(tmp_path):
     worker = subprocess.Popen(
-        [sys.executable, "-m", "lib.data.sources"],
-        cwd=Path(data.__file__).parents[1],
+        [sys.executable, "-m", "lib.data.tokens"],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -724,7 +729,9 @@ def test_worker_ends_with_its_parent(tmp_path):
 
 
 def test_error_in_a_worker_is_told(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_BYTES", 400)  # a corpus larger than a shard is not read ahead
+    monkeypatch.setattr(
+        sources, "SHARD_BYTES", 400
+    )  # a corpus larger than a shard is not read ahead
     source = corpus(tmp_path / "texts")
     for path in Path(source).iterdir():
         path.write_bytes(path.read_bytes() + b"\xff")
@@ -744,7 +751,7 @@ def test_full_disk_is_told_and_harms_nothing(tmp_path, tokenizer, inline, monkey
             yield Path("/dev/full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "replacing", full)
+        patch.setattr(token_files, "replacing", full)
         with pytest.raises(UserError, match="the disk is full"):
             start("val", tokenizer)
     with monkeypatch.context() as patch:

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 
 from lib import evals  # noqa: E402
 from lib.config import Config  # noqa: E402
-from lib.data.sources import batches, tokens_of  # noqa: E402
+from lib.data import batches, tokens_of  # noqa: E402
 from lib.data.tokenizer import Tokenizer  # noqa: E402
 from lib.evals import harness  # noqa: E402
 from lib.evals import questions as chat  # noqa: E402

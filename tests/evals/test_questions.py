@@ -491,7 +491,7 @@ def test_bad_arguments_are_told_before_anything_runs(known, kw, message):
 
 
 def test_without_a_network_the_rest_still_runs(params, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lib.data.sources.BACKOFF", 0.001)
+    monkeypatch.setattr("lib.data.download.BACKOFF", 0.001)
     known = (
         hub.make(cache_dir=tmp_path, hub="http://127.0.0.1:9", identity="http://127.0.0.1:9/x")
         | stdlib.TASKS

@@ -21,7 +21,7 @@ from conftest import load
 from nbclient import NotebookClient
 
 from lib.config import PRESETS
-from lib.data.sources import SOURCES, documents, head
+from lib.data import SOURCES, documents, head
 from lib.data.tokenizer import Tokenizer
 from lib.notebook import flags, parameters
 from lib.train.metrics import read_jsonl

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.data import sources as data
+from lib import data
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.tasks import Task, hub, stdlib
@@ -198,7 +198,7 @@ def rows_of(name, split="test", n=5):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """The Hub's two addresses for every task, two files each. `faults` are used up one per request; `log` holds (path, headers)."""
-    monkeypatch.setattr(data, "BACKOFF", 0.001)
+    monkeypatch.setattr("lib.data.download.BACKOFF", 0.001)
     served, faults, log = {}, [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from conftest import load
 
+from lib import data
 from lib.config import Config
-from lib.data.tokenizer import Tokenizer
+from lib.data import Tokenizer
 from lib.files import UserError
 from lib.model import transformer as model
 from lib.tasks import items_of
@@ -46,7 +47,7 @@ def chat(*texts):
 
 
 def chats(*conversations):
-    return sft.Chats(list(conversations), ["here"] * len(conversations), str(conversations))
+    return data.Chats(list(conversations), ["here"] * len(conversations), str(conversations))
 
 
 MANY = chats(*(chat(f"{n} plus {n}?", f"{2 * n}" * (1 + n % 5)) for n in range(40)))
@@ -59,7 +60,7 @@ def test_rows_are_the_references():
 
     tokens = tuple(base64.b64decode(t) for t, _ in saved["mergeable_ranks"])
     tokenizer = Tokenizer(saved["pattern"], tokens)
-    got = sft.batches(
+    got = data.chat_batches(
         chats(*(c["messages"] for c in golden["conversations"])),
         tokenizer,
         golden["B"],
@@ -75,7 +76,7 @@ def test_rows_are_the_references():
 
 
 def test_only_what_the_assistant_says_is_a_target(tokenizer):
-    for inputs, targets, _ in itertools.islice(sft.batches(MANY, tokenizer, 3, 64), 20):
+    for inputs, targets, _ in itertools.islice(data.chat_batches(MANY, tokenizer, 3, 64), 20):
         for x, y in zip(inputs, targets):
             text = "".join(tokenizer.decode([t]) if t >= 0 else "·" for t in y).replace(
                 "<|assistant_end|>", "\n"
@@ -94,7 +95,9 @@ def test_only_what_the_assistant_says_is_a_target(tokenizer):
 
 def test_text_among_the_chats_is_learnt_whole_but_for_its_beginning(tokenizer):
     mixed = chats("import os", chat("2 plus 2?", "4"), "x" * 100)
-    ((inputs, targets, cursor),) = sft.batches(mixed, tokenizer, 2, 63, loop=False, shuffle=False)
+    ((inputs, targets, cursor),) = data.chat_batches(
+        mixed, tokenizer, 2, 63, loop=False, shuffle=False
+    )
     learnt = [tokenizer.decode([t for t in row if t >= 0]) for row in targets]
     assert (
         sorted(learnt) == sorted(["x" * 63, "4<|assistant_end|>import os"])
@@ -119,7 +122,7 @@ def test_the_text_of_a_mixture_is_that_of_training_only():
 def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):
     def answers(**kwargs):
         out = []
-        for _, targets, cursor in sft.batches(MANY, tokenizer, 2, 64, loop=False, **kwargs):
+        for _, targets, cursor in data.chat_batches(MANY, tokenizer, 2, 64, loop=False, **kwargs):
             out += tokenizer.decode(targets[targets >= 0]).split("<|assistant_end|>")[:-1]
         return out, cursor
 
@@ -134,29 +137,32 @@ def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):
 
 
 def test_cursor_resumes_exactly(tokenizer):
-    whole = list(itertools.islice(sft.batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7), 30))
+    whole = list(
+        itertools.islice(data.chat_batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7), 30)
+    )
     assert whole[-1][2]["epoch"] > 2
     for at in (0, 5, 17):
         cursor = json.loads(json.dumps(whole[at][2]))
         rest = list(
             itertools.islice(
-                sft.batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7, cursor=cursor), 29 - at
+                data.chat_batches(MANY, tokenizer, 2, 64, seed=3, buffer_size=7, cursor=cursor),
+                29 - at,
             )
         )
         for (x, y, c), (a, b, d) in zip(whole[at + 1 :], rest, strict=True):
             assert np.array_equal(x, a) and np.array_equal(y, b) and c == d
     with pytest.raises(UserError, match="seed 3"):
-        sft.batches(MANY, tokenizer, 2, 64, seed=4, buffer_size=7, cursor=whole[0][2])
+        data.chat_batches(MANY, tokenizer, 2, 64, seed=4, buffer_size=7, cursor=whole[0][2])
 
 
 def test_long_conversations_are_cut_and_counted_and_silent_ones_left_out(tokenizer):
     mixed = chats(chat("hi", "x" * 500), chat("y" * 500, "never reached"), chat("a", "b"))
-    *_, (inputs, targets, cursor) = sft.batches(mixed, tokenizer, 4, 64, loop=False)
+    *_, (inputs, targets, cursor) = data.chat_batches(mixed, tokenizer, 4, 64, loop=False)
     assert (cursor["conversations"], cursor["truncated"], cursor["empty"]) == (2, 1, 1)
     # bos, 2 + hi + 1 come before
     assert sorted((targets >= 0).sum(1)) == [0, 0, 2, 64 - 5] and targets.max() < TINY.vocab_size
     with pytest.raises(UserError, match="in none of 1 conversations"):
-        next(sft.batches(chats(chat("y" * 500, "x")), tokenizer, 1, 64))
+        next(data.chat_batches(chats(chat("y" * 500, "x")), tokenizer, 1, 64))
 
 
 def test_no_target_is_no_nan():
@@ -196,7 +202,7 @@ def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
     pretrained = train.steps(
         train.make_train_step(TINY),
         train.init_state(TINY),
-        sft.batches(MANY, tokenizer, 4, 64),
+        data.chat_batches(MANY, tokenizer, 4, 64),
         TINY,
     )
     base = jax.tree.map(np.array, list(pretrained)[-1].state)
@@ -210,7 +216,7 @@ def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
             train.steps(
                 step,
                 state,
-                sft.batches(MANY, tokenizer, 4, 64, cursor=cursor),
+                data.chat_batches(MANY, tokenizer, 4, 64, cursor=cursor),
                 config,
                 pause=lambda n: n == 2,
             )
@@ -218,7 +224,7 @@ def test_a_phase_resumes_bit_for_bit(tokenizer, tmp_path, warm):
 
     whole = []
     for s in train.steps(
-        step, begin(), sft.batches(MANY, tokenizer, 4, 64), config, pause=lambda n: n == 2
+        step, begin(), data.chat_batches(MANY, tokenizer, 4, 64), config, pause=lambda n: n == 2
     ):
         whole.append(s.metrics)
         if s.step == 2:
@@ -289,7 +295,7 @@ def test_three_shapes_of_file_give_the_same_chats(tmp_path):
     ]
     share[0]["conversations"].insert(0, {"from": "gpt", "value": "I greet first"})
     got = [
-        sft.read_chats(write(tmp_path / f"{i}.jsonl", *lines, ""))
+        data.read_chats(write(tmp_path / f"{i}.jsonl", *lines, ""))
         for i, lines in enumerate([openai, lists, share])
     ]
     assert got[0] == got[1] == got[2] == lists
@@ -301,7 +307,7 @@ def test_three_shapes_of_file_give_the_same_chats(tmp_path):
         ]
     )
     joined = [dict(role="system", content="be brief"), *chat("hi", "hello")]
-    assert sft.read_chats(write(tmp_path / "parts.jsonl", parts)) == [joined]
+    assert data.read_chats(write(tmp_path / "parts.jsonl", parts)) == [joined]
 
 
 @pytest.mark.parametrize(
@@ -324,17 +330,17 @@ def test_three_shapes_of_file_give_the_same_chats(tmp_path):
 def test_a_bad_line_is_named(tmp_path, line, says):
     path = write(tmp_path / "chats.jsonl", chat("hi", "hello"), line)
     with pytest.raises(UserError, match=rf"chats\.jsonl, line 2: (.*)({says})"):
-        sft.read_chats(path)
+        data.read_chats(path)
 
 
 def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(UserError, match="no conversations"):
-        sft.read_chats(write(tmp_path / "a.jsonl", "", ""))
+        data.read_chats(write(tmp_path / "a.jsonl", "", ""))
     with pytest.raises(UserError, match="cannot read .*no.jsonl"):
-        sft.read_chats(tmp_path / "no.jsonl")
+        data.read_chats(tmp_path / "no.jsonl")
     (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(UserError, match="not UTF-8"):
-        sft.read_chats(tmp_path / "b.jsonl")
+        data.read_chats(tmp_path / "b.jsonl")
     with pytest.raises(UserError, match="single conversation"):
         sft.open_mixture({write(tmp_path / "c.jsonl", chat("a", "b")): 1.0}, "train")
 
@@ -390,7 +396,7 @@ def test_mixtures_name_real_sources(name):
 
 def test_plan_is_near_the_truth(tokenizer):
     said = sft.plan(MANY, tokenizer, TINY, epochs=3.0)
-    rows = sum(len(inputs) for inputs, *_ in sft.batches(MANY, tokenizer, 1, 64, loop=False))
+    rows = sum(len(inputs) for inputs, *_ in data.chat_batches(MANY, tokenizer, 1, 64, loop=False))
     assert said["conversations"] == {"here": 40} and abs(said["steps"] - 3 * rows / 4) <= 2
 
 

@@ -160,7 +160,7 @@ sys.path.insert(0, {root!r})
 jax.config.update("jax_compilation_cache_dir", {cache!r})
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 from lib.train import checkpoint, step as train
-from lib.data import sources as data
+from lib import data
 from lib.interrupts import interruptible
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer

@@ -1,0 +1,229 @@
+"""Conversations: read from the files that people have, rendered, and packed into rows that teach
+the assistant's words alone.
+"""
+
+import collections
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.data.packing import Batch, Packer, Packing, Piece, check_cursor, pack
+from lib.data.tokenizer import Tokenizer, turns
+from lib.files import UserError, choose
+
+FORMAT = 1  # of cursors; raise it when they change meaning
+BUFFER = 100  # conversations to choose from when a row is filled
+# Who speaks in a ShareGPT file, as files of different origin call them.
+SPEAKERS = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
+    "assistant gpt chatgpt model bing bard".split(), "assistant"
+)
+CHAT_FORMS = (
+    'expected {"messages": [{"role", "content"}, …]}, a list of such messages, or'
+    ' {"conversations": [{"from", "value"}, …]}'
+)
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_chats(path) -> list[list[dict]]:
+    """The conversations of a JSONL file, each a list of {"role", "content"}.
+
+    A line is {"messages": [{"role", "content"}, …]} (OpenAI), such a list alone, or
+    {"conversations": [{"from", "value"}, …]} (ShareGPT). UserError names file and line of anything
+    else.
+    """
+    path, chats = Path(path).expanduser(), []
+    try:
+        with open(path, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    chats.append(_chat(line, f"{path}, line {number}"))
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from e
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    if not chats:
+        raise UserError(f'{path} has no conversations: write one {{"messages": […]}} per line')
+    return chats
+
+
+def _chat(line: str, where: str) -> list[dict]:
+    try:
+        record = json.loads(line)
+        if isinstance(record, dict) and "conversations" in record:
+            messages = _sharegpt(record["conversations"])
+        else:
+            messages = _openai(record if isinstance(record, list) else record["messages"])
+        list(turns(messages))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{where}: {CHAT_FORMS} ({type(e).__name__}: {e})") from None
+    return messages
+
+
+def _sharegpt(conversation: list[dict]) -> list[dict]:
+    messages = [
+        dict(role=choose("speaker", message["from"], SPEAKERS), content=message["value"])
+        for message in conversation
+    ]
+    # Some begin with a greeting by the model, which answers nothing.
+    if messages[:1] and messages[0]["role"] == "assistant":
+        del messages[0]
+    return messages
+
+
+def _openai(conversation: list[dict]) -> list[dict]:
+    messages = []
+    for message in conversation:
+        role = "system" if message["role"] == "developer" else message["role"]
+        messages.append(dict(role=role, content=_joined(message)))
+    return messages
+
+
+def _joined(message: dict):
+    """The content of a message; the text parts that OpenAI allows a user's or system's to have
+    become one text.
+    """
+    content = message["content"]
+    if message["role"] == "assistant" or not isinstance(content, list):
+        return content
+    if all(part["type"] == "text" for part in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+@dataclass(frozen=True)
+class Chats:
+    """The conversations (or texts) of one side of a mixture, `messages[i]` from `source[i]`;
+    `identity` names their content.
+    """
+
+    messages: list[list[dict] | str]
+    source: list[str]
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+
+def render(
+    tokenizer: Tokenizer, chat: list[dict] | str, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) as of `Tokenizer.render_conversation`; of a text, all but its bos is learnt."""
+    if not isinstance(chat, str):
+        return tokenizer.render_conversation(chat, max_tokens)
+    ids = tokenizer.encode(chat, bos=True)[:max_tokens]
+    return ids, [0] + [1] * (len(ids) - 1)
+
+
+# ---- packing -----------------------------------------------------------------------------------
+
+# Whether epochs are shuffled -> how rows are made: whole conversations, each time the longest
+# waiting one that fits (of equals the first), then bos.
+CHAT_PACKING = {
+    True: Packing(lambda count, rng: rng.permutation(count), oldest_first=False, rest="wait"),
+    False: Packing(lambda count, rng: np.arange(count), oldest_first=False, rest="wait"),
+}
+
+
+class ChatFeed:
+    """Conversations rendered as they enter the buffer, epoch after epoch; those that teach nothing
+    are left out.
+    """
+
+    counted = ("conversations", "truncated", "empty", "targets", "cells", "padding")
+
+    def __init__(
+        self, chats: Chats, tokenizer: Tokenizer, settings: dict, cursor: dict, loop: bool
+    ):
+        self.chats, self.tokenizer, self.settings, self.loop = chats, tokenizer, settings, loop
+        self.width = settings["sequence_len"] + 1
+        self.epoch, self.index = cursor["epoch"], cursor["index"]
+        self.counts = collections.Counter({name: cursor[name] for name in self.counted})
+        self.order = functools.lru_cache(1)(self.order_of)
+
+    def order_of(self, epoch: int) -> np.ndarray:
+        # RandomState: its numbers never change with numpy's version.
+        rng = np.random.RandomState([self.settings["seed"], epoch])
+        return CHAT_PACKING[self.settings["shuffle"]].order(len(self.chats), rng)
+
+    def read(self) -> list[Piece]:
+        for _ in range(len(self.chats)):
+            if self.index == len(self.chats):
+                if not self.loop:
+                    return []
+                self.epoch, self.index = self.epoch + 1, 0
+            piece = self.piece(int(self.order(self.epoch)[self.index]))
+            self.index += 1
+            if piece.learn[1:].any():
+                return [piece]
+            self.counts["empty"] += 1
+        raise UserError(
+            f"in none of {len(self.chats)} conversations does the assistant say anything within {self.width} "
+            "tokens: use a longer sequence_len or other conversations"
+        )
+
+    def piece(self, number: int) -> Piece:
+        # One token more than fits, to see whether there is one.
+        ids, mask = render(self.tokenizer, self.chats.messages[number], self.width + 1)
+        learn = np.array(mask[: self.width], bool)
+        return Piece((number,), np.array(ids[: self.width]), learn, len(ids) > self.width)
+
+    def place(self) -> dict:
+        return dict(epoch=self.epoch, index=self.index)
+
+    def restore(self, origins: list[int]) -> list[Piece]:
+        return [self.piece(number) for number in origins]
+
+
+def chat_batches(  # noqa: PLR0913  (each is a setting of the cursor, and most have a default)
+    chats: Chats,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    sequence_len: int,
+    *,
+    cursor: dict | None = None,
+    seed: int = 0,
+    buffer_size: int = BUFFER,
+    shuffle: bool = True,
+    loop: bool = True,
+) -> Iterator[Batch]:
+    """Packed batches: (inputs_BT int32, targets_BT int32, the cursor after this batch), for ever or
+    for one epoch.
+
+    A row holds sequence_len + 1 tokens: whole conversations, each time the longest waiting one that
+    fits (of equals the first), then bos. Targets are -1 on all that the assistant does not say
+    itself, so no conversation is asked to predict another. One that is longer than a row is cut to
+    it; one in which the assistant says nothing (before the cut) is left out. The cursor counts
+    both, and targets, cells and padding; it is JSON: give it back with the same arguments and the
+    very batches that would have come follow. Each epoch has its own order, from `seed`.
+    """
+    sound = min(batch_size, sequence_len, buffer_size) >= 1 and 0 <= seed < 1 << 32
+    if not sound or not len(chats):
+        raise UserError(
+            f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and the number of "
+            f"conversations ({len(chats)}) must be at least 1, seed {seed} in 32 bits"
+        )
+    settings = dict(
+        format=FORMAT,
+        chats=chats.identity,
+        tokenizer=tokenizer.fingerprint,
+        batch_size=batch_size,
+        sequence_len=sequence_len,
+        seed=seed,
+        buffer_size=buffer_size,
+        shuffle=shuffle,
+    )
+    check_cursor(settings, cursor, "the conversations", "restore that, or start the phase anew")
+
+    beginning = dict(epoch=1, index=0, waiting=[]) | dict.fromkeys(ChatFeed.counted, 0)
+    position = beginning | (cursor or {})
+    feed = ChatFeed(chats, tokenizer, settings, position, loop)
+    packer = Packer(feed, CHAT_PACKING[shuffle], sequence_len + 1, tokenizer.bos, buffer_size)
+    return pack(packer, batch_size, settings, position["waiting"])
