@@ -75,6 +75,7 @@ from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
 from lib.pictures import show
 from lib.preflight import compile as preflight
+from lib.preflight.memory import choose_layout, estimate_memory, peak_bytes
 from lib.report import page as report
 from lib.runs import STAGES, open_run, set_aside
 from lib.train import checkpoint
@@ -209,7 +210,7 @@ config = preflight.with_microbatch(
     before=checkpoint.read_meta(saved)["config"] if saved else None,
 )
 grow = microbatch in ("preset", "auto") and "microbatch" not in parse_overrides(overrides, Config)
-config, layout, why = train.choose_layout(
+config, layout, why = choose_layout(
     config, strategy, mesh_sizes, memory=device["memory"], grow=grow
 )
 print(f"devices     {why}")
@@ -265,7 +266,7 @@ print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 # its compiler, which runs on any Linux machine.
 
 # %%
-memory = train.estimate_memory(config, layout)
+memory = estimate_memory(config, layout)
 print(
     "memory      "
     + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
@@ -352,12 +353,7 @@ step_fn = (
 )
 compile_seconds = time.perf_counter() - clock
 used = step_fn.memory_analysis()
-peak_memory = (
-    used.temp_size_in_bytes
-    + used.argument_size_in_bytes
-    + used.output_size_in_bytes
-    - used.alias_size_in_bytes
-)
+peak_memory = peak_bytes(step_fn)
 print(
     f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB{' a device' if layout else ''} "
     f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)"

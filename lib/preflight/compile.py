@@ -302,7 +302,7 @@ def estimate(
     Off by -16 to +23 % in memory and -19 to +23 % in time from eleven compiled steps of 1 to 8 GiB (benchmarks/preflight.py): too low where large.
     """
     from lib.parallel.layout import MESH_AXIS
-    from lib.train import step as train
+    from lib.preflight.memory import estimate_memory
 
     size = dict(data=1, fsdp=1, tensor=1) | (
         mesh or {choose("sharding strategy", strategy, MESH_AXIS): where.chips}
@@ -314,7 +314,7 @@ def estimate(
         * config.sequence_len
         * config.accumulate,
     )
-    guess = train.estimate_memory(one)
+    guess = estimate_memory(one)
     split = size["fsdp"] * size["tensor"]
     # where the new ones come together beside the old ones
     together = guess["parameters"] if strategy == "zero" else 0
@@ -686,19 +686,15 @@ def verify_here(config) -> dict:
     """What the compiler of the device at hand says of `config`, in the form that `search` asks for."""
     import jax
 
+    from lib.preflight.memory import peak_bytes
+
     device = jax.local_devices()[0]
     where = Slice(device.device_kind, chips.chip(device.device_kind), "at hand", 1)
     r = estimate(config, where)
     made = _compile(lower_step(config, device))
     if made["compiled"] is None:
         return r | dict(peak=made["needed"], fits=False)
-    memory = made["compiled"].memory_analysis()
-    peak = (
-        memory.temp_size_in_bytes
-        + memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
+    peak = peak_bytes(made["compiled"])
     return r | dict(
         peak=peak, fits=peak <= (device.memory_stats() or {}).get("bytes_limit", where.chip.memory)
     )

@@ -23,6 +23,7 @@ from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
 from lib.params import count_params
+from lib.preflight.memory import estimate_memory
 from lib.sweeps import space
 from lib.train import checkpoint
 from lib.train import step as train
@@ -86,7 +87,7 @@ class Bench:
             raise UserError(
                 f"vocab_size={config.vocab_size}, but the run's tokenizer has {self.tokenizer.vocab_size}"
             )
-        needs = sum(train.estimate_memory(config).values())
+        needs = sum(estimate_memory(config).values())
         if needs > 1.5 * self.memory:  # the estimate errs by less than that
             raise UserError(
                 f"needs about {needs / 2**30:.1f} GiB, {self.memory / 2**30:.1f} are there: lower microbatch or depth, "

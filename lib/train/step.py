@@ -12,22 +12,19 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from lib.config import Config
-from lib.files import UserError, choose
+from lib.files import UserError
 from lib.model import transformer as model
 from lib.parallel.layout import (
     AXES,
     BATCH,
-    MESH_AXIS,
-    RULES,
     Layout,
-    make_layout,
     optimizer_on,
     put_batch,
     reduce_gradients,
     share_of,
     state_shardings,
 )
-from lib.params import count_params, is_spec, param_specs
+from lib.params import is_spec, param_specs
 from lib.train.optim import compile_key, lr_multiplier, make_optimizer
 
 
@@ -177,137 +174,6 @@ def token_losses_on(layout: Layout) -> Callable:
 
     return lambda params, config, *batch: losses(
         params, config, *put_batch(layout, batch, whole=True)
-    )
-
-
-def choose_layout(
-    config: Config,
-    strategy: str = "auto",
-    mesh: dict[str, int] | None = None,
-    memory: int = 0,
-    grow: bool = True,
-) -> tuple[Config, Layout | None, str]:
-    """(config, the layout of all devices, why it is that one); one device needs none.
-
-    strategy: of lib.parallel.layout.RULES, or auto: what the mesh's axes name; without a mesh zero if its estimate fits nine tenths of the
-    `memory` bytes of a device, else fsdp. grow: config.microbatch is for one device: make it that for each, or the most below it that
-    divides the batch. UserError where something does not divide.
-    """
-    choose("sharding strategy", strategy, ["auto", *RULES])
-    count = jax.device_count()
-    if count == 1 and not mesh:
-        return config, None, "one, which keeps everything"
-
-    def lay_out(strategy):
-        size = {MESH_AXIS[strategy]: count} if mesh is None else mesh
-        n, rows = (
-            math.prod(size.get(a, 1) for a in BATCH),
-            config.total_batch_size // config.sequence_len,
-        )
-        if n > 0 and rows % n:
-            raise UserError(
-                f"a batch of {rows} rows cannot be split over {n} devices: use a total_batch_size that is a multiple of "
-                f"{n * config.sequence_len}, or fewer devices on the mesh axes {' and '.join(BATCH)}"
-            )
-        each = max(
-            (m for m in range(1, config.microbatch + 1) if grow and n > 0 and rows % (m * n) == 0),
-            default=0,
-        )
-        changed = config.replace(microbatch=each * n) if each else config
-        layout = make_layout(strategy, changed, mesh=mesh)
-        need = sum(estimate_memory(changed, layout).values())
-        return (
-            changed,
-            layout,
-            need,
-            f"{need / 2**30:.2f} of {memory / 2**30:.1f} GiB a device, estimated",
-        )
-
-    if strategy != "auto":
-        why = "asked for"
-    elif mesh:
-        strategy, why = (
-            next(
-                (s for s, axis in (("tp", "tensor"), ("fsdp", "fsdp")) if mesh.get(axis, 1) > 1),
-                "zero",
-            ),
-            "by the mesh",
-        )
-    else:
-        config_, layout, need, text = lay_out("zero")
-        if need <= 0.9 * memory:
-            return config_, layout, f"zero: it fits with {text}"
-        strategy, why = "fsdp", f"zero would take {text}"
-    config, layout, _, text = lay_out(strategy)
-    return config, layout, f"{strategy}: {why}; {text}"
-
-
-def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, int]:
-    """Bytes that a step holds at its peak on each device, by part, from shapes alone; the compiled step knows better.
-
-    Activations are what backward keeps of one microbatch, in each layer everything (none), matrix products (dots) or the input
-    (layer), and with the last two the one layer that it is recomputing. LOG.md has the error against the compiler.
-    """
-    if layout is not None:
-        state, rows, tensor = (
-            state_template(config, layout),
-            layout.size(*BATCH),
-            layout.size("tensor"),
-        )
-        held = lambda tree: sum(
-            a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape))
-            for a in jax.tree.leaves(tree)
-        )
-        one = estimate_memory(
-            config.replace(
-                microbatch=config.microbatch // rows,
-                total_batch_size=config.total_batch_size // rows,
-            )
-        )
-        n = held(state.params)
-        return dict(
-            parameters=n,
-            optimizer=held(state.opt_state),
-            gradients=n * (2 if config.accumulate > 1 else 1),
-            activations=one["activations"] // tensor,
-            logits=one["logits"] // tensor,
-        )
-    n = 4 * count_params(config)["total"]
-    moments = _moments(
-        compile_key(
-            config.replace(
-                microbatch=1, attention="einsum", attention_block=0, remat="none", loss_chunk=1
-            )
-        )
-    )
-    D, F, heads = (
-        config.n_embd,
-        config.mlp_dim,
-        (config.n_head + 2 * config.n_kv_head) * config.head_dim,
-    )
-    products = (
-        D + heads + config.n_head * config.head_dim + (2 if config.mlp == "swiglu" else 1) * F
-    )
-    whole = 2 * (products + D + F)
-    kept = {"none": whole, "dots": products, "layer": D}[config.remat] * config.n_layer + 4 * D
-    kept += whole * (config.remat != "none")
-    tokens = config.microbatch * config.sequence_len
-    # and their gradients
-    logits = min(config.loss_chunk, tokens) * config.padded_vocab * (4 + config.dtype.itemsize)
-    return dict(
-        parameters=n,
-        optimizer=moments,
-        gradients=n * (2 if config.accumulate > 1 else 1),
-        activations=tokens * kept * config.dtype.itemsize,
-        logits=logits,
-    )
-
-
-@functools.cache
-def _moments(config: Config) -> int:
-    return sum(
-        4 * math.prod(a.shape)
-        for a in jax.tree.leaves(jax.eval_shape(lambda: init_state(config).opt_state))
     )
 
 

@@ -142,16 +142,6 @@ def test_one_odd_batch_is_no_explosion():
     assert len(steps) == TINY.num_steps and steps[11].metrics["loss"] > 12
 
 
-def test_memory_estimate_counts_what_is_stored():
-    state = train.init_state(TINY)
-    estimate = train.estimate_memory(TINY)
-    assert estimate["parameters"] == sum(a.nbytes for a in jax.tree.leaves(state.params))
-    assert estimate["optimizer"] == sum(a.nbytes for a in jax.tree.leaves(state.opt_state))
-    assert (
-        train.estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
-    )
-
-
 # ---- whole processes: resume is bitwise, signals save ----------------------------------------------------------------
 
 SCRIPT = """
