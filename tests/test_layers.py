@@ -7,7 +7,7 @@ import pytest
 
 LAYERS = [  # files and rooms of lib; each imports only from the lines above its own
     {"files", "interrupts"},
-    {"chips"},
+    {"chips", "home"},
     {"config"},
     {"params"},
     {"data", "parallel", "sandbox"},
