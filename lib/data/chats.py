@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.data.packing import Batch, Packer, Packing, Piece, check_cursor, pack
+from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer, turns
 from lib.files import UserError, choose
 
@@ -58,7 +59,9 @@ def _chat(line: str, where: str) -> list[dict]:
         if isinstance(record, dict) and "conversations" in record:
             messages = _sharegpt(record["conversations"])
         else:
-            messages = _openai(record if isinstance(record, list) else record["messages"])
+            messages = record if isinstance(record, list) else record["messages"]
+        messages = in_turns(messages)
+        # what remains to be wrong, such as a chat without any message
         list(turns(messages))
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
@@ -68,34 +71,10 @@ def _chat(line: str, where: str) -> list[dict]:
 
 
 def _sharegpt(conversation: list[dict]) -> list[dict]:
-    messages = [
+    return [
         dict(role=choose("speaker", message["from"], SPEAKERS), content=message["value"])
         for message in conversation
     ]
-    # Some begin with a greeting by the model, which answers nothing.
-    if messages[:1] and messages[0]["role"] == "assistant":
-        del messages[0]
-    return messages
-
-
-def _openai(conversation: list[dict]) -> list[dict]:
-    messages = []
-    for message in conversation:
-        role = "system" if message["role"] == "developer" else message["role"]
-        messages.append(dict(role=role, content=_joined(message)))
-    return messages
-
-
-def _joined(message: dict):
-    """The content of a message; the text parts that OpenAI allows a user's or system's to have
-    become one text.
-    """
-    content = message["content"]
-    if message["role"] == "assistant" or not isinstance(content, list):
-        return content
-    if all(part["type"] == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    return content
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Who speaks when: ONE rule that brings any chat into turns, for files of chats, the API and the terminal.
+"""Who speaks when: ONE rule that brings any chat into turns, for files, the API and the terminal.
 
-A model learns and reads chats in one shape: maybe a system's message, then user and assistant in turn.
-What people send and what their files hold is looser than that; `in_turns` says what is made of it.
+A model learns and reads chats in one shape: maybe a system's message, then user and assistant in
+turn. What people send and what their files hold is looser; `in_turns` says what is made of it.
 """
 
 from lib.data.tokenizer import PART_TYPES
@@ -12,7 +12,7 @@ CALLS = ("tool_calls", "function_call", "tool_call_id")
 
 
 class BadMessage(UserError):
-    """A chat that cannot be brought into turns: `index` of the message, and its `key` or "" for all of it."""
+    """A chat without turns: the `index` of the message at fault, its `key` or "" for all of it."""
 
     def __init__(self, index: int, key: str, problem: str):
         super().__init__(f"message {index} {problem}")
@@ -50,13 +50,15 @@ def _checked(index: int, message) -> tuple[str, str | list[dict]]:
     for key in CALLS:
         if message.get(key):
             raise BadMessage(
-                index, key, f"holds {key}, which this format does not have: write the call as a part"
+                index,
+                key,
+                f"holds {key}, which is not known here: write the call as a part",
             )
 
     role = "system" if message["role"] == "developer" else message["role"]
     if role not in ("system", "user", "assistant"):
         raise BadMessage(
-            index, "role", f"has the role {str(role)[:50]!r}, not system, user or assistant"
+            index, "role", f"has the role {str(role)[:50]!r} where system, user or assistant is due"
         )
 
     content = message.get("content")
@@ -65,12 +67,12 @@ def _checked(index: int, message) -> tuple[str, str | list[dict]]:
     if isinstance(content, list):
         content = _flattened(index, role, content)
     if not isinstance(content, str | list):
-        raise BadMessage(index, "content", "holds neither text nor a list of parts")
+        raise BadMessage(index, "content", "has a content that is not text")
     return role, content
 
 
 def _flattened(index: int, role: str, parts: list) -> str | list[dict]:
-    """Content parts as one text where all of them are text, otherwise as parts without other keys."""
+    """Content parts as one text where all of them are text, otherwise without their other keys."""
     kinds = PART_TYPES if role == "assistant" else ("text",)
     for part in parts:
         known = isinstance(part, dict) and part.get("type") in kinds
@@ -78,8 +80,8 @@ def _flattened(index: int, role: str, parts: list) -> str | list[dict]:
             raise BadMessage(
                 index,
                 "content",
-                'must have content parts of the form {"type": "text", "text": …}: '
-                "this model reads only text",
+                'has parts that are not text, of the form {"type": "text", "text": …}: '
+                "this model reads nothing else",
             )
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
