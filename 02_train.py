@@ -59,9 +59,8 @@ from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
-from lib.generate import engine as generate
+from lib.generate import Sampling, generate
 from lib.interrupts import interruptible
-from lib.model import transformer as model
 from lib.notebook import (
     device_report,
     flags,
@@ -394,16 +393,8 @@ samples, val_bpb, seconds, stopping = [], None, 0.0, False
 
 def write_samples(params):
     params = sharding.whole(layout, params, config.dtype)
-    new = generate.generate(
-        params,
-        config,
-        prompt_ids,
-        48,
-        temperature=0.8,
-        top_k=50,
-        seed=config.seed,
-        stop=(tokenizer.bos,),
-    )
+    sampling = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=(tokenizer.bos,))
+    new = generate(params, config, prompt_ids, sampling)
     return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
 
 

@@ -58,7 +58,7 @@ from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import contamination, core, kinds, stats
 from lib.evals import questions as chat_tasks
 from lib.files import UserError, choose, update_json
-from lib.generate import engine as generate
+from lib.generate import Engine, Sampling, generate
 from lib.interrupts import interruptible
 from lib.notebook import device_report, flags
 from lib.params import count_params, templates
@@ -244,17 +244,8 @@ show(pictures.surprise(tokenizer, ids[1:], bits), folder / "plots" / "surprise.p
 # %%
 prompt_ids = tokenizer.encode(prompt, bos=True)
 clock = time.perf_counter()
-new = generate.generate(
-    params,
-    config,
-    [prompt_ids] * num_samples,
-    max_tokens,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    stop=(tokenizer.bos,),
-)
+sampling = Sampling(max_tokens, temperature, top_k, top_p, seed=seed, stop=(tokenizer.bos,))
+new = generate(params, config, [prompt_ids] * num_samples, sampling)
 seconds = time.perf_counter() - clock
 completions = [prompt + tokenizer.decode(ids) for ids in new]
 for text in completions:
@@ -557,7 +548,7 @@ print(results_table(folder))
 # answers to `say` take the likeliest tokens; with `live` on they are drawn by the sampling settings above.
 
 # %%
-engine = generate.Engine(params, config, 1, config.sequence_len, tokenizer, sandbox.calculator)
+engine = Engine(params, config, 1, config.sequence_len, tokenizer, sandbox.calculator)
 conversation = []
 
 
@@ -572,7 +563,7 @@ def talk(words):
     room = min(max_tokens, config.sequence_len - len(ids))
     reader, kind = chat.Reader(tokenizer), "text"
     warmth = temperature if live else 0.0
-    sampling = generate.Sampling(room, warmth, top_k, top_p, seed=seed, stop=chat.ends(tokenizer))
+    sampling = Sampling(room, warmth, top_k, top_p, seed=seed, stop=chat.ends(tokenizer))
     for piece in chat.reply(engine, ids, sampling, reader):
         if piece.kind != kind:
             print({"python": " [", "python_output": " = ", "text": "] "}[piece.kind], end="")

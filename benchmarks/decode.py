@@ -24,7 +24,7 @@ class Args:
     overrides: str = ""
     """Config fields by name, like: n_kv_head=1 compute_dtype=bfloat16"""
     run: str = ""
-    """Take a trained run's model instead; needed for the guesses' shares and for the quality of int8"""
+    """Take a trained run's model instead; needed for the drafts' shares and for the quality of int8"""
     draft: str = ""
     """A second run with the same tokenizer whose model drafts for the first"""
     prompt: int = 64
@@ -33,8 +33,8 @@ class Args:
     """New tokens"""
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Rows decoded together, one line each: samples of one prompt"""
-    guess: int = 4
-    """Tokens guessed ahead in the speculative lines"""
+    speculate: int = 4
+    """Tokens drafted ahead in the speculative lines"""
     repeats: int = 5
     """Rounds; each measures everything once, in turns, and the best of each counts"""
     first: int = 512
@@ -154,8 +154,8 @@ def main(args: Args):
     from lib import data, evals
     from lib.config import PRESETS, Config
     from lib.files import UserError, choose, write_json
-    from lib.generate import engine as generate
-    from lib.model import transformer as model
+    from lib.generate import Engine, Engines, Sampling
+    from lib.generate.engine import WHOLE_CHUNK, sides_for
     from lib.notebook import parse_overrides
     from lib.runs import load_model
 
@@ -195,18 +195,16 @@ def main(args: Args):
     def decode(name, rows, params=ready, **options):
         """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
         if name not in engines:
-            engines[name] = generate.Engines(
-                params, config, rows, args.prompt + args.new, **options
-            )
+            engines[name] = Engines(params, config, rows, args.prompt + args.new, **options)
             decode(name, rows)  # compiles
             for part in engines[name].parts:
-                part.guessed = part.right = 0
+                part.drafted = part.accepted = 0
         engine, clock = engines[name], time.perf_counter()
-        engine.add_many(prompts[:1] * rows, [generate.Sampling(args.new, temperature=0)] * rows)
+        engine.add_many(prompts[:1] * rows, [Sampling(args.new, temperature=0)] * rows)
         engine.step()
         begun, made, steps = time.perf_counter(), 0, 0
         while engine.free < rows:
-            new = engine.step(generate.WHOLE_CHUNK)
+            new = engine.step(WHOLE_CHUNK)
             made += sum(len(tokens) for tokens, _ in new.values())
             steps += max(len(tokens) for tokens, _ in new.values())
         end = time.perf_counter()
@@ -215,12 +213,12 @@ def main(args: Args):
 
     length = min(args.first, config.sequence_len)
     long = rng.integers(0, config.vocab_size, length).tolist()
-    first_engine = generate.Engine(ready, config, 1, length + 8)
+    first_engine = Engine(ready, config, 1, length + 8)
     whole = jax.jit(model.forward, static_argnums=1)
 
     def first_token():
         clock = time.perf_counter()
-        slot = first_engine.add(long, generate.Sampling(8, temperature=0))
+        slot = first_engine.add(long, Sampling(8, temperature=0))
         first_engine.step()
         passed = time.perf_counter() - clock
         first_engine.cancel(slot)
@@ -236,12 +234,14 @@ def main(args: Args):
     lines |= {
         f"batch {b}, one engine": dict(rows=b, sides=1)
         for b in args.batches
-        if generate.sides_for(ready, b) > 1
+        if sides_for(ready, b) > 1
     }
     lines["int8, batch 1"] = dict(rows=1, params=small)
-    lines[f"look-up {args.guess}, batch 1"] = dict(rows=1, guess=args.guess)
+    lines[f"look-up {args.speculate}, batch 1"] = dict(rows=1, speculate=args.speculate)
     if draft:
-        lines[f"draft {args.guess}, batch 1"] = dict(rows=1, guess=args.guess, draft=draft)
+        lines[f"draft {args.speculate}, batch 1"] = dict(
+            rows=1, speculate=args.speculate, draft=draft
+        )
     best, width, theirs, ttft, forward = {}, {}, {}, [], []
     for _ in range(args.repeats):
         for name, line in lines.items():
@@ -292,12 +292,12 @@ def main(args: Args):
             name=name, sides=len(engine.parts), tokens_per_s=round(speed, 1), step_ms=round(step, 3)
         )
         row["median_tokens_per_s"] = round(float(np.median([s for s, _ in best[name]])), 1)
-        if engine.parts[0].guess:
+        if engine.parts[0].speculate:
             row |= dict(
-                right=round(engine.right / engine.guessed, 3),
+                accepted=round(engine.accepted / engine.drafted, 3),
                 speedup=round(speed / best_of("batch 1"), 3),
             )
-            extra = f"   {row['right']:.0%} of guesses right, {row['speedup']:.2f} x batch 1"
+            extra = f"   {row['accepted']:.0%} of drafts accepted, {row['speedup']:.2f} x batch 1"
         else:
             row |= dict(
                 GBps=round((need + cache) / step / 1e6, 1),

@@ -78,8 +78,8 @@ def one_at_a_time(params, config, tokenizer, longest: int):
     import jax.numpy as jnp
     import numpy as np
 
+    from lib import model
     from lib.evals.likelihood import Score
-    from lib.model import transformer as model
 
     @jax.jit
     def losses(params, tokens_BT):
@@ -153,7 +153,6 @@ def main(
     from lib.data.tokenizer import Tokenizer
     from lib.evals import core
     from lib.files import write_json
-    from lib.model import transformer as model
 
     config = Config(
         vocab_size=vocab_size,

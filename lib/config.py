@@ -24,7 +24,6 @@ SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
 REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
 
 
-@jax.tree_util.register_static
 def check_attention(
     name: str,
     *,
@@ -59,6 +58,7 @@ def check_attention(
         )
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Config:
     """Everything that shapes the model and its training. Changing a field recompiles; nothing else does.

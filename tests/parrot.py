@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import optax
 
+from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import replacing
-from lib.model import transformer as model
 from lib.params import init_params
 from lib.runs import STAGES
 from lib.train import checkpoint

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, write_json, writing
-from lib.generate.engine import Engine, Sampling, Token
-from lib.model.transformer import quantized
+from lib.generate import Engine, Sampling, Token
+from lib.model import quantized
 from lib.runs import Model, load_model, open_run
 
 # ---- any chat ----------------------------------------------------------------------------------------------------------
@@ -181,8 +181,8 @@ class Settings:
     """answer this one message, print nothing but the answer and leave; - reads it from standard input"""
     int8: bool = False
     """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
-    guess: int = 0
-    """tokens to guess ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
+    speculate: int = 0
+    """tokens to draft ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
     system: str = ""
     """a system message, put before the conversation"""
     max_tokens: int = 512
@@ -212,7 +212,7 @@ class Talk:
         self.context = model.config.sequence_len
         params = quantized(model.params, model.config) if settings.int8 else model.params
         self.engine = Engine(
-            params, model.config, 1, self.context, model.tokenizer, calculator, settings.guess
+            params, model.config, 1, self.context, model.tokenizer, calculator, settings.speculate
         )
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
         self.sampling()  # bad settings are told now

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from lib import model
 from lib.config import Config
 from lib.files import UserError, first_line
-from lib.model import transformer as model
 
 token_losses = jax.jit(model.token_losses, static_argnames="config")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from lib.evals import likelihood
 from lib.evals import questions as chat
 from lib.files import UserError, first_line, write_json
-from lib.generate.engine import Sampling
+from lib.generate import Sampling
 from lib.params import count_params
 from lib.runs import load_model
 

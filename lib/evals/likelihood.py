@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib import model
 from lib.config import Config
 from lib.files import UserError
-from lib.model import transformer as model
 from lib.model.attention import KERNEL_TILE
 
 # input tokens of a forward pass: on a CPU, activations that stay in its cache

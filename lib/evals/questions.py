@@ -23,11 +23,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lib import model
 from lib.config import Config
 from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
-from lib.model import transformer as model
 from lib.runs import STAGES
 from lib.sandbox import programs as sandbox
 from lib.tasks import Task, hub, tasks

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib import model
 from lib.config import Config
 from lib.files import UserError
 from lib.generate import speculative
@@ -28,7 +29,6 @@ from lib.generate.sampling import (
     step_rows,
     top_alternatives,
 )
-from lib.model import transformer as model
 
 # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 CHUNK = 8
@@ -229,10 +229,10 @@ class Engine:
 
     length: the most tokens a row may have, prompt and output together. tool(text) -> str | None answers what the model writes between
     <|python_start|> and <|python_end|>; its result is forced back as <|output_start|>...<|output_end|>, None as nothing. What a row
-    writes depends on its prompt, its Sampling and the parameters, and not on the other rows, nor on guessing.
+    writes depends on its prompt, its Sampling and the parameters, and not on the other rows, nor on speculation.
 
-    guess: tokens to guess ahead per forward (lib.speculative), by draft=(params, config) of a smaller model or, without one, from
-    the row's own text; 4 is a good start, 0 is off.
+    speculate: tokens drafted ahead per forward (lib.generate.speculative), by draft=(params, config) of a smaller model or, without
+    one, from the row's own text; 4 is a good start, 0 is off.
     """
 
     def __init__(
@@ -243,27 +243,27 @@ class Engine:
         length: int,
         tokenizer=None,
         tool: Callable[[str], str | None] | None = None,
-        guess: int = 0,
+        speculate: int = 0,
         draft=None,
     ):
-        if slots < 1 or length < 2 or guess < 0:
+        if slots < 1 or length < 2 or speculate < 0:
             raise UserError(
-                f"a decoding engine needs slots >= 1, length >= 2 and guess >= 0, got {slots}, {length}, {guess}"
+                f"a decoding engine needs slots >= 1, length >= 2 and speculate >= 0, got {slots}, {length}, {speculate}"
             )
         if tool and tokenizer is None:
             raise UserError("tools need the tokenizer: pass tokenizer= beside tool=")
-        if draft and (not guess or draft[1].vocab_size != config.vocab_size):
+        if draft and (not speculate or draft[1].vocab_size != config.vocab_size):
             raise UserError(
-                f"a draft model needs guess >= 1 and the model's vocabulary of {config.vocab_size}, got guess={guess} "
+                f"a draft model needs speculate >= 1 and the model's vocabulary of {config.vocab_size}, got speculate={speculate} "
                 f"and a vocabulary of {draft[1].vocab_size}"
             )
-        self.config, self.slots, self.length, self.tokenizer, self.tool, self.guess = (
+        self.config, self.slots, self.length, self.tokenizer, self.tool, self.speculate = (
             config,
             slots,
             length,
             tokenizer,
             tool,
-            guess,
+            speculate,
         )
         self.configs = [config, *([draft[1]] if draft else [])]
         self.params = [
@@ -271,13 +271,13 @@ class Engine:
             *([model.decoding_params(*draft)] if draft else []),
         ]
         self.caches = [
-            model.init_cache(c, slots, length + guess, spare=guess) for c in self.configs
+            model.init_cache(c, slots, length + speculate, spare=speculate) for c in self.configs
         ]
         self.rows = empty_rows(slots, config.vocab_size)
-        if guess and not draft:
+        if speculate and not draft:
             self.rows["history"] = jnp.zeros((slots, length), jnp.int32)
-        # how many tokens were guessed so far, and how many of them were right
-        self.guessed = self.right = 0
+        # how many tokens were drafted so far, and how many of them were accepted
+        self.drafted = self.accepted = 0
         self.pause = tokenizer.special["<|python_end|>"] if tool else -1
         self.writers: dict[int, _Writer] = {}
         # the first token of a new row is due: hand it out without waiting for a whole chunk
@@ -384,10 +384,8 @@ class Engine:
         if not any(w.sampling.logprobs for w in self.writers.values()):
             out = {name: a for name, a in out.items() if "top" not in name}
         out = jax.device_get(out)
-        self.guessed, self.right = (
-            self.guessed + int(out.get("guessed", 0)),
-            self.right + int(out.get("right", 0)),
-        )
+        self.drafted += int(out.get("drafted", 0))
+        self.accepted += int(out.get("accepted", 0))
         result, dead = {}, []
         for slot, w in list(self.writers.items()):
             n = w.sampling.logprobs
@@ -415,7 +413,7 @@ class Engine:
         return result
 
     def _decode(self, forced_BC, count: int):
-        if not self.guess:
+        if not self.speculate:
             self.caches[0], self.rows, out = _decode(
                 self.params[0],
                 self.config,
@@ -434,7 +432,7 @@ class Engine:
             forced_BC,
             count,
             pause=self.pause,
-            guess=self.guess,
+            speculate=self.speculate,
         )
         return out
 
@@ -468,7 +466,7 @@ class Engines:
         length: int,
         tokenizer=None,
         tool: Callable[[str], str | None] | None = None,
-        guess: int = 0,
+        speculate: int = 0,
         draft=None,
         sides: int | None = None,
     ):
@@ -478,14 +476,14 @@ class Engines:
         if slots % sides:
             raise UserError(f"{slots} slots can't be split evenly between {sides} engines")
         self.parts = [
-            Engine(params, config, slots // sides, length, tokenizer, tool, guess, draft)
+            Engine(params, config, slots // sides, length, tokenizer, tool, speculate, draft)
             for _ in range(sides)
         ]
         self.slots, self.length, self.threads = slots, length, ThreadPoolExecutor(sides, "engine")
 
     free = property(lambda self: sum(part.free for part in self.parts))
-    guessed = property(lambda self: sum(part.guessed for part in self.parts))
-    right = property(lambda self: sum(part.right for part in self.parts))
+    drafted = property(lambda self: sum(part.drafted for part in self.parts))
+    accepted = property(lambda self: sum(part.accepted for part in self.parts))
 
     def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
         """As `Engine.add_many`; the rows are dealt out evenly, and equal prompts are prefilled once by each engine."""
@@ -549,131 +547,59 @@ def bucket(n: int, least: int = 1) -> int:
 # ---- all at once -------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    params,
-    config,
-    prompts,
-    max_tokens,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    stop,
-    min_p,
-    repetition_penalty,
-    stop_strings,
-    tokenizer,
-    tool,
-    guess,
-    draft,
-    count,
-) -> Iterator[list[list[int]]]:
-    if not prompts:
-        return
-    sampling = Sampling(
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        seed,
-        tuple(stop),
-        tuple(stop_strings),
-    )
-    length = bucket(max(map(len, prompts)) + max_tokens, 64)
-    engine = Engines(params, config, bucket(len(prompts)), length, tokenizer, tool, guess, draft)
-    slots = engine.add_many(
-        prompts, [replace(sampling, seed=seed + b) for b in range(len(prompts))]
-    )
-    while engine.free < engine.slots:
-        new = engine.step(count)
-        yield [[t.id for t in new[slot][0]] if slot in new else [] for slot in slots]
-
-
 def stream(
     params,
     config: Config,
     prompts: list[list[int]],
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop_strings: tuple[str, ...] = (),
+    sampling: Sampling,
     tokenizer=None,
-    tool=None,
-    guess: int = 0,
+    tool: Callable[[str], str | None] | None = None,
+    speculate: int = 0,
     draft=None,
 ) -> Iterator[list[list[int]]]:
     """Generate after each prompt, yielding the new token ids of every row a few at a time.
 
-    prompts: token ids, at least one each; several lengths may be mixed. The settings are those of `Sampling`; tokenizer, tool,
-    guess and draft those of `Engine`. Row b draws from seed + b, whatever else is in the batch; the same seed gives the same text.
+    prompts: token ids, at least one each; several lengths may be mixed. tokenizer, tool, speculate and draft are those of
+    `Engine`. Row b draws from sampling.seed + b, whatever else is in the batch; the same seed gives the same text.
     """
-    return _run(
-        params,
-        config,
-        prompts,
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        stop,
-        min_p,
-        repetition_penalty,
-        stop_strings,
-        tokenizer,
-        tool,
-        guess,
-        draft,
-        CHUNK,
-    )
+    engine, slots = _started(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
+    return _written(engine, slots, CHUNK)
 
 
 def generate(
     params,
     config: Config,
     prompts: list[list[int]],
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    stop_strings: tuple[str, ...] = (),
+    sampling: Sampling,
     tokenizer=None,
-    tool=None,
-    guess: int = 0,
+    tool: Callable[[str], str | None] | None = None,
+    speculate: int = 0,
     draft=None,
 ) -> list[list[int]]:
     """The whole of `stream` at once: for each prompt the list of new token ids, without the prompt."""
+    engine, slots = _started(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
     rows = [[] for _ in prompts]
-    for new in _run(
-        params,
-        config,
-        prompts,
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        stop,
-        min_p,
-        repetition_penalty,
-        stop_strings,
-        tokenizer,
-        tool,
-        guess,
-        draft,
-        LONG_CHUNK if tool or stop_strings else WHOLE_CHUNK,
-    ):
+    # rows that wait for a tool, or may end in the middle of a chunk, are looked at more often
+    count = LONG_CHUNK if tool or sampling.stop_strings else WHOLE_CHUNK
+    for new in _written(engine, slots, count):
         for row, ids in zip(rows, new):
             row += ids
     return rows
+
+
+def _started(params, config, prompts, sampling, tokenizer, tool, speculate, draft):
+    """Engines just large enough for these prompts, with all of them in it: (engines or None, slots)."""
+    if not prompts:
+        return None, []
+    slots = bucket(len(prompts))
+    length = bucket(max(map(len, prompts)) + sampling.max_tokens, 64)
+    engine = Engines(params, config, slots, length, tokenizer, tool, speculate, draft)
+    samplings = [replace(sampling, seed=sampling.seed + b) for b in range(len(prompts))]
+    return engine, engine.add_many(prompts, samplings)
+
+
+def _written(engine, slots, count) -> Iterator[list[list[int]]]:
+    """What each of the slots writes, about `count` tokens at a time, until the engine is empty."""
+    while engine and engine.free < engine.slots:
+        new = engine.step(count)
+        yield [[t.id for t in new[slot][0]] if slot in new else [] for slot in slots]

@@ -11,9 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from lib import model
 from lib.config import Config
 from lib.generate.sampling import TOP, sample, step_rows, top_alternatives
-from lib.model import transformer as model
 
 
 def look_up(history_BL, length_B, token_B, count: int):
@@ -61,17 +61,27 @@ def _cut_back(cache, before, tokens_BT, kept_B):
     }
 
 
-@partial(jax.jit, static_argnames=("configs", "pause", "guess"), donate_argnames=("caches", "rows"))
+@partial(
+    jax.jit, static_argnames=("configs", "pause", "speculate"), donate_argnames=("caches", "rows")
+)
 def decode(
-    params, configs: tuple[Config, ...], caches, rows, forced_BC, count, *, pause: int, guess: int
+    params,
+    configs: tuple[Config, ...],
+    caches,
+    rows,
+    forced_BC,
+    count,
+    *,
+    pause: int,
+    speculate: int,
 ):
-    """What lib.generate.engine's decoding loop does, with `guess` tokens guessed per round: up to `count` tokens for every row alive.
+    """What lib.generate.engine's decoding loop does, with `speculate` tokens drafted per round: up to `count` tokens for every row alive.
 
     params, configs and caches are those of the model and, where there is one, of the draft model; without it rows["history"] holds the
-    tokens of each row and guesses come from there. Returns (caches, rows, out); out also counts tokens "guessed" and "right".
+    tokens of each row and guesses come from there. Returns (caches, rows, out); out also counts tokens "drafted" and "accepted".
     """
     B, C = forced_BC.shape
-    G = guess
+    G = speculate
     steps = jnp.arange(G + 1)
     row = jnp.arange(B)[:, None]
     out = dict(
@@ -79,8 +89,8 @@ def decode(
         logprob=jnp.zeros((B, C)),
         top_id=jnp.zeros((B, C, TOP), jnp.int32),
         top_logprob=jnp.zeros((B, C, TOP)),
-        guessed=jnp.int32(0),
-        right=jnp.int32(0),
+        drafted=jnp.int32(0),
+        accepted=jnp.int32(0),
     )
 
     def active(rows, made_B, waiting_B):
@@ -144,8 +154,8 @@ def decode(
         )
         column_BT = jnp.where(kept_BT, made_B[:, None] + steps, C)
         tried = dict(
-            guessed=out["guessed"] + G * active_B.sum(),
-            right=out["right"] + jnp.maximum(kept_B - 1, 0).sum(),
+            drafted=out["drafted"] + G * active_B.sum(),
+            accepted=out["accepted"] + jnp.maximum(kept_B - 1, 0).sum(),
         )
         out = {
             name: out[name].at[row, column_BT].set(value, mode="drop")

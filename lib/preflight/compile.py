@@ -223,7 +223,7 @@ def compile_decode(config, device, rows: int, length: int) -> dict:
     """Compile the decoding of one token for each of `rows` rows with caches of `length` tokens: bytes and least time, as JSON."""
     import jax
 
-    from lib.model import transformer as model
+    from lib import model
     from lib.train import step as train
 
     place = jax.sharding.SingleDeviceSharding(device)

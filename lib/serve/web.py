@@ -25,8 +25,8 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from lib.files import UserError
-from lib.generate.engine import Engines
-from lib.model.transformer import quantized
+from lib.generate import Engines
+from lib.model import quantized
 from lib.runs import Model, load_model, open_run
 from lib.serve.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
 
@@ -48,8 +48,8 @@ class Settings:
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
     int8: bool = False
     """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
-    guess: int = 0
-    """tokens to guess ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
+    speculate: int = 0
+    """tokens to draft ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
     host: str = "127.0.0.1"
     """address to listen on; 0.0.0.0 for everybody who can reach this machine, which needs a token"""
     port: int = 8000
@@ -315,7 +315,7 @@ def make_app(
         api.context,
         model.tokenizer,
         calculator,
-        settings.guess,
+        settings.speculate,
     )
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib import model
 from lib.config import Config
 from lib.data import Chats, Tokenizer, read_chats, render
 from lib.files import UserError, choose
-from lib.model import transformer as model
 from lib.tasks import items_of, tasks
 from lib.train.optim import hyper, make_optimizer
 from lib.train.step import TrainState

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
+from lib import model
 from lib.config import Config
 from lib.files import UserError
-from lib.model import transformer as model
 from lib.parallel.layout import (
     AXES,
     BATCH,

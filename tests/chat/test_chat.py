@@ -18,7 +18,7 @@ import pytest
 from lib.chat import terminal as chat
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.generate.engine import Engine, Sampling, Token
+from lib.generate import Engine, Sampling, Token
 from lib.runs import load_model
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +155,7 @@ def command(*args, **kwargs):
 
 SLOWLY = """
 import runpy, time
-from lib.generate.engine import Engine
+from lib.generate import Engine
 step = Engine.step
 Engine.step = lambda self: (time.sleep(0.1), step(self))[1]
 runpy.run_module("lib.chat", run_name="__main__")
@@ -354,10 +354,10 @@ def test_int8_weights_say_the_same(capsys):
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
 
-def test_guessing_ahead_says_the_same(capsys):
-    talk = chat.Talk(model(), chat.Settings(temperature=0, guess=3))
+def test_speculation_says_the_same(capsys):
+    talk = chat.Talk(model(), chat.Settings(temperature=0, speculate=3))
     talk.ask("hello")
-    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.guessed
+    assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.drafted
 
 
 def test_a_base_model_goes_on_with_the_text(capsys):

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from lib import evals
+from lib import evals, model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.evals import questions as chat
 from lib.evals.likelihood import Score
 from lib.files import UserError
-from lib.model import transformer as model
 from lib.params import init_params
 from lib.tasks import Task, embedded, hub, stdlib
 from tests.tasks.test_tasks_hub import CHAT, ROWS, parquet, rows_of

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import PARITY, load, parity_model
 
+from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.generate import engine as generate
-from lib.generate import sampling
-from lib.generate.engine import Engine, Engines, Sampling
-from lib.model import transformer as model
+from lib.generate import Engine, Engines, Sampling, generate, sampling, stream
+from lib.generate import engine as engine_module
+from lib.generate.engine import CHUNK, LONG_CHUNK, WHOLE_CHUNK
 from lib.params import init_params
 from lib.sandbox.programs import calculator
 
@@ -27,7 +27,7 @@ def golden():
     return *parity_model("T"), Tokenizer.load(PARITY / "tokenizer.json")
 
 
-def drain(engine, rows=None, count=generate.CHUNK):
+def drain(engine, rows=None, count=CHUNK):
     """Step an engine until it is empty: {slot: all its tokens}, {slot: why it ended}."""
     rows, why = rows or {}, {}
     while engine.writers:
@@ -35,6 +35,10 @@ def drain(engine, rows=None, count=generate.CHUNK):
             rows.setdefault(slot, []).extend(tokens)
             why |= {slot: finish} if finish else {}
     return rows, why
+
+
+def greedy(max_tokens, **settings):
+    return Sampling(max_tokens, temperature=0, **settings)
 
 
 def ids(tokens):
@@ -46,7 +50,7 @@ def alone(prompt, settings):
     config, params, _ = golden()
     engine = Engine(params, config, 1, 64)
     engine.add(prompt, settings)
-    return ids(drain(engine, count=generate.LONG_CHUNK)[0][0])
+    return ids(drain(engine, count=LONG_CHUNK)[0][0])
 
 
 # ---- the reference's text ----------------------------------------------------------------------------------------------
@@ -55,7 +59,7 @@ def alone(prompt, settings):
 def test_greedy_tokens_match_the_reference_beyond_the_context():
     config, params = parity_model("A")
     io = load("model_A_io.safetensors")
-    assert generate.generate(params, config, [io["gen_prompt"].tolist()], 32, temperature=0) == [
+    assert generate(params, config, [io["gen_prompt"].tolist()], greedy(32)) == [
         io["gen_tokens"].tolist()
     ]
 
@@ -74,7 +78,7 @@ def test_greedy_logits_match_the_reference():
 def test_trained_model_writes_the_references_text():
     config, params, _ = golden()
     cases = load("generation_T.json")["greedy"]
-    new = generate.generate(params, config, [c["prompt_ids"] for c in cases], 32, temperature=0)
+    new = generate(params, config, [c["prompt_ids"] for c in cases], greedy(32))
     assert [row[: len(c["stream_tokens"])] for row, c in zip(new, cases)] == [
         c["stream_tokens"] for c in cases
     ]
@@ -82,9 +86,7 @@ def test_trained_model_writes_the_references_text():
         load("tokenizer.json")["special_tokens"]["<|assistant_end|>"],
         cases[0]["prompt_ids"][0],
     )
-    new = generate.generate(
-        params, config, [c["prompt_ids"] for c in cases], 32, temperature=0, stop=ends
-    )
+    new = generate(params, config, [c["prompt_ids"] for c in cases], greedy(32, stop=ends))
     assert [c["prompt_ids"] + row for c, row in zip(cases, new)] == [
         c["batch_rows"][0] for c in cases
     ]
@@ -177,12 +179,12 @@ def test_a_row_does_not_depend_on_its_batch_and_seeds_repeat():
     config, params, _ = golden()
     prompts = PROMPTS + [p[::-1] for p in PROMPTS]
     settings = dict(temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.1)
-    together = generate.generate(params, config, prompts, 20, seed=5, **settings)
+    together = generate(params, config, prompts, Sampling(20, seed=5, **settings))
     assert together == [
         alone(p, Sampling(20, seed=5 + i, **settings)) for i, p in enumerate(prompts)
     ]
-    assert together != generate.generate(params, config, prompts, 20, seed=6, **settings)
-    same_prompt = generate.generate(params, config, [[491]] * 6, 20, temperature=1.5, seed=0)
+    assert together != generate(params, config, prompts, Sampling(20, seed=6, **settings))
+    same_prompt = generate(params, config, [[491]] * 6, Sampling(20, temperature=1.5))
     assert len({row[0] for row in same_prompt}) > 1, "every row draws its own first token"
 
 
@@ -280,12 +282,12 @@ def test_what_fails_in_one_engine_is_raised():
 def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
     config, params, _ = golden()
     count = lambda slots: len(Engines(params, config, slots, 16).parts)
-    monkeypatch.setattr(generate.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(engine_module.os, "cpu_count", lambda: 8)
     assert [count(slots) for slots in (1, 2, 3, 4, 5, 6, 32)] == [1, 1, 1, 2, 1, 2, 2]
     for owner, name, value in (
-        (generate.os, "cpu_count", lambda: 1),
-        (generate.jax, "default_backend", lambda: "gpu"),
-        (generate, "SMALL", 1000),
+        (engine_module.os, "cpu_count", lambda: 1),
+        (engine_module.jax, "default_backend", lambda: "gpu"),
+        (engine_module, "SMALL", 1000),
     ):
         with monkeypatch.context() as other:
             other.setattr(owner, name, value)
@@ -294,9 +296,10 @@ def test_only_small_models_on_a_cpu_with_cores_to_spare_are_split(monkeypatch):
 
 def test_no_setting_recompiles():
     config, params, tokenizer = golden()
-    generate.generate(params, config, PROMPTS, 4)
+    generate(params, config, PROMPTS, Sampling(4))
     sizes = lambda: [
-        f._cache_size() for f in (generate._decode, generate._prefill, generate._set_rows)
+        f._cache_size()
+        for f in (engine_module._decode, engine_module._prefill, engine_module._set_rows)
     ]
     before = sizes()
     for settings in (
@@ -304,11 +307,11 @@ def test_no_setting_recompiles():
         dict(temperature=0.3, top_k=7),
         dict(top_p=0.5, min_p=0.1),
         dict(seed=9, stop=(3, 4, 5)),
-        dict(repetition_penalty=1.3, stop_strings=("x", "yz"), tokenizer=tokenizer),
+        dict(repetition_penalty=1.3, stop_strings=("x", "yz")),
     ):
-        generate.generate(params, config, PROMPTS, 4, **settings)
+        generate(params, config, PROMPTS, Sampling(4, **settings), tokenizer)
     # nor does another length in the same bucket
-    generate.generate(params, config, [p + [60] for p in PROMPTS], 3, temperature=0)
+    generate(params, config, [p + [60] for p in PROMPTS], greedy(3))
     assert sizes() == before
 
 
@@ -371,7 +374,7 @@ def test_decoding_copies_no_cache_per_step():
         engine = Engine(tiny_params(), TINY, slots, 512)
         shapes = {f"f32[{','.join(map(str, a.shape))}]" for a in engine.caches[0]["k"]}
         text = (
-            generate._decode.lower(
+            engine_module._decode.lower(
                 engine.params[0],
                 TINY,
                 engine.caches[0],
@@ -425,9 +428,7 @@ def test_int8_weights_stay_close_and_decode():
     assert held(small) < 0.35 * held(tiny_params())
     losses = model.token_losses(small, TINY, x, x), model.token_losses(tiny_params(), TINY, x, x)
     assert abs(float(losses[0].mean() - losses[1].mean())) < 0.05
-    assert generate.generate(small, TINY, [x[0, :9].tolist()], 2, temperature=0)[0][0] == int(
-        rough[0, 8].argmax()
-    )
+    assert generate(small, TINY, [x[0, :9].tolist()], greedy(2))[0][0] == int(rough[0, 8].argmax())
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------------
@@ -537,15 +538,15 @@ def test_logprobs_are_the_models_own():
 
 def test_stops_at_a_token_and_streams_what_generate_returns():
     config, params, _ = golden()
-    prompt, count = [491, 275, 327], generate.WHOLE_CHUNK + 5  # more than one dispatch
-    free = generate.generate(params, config, [prompt], count, temperature=0)[0]
+    prompt, count = [491, 275, 327], WHOLE_CHUNK + 5  # more than one dispatch
+    free = generate(params, config, [prompt], greedy(count))[0]
     assert len(free) == count
     stop = free[12]
-    cut = generate.generate(params, config, [prompt], count, temperature=0, stop=(stop,))[0]
+    cut = generate(params, config, [prompt], greedy(count, stop=(stop,)))[0]
     assert cut == free[: free.index(stop)]
     many = (*range(480, 491), stop)  # more than the device is told of
-    assert generate.generate(params, config, [prompt], count, temperature=0, stop=many)[0] == cut
-    streamed = list(generate.stream(params, config, [prompt], count, temperature=0))
+    assert generate(params, config, [prompt], greedy(count, stop=many))[0] == cut
+    streamed = list(stream(params, config, [prompt], greedy(count)))
     assert (
         len(streamed[0][0]) == 1
         and len(streamed) > 2
@@ -557,7 +558,7 @@ def test_stops_at_a_token_and_streams_what_generate_returns():
 def test_stop_strings_are_found_wherever_they_cross_tokens(where):
     config, params, tokenizer = golden()
     prompt = load("generation_T.json")["greedy"][0]["prompt_ids"]
-    free = generate.generate(params, config, [prompt], 30, temperature=0)[0]
+    free = generate(params, config, [prompt], greedy(30))[0]
     text = tokenizer.decode(free)
     pieces = [tokenizer.decode([t]) for t in free]
     stops = {
@@ -569,13 +570,10 @@ def test_stop_strings_are_found_wherever_they_cross_tokens(where):
         "two": (text[20:24], text[9:12]),
     }[where]
     want = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
-    got = generate.generate(
-        params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer
-    )[0]
+    settings = greedy(30, stop_strings=stops)
+    got = generate(params, config, [prompt], settings, tokenizer)[0]
     assert tokenizer.decode(got) == want
-    held = generate.stream(
-        params, config, [prompt], 30, temperature=0, stop_strings=stops, tokenizer=tokenizer
-    )
+    held = stream(params, config, [prompt], settings, tokenizer)
     written = ""
     for rows in held:
         written += tokenizer.decode(rows[0])
@@ -609,9 +607,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_settings_get_one_sentence(case):
     config, params, _ = golden()
-    given, sentence = BAD[case]
+    given, sentence = dict(BAD[case][0]), BAD[case][1]
     with pytest.raises(UserError, match=sentence):
-        generate.generate(params, config, **dict(prompts=[[1]], max_tokens=4) | given)
+        prompts, tool = given.pop("prompts", [[1]]), given.pop("tool", None)
+        generate(params, config, prompts, Sampling(**dict(max_tokens=4) | given), tool=tool)
 
 
 def test_a_full_engine_and_a_long_prompt_are_refused():

@@ -1,4 +1,4 @@
-"""Guessing ahead changes nothing in what is written: greedy and sampled, by draft model and by look-up, in ragged batches."""
+"""Drafting ahead changes nothing in what is written: greedy and sampled, by draft model and by look-up, in ragged batches."""
 
 import functools
 
@@ -10,7 +10,7 @@ from conftest import PARITY, load, parity_model
 
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.generate.engine import Engine, Sampling, generate, stream
+from lib.generate import Engine, Sampling, generate, stream
 from lib.generate.speculative import look_up
 from tests.generate.test_generate import PROMPTS, drain, ids, scripted
 
@@ -38,18 +38,18 @@ SETTINGS = [
 
 @functools.cache
 def written(kind):
-    """What an engine writes after PROMPTS, and the share of its guesses that were right."""
+    """What an engine writes after PROMPTS, and the share of its drafts that were accepted."""
     config, params, draft = golden()
-    guessing = {
+    options = {
         "plain": {},
-        "look-up": dict(guess=4),
-        "draft": dict(guess=3, draft=(draft, config)),
-        "itself": dict(guess=3, draft=(params, config)),
+        "look-up": dict(speculate=4),
+        "draft": dict(speculate=3, draft=(draft, config)),
+        "itself": dict(speculate=3, draft=(params, config)),
     }[kind]
-    engine = Engine(params, config, 4, 128, **guessing)
+    engine = Engine(params, config, 4, 128, **options)
     engine.add_many(PROMPTS, SETTINGS)
     rows, why = drain(engine)
-    return rows, why, engine.right / max(engine.guessed, 1)
+    return rows, why, engine.accepted / max(engine.drafted, 1)
 
 
 @pytest.mark.parametrize("kind", ["look-up", "draft", "itself"])
@@ -71,12 +71,12 @@ def test_the_distribution_is_unchanged():
     """4,000 continuations of two tokens with a poor draft, against the model's own probabilities: chi-square over the likely pairs."""
     config, params, draft = golden()
     n, prompt = 500, PROMPTS[1]
-    engine, counts = Engine(params, config, n, 16, guess=1, draft=(draft, config)), {}
+    engine, counts = Engine(params, config, n, 16, speculate=1, draft=(draft, config)), {}
     for seed in range(0, 8 * n, n):
         engine.add_many([prompt] * n, [Sampling(2, seed=seed + i, top_k=3) for i in range(n)])
         for tokens in drain(engine)[0].values():
             counts[tuple(ids(tokens))] = counts.get(tuple(ids(tokens)), 0) + 1
-    from lib.model import transformer as model
+    from lib import model
 
     def top(tokens):
         logits = np.asarray(model.forward(params, config, np.array([tokens]))[0][0, -1], np.float64)
@@ -89,13 +89,13 @@ def test_the_distribution_is_unchanged():
     likely = {pair: p * 8 * n for pair, p in want.items() if p * 8 * n >= 5}
     chi = sum((counts.get(pair, 0) - mean) ** 2 / mean for pair, mean in likely.items())
     assert chi < len(likely) + 4 * np.sqrt(2 * len(likely)), (chi, len(likely))
-    assert 0.2 < engine.right / engine.guessed < 1
+    assert 0.2 < engine.accepted / engine.drafted < 1
 
 
 @pytest.mark.parametrize("case", [0, 2])
-def test_tool_results_are_forced_through_guesses(case, monkeypatch):
+def test_tool_results_are_forced_through_drafts(case, monkeypatch):
+    from lib import model
     from lib.generate import speculative
-    from lib.model import transformer as model
 
     trace = load("generation_T.json")["tool_traces"][case]
     engine, prompt = (
@@ -114,7 +114,12 @@ def test_tool_results_are_forced_through_guesses(case, monkeypatch):
     monkeypatch.setattr(model, "forward", forward)
     tokenizer = Tokenizer.load(PARITY / "tokenizer.json")
     engine = Engine(
-        *golden_like(engine), len(trace["generate_batch_rows"]), 64, tokenizer, engine.tool, guess=3
+        *golden_like(engine),
+        len(trace["generate_batch_rows"]),
+        64,
+        tokenizer,
+        engine.tool,
+        speculate=3,
     )
     stop = Sampling(
         trace["max_tokens"], temperature=0, stop=(tokenizer.special["<|assistant_end|>"],)
@@ -126,11 +131,11 @@ def test_tool_results_are_forced_through_guesses(case, monkeypatch):
         assert [0] * len(prompt) + [int(not t.forced) for t in rows[slot]] == trace[
             "generate_batch_masks"
         ][row]
-    assert speculative.decode._cache_size() and engine.right > 0
+    assert speculative.decode._cache_size() and engine.accepted > 0
 
 
 def golden_like(engine):
-    """(parameters, config) of a scripted engine, to build a guessing one from."""
+    """(parameters, config) of a scripted engine, to build a speculating one from."""
     return engine.params[0], engine.config
 
 
@@ -143,19 +148,18 @@ def test_look_up_prefers_long_then_late_matches():
     assert got[1, 0] == 5
 
 
-def test_generate_and_stream_guess_too():
+def test_generate_and_stream_speculate_too():
     config, params, draft = golden()
-    plain = generate(params, config, PROMPTS, 24, temperature=0)
-    assert plain == generate(params, config, PROMPTS, 24, temperature=0, guess=3)
-    pieces = list(
-        stream(params, config, PROMPTS[:1], 24, temperature=0, guess=3, draft=(draft, config))
-    )
+    greedy = Sampling(24, temperature=0)
+    plain = generate(params, config, PROMPTS, greedy)
+    assert plain == generate(params, config, PROMPTS, greedy, speculate=3)
+    pieces = list(stream(params, config, PROMPTS[:1], greedy, speculate=3, draft=(draft, config)))
     assert [id for (new,) in pieces for id in new] == plain[0] and len(pieces) > 1
 
 
 def test_bad_drafts_get_one_sentence():
     config, params, _ = golden()
-    with pytest.raises(UserError, match="guess >= 1"):
+    with pytest.raises(UserError, match="speculate >= 1"):
         Engine(params, config, 1, 16, draft=(params, config))
     with pytest.raises(UserError, match="vocabulary of 500"):
-        Engine(params, config, 1, 16, guess=2, draft=(params, config.replace(vocab_size=499)))
+        Engine(params, config, 1, 16, speculate=2, draft=(params, config.replace(vocab_size=499)))

@@ -7,9 +7,9 @@ import optax
 import pytest
 from conftest import load, parity_model
 
+from lib import model
 from lib.files import UserError
 from lib.interop.nanochat import config_from_nanochat, from_nanochat, to_nanochat
-from lib.model import transformer as model
 from lib.train import optim
 
 

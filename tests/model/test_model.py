@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import load, parity_model
 
+from lib import model
 from lib.config import Config
 from lib.interop.nanochat import from_nanochat
-from lib.model import transformer as model
+from lib.model import transformer
 from lib.params import init_params
 
 forward = jax.jit(model.forward, static_argnums=1)
@@ -113,13 +114,13 @@ def test_short_windows_end_where_the_reference_says():
     )
     params = tiny_params(c)
     run = jax.jit(
-        lambda p, x: model._block(
+        lambda p, x: transformer._block(
             x,
             x,
             jax.tree.map(lambda a: a[0], p["blocks"]),
             None,
             c,
-            model.rope_tables(jnp.arange(x.shape[1]), c),
+            transformer.rope_tables(jnp.arange(x.shape[1]), c),
             128,
         )[0]
     )

@@ -23,7 +23,7 @@ import pytest
 
 from lib.chat import terminal as chat
 from lib.files import UserError
-from lib.generate.engine import generate
+from lib.generate import Sampling, generate
 from lib.runs import load_model
 from lib.serve import api
 from lib.serve import web as serve
@@ -193,15 +193,8 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     ]
     assert several == alone
     ids = model().tokenizer.render_for_completion(ASK["hello"])
-    made = generate(
-        model().params,
-        model().config,
-        [ids],
-        24,
-        temperature=1.7,
-        seed=5,
-        stop=chat.ends(model().tokenizer),
-    )[0]
+    sampling = Sampling(24, temperature=1.7, seed=5, stop=chat.ends(model().tokenizer))
+    made = generate(model().params, model().config, [ids], sampling)[0]
     reader = chat.Reader(model().tokenizer)
     reader.read([chat.Token(i, 0.0) for i in made])
     assert several[0] == chat.plain(reader.parts), "the server writes what generate writes"
@@ -646,7 +639,7 @@ def test_tokens_that_a_browser_cannot_send_are_refused():
 
 
 def test_names_given_for_an_open_server_are_the_only_ones():
-    with serving(token="t", host="0.0.0.0", hosts=("Chat.test",), int8=True, guess=2) as client:
+    with serving(token="t", host="0.0.0.0", hosts=("Chat.test",), int8=True, speculate=2) as client:
         url = f"http://127.0.0.1:{client.server.port}/health"
         for host, status in (("chat.test", 200), ("localhost", 200), ("evil.test", 403)):
             assert httpx.get(url, headers={"Host": host}).status_code == status
@@ -657,9 +650,9 @@ def test_names_given_for_an_open_server_are_the_only_ones():
         )
         answer = httpx.post(url, json=ask, headers=headers, timeout=60).json()
         assert answer["choices"][0]["message"]["content"] == parrot.CHATS["hello"], (
-            "with int8 weights and guesses as well"
+            "with int8 weights and speculation as well"
         )
-        assert client.server.app.state.worker.engine.guessed
+        assert client.server.app.state.worker.engine.drafted
 
 
 def test_a_bug_of_ours_is_counted_as_500():

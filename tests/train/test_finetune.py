@@ -12,7 +12,6 @@ from lib import data
 from lib.config import Config
 from lib.data import Tokenizer
 from lib.files import UserError
-from lib.model import transformer as model
 from lib.tasks import items_of
 from lib.train import checkpoint
 from lib.train import finetune as sft
