@@ -1,7 +1,8 @@
-"""What runs in the child process of lib.sandbox: builds the walls around itself, then runs the program.
+"""What runs in the child process of lib.sandbox: it walls itself in, then runs the program.
 
-A script of its own, importing next to nothing, because it starts once per program. What the walls keep out is told in lib.sandbox.
-Every function here raises OSError where the kernel refuses; the parent then does without that wall, for all programs alike.
+A script of its own, importing next to nothing, because it starts once per program. What the walls
+keep out is told at `lib.sandbox.run_python`. Every function here raises OSError where the kernel
+refuses; the parent then does without that wall, for all programs alike.
 """
 
 import ctypes
@@ -12,7 +13,8 @@ import signal
 import sys
 import types
 
-# The only parts of the file system that a program can read, apart from its own folder: Python and what its extensions link to.
+# The only parts of the file system that a program can read, apart from its own folder: Python and
+# what its extensions link to.
 READABLE = [
     os.path.dirname(os.path.realpath(os.__file__)),
     os.path.join(sys.base_prefix, "lib"),
@@ -26,9 +28,11 @@ READABLE = [
     "/etc/localtime",
 ]
 DEVICES = ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
-FILE_BYTES, FOLDER_BYTES, FOLDER_FILES, OPEN_FILES, THREADS = 16 << 20, 32 << 20, 4096, 64, 64
+FILE_BYTES, FOLDER_BYTES, FOLDER_FILES = 16 << 20, 32 << 20, 4096
+OPEN_FILES, THREADS = 64, 64
 
-# Refused with EPERM: name -> number on x86_64 and on aarch64 (None: has no such call). From the kernel's unistd headers.
+# Refused with EPERM: name -> number on x86_64 and on aarch64 (None: has no such call). From the
+# kernel's unistd headers.
 REFUSED = {
     # other programs, other processes
     "fork": (57, None),
@@ -56,13 +60,23 @@ REFUSED = {
     "ioprio_set": (251, 30),
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
-    # network, and memory that outlives the process or escapes its limits
+    # network, and memory that outlives the process or escapes its limits; with a number that was
+    # guessed, what other processes share could be used without being opened
     "socket": (41, 198),
     "io_uring_setup": (425, 425),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     # the kernel's own affairs
@@ -106,7 +120,8 @@ REFUSED = {
     "open_by_handle_at": (304, 265),
     "fanotify_init": (300, 262),
 }
-METADATA = {  # Landlock lets these through; a mount that can't be written stops them itself
+# Landlock lets these through; a mount that can't be written stops them itself.
+METADATA = {
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -129,7 +144,13 @@ METADATA = {  # Landlock lets these through; a mount that can't be written stops
     "removexattrat": (466, 466),
     "file_setattr": (469, 469),
 }
-CLONE, CLONE3, KILL, TGKILL, PRLIMIT = (56, 220), (435, 435), (62, 129), (234, 131), (302, 261)
+# Allowed with some arguments only.
+CLONE, CLONE3 = (56, 220), (435, 435)
+KILL, TGKILL, PRLIMIT = (62, 129), (234, 131), (302, 261)
+FCNTL, IOCTL, SOCKETPAIR = (72, 25), (16, 29), (53, 199)
+# Orders to a descriptor that make the kernel signal a process of one's choice, or type for it.
+OWNER_FCNTL = {"F_SETOWN": 8, "F_SETSIG": 10, "F_SETOWN_EX": 15}
+OWNER_IOCTL = {"FIOSETOWN": 0x8901, "SIOCSPGRP": 0x8902, "TIOCSTI": 0x5412}
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -137,16 +158,18 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(function, *args):
     """A libc function's result, or OSError with its errno."""
-    result = function(
-        *[
-            a.encode() if isinstance(a, str) else ctypes.c_ulong(a) if isinstance(a, int) else a
-            for a in args
-        ]
-    )
+    result = function(*[_argument(a) for a in args])
     if result < 0:
         e = ctypes.get_errno()
         raise OSError(e, os.strerror(e), function.__name__)
     return result
+
+
+def _argument(a):
+    """An argument as C takes it: text as bytes, numbers as long as a register."""
+    if isinstance(a, str):
+        return a.encode()
+    return ctypes.c_ulong(a) if isinstance(a, int) else a
 
 
 def syscall(number, *args):
@@ -157,6 +180,12 @@ def prctl(option, value, *rest):
     return call(libc.prctl, option, value, *rest, *[0] * (3 - len(rest)))
 
 
+def machine():
+    """The processor's name as the tables of system calls have it."""
+    name = os.uname().machine
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(name, name)
+
+
 def drop_capabilities():
     """Give up every capability (and, by PR_SET_NO_NEW_PRIVS, any way to gain one)."""
     prctl(38, 1)
@@ -164,165 +193,236 @@ def drop_capabilities():
     call(libc.capset, header, (ctypes.c_uint32 * 6)())
 
 
+# ---- namespaces
+
+NEWNS, NEWUTS, NEWIPC = 0x20000, 0x4000000, 0x8000000
+NEWUSER, NEWPID, NEWNET = 0x10000000, 0x20000000, 0x40000000
+NOSUID, NODEV, BIND, RECURSIVE, PRIVATE = 2, 4, 4096, 16384, 1 << 18
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000
+DETACH = 2
+
+
 def enter_namespaces(folder, work):
-    """Own mount, network, process, IPC and host-name namespaces; `folder` becomes a new root of READABLE, DEVICES and an empty `work`.
+    """Enter own mount, network, process, IPC and host-name namespaces.
 
-    The caller's next child is process 1 of the new process namespace. As root a user namespace is the second choice: without it one can
-    become another user afterwards, to whom the kernel's limit on processes applies.
+    `folder` becomes a new root of READABLE, DEVICES and an empty `work`. The caller's next child is
+    process 1 of the new process namespace.
     """
-    newns, newuts, newipc, newuser, newpid, newnet = (
-        0x20000,
-        0x4000000,
-        0x8000000,
-        0x10000000,
-        0x20000000,
-        0x40000000,
-    )
-    uid, gid = os.geteuid(), os.getegid()
-    rest = newns | newuts | newipc | newpid | newnet
-    try:
-        call(libc.unshare, rest)
-    except OSError:
-        call(libc.unshare, newuser | rest)
-        for name, text in (
-            ("setgroups", "deny"),
-            ("uid_map", f"1000 {uid} 1"),
-            ("gid_map", f"1000 {gid} 1"),
-        ):
-            with open(f"/proc/self/{name}", "w") as f:
-                f.write(text)
-    nosuid, nodev, bind, rec, private = 2, 4, 4096, 16384, 1 << 18
-    at_fdcwd, at_recursive = -100, 0x8000
-
-    def read_only(path, flags):
-        # set MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, clear nothing
-        attributes = (ctypes.c_uint64 * 4)(1 | 2)
-        syscall(442, at_fdcwd, path, flags, attributes, ctypes.sizeof(attributes))
-
-    call(libc.mount, None, "/", None, rec | private, None)
-    call(libc.mount, "tmpfs", folder, "tmpfs", nosuid | nodev, "size=1m,nr_inodes=1024,mode=755")
-    for path in READABLE + DEVICES:
-        inside = folder + path
-        if not os.path.lexists(path) or os.path.lexists(inside):
-            continue
-        os.makedirs(os.path.dirname(inside), exist_ok=True)
-        if os.path.islink(path) and os.path.isdir(path):  # /lib -> usr/lib
-            os.symlink(os.readlink(path), inside)
-            continue
-        if os.path.isdir(path):
-            os.mkdir(inside)
-        else:
-            open(inside, "w").close()
-        call(libc.mount, path, inside, None, bind | rec, None)
-        read_only(inside, at_recursive)
-    os.makedirs(folder + work)
-    call(
-        libc.mount,
-        "tmpfs",
-        folder + work,
-        "tmpfs",
-        nosuid | nodev,
-        f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700",
-    )
-    read_only(folder, 0)
+    leave_namespaces_of_the_caller()
+    build_root(folder, work)
     os.chdir(folder)
     # pivot_root: the old root now lies over the new one
-    syscall({"x86_64": 155}.get(platform_machine(), 41), ".", ".")
-    call(libc.umount2, ".", 2)  # MNT_DETACH
+    syscall({"x86_64": 155}.get(machine(), 41), ".", ".")
+    call(libc.umount2, ".", DETACH)
     os.chdir(work)
 
 
+def leave_namespaces_of_the_caller():
+    """New namespaces, with a user namespace where they can't be had without.
+
+    That is the second choice for root: without it one can become another user afterwards, to whom
+    the kernel's limit on processes applies.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    wanted = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
+    try:
+        call(libc.unshare, wanted)
+        return
+    except OSError:
+        call(libc.unshare, NEWUSER | wanted)
+    maps = {"setgroups": "deny", "uid_map": f"1000 {uid} 1", "gid_map": f"1000 {gid} 1"}
+    for name, text in maps.items():
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
+
+
+def build_root(folder, work):
+    """A small file system in memory at `folder`, which can be read but not written."""
+    call(libc.mount, None, "/", None, RECURSIVE | PRIVATE, None)
+    small = "size=1m,nr_inodes=1024,mode=755"
+    call(libc.mount, "tmpfs", folder, "tmpfs", NOSUID | NODEV, small)
+    for path in READABLE + DEVICES:
+        if os.path.lexists(path) and not os.path.lexists(folder + path):
+            show_inside(path, folder + path)
+    os.makedirs(folder + work)
+    room = f"size={FOLDER_BYTES},nr_inodes={FOLDER_FILES},mode=700"
+    call(libc.mount, "tmpfs", folder + work, "tmpfs", NOSUID | NODEV, room)
+    read_only(folder, 0)
+
+
+def show_inside(path, inside):
+    """Let a file or folder be seen at another place too, read-only."""
+    os.makedirs(os.path.dirname(inside), exist_ok=True)
+    if os.path.islink(path) and os.path.isdir(path):  # /lib -> usr/lib
+        os.symlink(os.readlink(path), inside)
+        return
+    # something to mount it over
+    if os.path.isdir(path):
+        os.mkdir(inside)
+    else:
+        open(inside, "w").close()
+    call(libc.mount, path, inside, None, BIND | RECURSIVE, None)
+    read_only(inside, AT_RECURSIVE)
+
+
+def read_only(path, flags):
+    """Let nothing below a mount be written or give rights."""
+    # set MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, clear nothing
+    attributes = (ctypes.c_uint64 * 4)(1 | 2)
+    size = ctypes.sizeof(attributes)
+    syscall(MOUNT_SETATTR, AT_FDCWD, path, flags, attributes, size)
+
+
+# ---- Landlock
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+EXECUTE, WRITE, READ, READ_DIR, TRUNCATE = 1, 2, 4, 8, 1 << 14
+
+
 def landlock(folder):
-    """Files by Landlock: all rights in `folder`, reading of READABLE, the DEVICES, and nothing else; no TCP and no signals outside
-    where the kernel is new enough."""
-    abi = syscall(444, None, 0, 1)
-    execute, write, read, read_dir, truncate = 1, 2, 4, 8, 1 << 14
-    every = (
-        (1 << 13) - 1
-        | (1 << 13 if abi >= 2 else 0)
-        | (truncate if abi >= 3 else 0)
-        | (1 << 15 if abi >= 5 else 0)
-    )
+    """Files by Landlock: all rights in `folder`, reading of READABLE, the DEVICES, nothing else.
+
+    No TCP and no signals outside where the kernel is new enough.
+    """
+    abi = syscall(CREATE_RULESET, None, 0, 1)
+    every = file_rights(abi)
     scoped = 3 if abi >= 6 else 0  # abstract sockets and signals
-    rules = syscall(
-        444, (ctypes.c_uint64 * 3)(every, 3, scoped), 24 if abi >= 6 else 16 if abi >= 4 else 8, 0
-    )
+    # the kernel's record grew: files, then network, then scopes
+    size = 8 * (1 + (abi >= 4) + (abi >= 6))
+    rules = syscall(CREATE_RULESET, (ctypes.c_uint64 * 3)(every, 3, scoped), size, 0)
     for path in [folder, *READABLE, *DEVICES]:
-        if not os.path.exists(path):
-            continue
-        rights = (
-            every & ~execute if path == folder else read | read_dir if os.path.isdir(path) else read
-        )
-        if path in DEVICES:
-            rights |= write | truncate & every
-        fd = os.open(path, os.O_PATH)
-        rule = ctypes.create_string_buffer(
-            rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder), 12
-        )
-        syscall(445, rules, 1, rule, 0)
-        os.close(fd)
-    syscall(446, rules, 0)
+        if os.path.exists(path):
+            allow_path(rules, path, rights_of(path, folder, every))
+    syscall(RESTRICT_SELF, rules, 0)
     os.close(rules)
 
 
-def platform_machine():
-    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(os.uname().machine, os.uname().machine)
+def file_rights(abi):
+    """All rights on files that this version of Landlock knows."""
+    every = (1 << 13) - 1
+    if abi >= 2:
+        every |= 1 << 13  # to move files between folders
+    if abi >= 3:
+        every |= TRUNCATE
+    if abi >= 5:
+        every |= 1 << 15  # ioctl on devices
+    return every
+
+
+def rights_of(path, folder, every):
+    """What a program may do with one of the paths it is shown."""
+    if path == folder:
+        return every & ~EXECUTE
+    if path in DEVICES:
+        return READ | WRITE | TRUNCATE & every
+    return READ | READ_DIR if os.path.isdir(path) else READ
+
+
+def allow_path(rules, path, rights):
+    """Add a path and what may be done below it to a ruleset."""
+    fd = os.open(path, os.O_PATH)
+    record = rights.to_bytes(8, sys.byteorder) + fd.to_bytes(4, sys.byteorder)
+    syscall(ADD_RULE, rules, 1, ctypes.create_string_buffer(record, 12), 0)
+    os.close(fd)
+
+
+# ---- the filter of system calls: a small program of (code, jump if so, jump if not, operand)
+
+LOAD, EQUAL, ABOVE, TEST, AND, GIVE = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+ALLOW = (GIVE, 0, 0, 0x7FFF0000)
+DENY = (GIVE, 0, 0, 0x50001)  # EPERM
+ABSENT = (GIVE, 0, 0, 0x50026)  # ENOSYS
+# Low halves of a call's record: both processors are little-endian.
+LOAD_NUMBER, LOAD_ARCH = (LOAD, 0, 0, 0), (LOAD, 0, 0, 4)
+ARGUMENT = 16  # where its arguments begin, of eight bytes each
+CLONE_THREAD = 0x10000
+AF_UNIX, SOCK_STREAM, SOCK_TYPE = 1, 1, 0xF
+
+
+def argument(i):
+    """Load the low half of argument i."""
+    return (LOAD, 0, 0, ARGUMENT + 8 * i)
+
+
+def for_call(number, body):
+    """Run `body` for one system call, and go on behind it for all others."""
+    return [(EQUAL, 0, len(body), number), *body]
+
+
+def one_of(i, allowed):
+    """Allow a call whose argument i is one of `allowed`, deny any other."""
+    checks = [(EQUAL, len(allowed) - n, 0, value) for n, value in enumerate(allowed)]
+    return [argument(i), *checks, DENY, ALLOW]
+
+
+def none_of(i, denied):
+    """Deny a call whose argument i is one of `denied`, allow any other."""
+    checks = [(EQUAL, len(denied) - n, 0, value) for n, value in enumerate(denied)]
+    return [argument(i), *checks, ALLOW, DENY]
+
+
+def filter_code(column, pid, metadata):
+    """The filter for one processor (its column in the tables) and one process."""
+    code = [LOAD_ARCH, (EQUAL, 1, 0, list(AUDIT_ARCH.values())[column]), DENY, LOAD_NUMBER]
+    # numbers of the 32-bit kind
+    code += [(ABOVE, 0, 1, 0x40000000), DENY]
+    for numbers in (REFUSED | (METADATA if metadata else {})).values():
+        if numbers[column] is not None:
+            code += for_call(numbers[column], [DENY])
+    # its flags can't be seen from here; libc then uses clone
+    code += for_call(CLONE3[column], [ABSENT])
+    code += for_call(CLONE[column], [argument(0), (TEST, 1, 0, CLONE_THREAD), DENY, ALLOW])
+    # no process but this one
+    code += for_call(KILL[column], one_of(0, [pid]))
+    code += for_call(TGKILL[column], one_of(0, [pid]))
+    code += for_call(PRLIMIT[column], one_of(0, [0, pid]))
+    code += for_call(FCNTL[column], none_of(1, list(OWNER_FCNTL.values())))
+    code += for_call(IOCTL[column], none_of(1, list(OWNER_IOCTL.values())))
+    # a pair of datagram sockets could send to any socket there is
+    code += for_call(
+        SOCKETPAIR[column],
+        [
+            argument(0),
+            (EQUAL, 1, 0, AF_UNIX),
+            DENY,
+            argument(1),
+            (AND, 0, 0, SOCK_TYPE),
+            (EQUAL, 1, 0, SOCK_STREAM),
+            DENY,
+            ALLOW,
+        ],
+    )
+    return [*code, ALLOW]
+
+
+class Instruction(ctypes.Structure):
+    _fields_ = [
+        ("code", ctypes.c_uint16),
+        ("yes", ctypes.c_uint8),
+        ("no", ctypes.c_uint8),
+        ("k", ctypes.c_uint32),
+    ]
+
+
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(Instruction))]
 
 
 def seccomp(metadata):
-    """A system-call filter: one process with threads, no new ones, no sockets, no signals to others, nothing of REFUSED.
+    """A system-call filter: one process with threads, no new ones, nothing of REFUSED.
 
-    metadata: refuse METADATA as well. OSError on a processor whose system-call numbers aren't listed here.
+    No sockets but pairs of streams, no signals to others. metadata: refuse METADATA as well.
+    OSError on a processor whose system-call numbers aren't listed here.
     """
-    if platform_machine() not in AUDIT_ARCH or sys.maxsize < 1 << 32:
-        raise OSError(f"no list of system calls for {platform_machine()}")
-    column = list(AUDIT_ARCH).index(platform_machine())
-    load, equal, above, test, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    # EPERM, ENOSYS
-    allow, deny, absent = (give, 0, 0, 0x7FFF0000), (give, 0, 0, 0x50001), (give, 0, 0, 0x50026)
-    # low halves: both processors are little-endian
-    number, arch, arg0 = (load, 0, 0, 0), (load, 0, 0, 4), (load, 0, 0, 16)
-    pid = os.getpid()
-    code = [
-        arch,
-        (equal, 1, 0, AUDIT_ARCH[platform_machine()]),
-        deny,
-        number,
-        (above, 0, 1, 0x40000000),
-        deny,
-    ]
-    for numbers in (REFUSED | (METADATA if metadata else {})).values():
-        if numbers[column] is not None:
-            code += [(equal, 0, 1, numbers[column]), deny]
-    # its flags can't be seen from here; libc then uses clone
-    code += [(equal, 0, 1, CLONE3[column]), absent]
-    code += [(equal, 0, 4, CLONE[column]), arg0, (test, 1, 0, 0x10000), deny, allow]  # CLONE_THREAD
-    for numbers in (KILL, TGKILL):
-        code += [(equal, 0, 4, numbers[column]), arg0, (equal, 1, 0, pid), deny, allow]
-    code += [
-        (equal, 0, 5, PRLIMIT[column]),
-        arg0,
-        (equal, 2, 0, 0),
-        (equal, 1, 0, pid),
-        deny,
-        allow,
-    ]
-    code += [allow]
-
-    class Instruction(ctypes.Structure):
-        _fields_ = [
-            ("code", ctypes.c_uint16),
-            ("yes", ctypes.c_uint8),
-            ("no", ctypes.c_uint8),
-            ("k", ctypes.c_uint32),
-        ]
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(Instruction))]
-
+    if machine() not in AUDIT_ARCH or sys.maxsize < 1 << 32:
+        raise OSError(f"no list of system calls for {machine()}")
+    code = filter_code(list(AUDIT_ARCH).index(machine()), os.getpid(), metadata)
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
     program = Program(len(code), (Instruction * len(code))(*code))
     prctl(22, 2, ctypes.byref(program))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+# ---- user and limits
 
 
 def open_to_all(path):
@@ -337,7 +437,10 @@ def open_to_all(path):
 
 
 def become_nobody(folder):
-    """As root: a user id that nothing else has, now owning `folder`; where that user couldn't read Python, stay."""
+    """As root: become a user id that nothing else has, and that owns `folder`.
+
+    Stay where that user couldn't read Python.
+    """
     if not (open_to_all(os.__file__) and open_to_all(folder)):
         return
     uid = 1 << 30 | os.getpid()
@@ -353,14 +456,14 @@ def become_nobody(folder):
 def limit(kind, soft, hard=None):
     """Lower a resource limit (never above the hard one in force)."""
     ceiling = resource.getrlimit(kind)[1]
-    values = [
-        v if ceiling == resource.RLIM_INFINITY else min(v, ceiling)
-        for v in (soft, soft if hard is None else hard)
-    ]
-    resource.setrlimit(kind, tuple(values))
+    hard = soft if hard is None else hard
+    if ceiling != resource.RLIM_INFINITY:
+        soft, hard = min(soft, ceiling), min(hard, ceiling)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def set_limits(memory, seconds, layers):
+    """Limit processor time, memory, files and, where no wall does it, processes."""
     limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     limit(resource.RLIMIT_FSIZE, FILE_BYTES)
     limit(resource.RLIMIT_NOFILE, OPEN_FILES)
@@ -369,8 +472,9 @@ def set_limits(memory, seconds, layers):
         limit(resource.RLIMIT_MEMLOCK, 0)
     if sys.platform == "linux":
         limit(resource.RLIMIT_AS, memory)
-    # The kernel counts a user's processes and threads together: in namespaces, where the user is new, those of this program, else all that
-    # the user has. So there the number of threads is left to RLIMIT_AS; and with no filter to keep processes from leaving, none may start.
+    # The kernel counts a user's processes and threads together: in namespaces, where the user is
+    # new, those of this program, else all that the user has. So there the number of threads is left
+    # to RLIMIT_AS; and with no filter to keep processes from leaving, none may start.
     if "namespaces" in layers:
         limit(resource.RLIMIT_NPROC, THREADS)
     elif "seccomp" not in layers:
@@ -384,7 +488,7 @@ def wait_for(pid):
 
 
 def stay_behind():
-    """Fork; the parent keeps no output open and ends with the child, the child dies with its parent."""
+    """Fork; the parent keeps no output open and ends with the child, and the other way round."""
     pid = os.fork()
     if pid:
         for fd in (0, 1, 2):
@@ -394,8 +498,15 @@ def stay_behind():
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def build_walls(folder, work, layers, memory, seconds, caller, failed):
-    """Everything between this process and the outside, strongest first; `failed(layer, error)` tells what couldn't be built and ends."""
+# ---- all of it
+
+
+def build_walls(order, failed):
+    """Everything between this process and the outside, strongest first.
+
+    order: as for `run`. `failed(layer, error)` tells what couldn't be built and ends.
+    """
+    layers, work = order["layers"], order["work"]
 
     def attempt(layer, build, *args):
         if layer in layers:
@@ -404,30 +515,38 @@ def build_walls(folder, work, layers, memory, seconds, caller, failed):
             except (OSError, AttributeError) as e:  # AttributeError: a libc without that function
                 failed(layer, e)
 
-    attempt("namespaces", enter_namespaces, folder, work)
+    attempt("namespaces", enter_namespaces, order["folder"], work)
     os.chdir(work)
     if sys.platform == "linux":
         if os.geteuid() == 0:
             become_nobody(work)
         drop_capabilities()
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives the thread that started this
-        if os.getppid() != caller:  # too late for that
+        if os.getppid() != order["caller"]:  # too late for that
             os._exit(1)
         prctl(4, 0)  # PR_SET_DUMPABLE: other programs of the same user can't look into this process
     if "namespaces" in layers:
         stay_behind()  # outside the process namespace
         stay_behind()  # its process 1: the namespace ends with it
     attempt("landlock", landlock, work)
-    set_limits(memory, seconds, layers)
+    set_limits(order["memory"], order["seconds"], layers)
     attempt("seccomp", seccomp, "namespaces" not in layers)
 
 
-def run(code, folder, work, layers, memory, seconds, caller, nonce, status):
-    """Build the walls, run `code` as __main__, and write to the pipe `status` how it goes, as JSON lines of [nonce, word, detail].
+def run(order, status):
+    """Build the walls, run the program, and tell the pipe `status` how it goes.
 
-    folder: the program's own, for namespaces the place of their new root; work: the path of its own folder as the program sees it.
-    Words: wall (detail: layer and why; nothing was run), ready, done (reached its end), exit (SystemExit; its code), memory, error.
+    order: a dict of
+      code, name                what to run, and its `__name__`
+      folder                    the program's own; for namespaces the place of their new root
+      work                      the path of its own folder as the program sees it
+      layers, memory, seconds   the walls and limits
+      caller, nonce             the process that waits, and the secret it knows this one by
+
+    Each line to `status` is JSON, [nonce, word, detail]. Words: wall (layer and why; nothing was
+    run), ready, done (reached its end), exit (SystemExit; its code), memory, error.
     """
+    nonce = order["nonce"]
 
     def tell(word, detail=""):
         os.write(status, json.dumps([nonce, word, detail[:500]]).encode() + b"\n")
@@ -436,21 +555,17 @@ def run(code, folder, work, layers, memory, seconds, caller, nonce, status):
         tell("wall", f"{layer}: {error}")
         os._exit(1)
 
-    build_walls(folder, work, layers, memory, seconds, caller, failed)
-    import _sitebuiltins  # exit() and quit(), which -S leaves out
-    import builtins
-
-    builtins.exit, builtins.quit = (
-        _sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit")
-    )
-    path = os.path.join(work, "program.py")
+    build_walls(order, failed)
+    add_exit()
+    path = os.path.join(order["work"], "program.py")
     with open(path, "w", encoding="utf-8", errors="surrogatepass") as f:
-        f.write(code)
-    module = sys.modules["__main__"] = types.ModuleType("__main__")
+        f.write(order["code"])
+    module = types.ModuleType(order["name"])
     module.__file__ = path
+    sys.modules["__main__"] = sys.modules[order["name"]] = module
     tell("ready")
     try:
-        exec(compile(code, path, "exec"), module.__dict__)
+        exec(compile(order["code"], path, "exec"), module.__dict__)
         word, detail, leave = "done", "", None
     except SystemExit as e:
         word, detail, leave = "exit", repr(e.code), e.code
@@ -460,9 +575,19 @@ def run(code, folder, work, layers, memory, seconds, caller, nonce, status):
     except BaseException as e:
         e.__traceback__ = e.__traceback__.tb_next  # without this frame
         sys.__excepthook__(type(e), e, e.__traceback__)
-        word, detail, leave = "error", f"{type(e).__name__}: {e}" if str(e) else type(e).__name__, 1
+        name = type(e).__name__
+        word, detail, leave = "error", f"{name}: {e}" if str(e) else name, 1
     tell(word, detail)
     sys.exit(leave)
+
+
+def add_exit():
+    """exit() and quit(), which -S leaves out."""
+    import _sitebuiltins
+    import builtins
+
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
 
 
 if __name__ == "__main__":
@@ -470,4 +595,4 @@ if __name__ == "__main__":
         order = json.load(f)
     status = int(sys.argv[2])
     sys.argv[:] = ["program.py"]
-    run(status=status, **order)
+    run(order, status)
