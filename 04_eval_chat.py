@@ -65,7 +65,7 @@ from lib.params import count_params, templates
 from lib.pictures import show
 from lib.report import page as report
 from lib.runs import STAGES, open_run, results_table, set_aside
-from lib.sandbox import programs as sandbox
+from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
 from lib.train import checkpoint
 from lib.train import finetune as sft
@@ -548,7 +548,7 @@ print(results_table(folder))
 # answers to `say` take the likeliest tokens; with `live` on they are drawn by the sampling settings above.
 
 # %%
-engine = Engine(params, config, 1, config.sequence_len, tokenizer, sandbox.calculator)
+engine = Engine(params, config, 1, config.sequence_len, tokenizer, calculator)
 conversation = []
 
 

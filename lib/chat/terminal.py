@@ -205,7 +205,7 @@ class Talk:
     """One conversation with a model: what was said, the settings, and where the answers go."""
 
     def __init__(self, model: Model, settings: Settings, colours: dict = PLAIN, tools: bool = True):
-        from lib.sandbox.programs import calculator
+        from lib.sandbox import calculator
 
         # tools: whether calls are shown
         self.model, self.settings, self.colours, self.tools = model, settings, colours, tools

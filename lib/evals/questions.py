@@ -29,7 +29,7 @@ from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
 from lib.runs import STAGES
-from lib.sandbox import programs as sandbox
+from lib.sandbox import calculator
 from lib.tasks import Task, hub, tasks
 
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
@@ -98,7 +98,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
     def texts(prompts, samplings):
         length = _width(max(len(p) + s.max_tokens for p, s in zip(prompts, samplings)))
         engine = Engines(
-            params, config, min(batch, bucket(len(prompts))), length, tokenizer, sandbox.calculator
+            params, config, min(batch, bucket(len(prompts))), length, tokenizer, calculator
         )
         waiting, busy, made = deque(range(len(prompts))), {}, [[] for _ in prompts]
         # rows join in groups of one size: a prefill serves several, and is compiled once

@@ -304,7 +304,7 @@ def make_app(
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
-    from lib.sandbox.programs import calculator
+    from lib.sandbox import calculator
 
     api, metrics = Api(model, settings), Metrics()
     params = quantized(model.params, model.config) if settings.int8 else model.params

@@ -17,7 +17,7 @@ import numpy as np
 
 from lib import data
 from lib.files import UserError
-from lib.sandbox import programs as sandbox
+from lib.sandbox import run_python
 from lib.tasks import Task
 from lib.tasks.stdlib import TASKS as STDLIB
 
@@ -233,7 +233,7 @@ def grade_humaneval(item, text) -> bool:
     program = (
         item["prompt"].rstrip() + "\n    pass\n\n" + code if defines else item["prompt"] + code
     )
-    return sandbox.run_python(f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n").ok
+    return run_python(f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n").ok
 
 
 def hellaswag(row, id):

@@ -17,7 +17,7 @@ from lib.generate import Engine, Engines, Sampling, generate, sampling, stream
 from lib.generate import engine as engine_module
 from lib.generate.engine import CHUNK, LONG_CHUNK, WHOLE_CHUNK
 from lib.params import init_params
-from lib.sandbox.programs import calculator
+from lib.sandbox import calculator
 
 PROMPTS = [[491, 275], [491, 327, 270, 32, 73], list(range(40, 60)), [491]]
 

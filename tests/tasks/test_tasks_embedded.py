@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lib.sandbox.programs import calculator
+from lib.sandbox import calculator
 from lib.tasks import embedded, items_of
 from lib.tasks.embedded import TASKS
 
