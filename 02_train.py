@@ -53,7 +53,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, pictures
+from lib import data, evals, model, pictures
 from lib.chips import Slice, chip
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer

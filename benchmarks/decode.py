@@ -151,7 +151,7 @@ def main(args: Args):
     import numpy as np
 
     from benchmarks.train_step import CONFIGS
-    from lib import data, evals
+    from lib import data, evals, model
     from lib.config import PRESETS, Config
     from lib.files import UserError, choose, write_json
     from lib.generate import Engine, Engines, Sampling

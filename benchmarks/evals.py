@@ -148,7 +148,7 @@ def main(
 
     import jax
 
-    from lib import data
+    from lib import data, model
     from lib.config import Config
     from lib.data.tokenizer import Tokenizer
     from lib.evals import core

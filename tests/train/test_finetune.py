@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load
 
-from lib import data
+from lib import data, model
 from lib.config import Config
 from lib.data import Tokenizer
 from lib.files import UserError
