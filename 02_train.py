@@ -67,7 +67,6 @@ from lib.notebook import (
     join_hosts,
     parse_overrides,
     parse_steps,
-    pick_preset,
     secret,
 )
 from lib.parallel import layout as sharding
@@ -75,6 +74,7 @@ from lib.params import count_params, named_specs
 from lib.pictures import show
 from lib.preflight import compile as preflight
 from lib.preflight.memory import choose_layout, estimate_memory, peak_bytes
+from lib.recipes import pick_preset
 from lib.report import page as report
 from lib.runs import STAGES, open_run, set_aside
 from lib.train import checkpoint
@@ -86,7 +86,7 @@ from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 # @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last
 run = ""  # @param {type:"string"}
 # @markdown Starting point for every size and rate; auto picks one for the device
-preset = "auto"  # @param ["auto", "cpu_demo", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
+preset = "auto"  # @param ["auto", "cpu_demo", "colab_free_v5e", "colab_free_t4", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
 # @markdown Layers; width, batch, horizon and rates follow (0: the preset's)
 depth = 0  # @param {type:"integer"}
 # @markdown Optimizer steps (0: what the preset or the scaling rules say)

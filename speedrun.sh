@@ -11,7 +11,8 @@ usage: bash speedrun.sh [OPTIONS] [-- FLAGS FOR 02_train.py]
 Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures it, teaches it to chat and measures it
 again (04), and prints a table and a talk with it.
 
-  --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_v5e, colab_v6e, gpu, gpt2_like,
+  --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_free_v5e,
+                  colab_free_t4, colab_v5e, colab_v6e, gpu, gpt2_like,
                   llama_like, nanochat_d12, nanochat_d20, nanochat_d24; default: the one for the device found
   --source WHAT   text to train on: stdlib (default; needs no network), stdlib_with_tests, climbmix, fineweb_edu,
                   tinystories, or your own files: a path or glob of .txt, .md, .py, .jsonl or .parquet
@@ -49,12 +50,12 @@ setup
 python=.venv/bin/python folder=runs/$run
 read -r preset vocab_size why < <($python -c '
 import contextlib, sys
-from lib import notebook
+from lib import notebook, recipes
 from lib.config import Config
 notebook.setup()
 with contextlib.redirect_stdout(sys.stderr):
     device = notebook.device_report()
-name, why = (sys.argv[1], "asked for") if sys.argv[1] != "auto" else notebook.pick_preset(device)
+name, why = (sys.argv[1], "asked for") if sys.argv[1] != "auto" else recipes.pick_preset(device)
 print(name, Config.preset(name).vocab_size, why)
 ' "$preset") || exit 2
 echo "preset: $preset ($why)"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def check_attention(
             f"attention=pallas holds whole heads on chip, at most sequence_len={longest} at "
             f"head_dim={head_dim}, got {sequence_len}: use that, or attention=splash"
         )
+
+
+def _has_bfloat16() -> bool:
+    """Whether the default device has bfloat16: TPUs, and GPUs from Ampere on."""
+    backend = jax.default_backend()
+    if backend in ("cpu", "tpu"):
+        return backend == "tpu"
+    # NVIDIA's number; AMD's names (gfx942) are of cards that have it
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return not re.match(r"[0-7]\.", capability)
 
 
 @jax.tree_util.register_static
@@ -246,7 +257,7 @@ class Config:
         """The dtype that activations are computed in."""
         if self.compute_dtype != "auto":
             return jax.numpy.dtype(self.compute_dtype)
-        return jax.numpy.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jax.numpy.dtype("bfloat16" if _has_bfloat16() else "float32")
 
     @property
     def attention_name(self) -> str:
@@ -433,6 +444,26 @@ PRESETS = {
         embedding_lr=3.0,
         unembedding_lr=0.08,
         warmup_steps=20,
+    ),
+    # a first hour on the chips that free accounts are lent, on simple English (TinyStories)
+    "colab_free_v5e": dict(
+        depth=8,
+        vocab_size=8192,
+        sequence_len=1024,
+        head_dim=128,
+        n_kv_head=2,
+        total_batch_size=2**17,
+        microbatch=32,
+        num_steps=3600,
+    ),
+    # a T4 has no bfloat16, and in float32 a fortieth of a v5e's speed
+    "colab_free_t4": dict(
+        depth=6,
+        vocab_size=8192,
+        sequence_len=512,
+        total_batch_size=2**16,
+        microbatch=32,
+        num_steps=1200,
     ),
     # one v5e chip, 16 GB: MXU 128 x 128
     "colab_v5e": dict(depth=12, head_dim=128, n_kv_head=2, value_embeds=False, microbatch=4),

@@ -264,17 +264,3 @@ def device_report() -> dict:
         memory=memory,
         flops=flops,
     )
-
-
-def pick_preset(device: dict) -> tuple[str, str]:
-    """(preset for this device, the reason in words), from `device_report`."""
-    if device["platform"] == "cpu":
-        return "cpu_demo", "no accelerator here, so the one that two cores finish in minutes"
-    if device["platform"] == "tpu":
-        v6 = "v6" in device["kind"].lower()
-        return (
-            ("colab_v6e", "head width 256 fills this TPU's 256 x 256 matrix unit")
-            if v6
-            else ("colab_v5e", "sized for a TPU with 16 GB and 128 x 128 matrix units")
-        )
-    return "gpu", "one GPU, cuDNN flash attention"

@@ -15,7 +15,7 @@ LAYERS = [  # files and rooms of lib; each imports only from the lines above its
     {"generate", "tasks"},
     {"train"},
     {"runs"},
-    {"notebook"},
+    {"notebook", "recipes"},
     {"pictures"},
     {"evals", "interop"},
     {"report"},

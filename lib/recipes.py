@@ -1,0 +1,96 @@
+"""What to train here: the preset for a device, the text for a preset, the horizon for a text.
+
+A person presses *Run all* without a setting, so the defaults must make sense together: a model that
+this device finishes in the time it has, and as much text as that model can read.
+"""
+
+import math
+from typing import NamedTuple
+
+from lib.config import Config
+from lib.data.packing import MOST_EPOCHS
+
+# the text of a preset, where the network reaches the Hub
+TEXTS = {
+    "cpu_demo": "stdlib",
+    "colab_free_v5e": "tinystories",
+    "colab_free_t4": "tinystories",
+}
+TEXT_OF_THE_REST = "climbmix"
+
+# characters in one training shard of a source on the Hub, roughly, and of a source that has few
+SHARD_CHARS = {"climbmix": 250e6, "fineweb_edu": 250e6, "tinystories": 480e6}
+CHARS_PER_TOKEN = 4
+
+
+class Choice(NamedTuple):
+    """A default, and in words why it is this one."""
+
+    name: str
+    why: str
+
+
+def pick_preset(device: dict) -> Choice:
+    """The preset for a device, from `notebook.device_report`."""
+    kind = device["kind"].lower()
+    if device["platform"] == "cpu":
+        return Choice("cpu_demo", "no accelerator here: two cores finish it in minutes")
+    if device["platform"] == "tpu":
+        if "v6" in kind:
+            why = "head width 256 fills this TPU's 256 x 256 matrix unit"
+            return Choice("colab_v6e", why)
+        if device["count"] == 1 and "v5 lite" in kind:
+            why = "within an hour on one v5e, as free accounts have; colab_v5e takes hours"
+            return Choice("colab_free_v5e", why)
+        return Choice("colab_v5e", "sized for TPUs with 16 GB and 128 x 128 matrix units")
+    if "t4" in kind:
+        return Choice("colab_free_t4", "an hour on one T4, computed in float32: it has no bfloat16")
+    return Choice("gpu", "one GPU with 16 GB or more")
+
+
+def pick_text(preset: str, online: bool) -> Choice:
+    """The source of text for a preset; the embedded one where the Hub is out of reach."""
+    source = TEXTS.get(preset, TEXT_OF_THE_REST)
+    if source == "stdlib":
+        return Choice(source, "on every machine, enough for this preset")
+    if online:
+        return Choice(source, "as much as this preset can read, from the Hugging Face Hub")
+    return Choice("stdlib", f"the Hub, where {source} is, can't be reached from here")
+
+
+def hub_is_reachable(seconds: float = 5) -> bool:
+    """Whether the Hugging Face Hub (or the mirror in HF_ENDPOINT) answers at all."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return True  # a refusal is an answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def pick_shards(source: str, planned: int) -> int:
+    """How many shards of a source on the Hub hold `planned` tokens, so that none is read twice."""
+    shard = SHARD_CHARS.get(source)
+    return max(1, math.ceil(planned * CHARS_PER_TOKEN / shard)) if shard else 1
+
+
+def fit_horizon(config: Config, available: int) -> tuple[Config, str]:
+    """The config with no more steps than `available` tokens can carry, and a sentence or "".
+
+    A model that reads a small text a hundred times learns it by heart, and nothing else.
+    """
+    most = MOST_EPOCHS * available // config.total_batch_size
+    if config.num_steps <= most:
+        return config, ""
+    steps = max(1, most)
+    return config.replace(num_steps=steps), (
+        f"{steps:,} steps instead of {config.num_steps:,}: this text has {available:,} tokens, and "
+        f"beyond {MOST_EPOCHS} times over it a model learns it by heart (num_steps overrides)"
+    )
