@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all tests on the CPU. `--setup-only` stops after set-up; all other arguments go to pytest.
+# Sets up .venv and runs the tests on the CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
 
+usage="usage: bash run_tests.sh [--fast | --colab | --setup-only] [ARGUMENTS FOR PYTEST]
+
+  (nothing)     all tests, but those that rebuild Colab's machines
+  --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: three minutes on two cores
+  --colab       the notebooks on Colab's and Kaggle's own package versions (needs a network)
+  --setup-only  stop after the set-up
+
+such as: bash run_tests.sh --fast -k optim      bash run_tests.sh tests/data"
+
+which=(-m "not colab")
 case ${1:-} in
-    --help | -h)
-        echo "usage: bash run_tests.sh [--setup-only | ARGUMENTS FOR PYTEST, such as -k optim or tests/test_data.py]"
-        exit ;;
+    --help | -h) echo "$usage"; exit ;;
+    --fast) shift; which=(-m "not slow and not tpu and not colab") ;;
+    --colab) shift; which=(-m colab) ;;
 esac
 setup dev
 [ "${1:-}" != --setup-only ] || exit 0
 
 cores=$(getconf _NPROCESSORS_ONLN)
 export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$PWD/.cache/jax"
-exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile "$@"
+exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile "${which[@]}" "$@"

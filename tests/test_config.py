@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from conftest import load
 
 from lib.config import PRESETS, Config
 from lib.files import UserError
 from lib.params import count_params
+from tests.helpers.golden import load
 
 SCALING = load("scaling.json")
 NAMES = {"target_param_data_ratio": "tokens_per_param"}

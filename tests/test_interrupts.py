@@ -3,17 +3,14 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from lib.interrupts import interruptible
 from lib.train.checkpoint import restore
-
-ROOT = Path(__file__).parents[1]
+from tests.helpers import programs
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -44,21 +41,7 @@ def test_no_handlers_outside_the_main_thread():
 
 
 def test_sigterm_saves_then_exits(tmp_path):
-    code = """
-import sys, time, numpy as np
-from lib.interrupts import interruptible
-from lib.train.checkpoint import Saver
-with interruptible() as flag, Saver(sys.argv[1]) as saver:
-    for step in range(1, 10**6):
-        if step == 3: print("running", flush=True)
-        time.sleep(0.005)
-        if flag.stop:
-            saver.save(step, {"w": np.full(3, step)})
-            break
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = programs.start("save_when_stopped", tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "running\n"
     process.terminate()
     assert process.wait(30) == 0

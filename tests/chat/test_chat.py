@@ -12,7 +12,6 @@ import time
 from functools import cache
 from pathlib import Path
 
-import parrot
 import pytest
 
 from lib.chat import terminal as chat
@@ -20,6 +19,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate import Engine, Sampling, Token
 from lib.runs import load_model
+from tests.helpers import parrot, programs
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,19 +147,10 @@ def test_what_is_read_as_one_message():
 
 
 def command(*args, **kwargs):
-    env = os.environ | {"JAX_PLATFORMS": "cpu"} | kwargs.pop("env", {})
+    env = programs.environment(**kwargs.pop("env", {}))
     start = kwargs.pop("start", ["-m", "lib.chat"])
     flags = ["--run", str(parrot.run()), "--temperature", "0", *args]
     return [sys.executable, *start, *flags], dict(cwd=ROOT, env=env, **kwargs)
-
-
-SLOWLY = """
-import runpy, time
-from lib.generate import Engine
-step = Engine.step
-Engine.step = lambda self: (time.sleep(0.1), step(self))[1]
-runpy.run_module("lib.chat", run_name="__main__")
-"""
 
 
 def run(*args, **kwargs):
@@ -246,7 +237,9 @@ class Terminal:
     def __init__(self, *args, **env):
         self.fd, inside = pty.openpty()
         args, kwargs = command(
-            *args, start=["-c", SLOWLY], env={"TERM": "xterm", "NO_COLOR": "", **env}
+            *args,
+            start=[programs.PROGRAMS / "chat_slowly.py"],
+            env={"TERM": "xterm", "NO_COLOR": "", **env},
         )
         self.process = subprocess.Popen(
             args, stdin=inside, stdout=inside, stderr=inside, start_new_session=True, **kwargs

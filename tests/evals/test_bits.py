@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from conftest import load, parity_model
 
 from lib import evals
 from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, kinds
+from tests.helpers.golden import load, parity_model
 
 
 @pytest.mark.parametrize("case", ["val", "val_masked", "only_special_targets"])

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load, parity_model
 
 from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, core, likelihood, stats
 from lib.evals.likelihood import Score
 from lib.files import UserError
 from lib.train import step as train
+from tests.helpers.golden import load, parity_model
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from lib.evals.likelihood import Score
 from lib.files import UserError
 from lib.params import init_params
 from lib.tasks import Task, embedded, hub, stdlib
-from tests.tasks.test_tasks_hub import CHAT, ROWS, parquet, rows_of
+from tests.helpers.hub_rows import CHAT, ROWS, parquet, rows_of
 
 TOKENIZER = Tokenizer.train(
     ["the cat sat on the mat, and the answer is: 1 2 3 4 5 6 7 8 9 " * 9], 285

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PARITY, load, parity_model
 
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate import Engine, Sampling, generate, stream
 from lib.generate.speculative import look_up
-from tests.generate.test_generate import PROMPTS, drain, ids, scripted
+from tests.helpers.engines import PROMPTS, drain, ids, scripted
+from tests.helpers.golden import PARITY, load, parity_model
 
 
 @functools.cache

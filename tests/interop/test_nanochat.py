@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load, parity_model
 
 from lib import model
 from lib.files import UserError
 from lib.interop.nanochat import config_from_nanochat, from_nanochat, to_nanochat
 from lib.train import optim
+from tests.helpers.golden import load, parity_model
 
 
 @pytest.fixture

@@ -1,8 +1,4 @@
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +9,7 @@ import pytest
 from lib.config import check_attention
 from lib.files import UserError
 from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
+from tests.helpers import programs
 
 BLOCKS = {
     "einsum": dict(block=128),
@@ -206,49 +203,19 @@ def test_cached_decoding_is_refused():
             attend(q[:, :1], k, v, None)
 
 
-COMPILE = """
-import jax, jax.numpy as jnp
-from jax.experimental import topologies
-from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
-
-chip = topologies.get_topology_desc(platform="tpu", topology_name="v6e:1x1", chips_per_host_bounds=(1, 1, 1)).devices[0]
-saved = jax.checkpoint_policies.save_only_these_names(RESIDUAL_NAME)
-
-def step(name, window, q, k, v):
-    attend = jax.checkpoint(lambda *qkv: ATTENTION[name](*qkv, window), policy=saved)
-    return jax.grad(lambda *qkv: jnp.square(attend(*qkv)).sum().astype(jnp.float32), argnums=(0, 1, 2))(q, k, v)
-
-for names, T, K, H, window in [("einsum jax", 256, 2, 128, 100), ("splash pallas", 512, 2, 128, 200),
-                               ("splash pallas", 1024, 1, 64, None)]:
-    q, k = (jax.ShapeDtypeStruct((2, T, n, H), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(chip))
-            for n in (4, K))
-    for name in names.split():
-        with compiled_kernels():
-            compiled = jax.jit(step, static_argnums=(0, 1)).lower(name, window, q, k, k).compile()
-        print(name, compiled.as_text().count('"tpu_custom_call"'))
-"""
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",
 )
 def test_compiles_for_a_tpu():
     """Forward and backward in bfloat16; a policy that saves the residuals leaves no second forward kernel."""
-    env = os.environ | dict(
-        JAX_PLATFORMS="cpu",
+    env = dict(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v6e-1",
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=env,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+    run = programs.run("compile_attention", env=env)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.split("\n") == [
         "einsum 0",

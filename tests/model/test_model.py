@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load, parity_model
 
 from lib import model
 from lib.config import Config
 from lib.interop.nanochat import from_nanochat
 from lib.model import transformer
 from lib.params import init_params
+from tests.helpers.golden import load, parity_model
 
 forward = jax.jit(model.forward, static_argnums=1)
 loss_and_grad = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True), static_argnums=1)

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
-from tests.notebooks.test_notebooks import CORPUS, SMOKE
-from tests.sweeps.test_sweeps import StandIn
+from tests.helpers import ROOT
+from tests.helpers.notebooks import CORPUS, SMOKE
+from tests.helpers.wandb_server import StandIn
 
 TINY = SMOKE["02_train"]["overrides"]
 

@@ -1,11 +1,9 @@
 """Eight virtual devices, and two processes, against one device; each in processes of its own, which jax's device count needs."""
 
 import json
-import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +13,7 @@ import pytest
 from lib.config import Config
 from lib.files import UserError
 from lib.parallel import layout as sharding
+from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
 CONFIG = dict(
@@ -43,48 +42,6 @@ LAYOUTS = [
     ("fsdp", {"data": 2, "fsdp": 4}),
     ("tp", {"data": 2, "tensor": 4}),
 ]
-# Trains and reports. arguments: json of {config, steps, strategy, mesh, save, restore, hosts}
-TRAIN = """
-import json, re, sys
-import jax, numpy as np
-from collections import Counter
-from lib.train import checkpoint, step as train
-from lib.parallel import layout as sharding
-from lib.config import Config
-a = json.loads(sys.argv[1])
-if a.get("hosts"):
-    sharding.start_hosts(a["hosts"][0], a["hosts"][1], int(sys.argv[2]), 60)
-config = Config(**a["config"])
-rng = np.random.default_rng(0)
-rows = config.total_batch_size // config.sequence_len
-tokens = rng.integers(0, config.vocab_size, (a["steps"], rows, config.sequence_len + 1)).astype(np.int32)
-out = []
-for strategy, mesh in a["layouts"]:
-    layout = sharding.make_layout(strategy, config, mesh=mesh) if strategy else None
-    state = train.init_state(config, layout)
-    step = train.make_train_step(config, layout)
-    if a.get("restore"):
-        state, _ = checkpoint.restore(a["restore"], train.state_template(config, layout))
-    own = slice(jax.process_index() * rows // jax.process_count(), (jax.process_index() + 1) * rows // jax.process_count())
-    losses = []
-    for t in tokens[int(state.step):]:
-        put = lambda x: sharding.put_batch(layout, x[own])
-        state, metrics = step(state, put(t[:, :-1]), put(np.where(t[:, 1:] < 20, -1, t[:, 1:])))
-        losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
-    if a.get("save"):
-        checkpoint.save(a["save"], int(state.step), state)
-    text = ""
-    if a.get("text"):
-        batch = jax.ShapeDtypeStruct((rows, config.sequence_len), "int32", sharding=layout.batch)
-        text = step.lower(train.state_template(config, layout), batch, batch).compile().as_text()
-    whole = jax.jit(lambda x: x, out_shardings=layout.sharding())(state.params) if layout else state.params
-    if jax.process_index() == 0:
-        out.append(dict(losses=losses, params=[np.asarray(p, np.float64).ravel().tolist() for p in jax.tree.leaves(whole)],
-                        bytes=sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)),
-                        gathers=re.findall(r"= (\\S+) all-gather", text), kinds=Counter(re.findall(r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)\\(", text))))
-if jax.process_index() == 0:
-    print("RESULT" + json.dumps(out))
-"""
 
 
 def train(devices=1, processes=1, **arguments):
@@ -93,18 +50,15 @@ def train(devices=1, processes=1, **arguments):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             arguments["hosts"] = ["127.0.0.1:%d" % s.getsockname()[1], processes]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-    }
+    env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
     jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", TRAIN, json.dumps(arguments), str(i)],
-            cwd=ROOT,
+        programs.start(
+            "train_sharded",
+            json.dumps(arguments),
+            i,
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
         )
         for i in range(processes)
     ]
@@ -225,20 +179,10 @@ def test_bad_layouts_in_one_sentence():
 
 
 def test_missing_processes_are_named():
-    code = "import sys; from lib.parallel.layout import start_hosts; start_hosts(sys.argv[1], 3, int(sys.argv[2]), 4)"
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = "127.0.0.1:%d" % s.getsockname()[1]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, address, str(i)],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
-        for i in (0, 1)
-    ]
+    jobs = [programs.start("join_hosts", address, i, stderr=subprocess.PIPE) for i in (0, 1)]
     for job in jobs:
         assert (
             "process 2 of 3 never joined within 4 s"

@@ -28,6 +28,4 @@ def test_memory_estimate_counts_what_is_stored():
     estimate = estimate_memory(TINY)
     assert estimate["parameters"] == sum(a.nbytes for a in jax.tree.leaves(state.params))
     assert estimate["optimizer"] == sum(a.nbytes for a in jax.tree.leaves(state.opt_state))
-    assert (
-        estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
-    )
+    assert estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]

@@ -9,13 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from lib import chips
 from lib.config import Config
 from lib.files import UserError
 from lib.preflight import compile as preflight
 from lib.preflight import hlo, roofline
+from tests.helpers import ROOT, programs
 
 needs_libtpu = pytest.mark.skipif(
     not preflight.has_libtpu(),
@@ -42,23 +42,6 @@ SMALL = dict(
     remat="dots",
     loss_chunk=256,
 )
-CODE = """
-import json, sys
-from lib.preflight import compile as preflight
-from lib.parallel import layout as sharding
-from lib.config import Config
-from lib.files import UserError
-small = Config(**json.loads(sys.argv[1]))
-for topology in ("v99:1x1", "v6e:3x3"):
-    try:
-        preflight.tpu_device(topology)
-    except UserError as e:
-        print(json.dumps(str(e)))
-print(json.dumps(preflight.inspect(small, "v6e-4", "zero", cache=None)))
-print(json.dumps(preflight.inspect(small.replace(microbatch=65536, total_batch_size=65536 * 256), "v6e-1", cache=None)))
-print(json.dumps(preflight.compile_decode(small, preflight.tpu_device("v6e:1x1"), 2, 256)))
-print(json.dumps([preflight.tpu_device("v4:2x2x1").num_cores, len(preflight.tpu_devices("v4:2x2x1")), len(preflight.tpu_devices("v5p:2x2x1"))]))
-"""
 
 
 def python(*args, **env):
@@ -74,7 +57,7 @@ def python(*args, **env):
 
 @needs_libtpu
 def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
-    done = python("-c", CODE, json.dumps(SMALL))
+    done = programs.run("compile_small", json.dumps(SMALL), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     unknown, shape, four, too_big, decode, (cores, v4, v5p) = map(
         json.loads, done.stdout.splitlines()
@@ -139,15 +122,6 @@ MESHED = dict(
     attention="splash",
     loss_chunk=256,
 )
-ASK = """
-import json, sys
-from lib.preflight import compile as preflight
-from lib.chips import tpu_slice
-from lib.config import Config
-for name, strategy in json.loads(sys.argv[2]):
-    n = tpu_slice(name).chips
-    print(json.dumps(preflight.inspect(Config(**json.loads(sys.argv[1]), microbatch=n, total_batch_size=256 * n), name, strategy, cache=None)))
-"""
 
 
 @needs_libtpu
@@ -160,7 +134,7 @@ def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
         ("v6e-4", "fsdp"),
         ("v6e-8", "fsdp"),
     ]
-    done = python("-c", ASK, json.dumps(MESHED), json.dumps(asked))
+    done = programs.run("compile_meshes", json.dumps(MESHED), json.dumps(asked), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     one, dp, *split = map(json.loads, done.stdout.splitlines())
     zero, fsdp = split[:2], split[2:]

@@ -7,11 +7,11 @@ import shutil
 import time
 from functools import cache
 
-import parrot
 import pytest
 
 from lib.runs import load_model
 from lib.serve import web as serve
+from tests.helpers import parrot
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = (

@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 
 import httpx
-import parrot
 import pytest
 
 from lib.chat import terminal as chat
@@ -27,6 +26,7 @@ from lib.generate import Sampling, generate
 from lib.runs import load_model
 from lib.serve import api
 from lib.serve import web as serve
+from tests.helpers import parrot
 
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]

@@ -1,22 +1,17 @@
 """Sweeps: what is drawn and refused, workers killed at random, trials equal to plain training, the wandb protocol, known laws."""
 
 import csv
-import gzip
-import http.server
 import json
 import math
-import os
 import random
 import resource
 import subprocess
-import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
@@ -24,6 +19,8 @@ from lib.files import UserError
 from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
 from lib.sweeps.journal import Journal, Trial
 from lib.train import step as train
+from tests.helpers import programs
+from tests.helpers.wandb_server import StandIn
 
 LR = {"distribution": "log_uniform_values", "min": 0.01, "max": 1.0}
 
@@ -231,40 +228,12 @@ def test_presets_are_valid_wandb_sweeps_of_trainable_models(name, budget, tmp_pa
 
 # ---- the journal: several processes, killed at random ------------------------------------------------------------------
 
-WORKER = """
-import sys, time, random
-sys.path.insert(0, {root!r})
-from lib.sweeps import drivers, journal
-folder, seed = sys.argv[1], int(sys.argv[2])
-rng = random.Random(seed)
-with journal.Journal(folder) as book:
-    boss = drivers.Local(book, journal.read(folder), say=lambda text: None)
-    while taken := boss.take():
-        for trial in taken:
-            print(trial.id, flush=True)
-            for step in (1, 2, 3):
-                time.sleep(0.3 * rng.random())
-                if why := boss.report(trial, step, {{"val_bpb": trial.assignment["depth"] + 1 / step}}):
-                    boss.drop(trial)
-                    break
-            else:
-                boss.end(trial, "done", float(trial.assignment["depth"]), steps=3)
-"""
-
 
 def test_workers_killed_at_random_lose_and_double_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "TRIES", 1000)
     spec = sweep(parameters={"depth": {"values": list(range(1, 13))}, "seed": {"values": [1, 2]}})
     journal.create(tmp_path, spec)
-    code = WORKER.format(root=str(ROOT)).replace(
-        "with journal", "drivers.TRIES = 1000; drivers.POLL = 0.05\nwith journal"
-    )
-    start = lambda n: subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), str(n)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
+    start = lambda n: programs.start("sweep_worker", tmp_path, n, stdout=subprocess.PIPE)
     rng, workers, killed = random.Random(0), [start(n) for n in range(3)], 0
     while killed < 4:
         victim = rng.randrange(3)
@@ -667,173 +636,6 @@ def test_a_worker_trains_several_trials_at_once_where_shapes_and_horizons_agree(
 # ---- wandb: the real client against a stand-in for the server ------------------------------------------------------------
 
 
-class StandIn(http.server.ThreadingHTTPServer):
-    """As much of wandb's server as a sweep needs: grid assignments, runs that are given out again after preemption, stops."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.sweep, self.given, self.runs, self.requeued, self.stop, self.failures = (
-            None,
-            0,
-            {},
-            [],
-            set(),
-            0,
-        )
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def graphql(self, query, v):
-        if "upsertSweep" in query:
-            self.sweep = json.loads(v["config"])
-            return {
-                "upsertSweep": {
-                    "sweep": {
-                        "name": "swp1",
-                        "project": {"name": v["projectName"], "entity": {"name": "team"}},
-                    }
-                }
-            }
-        if "createAgent" in query:
-            return {"createAgent": {"agent": {"id": f"agent{random.random()}"}}}
-        if "agentHeartbeat" in query:
-            running, commands = json.loads(v["runState"]), []
-            if running:
-                commands = [{"type": "stop", "run_id": id} for id in running if id in self.stop]
-            elif self.requeued:
-                id = self.requeued.pop(0)
-                commands = [{"type": "resume", "run_id": id, "args": self.runs[id]["args"]}]
-            elif self.given < len(space.grid(self.sweep)):
-                a = space.constants(self.sweep) | space.grid(self.sweep)[self.given]
-                self.given += 1
-                id = f"run{self.given}"
-                self.runs[id] = dict(
-                    args={k: {"value": x} for k, x in a.items()},
-                    history=[],
-                    state="running",
-                    summary={},
-                )
-                commands = [{"type": "run", "run_id": id, "args": self.runs[id]["args"]}]
-            else:
-                commands = [{"type": "exit"}]
-            return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}
-        if "upsertBucket" in query:
-            self.runs[v["name"]] |= {k: v[k] for k in ("sweep", "config") if v.get(k)}
-            return {
-                "upsertBucket": {
-                    "inserted": True,
-                    "bucket": {
-                        "id": v["name"],
-                        "name": v["name"],
-                        "displayName": v["name"],
-                        "description": "",
-                        "config": "{}",
-                        "sweepName": "swp1",
-                        "historyLineCount": 0,
-                        "project": {
-                            "id": "p",
-                            "name": "proj",
-                            "entity": {"id": "e", "name": "team"},
-                        },
-                    },
-                }
-            }
-        if "query Sweep(" in query:
-            return {
-                "project": {
-                    "sweep": {"name": "swp1", "state": "RUNNING", "config": json.dumps(self.sweep)}
-                }
-            }
-        if "SweepRuns" in query:
-            edges = [
-                {
-                    "node": dict(
-                        name=id,
-                        state=r["state"],
-                        config=json.dumps(r["args"]),
-                        summaryMetrics=json.dumps(r["summary"]),
-                        history=[json.dumps(h) for h in r["history"]],
-                    )
-                }
-                for id, r in reversed(self.runs.items())
-            ]
-            return {
-                "project": {
-                    "sweep": {
-                        "runs": {
-                            "edges": edges,
-                            "pageInfo": {"hasNextPage": False, "endCursor": ""},
-                        }
-                    }
-                }
-            }
-        if "viewer" in query:
-            return {
-                "viewer": {
-                    "id": "v",
-                    "entity": "team",
-                    "username": "u",
-                    "flags": "{}",
-                    "email": "",
-                    "admin": False,
-                    "teams": {"edges": []},
-                }
-            }
-        if "serverInfo" in query:
-            return {"serverInfo": {"features": []}}
-        if "createRunFiles" in query:
-            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
-        return {"model": {"bucket": None}, "project": {"run": {"stopped": False}}}
-
-    def stream(self, id, body):
-        run = self.runs[id]
-        for line in body.get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
-            run["history"].append(json.loads(line))
-        for line in body.get("files", {}).get("wandb-summary.json", {}).get("content", []):
-            run["summary"] |= json.loads(line)
-        run["preempting"] = run.get("preempting") or body.get("preempting", False)
-        if body.get("complete"):
-            run["state"], run["exit"] = (
-                "finished" if body["exitcode"] == 0 else "failed",
-                body["exitcode"],
-            )
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.answer({})
-
-    def do_PUT(self):
-        self.rfile.read(int(self.headers["Content-Length"] or 0))
-        self.answer({})
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-        if self.path == "/graphql":
-            if self.server.failures:
-                self.server.failures -= 1
-                return self.answer({}, 503)
-            asked = json.loads(body)
-            return self.answer(
-                {"data": self.server.graphql(asked["query"], asked.get("variables") or {})}
-            )
-        if self.path.endswith("/file_stream"):
-            self.server.stream(self.path.split("/")[-2], json.loads(body))
-        self.answer({})
-
-    def answer(self, what, code=200):
-        data = json.dumps(what).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-
 @pytest.fixture
 def standin():
     server = StandIn()
@@ -931,50 +733,18 @@ def test_a_server_that_says_no_is_quoted(standin):
         drivers.parse_path("swp1")
 
 
-REAL = """
-import sys, time
-sys.path.insert(0, {root!r})
-from lib.sweeps import drivers, journal, space
-spec = space.check(dict(method="grid", parameters={{"depth": {{"values": [1, 2]}}}}))
-folder, mode = sys.argv[1:]
-server = drivers.wandb_login()
-path = drivers.create_sweep(server, spec, None, "proj")
-journal.create(folder, spec)
-with journal.Journal(folder) as book:
-    boss = drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path), poll=0.05)
-    while taken := boss.take():
-        [trial] = taken
-        boss.report(trial, 3, {{"val_bpb": 1.0 * trial.assignment["depth"], "loss": 2.5}})
-        if trial.assignment["depth"] == 1:
-            boss.end(trial, "done", 1.0, params=7)
-        else:
-            boss.end(trial, "failed", reason="out of memory: 99 bytes")
-    boss.close()
-for t in drivers.fetch_runs(server, path, spec):
-    print(t.id, t.state, t.assignment, t.value, t.reports, t.reason)
-"""
-
-
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_with_wandbs_own_client(standin, tmp_path, mode):
     """Runs belong to the sweep, carry their numbers, end with the right code; offline they are kept on disk."""
     pytest.importorskip("wandb")
-    env = os.environ | {
+    env = {
         "WANDB_BASE_URL": standin.url,
         "WANDB_API_KEY": "a" * 40,
         "WANDB_MODE": mode,
         "HOME": str(tmp_path),
         "WANDB_DIR": str(tmp_path),
-        "JAX_PLATFORMS": "cpu",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", REAL.format(root=str(ROOT)), str(tmp_path / "sweep"), mode],
-        env=env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = programs.run("wandb_worker", tmp_path / "sweep", env=env, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [t.state for t in journal.trials(tmp_path / "sweep")] == ["done", "failed"]
     if mode == "online":

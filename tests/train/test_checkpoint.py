@@ -30,6 +30,7 @@ from lib.train.checkpoint import (
     save,
     upload_to_hub,
 )
+from tests.helpers import programs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -147,33 +148,7 @@ def test_transposed_arrays_keep_their_values(tmp_path):
 
 
 def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
-    code = """
-import sys, jax, jax.numpy as jnp
-from lib.train.checkpoint import latest, restore, save
-def loss(w, x):
-    return jnp.mean((jnp.tanh(x @ w) - 0.3) ** 2)
-@jax.jit
-def start():
-    return {"params": jax.random.normal(jax.random.key(0), (8, 8)), "momentum": jnp.zeros((8, 8))}
-@jax.jit
-def step(state, i):
-    value, g = jax.value_and_grad(loss)(state["params"], jax.random.normal(jax.random.key(i), (4, 8)))
-    m = 0.9 * state["momentum"] + g
-    return {"params": state["params"] - 0.1 * m, "momentum": m}, value
-losses = []
-if latest(sys.argv[1]):
-    state, meta = restore(sys.argv[1], jax.eval_shape(start))
-    losses = meta["losses"]
-else:
-    state = start()
-for i in range(len(losses), int(sys.argv[2])):
-    state, value = step(state, i)
-    losses.append(float(value))
-save(sys.argv[1], len(losses), state, {"losses": losses})
-"""
-    run = lambda folder, n: subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / folder, str(n)], cwd=ROOT
-    )
+    run = lambda folder, n: programs.start("resume_array", tmp_path / folder, n)
     together = run("whole", 20), run("parts", 10)
     assert [process.wait(60) for process in together] == [0, 0] and run("parts", 20).wait(60) == 0
     (one, one_meta), (two, two_meta) = (
@@ -183,25 +158,11 @@ save(sys.argv[1], len(losses), state, {"losses": losses})
 
 
 def test_two_hosts_save_and_restore_a_sharded_array(tmp_path):
-    code = """
-import sys, jax, numpy as np
-jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
-from lib.train.checkpoint import restore, save
-mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-array = jax.make_array_from_callback((4, 2), sharding, lambda i: np.arange(8.0).reshape(4, 2)[i])
-save(sys.argv[1], 1, {"w": array})
-jax.experimental.multihost_utils.sync_global_devices("saved")
-got = restore(sys.argv[1], {"w": array})[0]["w"]
-assert got.sharding == array.sharding and len(got.addressable_shards) == 1
-assert (got.addressable_shards[0].data == array.addressable_shards[0].data).all()
-"""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = "127.0.0.1:%d" % s.getsockname()[1]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", code, tmp_path, address]
-    hosts = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=env) for i in (0, 1)]
+    arguments = "save_on_two_hosts", tmp_path, address
+    hosts = [programs.start(*arguments, i, env={"XLA_FLAGS": ""}) for i in (0, 1)]
     assert [host.wait(60) for host in hosts] == [0, 0]
     assert (restore(tmp_path)[0]["w"] == np.arange(8.0).reshape(4, 2)).all()
 
@@ -457,21 +418,7 @@ def test_remote_upload_that_breaks_leaves_the_older_one(monkeypatch):
 
 
 def test_kill_9_in_the_middle_of_saving(tmp_path):
-    code = """
-import sys, time, numpy as np, safetensors.numpy
-from lib.train.checkpoint import save
-write = safetensors.numpy.save_file
-save(sys.argv[1], 1, {"params": {"w": np.ones(1000)}})
-def slow(arrays, path):
-    write(arrays, path)
-    print("writing", flush=True)
-    time.sleep(60)
-safetensors.numpy.save_file = slow
-save(sys.argv[1], 2, {"params": {"w": np.ones(1000)}})
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = programs.start("save_slowly", tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "writing\n"
     process.kill()
     process.wait()

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import load
 
 from lib import data, model
 from lib.config import Config
@@ -16,6 +15,7 @@ from lib.tasks import items_of
 from lib.train import checkpoint
 from lib.train import finetune as sft
 from lib.train import step as train
+from tests.helpers.golden import load
 
 TINY = Config(
     vocab_size=265,

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import load
 
 from lib.config import OPTIMIZER_NAMES, Config
 from lib.params import init_params
 from lib.train import optim
+from tests.helpers.golden import load
 
 SMALL = Config(
     vocab_size=64,

@@ -1,21 +1,19 @@
 """Steps match the reference's, accumulation equals one batch, resume is bitwise, and a broken loss stops the run."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.train import checkpoint
 from lib.train import step as train
+from tests.helpers import programs
 
 TINY = Config(
     vocab_size=100,
@@ -144,47 +142,9 @@ def test_one_odd_batch_is_no_explosion():
 
 # ---- whole processes: resume is bitwise, signals save ----------------------------------------------------------------
 
-SCRIPT = """
-import sys, json, hashlib, jax, numpy as np
-sys.path.insert(0, {root!r})
-jax.config.update("jax_compilation_cache_dir", {cache!r})
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-from lib.train import checkpoint, step as train
-from lib import data
-from lib.interrupts import interruptible
-from lib.config import Config
-from lib.data.tokenizer import Tokenizer
-folder, stop_at = sys.argv[1], int(sys.argv[2])
-tokenizer = Tokenizer.load(folder + "/tokenizer.json")
-config = Config(vocab_size=tokenizer.vocab_size, sequence_len=64, n_layer=2, n_embd=32, n_head=2, n_kv_head=1, head_dim=16, mlp_dim=64,
-                microbatch=2, total_batch_size=256, num_steps=20, warmup_steps=4, loss_chunk=64)
-tokens = data.open_tokens(folder + "/*.txt", "train", tokenizer, cache_dir=folder + "/cache")
-cursor, saved = None, checkpoint.latest(folder + "/checkpoints")
-state = train.init_state(config)
-if saved:
-    state, meta = checkpoint.restore(saved, train.state_template(config))
-    cursor = meta["cursor"]
-rows = data.batches(tokens, 4, 64, cursor=cursor, buffer_size=8)
-with interruptible() as flag, checkpoint.Saver(folder + "/checkpoints") as saver:
-    for s in train.steps(train.make_train_step(config), state, data.prefetch(rows, jax.device_put), config,
-                         pause=lambda n: n == stop_at or flag.stop):
-        print(json.dumps([s.step, s.metrics["loss"]]), flush=True)
-        if s.state is not None:
-            saver.save(s.step, s.state, dict(cursor=s.cursor))
-            digest = hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(s.state)))
-            print(json.dumps([s.step, s.cursor, digest.hexdigest()]), flush=True)
-            break
-"""
-
 
 def start(folder, stop_at):
-    code = SCRIPT.format(root=str(ROOT), cache=str(ROOT / ".cache" / "jax"))
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(stop_at)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
+    return programs.start("train_small", folder, stop_at, stdout=subprocess.PIPE)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from lib.files import replacing
 from lib.params import init_params
 from lib.runs import STAGES
 from lib.train import checkpoint
+from tests.helpers import ROOT
 
 MARKDOWN = """# A heading
 
@@ -68,12 +69,11 @@ def messages(question: str) -> list[dict]:
 
 def run() -> Path:
     """The run folder of the model, trained once for all tests and kept until the code that makes it changes."""
-    root = Path(__file__).parents[1]
-    lib = root / "lib"
-    makers = [lib / "config.py", lib / "params.py", lib / "data" / "tokenizer.py"]
-    sources = [Path(__file__), *makers, *sorted((lib / "model").glob("*.py"))]
+    lib = ROOT / "lib"
+    sources = [Path(__file__), lib / "config.py", lib / "params.py", lib / "data" / "tokenizer.py"]
+    sources += [lib / "train" / "checkpoint.py", *sorted((lib / "model").glob("*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-    folder = root / ".cache" / f"parrot-{digest[:12]}"
+    folder = ROOT / ".cache" / f"parrot-{digest[:12]}"
     folder.parent.mkdir(exist_ok=True)
     # the other test files wait for the one that trains
     with open(folder.with_suffix(".lock"), "w") as lock:

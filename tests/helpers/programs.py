@@ -1,0 +1,37 @@
+"""The programs of tests/programs, started as processes of their own with this checkout's `lib`."""
+
+import os
+import subprocess
+import sys
+
+from tests.helpers import ROOT
+
+PROGRAMS = ROOT / "tests" / "programs"
+
+
+def command(name: str, *args) -> list[str]:
+    """The words that start tests/programs/NAME.py."""
+    return [sys.executable, str(PROGRAMS / f"{name}.py"), *map(str, args)]
+
+
+def environment(**more) -> dict[str, str]:
+    """This process's environment, with JAX on the CPU and this checkout's `lib` first."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | more
+
+
+def start(name: str, *args, env: dict | None = None, **options) -> subprocess.Popen:
+    """The program begun; `options` are those of Popen."""
+    return subprocess.Popen(
+        command(name, *args), env=environment(**(env or {})), text=True, **options
+    )
+
+
+def run(name: str, *args, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    """The program from start to end, its output kept."""
+    return subprocess.run(
+        command(name, *args),
+        env=environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        **options,
+    )
