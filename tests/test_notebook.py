@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib import notebook
-from lib.config import PRESETS, Config
+from lib.config import Config
 from lib.files import UserError
 
 ROOT = Path(__file__).parents[1]
