@@ -1,31 +1,23 @@
 """The plan of the house: lower layers of lib never import higher ones, and none reads flags or the environment."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-LAYERS = [  # files and rooms of lib; each imports only from the lines above its own
-    {"files", "interrupts"},
-    {"chips", "home"},
-    {"config"},
-    {"params"},
-    {"data", "parallel", "sandbox"},
-    {"model"},
-    {"generate", "tasks"},
-    {"train"},
-    {"runs"},
-    {"notebook", "recipes"},
-    {"pictures"},
-    {"evals", "interop"},
-    {"report"},
-    {"preflight"},
-    {"chat"},
-    {"serve"},
-    {"sweeps"},
-]
+ROOT = Path(__file__).parents[1]
+
+
+def house() -> list[set[str]]:
+    """The lines of README's picture of the house: names, two blanks or more, what they are for."""
+    picture = (ROOT / "README.md").read_text().split("## The house")[1].split("```")[1]
+    return [set(re.split("  +", line)[0].split()) for line in picture.strip().splitlines()]
+
+
+LAYERS = house()  # each imports only from the lines above its own
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
-LIB = Path(__file__).parents[1] / "lib"
+LIB = ROOT / "lib"
 MODULES = sorted(p for p in LIB.rglob("*.py") if p.parent != LIB or p.stem != "__init__")
 COMMANDS = {"__main__"}  # what `python -m lib.ROOM` runs: flags and the environment belong here
 each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(LIB)))
@@ -59,10 +51,16 @@ def imports(path):
             yield from ((name, in_function) for name in names)
 
 
+def test_the_picture_of_the_house_is_the_house():
+    rooms = {module(path) for path in MODULES}
+    drawn = [name for names in LAYERS for name in names]
+    assert sorted(drawn) == sorted(rooms)
+
+
 @each_module
 def test_imports_only_lower_layers(path):
     own = module(path)
-    assert own in LAYER, f"give {own} its place in LAYERS above"
+    assert own in LAYER, f"give {own} its place in README's picture of the house"
     for name, _ in imports(path):
         if name.startswith("lib.") and name.split(".")[1] != own:
             assert LAYER[name.split(".")[1]] < LAYER[own], f"{path.name} imports {name}"
