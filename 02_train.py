@@ -72,8 +72,11 @@ from lib.notebook import (
 from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
 from lib.pictures import show
-from lib.preflight import compile as preflight
-from lib.preflight.memory import choose_layout, estimate_memory, peak_bytes
+from lib.preflight.estimate import estimate, report_text
+from lib.preflight.memory import choose_layout, estimate_memory, parse_mesh, peak_bytes
+from lib.preflight.plan import Payment, compare, plan_text
+from lib.preflight.plan import plan as make_plan
+from lib.preflight.search import with_microbatch
 from lib.recipes import pick_preset
 from lib.report import page as report
 from lib.runs import STAGES, open_run, set_aside
@@ -153,7 +156,7 @@ first = join_hosts(coordinator, host_count, host_index, join_timeout)
 folder = open_run(run, needs=FILE)
 tokenizer = load_tokenizer(folder)
 trace_start, trace_stop = parse_steps(trace)
-mesh_sizes = preflight.parse_mesh(mesh)
+mesh_sizes = parse_mesh(mesh)
 
 # %% [markdown]
 # ## The device
@@ -201,7 +204,7 @@ if saved and if_exists == "fresh":
         old = [*STAGES.values(), "evals", "metrics.jsonl", "config.json"]
         print(f"fresh start: what was there is now in {set_aside(folder, *old)}")
     saved = None
-config = preflight.with_microbatch(
+config = with_microbatch(
     config,
     microbatch,
     device,
@@ -275,15 +278,15 @@ known = chip(device["kind"])
 if known:
     where = Slice(device["kind"], known, "at hand", device["count"] if layout else 1)
     sizes = {axis: layout.size(axis) for axis in sharding.AXES} if layout else None
-    print(
-        preflight.report_text(
-            preflight.estimate(config, where, layout.strategy if layout else "dp", sizes)
-        )
-    )
-plan = preflight.plan(
-    config, known, device["count"], pay=pay, price=price_per_hour, memory=sum(memory.values())
+    print(report_text(estimate(config, where, layout.strategy if layout else "dp", sizes)))
+plan = make_plan(
+    config,
+    known,
+    device["count"],
+    pay=Payment(pay, price_per_hour),
+    memory=sum(memory.values()),
 )
-print(preflight.plan_text(plan))
+print(plan_text(plan))
 if not known:
     print("time        known after the first steps: this device's peak is not in the table")
 
@@ -553,7 +556,7 @@ results = dict(
     device=device["kind"],
     devices=device["count"],
     sharding=layout.strategy if layout else "none",
-    plan=plan,
+    plan=plan.to_dict(),
     jax=jax.__version__,
     python=platform.python_version(),
     commit=report.commit_id(),
@@ -568,7 +571,7 @@ if done < config.num_steps:  # a finished run that is only looked at again keeps
     )
 results = update_json(folder / "results.json", **results)
 print(
-    preflight.compare(
+    compare(
         plan,
         seconds,
         (int(state.step) - done) * config.total_batch_size,

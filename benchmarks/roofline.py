@@ -1,7 +1,8 @@
-"""Time of each component of a training step on the device at hand against its roofline: `python -m benchmarks.roofline --help`.
+"""Time of each component of a training step against its roofline: `python -m benchmarks.roofline`.
 
-The roofline is lib.preflight.roofline's account from shapes. What the device can do at most is in lib.chips for accelerators; of a CPU it is measured
-here first: a large matrix product and a large read. Components are timed alone, forward and backward, in turns.
+The roofline is lib.preflight.roofline's account from shapes. What the device can do at most is in
+lib.chips for accelerators; of a CPU it is measured here first: a large matrix product and a large
+read. Components are timed alone, forward and backward, in turns.
 """
 
 import statistics
@@ -35,7 +36,10 @@ def clock(fn, *args) -> float:
 
 
 def measured_chip(dtype, tries: int = 5):
-    """A lib.chips.Chip for a device that is in no table: the best of a few products of 2048 x 2048 matrices, and of reads of 512 MiB."""
+    """A lib.chips.Chip for a device that is in no table.
+
+    The best of a few products of 2048 x 2048 matrices, and of reads of 512 MiB.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -52,7 +56,7 @@ def measured_chip(dtype, tries: int = 5):
 
 
 def pieces(config) -> dict:
-    """{component: (function, arguments, calls in one optimizer step)}; attention has one entry for each window."""
+    """{component: (function, arguments, calls in a step)}; attention has an entry for each window."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -116,6 +120,46 @@ def pieces(config) -> dict:
     return out
 
 
+def print_rows(rows: list[dict]):
+    """A table of measured and least times."""
+    print(
+        f"{'component':12}{'ms':>10}{'at least':>10}{'binds':>10}{'reached':>9}"
+        f"{'GFLOP':>10}{'GB':>8}"
+    )
+    for row in rows:
+        binds = "" if row["component"] == "step" else row["binds"]
+        reached = f"{row['bound'] / row['seconds']:.0%}" if row["seconds"] > 0 else ""
+        print(
+            f"{row['component']:12}{1e3 * row['seconds']:10.2f}{1e3 * row['bound']:10.2f}"
+            f"{binds:>10}{reached:>9}{row['flops'] / 1e9:10.2f}{row['bytes'] / 1e9:8.2f}"
+        )
+    print(
+        "other is the step without the parts, which are timed alone: norms and residual sums, or, "
+        "below 0, what fusing them saves"
+    )
+
+
+def picture(rows: list[dict], title: str):
+    """A figure of measured times beside the least ones."""
+    from lib.pictures import styled, subplots
+
+    @styled
+    def draw():
+        figure, axis = subplots(size=(6, 3.2))
+        places = range(len(rows))
+        measured = [1e3 * max(row["seconds"], 0) for row in rows]
+        least = [1e3 * row["bound"] for row in rows]
+        axis.bar([i - 0.2 for i in places], measured, 0.4, label="measured")
+        axis.bar([i + 0.2 for i in places], least, 0.4, label="at least")
+        names = [f"{row['component']}\n{row['binds']}" for row in rows]
+        axis.set_xticks(places, names)
+        axis.set(ylabel="ms per step", title=title)
+        axis.legend()
+        return figure
+
+    return draw()
+
+
 def main(args: Args):
     import jax
 
@@ -124,7 +168,7 @@ def main(args: Args):
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides
-    from lib.pictures import show, subplots
+    from lib.pictures import show
     from lib.preflight import roofline
 
     config = Config.from_depth(
@@ -142,58 +186,32 @@ def main(args: Args):
         known = known._replace(
             flops=max(known.flops, again.flops), bandwidth=max(known.bandwidth, again.bandwidth)
         )
-    bound = roofline.bound(roofline.account(config, known.matrix_unit)["components"], known)
+    bounds = roofline.bound(roofline.account(config, known.matrix_unit).components, known)
     took = {}
     for name, (_, _, calls) in work.items():
         part = name.split()[0]
         took[part] = took.get(part, 0) + calls * statistics.median(times[name][1:])
     took["other"] = took["step"] - sum(took[name] for name in took if name != "step")
+
     print(
-        f"{known.name}: {known.flops / 1e9:,.0f} GFLOP/s, {known.bandwidth / 1e9:,.0f} GB/s; {config.dtype}, attention={config.attention}, "
+        f"{known.name}: {known.flops / 1e9:,.0f} GFLOP/s, {known.bandwidth / 1e9:,.0f} GB/s; "
+        f"{config.dtype}, attention={config.attention}, "
         f"{config.accumulate} x {config.microbatch} x {config.sequence_len} tokens"
     )
-    print(
-        f"{'component':12}{'ms':>10}{'at least':>10}{'binds':>10}{'reached':>9}{'GFLOP':>10}{'GB':>8}"
-    )
-    rows = []
-    for name in ("embedding", "attention", "mlp", "head+loss", "optimizer", "other", "step"):
-        b = bound[name]
-        rows.append(
-            dict(
-                component=name,
-                seconds=took[name],
-                bound=b["seconds"],
-                binds=b["binds"],
-                flops=b["flops"],
-                bytes=b["bytes"],
-            )
+    rows = [
+        dict(
+            component=name,
+            seconds=took[name],
+            bound=bounds[name].seconds,
+            binds=bounds[name].binds,
+            flops=bounds[name].flops,
+            bytes=bounds[name].bytes,
         )
-        share = f"{b['seconds'] / took[name]:9.0%}" if took[name] > 0 else f"{'':9}"
-        print(
-            f"{name:12}{1e3 * took[name]:10.2f}{1e3 * b['seconds']:10.2f}{b['binds'] if name != 'step' else '':>10}{share}"
-            f"{b['flops'] / 1e9:10.2f}{b['bytes'] / 1e9:8.2f}"
-        )
-    print(
-        "other is the step without the parts, which are timed alone: norms and residual sums, or, below 0, what fusing them saves"
-    )
+        for name in ("embedding", "attention", "mlp", "head+loss", "optimizer", "other", "step")
+    ]
+    print_rows(rows)
     if args.picture:
-        figure, ax = subplots(1, 1, size=(6, 3.2))
-        at = range(len(rows) - 1)
-        ax.bar(
-            [i - 0.2 for i in at],
-            [1e3 * max(r["seconds"], 0) for r in rows[:-1]],
-            0.4,
-            label="measured",
-        )
-        ax.bar([i + 0.2 for i in at], [1e3 * r["bound"] for r in rows[:-1]], 0.4, label="at least")
-        ax.set(
-            xticks=list(at),
-            xticklabels=[f"{r['component']}\n{r['binds']}" for r in rows[:-1]],
-            ylabel="ms per step",
-            title=known.name,
-        )
-        ax.legend()
-        show(figure, args.picture)
+        show(picture(rows[:-1], known.name), args.picture)
     if args.json:
         write_json(
             args.json,

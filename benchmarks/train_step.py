@@ -76,12 +76,13 @@ def main(args: Args):
     )
     if args.tpu:
         made = compile_step(config, device)
+        memory = made.program.memory_analysis()
         result |= dict(
             device=args.tpu,
-            compile_s=round(made["seconds"], 1),
-            peak_GiB=round(made["peak"] / 2**30, 2),
-            state_GiB=round(made["arguments"] / 2**30, 2),
-            temporary_GiB=round(made["temporary"] / 2**30, 2),
+            compile_s=round(made.seconds, 1),
+            peak_GiB=round(made.peak / 2**30, 2),
+            state_GiB=round(memory.argument_size_in_bytes / 2**30, 2),
+            temporary_GiB=round(memory.temp_size_in_bytes / 2**30, 2),
         )
     else:
         rows = config.accumulate * config.microbatch

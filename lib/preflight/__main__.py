@@ -1,9 +1,309 @@
-"""`python -m lib.preflight`: what a training run needs, before it is paid for."""
+"""`python -m lib.preflight`: will it fit, how fast can it be, what will it cost.
 
+python -m lib.preflight --depth 20 --chip v6e-1
+python -m lib.preflight --preset nanochat_d24 --chip v6e-8 --strategy fsdp
+python -m lib.preflight --run mine --chip v5e-1 --search
+python -m lib.preflight --table
+"""
+
+import contextlib
+import dataclasses
+import json
 import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Annotated, Literal
 
-from lib.preflight.compile import ENVIRONMENT, command
+import tyro
 
-for name, value in ENVIRONMENT.items():
-    os.environ.setdefault(name, value)
-command()
+ABOUT = """Will it fit, how fast can it be, what will it cost: for a TPU that isn't there.
+
+The real training step is compiled by libtpu, on any Linux x86-64 machine (pip install libtpu);
+without it an estimate from shapes answers and says so. Answers are kept in .cache/preflight."""
+
+# published: 163.6M parameters on a Colab v6e-1 made 477k tokens/s (vorushin/tpuchat,
+# 08_tpu_ablations revision 39, whose shape this is; its parameters, moments, gradients and logits
+# are bfloat16, ours float32)
+PUBLISHED_TOKENS_PER_S = 477e3
+PUBLISHED_CHIP = "v6e-1"
+PUBLISHED = dict(
+    n_layer=8,
+    n_embd=1024,
+    n_head=4,
+    n_kv_head=1,
+    head_dim=256,
+    mlp="swiglu",
+    mlp_dim=3072,
+    vocab_size=32768,
+    sequence_len=2048,
+    microbatch=4,
+    total_batch_size=2**17,
+    window_pattern="L",
+    qk_scale=1.0,
+    softcap=15.0,
+    resid_scales=False,
+    x0_scales=False,
+    value_embeds=False,
+    smear=False,
+    backout=False,
+    optimizer="adamw",
+    attention="splash",
+    compute_dtype="bfloat16",
+)
+
+# ---- the options ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Which:
+    """Which model: one of these three, then anything by name."""
+
+    depth: int = 0
+    """Layers; everything else follows from it"""
+    preset: str = ""
+    """A preset of lib.config"""
+    run: str = ""
+    """The configuration of a run folder"""
+    overrides: str = ""
+    """Config fields by name, like "microbatch=32 remat=layer" """
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """On what."""
+
+    chip: str = "v6e-1"
+    """What you would rent: v6e-1, v6e-8, v5e-4, v5p-8, v4-8, ... (v4 and v5p count cores, two a
+    chip), or a topology like v6e:2x4"""
+    strategy: str = "dp"
+    """On several chips: dp, zero, fsdp or tp"""
+    mesh: str = ""
+    """Devices per mesh axis, like "data=2 fsdp=4"; empty: all on the strategy's axis"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What to ask."""
+
+    estimate: bool = False
+    """From shapes alone, compiling nothing"""
+    decode: int = 0
+    """Also compile a decode step of this many rows"""
+    search: bool = False
+    """Search microbatch, attention, its block, loss chunk and rematerialisation for the fastest
+    that fits"""
+    map: str = ""
+    """Where to draw the search's heat map, like map.png"""
+    table: bool = False
+    """Print which depths fit on which chips instead: compiled where that was asked before, else
+    from shapes"""
+    calibrate: bool = False
+    """Compare the bound with the published v6e-1 measurement instead"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Time and money."""
+
+    mfu: float = 0.4
+    """Share of the chip's FLOPs assumed for the plan"""
+    pay: Literal["on-demand", "flex-start", "spot", "colab"] = "on-demand"
+    """How it is paid for"""
+    price: float = 0.0
+    """Dollars per chip and hour, instead of the table's"""
+    units: float = 0.0
+    """Colab compute units per hour, as its Resources panel shows"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    which: Which = Which()
+    where: Where = Where()
+    ask: Ask = Ask()
+    cost: Cost = Cost()
+    json: bool = False
+    """Print JSON"""
+
+
+def parse(arguments: list[str] | None = None) -> Args:
+    """The options of a command line."""
+    flat = Annotated[Args, tyro.conf.OmitArgPrefixes]
+    return tyro.cli(flat, args=arguments, prog="python -m lib.preflight", description=ABOUT)
+
+
+def choose_config(which: Which):
+    """The config that is asked about; UserError unless it is named in exactly one way."""
+    from lib.config import Config
+    from lib.files import UserError
+    from lib.notebook import parse_overrides
+
+    if sum(map(bool, (which.depth, which.preset, which.run))) != 1:
+        raise UserError("say which model: one of --depth N, --preset NAME and --run NAME")
+    changes = parse_overrides(which.overrides, Config)
+    if which.run:
+        return Config.load(Path("runs") / which.run / "config.json").replace(**changes)
+    if which.preset:
+        return Config.preset(which.preset, **changes)
+    return Config.from_depth(which.depth, **changes)
+
+
+# ---- the answers ---------------------------------------------------------------------------------
+
+
+def main(args: Args):
+    """Answer what is asked, on standard output."""
+    from lib.preflight.table import fits_table
+
+    if args.ask.table:
+        print(fits_table())
+    elif args.ask.calibrate:
+        calibrate(args)
+    else:
+        answer(args)
+
+
+def answer(args: Args):
+    """Print the report of a step and the plan of a run, after a search where one is asked for."""
+    from lib.chips import tpu_slice
+    from lib.preflight.compile import for_tpu, inspect
+    from lib.preflight.estimate import estimate, report_text
+    from lib.preflight.memory import parse_mesh
+    from lib.preflight.plan import Payment, plan, plan_text
+
+    config = choose_config(args.which)
+    where, mesh, strategy = (
+        tpu_slice(args.where.chip),
+        parse_mesh(args.where.mesh),
+        args.where.strategy,
+    )
+    config = for_tpu(config)
+    if args.ask.search:
+        config = search_first(args, config, where, mesh)
+
+    if args.ask.estimate:
+        report = estimate(config, where, strategy, mesh)
+    else:
+        report = inspect(config, where.name, strategy, mesh, args.ask.decode)
+    cost = args.cost
+    pay = Payment(cost.pay, cost.price, cost.units)
+    planned = plan(config, where.chip, where.chips, cost.mfu, pay, report.peak)
+
+    if args.json:
+        print(json.dumps(report.to_dict() | dict(plan=planned.to_dict())))
+    else:
+        print(report_text(report))
+        print(plan_text(planned))
+
+
+def search_first(args: Args, config, where, mesh):
+    """The fastest config that a search finds; UserError where none fits."""
+    from lib.files import UserError
+    from lib.pictures import show
+    from lib.preflight.cache import has_libtpu
+    from lib.preflight.compile import inspect
+    from lib.preflight.search import search, search_text
+    from lib.preflight.table import heat_map
+
+    def verify(candidate):
+        return inspect(candidate, where.name, args.where.strategy, mesh)
+
+    compiling = has_libtpu() and not args.ask.estimate
+    result = search(config, where, args.where.strategy, mesh, verify if compiling else None)
+    print(json.dumps(result.to_dict()) if args.json else search_text(result))
+    if args.ask.map:
+        show(heat_map(result), args.ask.map)
+    if result.best is None:
+        raise UserError(
+            f"nothing that was searched fits on {where.name}: take fewer parameters, or more chips"
+        )
+    return config.replace(**result.best)
+
+
+def calibrate(args: Args):
+    """Print how far a published measurement is from its bound."""
+    from lib.chips import tpu_slice
+    from lib.config import Config
+    from lib.preflight import roofline
+    from lib.preflight.compile import inspect
+    from lib.preflight.estimate import estimate, report_text
+
+    config, where = Config(**PUBLISHED), tpu_slice(PUBLISHED_CHIP)
+    if args.ask.estimate:
+        report = estimate(config, where)
+    else:
+        report = inspect(config, where.name)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+        return
+
+    seconds = config.total_batch_size / PUBLISHED_TOKENS_PER_S
+    share = PUBLISHED_TOKENS_PER_S / report.tokens_per_s
+    print(report_text(report))
+    print(
+        f"published   {PUBLISHED_TOKENS_PER_S:,.0f} tokens/s measured: {share:.1%} of this bound "
+        f"({roofline.mfu(config, seconds, where.chip):.1%} MFU as counted here)"
+    )
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending_at_ctrl_c():
+    """Within it Ctrl-C ends the process at once, with one line and code 130.
+
+    Python would wait until libtpu has compiled, for minutes. So a thread waits for the signal,
+    which arrives through a pipe. What was being compiled leaves nothing: temporary files are in a
+    folder that goes too, and a kept answer is written whole or not at all.
+    """
+    folder = tempfile.mkdtemp(prefix="preflight-")
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait():
+        if os.read(reader, 1) == b"\0":
+            return
+        print("\nstopped: nothing of this answer is kept", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(130)
+
+    # a handler of Python's own, so that the signal is written to the pipe and does nothing else
+    handler = signal.signal(signal.SIGINT, lambda number, frame: None)
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, handler)
+        tempfile.tempdir = before
+        os.write(writer, b"\0")
+        waiting.join()
+        os.close(reader)
+        os.close(writer)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def command():
+    """Run the command: a UserError is one sentence and code 2."""
+    args = parse()
+    with ending_at_ctrl_c():
+        # jax reads its platform when it is imported
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from lib.files import UserError
+
+        try:
+            main(args)
+        except UserError as e:
+            print(f"Error: {e}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    command()

@@ -1,4 +1,4 @@
-"""Will it fit? Bytes of a training step by part, from shapes alone, and the layout of devices that follows."""
+"""Will it fit? A training step's memory from shapes alone, and the layout that follows from it."""
 
 import functools
 import math
@@ -12,10 +12,11 @@ from lib.params import count_params
 from lib.train.optim import compile_key
 from lib.train.step import init_state, state_template
 
-# share of a device's memory that an estimate may fill: the compiler's own figure differs by less than the rest
+# share of a device's memory that an estimate may fill:
+# the compiler's own figure differs by less than the rest
 FILL = 0.9
 
-# ---- how much ----------------------------------------------------------------------------------------------------------
+# ---- how much ------------------------------------------------------------------------------------
 
 
 def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, int]:
@@ -47,20 +48,23 @@ def _estimate_share(config: Config, layout: Layout) -> dict[str, int]:
     )
     one = estimate_memory(share)
     state = state_template(config, layout)
-    parameters = _held_bytes(state.params)
+    parameters = held_bytes(state.params)
     return dict(
         parameters=parameters,
-        optimizer=_held_bytes(state.opt_state),
+        optimizer=held_bytes(state.opt_state),
         gradients=_gradient_bytes(config, parameters),
         activations=one["activations"] // tensor,
         logits=one["logits"] // tensor,
     )
 
 
-def _held_bytes(tree) -> int:
-    """Bytes of a tree of sharded shapes that one device holds."""
-    shards = ((a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree))
-    return sum(math.prod(shape) * itemsize for shape, itemsize in shards)
+def held_bytes(tree) -> int:
+    """Bytes that one device holds of a tree of shapes, sharded or not."""
+    total = 0
+    for a in jax.tree.leaves(tree):
+        shape = a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+        total += a.dtype.itemsize * math.prod(shape)
+    return total
 
 
 def _gradient_bytes(config: Config, parameters: int) -> int:
@@ -108,7 +112,7 @@ def peak_bytes(compiled) -> int:
     )
 
 
-# ---- on which devices ----------------------------------------------------------------------------------------------------
+# ---- on which devices ----------------------------------------------------------------------------
 
 
 def choose_layout(
@@ -144,6 +148,14 @@ def choose_layout(
     return config, layout, f"{strategy}: {why}; {_need(config, layout, memory)[1]}"
 
 
+def parse_mesh(text: str) -> dict[str, int] | None:
+    """Mesh axes and their sizes from "data=2 fsdp=4"; None for an empty text."""
+    pairs = [word.partition("=") for word in text.replace(",", " ").split()]
+    if not all(size.isdigit() for _, _, size in pairs):
+        raise UserError(f"mesh {text!r} is not of the form data=2 fsdp=4")
+    return {axis: int(size) for axis, _, size in pairs} or None
+
+
 def _strategy_of(mesh: dict[str, int]) -> str:
     """The strategy that makes use of the mesh's axes."""
     for strategy, axis in (("tp", "tensor"), ("fsdp", "fsdp")):
@@ -160,8 +172,8 @@ def _lay_out(config: Config, strategy: str, mesh, grow: bool) -> tuple[Config, L
     if ways > 0 and rows % ways:
         raise UserError(
             f"a batch of {rows} rows cannot be split over {ways} devices: use a total_batch_size "
-            f"that is a multiple of {ways * config.sequence_len}, or fewer devices on the mesh axes "
-            f"{' and '.join(BATCH)}"
+            f"that is a multiple of {ways * config.sequence_len}, or fewer devices on the mesh "
+            f"axes {' and '.join(BATCH)}"
         )
     if grow and ways > 0:
         possible = [m for m in range(1, config.microbatch + 1) if rows % (m * ways) == 0]

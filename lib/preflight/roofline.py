@@ -1,10 +1,12 @@
-"""How long a training step must take at least: floating-point work, memory traffic and network by component, against what a chip can do.
+"""How long a training step must take at least: its work by component, against what a chip can do.
 
-From shapes alone (`account`), or from a compiled program (lib.hlo) with what its opaque kernels do added (`add_kernels`). A bound
-assumes full speed of whatever binds, so nothing can beat it; what else there is (vector work, waiting, latency) only adds.
+The work comes from shapes alone (`account`), or from a compiled program (`hlo.analyse`) with what
+its opaque kernels do added (`add_kernels`). A bound assumes full speed of whatever binds, so
+nothing can beat it; what else there is (vector work, waiting, latency) only adds.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 
@@ -12,180 +14,282 @@ from lib.chips import Chip
 from lib.config import Config
 from lib.model.attention import block_size
 from lib.params import count_params, is_spec, param_specs
-from lib.preflight.hlo import COMPONENTS
+from lib.preflight.hlo import COMPONENTS, Work, sent_bytes
 
-KERNELS = ("splash", "pallas")  # attention that keeps its scores on chip
+# attention that keeps its scores on chip
+KERNELS = ("splash", "pallas")
+
+# how often the layers' forward pass is run again in backward
+RECOMPUTED = {"none": 0, "dots": 0, "layer": 1}
 
 
-def _visits(T: int, window: int, block: int) -> int:
-    """How many blocks of keys the blocks of queries look at, all together."""
-    return sum(i - max(0, i * block - window) // block + 1 for i in range(T // block))
+class Account(NamedTuple):
+    """What a step does on one device: work by component, and the bytes that it sends."""
+
+    components: dict[str, Work]
+    sent: float
 
 
-def kernel_work(config: Config, kernel: str, matrix_unit: int = 1) -> dict[str, float]:
-    """What one attention kernel of every layer does for one row: {"flops", "busy", "bytes"}, mean over layers.
+class Bound(NamedTuple):
+    """The least time of a component and what it waits for: compute, memory, network, or nothing."""
 
-    Blocks that the mask cuts are computed whole. bytes are only those that re-reading keys and values (backward: queries and their
-    gradients) for every block adds to reading each operand once.
+    seconds: float
+    binds: str
+    flops: float
+    bytes: float
+
+
+class Split(NamedTuple):
+    """How many devices share the rows (data, fsdp) and each layer's parts (tensor)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Devices with rows of their own."""
+        return self.data * self.fsdp
+
+    @property
+    def devices(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def visits(length: int, window: int, block: int) -> int:
+    """How many blocks of keys all blocks of queries look at, of a row of `length` tokens."""
+    total = 0
+    for i in range(length // block):
+        first = max(0, i * block - window) // block
+        total += i - first + 1
+    return total
+
+
+def kernel_work(config: Config, kernel: str, matrix_unit: int = 1) -> Work:
+    """What one attention kernel of every layer does for one row, as the mean over layers.
+
+    Blocks that the mask cuts are computed whole. bytes are only those that re-reading keys and
+    values (backward: queries and their gradients) for every block adds to reading each operand
+    once.
     """
-    T, N, H = config.sequence_len, config.n_head, config.head_dim
-    block = block_size(config.attention_name, T, config.attention_block)
-    visits = sum(_visits(T, w, block) for w in config.windows) / config.n_layer
-    fill = H / (math.ceil(H / matrix_unit) * matrix_unit)
-    # products of a block pair that sum over the head width, and that sum over positions
-    over_head, over_block = (1, 1) if kernel.endswith(("fwd", "forward")) else (2, 3)
-    pairs = 2 * visits * block * block * N * H
-    return dict(
-        flops=pairs * (over_head + over_block),
-        busy=pairs * (over_head / fill + over_block),
-        bytes=max(0, visits * block - T) * 2 * N * H * config.dtype.itemsize,
+    length, heads, width = config.sequence_len, config.n_head, config.head_dim
+    block = block_size(config.attention_name, length, config.attention_block)
+    pairs = sum(visits(length, w, block) for w in config.windows) / config.n_layer
+    filled = math.ceil(width / matrix_unit) * matrix_unit
+
+    # products of a pair of blocks that sum over the head width, and that sum over positions
+    forward = kernel.endswith(("fwd", "forward"))
+    over_width, over_block = (1, 1) if forward else (2, 3)
+    flops = 2 * pairs * block * block * heads * width
+    reread = max(0, pairs * block - length)
+    return Work(
+        flops=flops * (over_width + over_block),
+        busy=flops * (over_width / (width / filled) + over_block),
+        bytes=reread * 2 * heads * width * config.dtype.itemsize,
     )
 
 
 def add_kernels(
-    parts: dict,
+    components: dict[str, Work],
     kernels: dict[str, int],
     config: Config,
     rows: int,
     matrix_unit: int,
     tensor: int = 1,
 ):
-    """Add to `parts` (of lib.hlo.analyse) what its kernels do; rows: of one microbatch on one device; tensor: devices that share the heads."""
+    """Add what a program's kernels do to its attention.
+
+    rows: of one microbatch on one device; tensor: devices that share the heads.
+    """
     for name, runs in kernels.items():
-        for key, n in kernel_work(config, name, matrix_unit).items():
-            parts["attention"][key] += n * runs * rows / tensor
+        work = kernel_work(config, name, matrix_unit)
+        times = runs * rows / tensor
+        components["attention"].add(work.flops * times, work.busy * times, work.bytes * times)
+
+
+# ---- a step from shapes --------------------------------------------------------------------------
+
+
+def account(
+    config: Config, matrix_unit: int = 1, split: Split | None = None, strategy: str = "dp"
+) -> Account:
+    """What a step does per device, from shapes alone.
+
+    Traffic counts every wide array as written once and read by each product that needs it; LOG.md
+    has the error against compiled programs.
+    """
+    split = split or Split()
+    components = {name: Work() for name in COMPONENTS}
+    _add_attention(components["attention"], config, split, matrix_unit)
+    _add_mlp(components["mlp"], config, split)
+    _add_head(components["head+loss"], config, split)
+    _add_embedding(components["embedding"], config, split)
+    _add_optimizer(components["optimizer"], config, split, strategy)
+
+    # float32 gradients of microbatches are added up
+    if config.accumulate > 1:
+        held = count_params(config)["total"] / (split.fsdp * split.tensor)
+        components["other"].add(bytes=config.accumulate * 3 * 4 * held)
+    return Account(components, _sent(config, split, strategy))
+
+
+def _product(work: Work, flops: float, bytes: float):
+    """Add a product whose summed axis fills the matrix unit."""
+    work.add(flops, flops, bytes)
+
+
+def _tokens(config: Config, split: Split) -> float:
+    """Tokens of a step on each device."""
+    return config.total_batch_size / split.rows
+
+
+def _passes(config: Config) -> int:
+    """How often a layer's arrays are gone through: forward, twice backward, and recomputed."""
+    return 3 + RECOMPUTED[config.remat]
+
+
+def _weight_bytes(config: Config, count: int) -> int:
+    """Traffic of `count` weights: read forward and backward, their gradient written."""
+    return count * config.accumulate * _passes(config) * config.dtype.itemsize
+
+
+def _add_attention(work: Work, config: Config, split: Split, matrix_unit: int):
+    """Projections of all layers, and attention itself."""
+    layers, width, itemsize = config.n_layer, config.n_embd, config.dtype.itemsize
+    tokens, tensor, again = _tokens(config, split), split.tensor, RECOMPUTED[config.remat]
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+
+    # projections
+    weights = width * (2 * q + 2 * kv)
+    recomputed = 2 * q * width if config.remat == "dots" else 2 * weights * again
+    arrays = tokens * itemsize * _passes(config) * (6 * width * tensor + 6 * (q + kv))
+    flops = layers * tokens * (6 * weights + recomputed) / tensor
+    _product(work, flops, layers * (_weight_bytes(config, weights) + arrays) / tensor)
+
+    # scores of all pairs, in float32, there and back four times
+    if config.attention_name not in KERNELS:
+        pairs = sum(min(w, config.sequence_len) + 1 for w in config.windows)
+        flops = (12 + 4 * again) * pairs * tokens * q / tensor
+        _product(work, flops, 4 * 4 * pairs * tokens * config.n_head / tensor)
+        return
+
+    # kernels keep them on chip; splash writes the log-sum-exp 128 times in float32
+    rows = layers * tokens / config.sequence_len
+    kernels = {"fwd": 1 + again, "dkv": 1}
+    one = {"attention": work}
+    add_kernels(one, kernels, config, rows, matrix_unit, tensor)
+    lanes = 512 if config.attention_name == "splash" else 4
+    work.add(bytes=layers * tokens * config.n_head * lanes * 2 / tensor)
+
+
+def _add_mlp(work: Work, config: Config, split: Split):
+    """The two or three wide products of all layers."""
+    layers, width, wide = config.n_layer, config.n_embd, config.mlp_dim
+    tokens, tensor, again = _tokens(config, split), split.tensor, RECOMPUTED[config.remat]
+    weights = (3 if config.mlp == "swiglu" else 2) * width * wide
+
+    narrow_arrays = _passes(config) * 5 * width * tensor
+    wide_arrays = (8 + 2 * again) * wide
+    arrays = tokens * config.dtype.itemsize * (narrow_arrays + wide_arrays)
+    flops = layers * tokens * (6 + 2 * again) * weights / tensor
+    _product(work, flops, layers * (_weight_bytes(config, weights) + arrays) / tensor)
+
+
+def _add_head(work: Work, config: Config, split: Split):
+    """Logits and their loss, in chunks."""
+    width, vocabulary, itemsize = config.n_embd, config.padded_vocab, config.dtype.itemsize
+    tokens = _tokens(config, split)
+    chunks = math.ceil(tokens / config.accumulate / config.loss_chunk) * config.accumulate
+
+    # each chunk reads the head and adds to its gradient
+    weights = chunks * width * vocabulary * (2 * itemsize + 8)
+    logits = tokens * vocabulary * (12 + 3 * itemsize) / split.tensor
+    _product(work, 6 * tokens * width * vocabulary / split.tensor, weights + logits)
+
+
+def _add_embedding(work: Work, config: Config, split: Split):
+    """Rows looked up, and the table's gradient."""
+    width, itemsize = config.n_embd, config.dtype.itemsize
+    looked_up = _tokens(config, split) * width * (4 + 3 * itemsize + 8)
+    work.add(bytes=looked_up + config.accumulate * config.padded_vocab * width * 8)
+
+
+def _add_optimizer(work: Work, config: Config, split: Split, strategy: str):
+    """Muon's orthogonalised matrices, and AdamW for the rest."""
+    shared = split.devices if strategy in ("zero", "fsdp", "tp") else 1
+    itemsize = config.dtype.itemsize
+    for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):
+        size = math.prod(spec.shape)
+        if spec.group != "matrix" or config.optimizer != "muon":
+            work.add(bytes=28 * size / shared)
+            continue
+        layers = spec.shape[0]
+        rows = math.prod(spec.shape[1 : 1 + spec.n_in])
+        flops = layers * polar_work((rows, size // layers // rows), itemsize)
+        _product(work, flops / split.devices, size * (20 + 16 * itemsize + 8) / split.devices)
 
 
 def polar_work(shape: tuple[int, int], itemsize: int) -> float:
-    """FLOPs to orthogonalise one matrix, as lib.optim does."""
+    """FLOPs to orthogonalise one matrix, as Muon does."""
     short, long = sorted(shape)
     if itemsize == 4 and long >= 2 * short:
         return 2 * short * short * long * 2 + 5 * 2 * 3 * short**3 + 4 * 2 * short**3
     return 5 * (4 * short * short * long + 2 * short**3)
 
 
-def account(
-    config: Config,
-    matrix_unit: int = 1,
-    data: int = 1,
-    fsdp: int = 1,
-    tensor: int = 1,
-    strategy: str = "dp",
-) -> dict:
-    """`lib.hlo.analyse`'s components and the collectives' bytes, per device and step, from shapes alone.
+def _sent(config: Config, split: Split, strategy: str) -> float:
+    """Bytes that each device sends in a step, as a ring needs."""
+    if split.devices == 1:
+        return 0.0
+    count = count_params(config)["total"]
+    gradients = 4 * count / split.tensor
+    summed = sent_bytes("all-reduce", gradients, split.data)
 
-    Traffic counts every wide array as written once and read by each product that needs it; LOG.md has the error against compiled programs.
+    if strategy == "tp":
+        # four sums over activations in each layer, forward and backward
+        activations = _tokens(config, split) * config.n_embd * config.dtype.itemsize
+        return summed + 4 * config.n_layer * sent_bytes("all-reduce", activations, split.tensor)
+    if strategy == "fsdp":
+        # weights are gathered forward and backward, their gradients scattered, each microbatch
+        share = config.dtype.itemsize * count / split.fsdp
+        gathered = 2 * sent_bytes("all-gather", share, split.fsdp)
+        scattered = sent_bytes("reduce-scatter", 4 * count, split.fsdp)
+        replicas = sent_bytes("all-reduce", gradients / split.fsdp, split.data)
+        return config.accumulate * (gathered + scattered) + replicas
+    return summed
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+def bound(components: dict[str, Work], chip: Chip, sent: float = 0.0) -> dict[str, Bound]:
+    """The bound of each component, and under "step" their sum, which the slowest binds.
+
+    sent: bytes that a device sends over the network. Components follow one another; within one,
+    compute, memory and network overlap fully.
     """
-    L, D, F, V, T = (
-        config.n_layer,
-        config.n_embd,
-        config.mlp_dim,
-        config.padded_vocab,
-        config.sequence_len,
-    )
-    e, A = config.dtype.itemsize, config.accumulate
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    t = config.total_batch_size / (data * fsdp)  # tokens
-    devices = data * fsdp * tensor
-    parts = {name: dict(flops=0.0, busy=0.0, bytes=0.0) for name in COMPONENTS}
-
-    def add(part, flops, bytes_, summed=matrix_unit):
-        parts[part]["flops"] += flops
-        parts[part]["busy"] += flops * math.ceil(summed / matrix_unit) * matrix_unit / summed
-        parts[part]["bytes"] += bytes_
-
-    again = {"none": 0, "dots": 0, "layer": 1}[config.remat]
-    wide = (3 if config.mlp == "swiglu" else 2) * D * F
-    attention = D * (2 * q + 2 * kv)
-    weights = lambda n: n * A * (3 + again) * e  # read forward and backward, gradient written
-    redo = 2 * q * D if config.remat == "dots" else 2 * attention * again
-    add(
-        "attention",
-        L * t * (6 * attention + redo) / tensor,
-        L * (weights(attention) + t * e * (3 + again) * (6 * D * tensor + 6 * (q + kv))) / tensor,
-    )
-    add(
-        "mlp",
-        L * t * (6 + 2 * again) * wide / tensor,
-        L * (weights(wide) + t * e * ((3 + again) * 5 * D * tensor + (8 + 2 * again) * F)) / tensor,
-    )
-    if config.attention_name in KERNELS:
-        for kernel, runs in (("fwd", 1 + again), ("dkv", 1)):
-            for key, n in kernel_work(config, kernel, matrix_unit).items():
-                parts["attention"][key] += n * runs * L * t / T / tensor
-        # splash writes the log-sum-exp 128 times in float32
-        lanes = 512 if config.attention_name == "splash" else 4
-        add("attention", 0, L * t * config.n_head * lanes * 2 / tensor)
-    else:
-        # all of a window's scores, in float32, there and back four times
-        pairs = sum(min(w, T) + 1 for w in config.windows)
-        add(
-            "attention",
-            (12 + 4 * again) * pairs * t * q / tensor,
-            4 * 4 * pairs * t * config.n_head / tensor,
-        )
-    chunks = math.ceil(t / A / config.loss_chunk) * A
-    add(
-        "head+loss",
-        6 * t * D * V / tensor,
-        chunks * D * V * (2 * e + 8) + t * V * (12 + 3 * e) / tensor,
-    )
-    add("embedding", 0, t * D * (4 + 3 * e + 8) + A * V * D * 8)
-    n = count_params(config)
-    if A > 1:
-        add("other", 0, A * 3 * 4 * n["total"] / (fsdp * tensor))
-    share = devices if strategy in ("zero", "fsdp", "tp") else 1
-    for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):
-        size = math.prod(spec.shape)
-        if spec.group == "matrix" and config.optimizer == "muon":
-            rows = math.prod(spec.shape[1 : 1 + spec.n_in])
-            add(
-                "optimizer",
-                spec.shape[0] * polar_work((rows, size // spec.shape[0] // rows), e) / devices,
-                size * (20 + 16 * e + 8) / devices,
-            )
-        else:
-            add("optimizer", 0, 28 * size / share)
-    ring = lambda size, n: size * (n - 1) / n
-    grads, body = 4 * n["total"] / tensor, e * n["total"]
-    sent = {
-        "dp": 2 * ring(grads, data),
-        "zero": 2 * ring(grads, data),
-        "tp": 2 * ring(grads, data) + 4 * 2 * L * ring(t * D * e, tensor),
-        "fsdp": A * (2 * ring(body, fsdp) + ring(4 * n["total"], fsdp))
-        + 2 * ring(grads / fsdp, data),
-    }[strategy]
-    return dict(components=parts, sent=sent if devices > 1 else 0.0)
-
-
-def bound(parts: dict, chip: Chip, sent: float = 0.0) -> dict:
-    """{component: {"seconds", "binds", "flops", "bytes"}} and the sum under "step": the least time, and what it waits for.
-
-    sent: bytes that a device sends over the network. Components follow one another; within one, compute, memory and network overlap fully.
-    """
-    out = {}
-    for name, part in parts.items():
-        times = dict(compute=part["busy"] / chip.flops, memory=part["bytes"] / chip.bandwidth)
+    bounds = {}
+    for name, work in components.items():
+        times = {"compute": work.busy / chip.flops, "memory": work.bytes / chip.bandwidth}
         if name == "collectives" and sent:
             times["network"] = sent / chip.network
-        binds = max(times, key=times.get)
-        out[name] = dict(
-            seconds=times[binds],
-            binds=binds if times[binds] else "",
-            flops=part["flops"],
-            bytes=part["bytes"],
-        )
-    slowest = max(out, key=lambda k: out[k]["seconds"])
-    return out | {
-        "step": dict(
-            seconds=sum(x["seconds"] for x in out.values()),
-            binds=slowest,
-            flops=sum(x["flops"] for x in out.values()),
-            bytes=sum(x["bytes"] for x in out.values()),
-        )
-    }
+        binds = max(times, key=lambda resource: times[resource])
+        seconds = times[binds]
+        bounds[name] = Bound(seconds, binds if seconds else "", work.flops, work.bytes)
+
+    slowest = max(bounds, key=lambda name: bounds[name].seconds)
+    bounds["step"] = Bound(
+        seconds=sum(b.seconds for b in bounds.values()),
+        binds=slowest,
+        flops=sum(b.flops for b in bounds.values()),
+        bytes=sum(b.bytes for b in bounds.values()),
+    )
+    return bounds
 
 
 def mfu(config: Config, seconds: float, chip: Chip, chips: int = 1) -> float:
-    """The model's FLOPs (Config.flops_per_token) in a step of `seconds`, over what the chips could do."""
+    """The model's FLOPs (Config.flops_per_token) of a step over what `chips` could do meanwhile."""
     return config.flops_per_token * config.total_batch_size / seconds / chip.flops / chips

@@ -1,0 +1,108 @@
+"""`python -m lib.preflight`: its options, its answers, and that Ctrl-C ends it at once."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib.files import UserError
+from lib.preflight import __main__ as command
+from lib.preflight.cache import has_libtpu
+from lib.preflight.compile import tpu_devices
+from tests.helpers import ROOT
+
+
+def ask(*arguments):
+    command.main(command.parse([*arguments]))
+
+
+def test_help_is_grouped_and_explained(capsys):
+    with pytest.raises(SystemExit) as e:
+        command.parse(["--help"])
+    text = capsys.readouterr().out
+    assert e.value.code == 0
+    for title in ("Which model", "On what", "What to ask", "Time and money"):
+        assert title in text
+    assert "python -m lib.preflight" in text and "--depth INT" in text and "Layers;" in text
+
+
+def test_without_libtpu_an_estimate_answers_and_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    ask("--depth", "4")
+    text = capsys.readouterr().out
+    assert "nothing was compiled" in text
+    assert "cost        $" in text and "check the price" in text
+    with pytest.raises(UserError, match="libtpu, which is not installed"):
+        tpu_devices("v6e:1x1")
+
+
+@pytest.mark.parametrize("name", ["v9-1", "v6e-3", "h100", "v9:1x1", ""])
+def test_an_unknown_chip_is_one_sentence_with_the_names(name):
+    with pytest.raises(UserError, match="v6e") as e:
+        ask("--depth", "4", "--chip", name)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "say which model"),
+        (["--depth", "2", "--preset", "gpu"], "say which model"),
+        (["--depth", "2", "--mesh", "data:2"], "data=2"),
+        (["--depth", "2", "--chip", "v6e-4", "--strategy", "dpp"], "unknown sharding strategy"),
+        (["--run", "none-such"], "no config"),
+        (["--depth", "2", "--overrides", "microbtach=2"], "unknown config field"),
+    ],
+)
+def test_bad_questions(arguments, message):
+    with pytest.raises(UserError, match=message):
+        ask("--estimate", *arguments)
+
+
+def test_json(capsys):
+    question = ["--depth", "4", "--chip", "v5p-8", "--strategy", "fsdp"]
+    ask(*question, "--estimate", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["chips"] == 4 and answer["plan"]["cost"] > 0
+    assert math.isfinite(answer["mfu"]) and answer["bound"]["step"]["seconds"] > 0
+
+
+def test_a_published_measurement_stays_below_its_bound(capsys):
+    ask("--calibrate", "--estimate")
+    line = capsys.readouterr().out.splitlines()[-1]
+    share = float(line.partition("measured: ")[2].partition("%")[0])
+    assert "477,000 tokens/s" in line and 30 < share < 100
+
+
+@pytest.mark.tpu
+@pytest.mark.skipif(not has_libtpu(), reason="compiling needs libtpu")
+def test_ctrl_c_ends_it_at_once_even_while_libtpu_compiles(tmp_path):
+    # a step that takes minutes to compile, asked for the first time
+    overrides = f"num_steps={time.time_ns() % 10**9 + 10}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lib.preflight", "--depth", "20", "--overrides", overrides],
+        cwd=ROOT,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # compilation begins when XLA's dump appears in the folder of temporary files
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("preflight-*/tmp*/*")) and time.monotonic() < limit:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(0.5)
+
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 5
+    assert process.returncode == 130 and out == ""
+    assert err.strip() == "stopped: nothing of this answer is kept"
+    assert list(tmp_path.glob("preflight-*")) == []

@@ -1,0 +1,189 @@
+"""A compiler without a chip says what a step needs, and faults are one sentence."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lib.preflight.cache import has_libtpu, kept
+from lib.preflight.estimate import Report, report_text
+from tests.helpers import ROOT, programs
+
+needs_libtpu = pytest.mark.skipif(
+    not has_libtpu(),
+    reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",
+)
+
+# scanned, AdamW
+SMALL = dict(
+    vocab_size=512,
+    sequence_len=256,
+    n_layer=2,
+    n_embd=128,
+    n_head=1,
+    n_kv_head=1,
+    head_dim=128,
+    mlp_dim=512,
+    window_pattern="L",
+    microbatch=4,
+    total_batch_size=2048,
+    optimizer="adamw",
+    value_embeds=False,
+    smear=False,
+    backout=False,
+    attention="splash",
+    compute_dtype="bfloat16",
+    remat="dots",
+    loss_chunk=256,
+)
+
+# all parts, Muon; one key head, at which libtpu used to fail
+MESHED = dict(
+    vocab_size=2048,
+    sequence_len=256,
+    n_layer=2,
+    n_embd=256,
+    n_head=2,
+    n_kv_head=1,
+    head_dim=128,
+    mlp_dim=1024,
+    window_pattern="L",
+    microbatch=1,
+    total_batch_size=256,
+    compute_dtype="bfloat16",
+    attention="splash",
+    loss_chunk=256,
+)
+
+
+def ask(config, *questions):
+    """Answers of tests/programs/preflight_compile.py."""
+    request = json.dumps(dict(config=config, ask=questions))
+    done = programs.run("preflight_compile", request, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
+    unknown, shape, four, too_big, decode, v4, v5p = ask(
+        SMALL,
+        ("refused", "v99:1x1"),
+        ("refused", "v6e:3x3"),
+        ("step", "v6e-4", "zero", 4),
+        ("step", "v6e-1", "dp", 65536),
+        ("decode", 2, 256),
+        ("cores", "v4:2x2x1"),
+        ("cores", "v5p:2x2x1"),
+    )
+    assert "v99:1x1" in unknown and "v6e:3x3" in shape
+    assert "\n" not in unknown + shape
+    # jax shows a chip of two cores as one device
+    assert v4 == [2, 4] and v5p[1] == 4
+
+    memory, bound = four["memory"], four["bound"]
+    assert four["fits"] and four["chips"] == 4 and "compiled" in four["source"]
+    assert memory["optimizer"] < memory["parameters"]
+    assert sum(memory.values()) == four["peak"]
+    assert 31 * 2**30 < four["available"] < 32 * 2**30
+    tokens, D, F, V = SMALL["total_batch_size"] / 4, 128, 512, 512
+    assert bound["mlp"]["flops"] == 6 * tokens * 2 * 2 * D * F
+    assert bound["head+loss"]["flops"] == 6 * tokens * D * V
+    # two layers, two microbatches, none run again under remat="dots"
+    assert four["kernels"] == {"splash_mha_fwd": 4, "splash_mha_dkv": 4}
+
+    kinds = {c["kind"] for c in four["collectives"]}
+    assert "all-gather" in kinds and kinds & {"reduce-scatter", "all-reduce"}
+    assert four["sent"] > 0 and bound["collectives"]["binds"] == "network"
+
+    assert not too_big["fits"] and too_big["peak"] > too_big["available"]
+    largest, what = too_big["buffers"][0]
+    assert largest > 2**30 and "bf16[2,65536,256," in what
+    text = report_text(Report.from_dict(too_big))
+    assert "NO, over by" in text and what in text
+
+    # bytes of blocks and head, each read once for both rows
+    weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)
+    assert decode["fits"] and weights < decode["bytes"] < 4 * weights
+    assert decode["tokens_per_s"] == pytest.approx(2 / decode["seconds"])
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
+    one, dp, zero, fsdp = ask(
+        MESHED,
+        ("step", "v6e-1", "dp", 0),
+        ("step", "v6e-4", "dp", 0),
+        ("step", "v6e-4", "zero", 0),
+        ("step", "v6e-8", "fsdp", 0),
+    )
+
+    def state(report):
+        return report["memory"]["parameters"] + report["memory"]["optimizer"]
+
+    def sent(report, kind):
+        return sum(c["bytes"] for c in report["collectives"] if c["kind"] == kind)
+
+    # dp: each holds everything
+    for part in "parameters", "optimizer":
+        assert dp["memory"][part] == one["memory"][part]
+
+    # zero: the optimizer's state is split, fsdp: the parameters too
+    moments = one["memory"]["optimizer"]
+    assert zero["memory"]["parameters"] == one["memory"]["parameters"]
+    assert moments / 4 < zero["memory"]["optimizer"] < 1.2 * moments / 4
+    assert state(one) / 8 < state(fsdp) < 1.1 * state(one) / 8
+    assert one["peak"] > zero["peak"] > fsdp["peak"]
+
+    # dp: the gradients' one sum, and Muon's orthogonalised matrices; nobody gathers activations
+    kinds = {(c["kind"], c["component"]) for c in dp["collectives"]}
+    assert {kind for kind, _ in kinds} == {"all-reduce", "all-gather"}
+    assert {part for kind, part in kinds if kind == "all-gather"} == {"optimizer"}
+    gradients = 2 * 3 / 4 * one["memory"]["parameters"]
+    assert sent(dp, "all-reduce") == pytest.approx(gradients, rel=0.01)
+    assert sent(dp, "all-gather") < gradients / 2
+
+    # fsdp: weights come and their gradients go, but no gradient is summed whole on each
+    assert {"all-gather", "reduce-scatter"} <= {c["kind"] for c in fsdp["collectives"]}
+    assert sent(fsdp, "all-reduce") < 0.2 * fsdp["sent"]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_a_held_lock_is_one_sentence():
+    try:
+        lock = open("/tmp/libtpu_lockfile", "a")
+    except PermissionError:
+        pytest.skip("the lock file of libtpu belongs to another user here")
+    with lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        # num_steps: a question that was never asked
+        command = ["-m", "lib.preflight", "--depth", "1", "--overrides", "num_steps=7"]
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "0"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    assert done.returncode == 2, done.stderr
+    assert "another process holds libtpu's lock" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_answers_are_kept_by_question(tmp_path):
+    assert kept(tmp_path, ["a", 1]) is None
+    assert kept(tmp_path, ["a", 1], lambda: dict(x=(1, 2))) == {"x": [1, 2]}
+    assert kept(tmp_path, ["a", 1], lambda: 1 / 0) == {"x": [1, 2]}
+    assert kept(tmp_path, ["a", 2]) is None
+    assert kept(None, ["a", 1], lambda: 7) == 7
+    # a damaged file is asked again
+    for path in tmp_path.iterdir():
+        path.write_text("{")
+    assert kept(tmp_path, ["a", 1], lambda: 5) == 5

@@ -1,0 +1,89 @@
+"""A plan's tokens, epochs, hours and money add up, and what is not known is said."""
+
+import pytest
+
+from lib import chips
+from lib.config import Config
+from lib.files import UserError
+from lib.preflight.plan import Payment, compare, plan, plan_text
+
+CONFIG = Config.preset("cpu_demo", num_steps=1000, total_batch_size=4096)
+TOKENS = 1000 * 4096
+
+
+def hours(mfu):
+    """Of the run on four v6e."""
+    return CONFIG.flops_per_token * TOKENS / (4 * mfu * 918e12) / 3600
+
+
+@pytest.mark.parametrize(
+    "name, topology, count",
+    [
+        ("v5e-1", "v5e:1x1", 1),
+        ("v6e-4", "v6e:2x2", 4),
+        ("v6e-8", "v6e:2x4", 8),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v4-8", "v4:2x2x1", 4),
+        ("v6e:4x4", "v6e:4x4", 16),
+    ],
+)
+def test_names_are_topologies(name, topology, count):
+    where = chips.tpu_slice(name)
+    assert (where.topology, where.chips) == (topology, count)
+
+
+def test_hours_and_dollars():
+    made = plan(CONFIG, chips.V6E, 4, mfu=0.5, pay=Payment(price=2.0), memory=7)
+    assert made.tokens == TOKENS and made.steps == 1000 and made.memory_bytes == 7
+    assert made.hours == pytest.approx(hours(0.5))
+    assert made.price_per_hour == 8 and made.cost == pytest.approx(8 * hours(0.5))
+    text = plan_text(made)
+    assert "4,096,000 in 1,000 steps" in text and "at $8.00 an hour, on-demand" in text
+    assert "check the price" in text and "epochs" not in text
+
+
+def test_colab_counts_in_its_own_units():
+    paid = Payment("on-demand", units=4.0).at("colab")
+    made = plan(CONFIG, chips.V6E, 4, mfu=0.5, pay=paid)
+    assert made.units_per_hour == 16 and made.units == pytest.approx(16 * hours(0.5))
+    assert made.price_per_hour == pytest.approx(16 * chips.COLAB_UNIT)
+    assert "of Colab's compute units at 16.00 an hour" in plan_text(made)
+
+    # where nobody knows the rate, what to multiply is said
+    unknown = plan(CONFIG, chips.V6E, pay=Payment().at("colab"))
+    assert unknown.cost is None and unknown.units is None
+    assert "times the compute units per hour that Colab's Resources panel" in plan_text(unknown)
+
+    # and elsewhere dollars stay
+    assert Payment().at("kaggle") == Payment()
+
+
+def test_what_is_not_known_is_not_invented():
+    spot = plan(CONFIG, chips.V4, pay=Payment("spot"))
+    assert "no spot price" in plan_text(spot)
+    nothing = plan(CONFIG, None)
+    assert set(nothing.to_dict()) == {"tokens", "steps", "mfu", "pay", "prices_of"}
+    assert plan_text(nothing) == "tokens      4,096,000 in 1,000 steps"
+    with pytest.raises(UserError, match="flex-start, on-demand, spot"):
+        plan(CONFIG, chips.V6E, pay=Payment("barter"))
+
+
+@pytest.mark.parametrize("there, epochs, warns", [(TOKENS, 1.0, False), (TOKENS // 5, 5.0, True)])
+def test_more_than_four_epochs_are_warned_of(there, epochs, warns):
+    made = plan(CONFIG, None, tokens_there=there)
+    text = plan_text(made)
+    assert f"{epochs:.2f} passes over {there:,} tokens of text" in text
+    assert ("WARNING" in text) == warns
+
+
+def test_what_came_of_it():
+    made = plan(CONFIG, chips.V6E, 4, mfu=0.5, pay=Payment(price=2.0))
+    seconds = 2 * made.hours * 3600
+    told = compare(made, seconds, TOKENS, CONFIG.flops_per_token, 4 * chips.V6E.flops)
+    assert "planned 50% MFU, reached 25.0%" in told
+    assert f"spent ${16 * made.hours:.2f}" in told
+    assert compare(plan(CONFIG, None), 1800, TOKENS, 6, None) == (
+        "took 0.50 h for the steps, not planned"
+    )
+    paid = plan(CONFIG, chips.V6E, 4, mfu=0.5, pay=Payment("colab", units=4.0))
+    assert f"spent {32 * made.hours:.1f} on them" in compare(paid, seconds, TOKENS, 6, None)

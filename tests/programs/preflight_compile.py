@@ -1,0 +1,46 @@
+"""Compile small steps for TPUs that aren't there; prints JSON, a line for each answer.
+
+Called with one argument, JSON: {"config": fields, "ask": [[kind, ...], ...]}. In a process of its
+own because libtpu's topologies must be the first thing that JAX meets.
+"""
+
+import json
+import sys
+
+from lib.chips import tpu_slice
+from lib.config import Config
+from lib.files import UserError
+from lib.preflight.compile import compile_decode, inspect, tpu_device, tpu_devices
+
+
+def refused(config, topology):
+    """What is said of a topology that does not exist."""
+    try:
+        tpu_device(topology)
+    except UserError as e:
+        return str(e)
+
+
+def step(config, name, strategy, microbatch):
+    """The report of a step; microbatch: rows, one for each chip of the slice where 0."""
+    rows = microbatch or tpu_slice(name).chips
+    batch = max(rows * config.sequence_len, config.total_batch_size if microbatch else 0)
+    changed = config.replace(microbatch=rows, total_batch_size=batch)
+    return inspect(changed, name, strategy, cache=None).to_dict()
+
+
+def decode(config, rows, length):
+    """The decoding of a token."""
+    return compile_decode(config, tpu_device("v6e:1x1"), rows, length)
+
+
+def cores(config, topology):
+    """(cores of a device, devices) of a topology."""
+    devices = tpu_devices(topology)
+    return [getattr(devices[0], "num_cores", 1), len(devices)]
+
+
+KINDS = dict(refused=refused, step=step, decode=decode, cores=cores)
+request = json.loads(sys.argv[1])
+for kind, *arguments in request["ask"]:
+    print(json.dumps(KINDS[kind](Config(**request["config"]), *arguments)), flush=True)
