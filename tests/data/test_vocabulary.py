@@ -12,9 +12,7 @@ def vocabulary(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
     for i in range(30):
-        (text / f"{i}.txt").write_text(
-            f"the cat {i} sat on the mat and said {i * 37}\n" * 30
-        )
+        (text / f"{i}.txt").write_text(f"the cat {i} sat on the mat and said {i * 37}\n" * 30)
     return Vocabulary(source=str(text), vocab_size=300)
 
 
