@@ -1,24 +1,35 @@
-"""Files that are never half-written, and errors that say what to do."""
+"""Files that are never half-written, paths and JSON that others wrote, and errors that say what to
+do.
+"""
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
+import math
 import os
+import shlex
 import shutil
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
     """Bad input or surroundings, told in one sentence: what was wrong, where, and what to do.
 
-    Notebooks and commands print only the sentence; everything else is a bug and keeps its traceback.
+    Notebooks and commands print only the sentence; everything else is a bug and keeps its
+    traceback.
     """
 
 
 def choose(kind: str, name: str, options):
-    """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain collection)."""
+    """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain
+    collection).
+    """
     if name not in options:
         raise UserError(
             f"unknown {kind} {name!r}: choose one of {', '.join(sorted(map(str, options)))}"
@@ -26,32 +37,39 @@ def choose(kind: str, name: str, options):
     return options[name] if isinstance(options, dict) else name
 
 
+ELSEWHERE = "choose another folder"
+# What to do when writing fails with an error of the system.
+ADVICE = {
+    errno.ENOSPC: f"the disk is full: free some space or {ELSEWHERE}, then run again",
+    errno.EDQUOT: f"your disk quota is used up: free some space or {ELSEWHERE}, then run again",
+    errno.EACCES: f"no permission to write there: {ELSEWHERE}",
+    errno.EPERM: f"no permission to write there: {ELSEWHERE}",
+    errno.EROFS: f"that file system is read-only: {ELSEWHERE}",
+    errno.ENOTDIR: f"a file stands where a folder is needed: move it or {ELSEWHERE}",
+    errno.EEXIST: f"a file stands where a folder is needed: move it or {ELSEWHERE}",
+}
+
+
 @contextlib.contextmanager
 def writing(path):
-    """Turn a full disk, a missing permission or a name clash met while writing `path` into a UserError."""
+    """Turn a full disk, a missing permission or a name clash met while writing `path` into a
+    UserError.
+    """
     try:
         yield
     except OSError as e:
-        advice = {
-            errno.ENOSPC: "the disk is full: free some space or choose another folder, then run again",
-            errno.EDQUOT: "your disk quota is used up: free some space or choose another folder, then run again",
-            errno.EACCES: "no permission to write there: choose another folder",
-            errno.EPERM: "no permission to write there: choose another folder",
-            errno.EROFS: "that file system is read-only: choose another folder",
-            errno.ENOTDIR: "a file stands where a folder is needed: move it or choose another folder",
-            errno.EEXIST: "a file stands where a folder is needed: move it or choose another folder",
-        }.get(e.errno)
-        if advice is None:
+        if e.errno not in ADVICE:
             raise
-        raise UserError(f"cannot write {path}: {advice}") from e
+        raise UserError(f"cannot write {path}: {ADVICE[e.errno]}") from e
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, on failure removed.
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, on
+    failure removed.
 
-    Readers see the old file or the new one, whole, never a part. Works for a file or for a folder (a folder
-    that already stands there is swapped out and then removed).
+    Readers see the old file or the new one, whole, never a part. Works for a file or for a folder
+    (a folder that already stands there is swapped out and then removed).
     """
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -91,16 +109,132 @@ def write_atomic(path, data: bytes | str):
         tmp.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def to_json(obj, indent: int | None = 1) -> str:
+    """JSON text as others can read it too: a NaN or an infinity, which JSON has not, becomes
+    null.
+    """
+    return json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(obj):
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return obj
+
+
 def write_json(path, obj):
-    """`write_atomic` of indented JSON with a final newline."""
-    write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
+    """`write_atomic` of indented JSON with a final newline, without NaN and infinities."""
+    write_atomic(path, to_json(obj) + "\n")
 
 
 def update_json(path, **entries) -> dict:
     """Merge `entries` into the JSON object at `path` (made if missing) and return the whole."""
-    old = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    old = read_json(path) if Path(path).exists() else {}
     write_json(path, old | entries)
     return old | entries
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def parse_json(text: str | bytes, where, expect: type | None = dict, cure: str = "") -> Any:
+    """What a JSON text says, or a UserError that names `where` and may end with a `cure`.
+
+    expect: the type that it must have, None for any. NaN and infinities, which older runs have
+    written, are read as None.
+    """
+    cure = f": {cure}" if cure else ""
+    try:
+        value = json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise UserError(f"{where} is not JSON that can be read (nested too deeply){cure}") from None
+    except ValueError as e:
+        raise UserError(f"{where} is not JSON ({first_line(e)}){cure}") from None
+    if expect and not isinstance(value, expect):
+        kind = {dict: "object", list: "list"}.get(expect, expect.__name__)
+        raise UserError(f"{where} is damaged, it holds no JSON {kind}{cure}")
+    return value
+
+
+def read_json(path, expect: type | None = dict, cure: str = "delete it and run again") -> Any:
+    """What a JSON file of ours holds; UserError where it is missing, damaged or something else."""
+    return parse_json(read_bytes(path), path, expect, cure)
+
+
+def regular(path):
+    """The path, if it is that of an ordinary file; opening a pipe would hang for ever."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UserError(f"cannot read {path}: it is no ordinary file")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    return path
+
+
+def read_bytes(path) -> bytes:
+    """A whole file; UserError where it cannot be read."""
+    try:
+        return Path(regular(path)).read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
+def read_text(path) -> str:
+    """A whole UTF-8 file, a byte order mark left out; UserError where it is anything else."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from None
+
+
+# ---- paths as people write them -----------------------------------------------------------------
+
+
+def local_path(text) -> Path:
+    """A path as a person writes it in a form, where no shell has expanded its ~."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"cannot tell whose home {text} is: write the path out ({e})") from e
+
+
+def find_files(text) -> list[Path]:
+    """The files that a path means: a file, all in a folder (below links too), or what a glob
+    matches.
+
+    What exists under its literal name is taken, even if the name looks like a glob. In folders,
+    hidden files and folders are left out.
+    """
+    path = local_path(text)
+    if path.is_dir():
+        return sorted(_walk(path))
+    if path.exists():
+        return [path] if path.is_file() else []
+    matches = map(Path, glob.glob(str(path), recursive=True))
+    return sorted(match for match in matches if match.is_file())
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    visited = set()  # a link may lead to a folder above it
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(parent, name).is_file():
+                yield Path(parent, name)
+
+
+def quoted(*words) -> str:
+    """A command line to copy into a shell, its words quoted where they need it."""
+    return shlex.join(map(str, words))
 
 
 def sha256(path) -> str:
@@ -110,7 +244,9 @@ def sha256(path) -> str:
 
 
 def set_aside(folder, *names: str) -> Path:
-    """Move what a fresh start would overwrite into FOLDER/old-N and return that: nothing trained is ever lost."""
+    """Move what a fresh start would overwrite into FOLDER/old-N and return that: nothing trained is
+    ever lost.
+    """
     number = 1
     while (old := Path(folder) / f"old-{number}").exists():
         number += 1
@@ -127,20 +263,26 @@ def is_remote(path) -> bool:
 
 
 def join(folder, *names):
-    """A path inside a local folder (as a Path) or a remote one (as a string: a Path would spoil its "//")."""
+    """A path inside a local folder (as a Path) or a remote one (as a string: a Path would spoil its
+    "//").
+    """
     return (
         "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else Path(folder, *names)
     )
 
 
 def first_line(error) -> str:
-    """What an exception says, for a sentence of ours: its first line, or its class where it says nothing."""
+    """What an exception says, for a sentence of ours: its first line, or its class where it says
+    nothing.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager
 def reaching(path):
-    """`writing`, and for a remote `path` any other failure (login, network, missing bucket) as a UserError too."""
+    """`writing`, and for a remote `path` any other failure (login, network, missing bucket) as a
+    UserError too.
+    """
     try:
         with writing(path):
             yield
@@ -155,7 +297,9 @@ def reaching(path):
 
 
 def filesystem(path):
-    """fsspec's file system for a local or remote path, and the path by its rules; UserError where it cannot be had."""
+    """fsspec's file system for a local or remote path, and the path by its rules; UserError where
+    it cannot be had.
+    """
     import fsspec
 
     with reaching(path):

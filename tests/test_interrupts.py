@@ -40,7 +40,6 @@ def test_no_handlers_outside_the_main_thread():
     assert seen == [(False, before)]
 
 
-@pytest.mark.slow
 def test_sigterm_saves_then_exits(tmp_path):
     process = programs.start("save_when_stopped", tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "running\n"

@@ -149,7 +149,6 @@ def test_user_errors_print_one_sentence(error, code, says):
     assert done.stderr.startswith(says)
 
 
-@pytest.mark.slow
 def test_user_errors_show_one_sentence_in_a_kernel():
     import nbformat
     from nbclient import NotebookClient

@@ -7,15 +7,23 @@ cache that worker processes fill, `batches` packs the tokens into rows with an e
 """
 
 from lib.data.chats import Chats, chat_batches, read_chats, render
-from lib.data.download import CACHE, HUB, fetch
+from lib.data.download import CACHE, fetch
 from lib.data.packing import PACKING, batches, epochs, prefetch, waste
-from lib.data.sources import SOURCES, SPLITS, baselines, documents, find_shards, head
+from lib.data.sources import (
+    SOURCES,
+    SPLITS,
+    baselines,
+    changes,
+    documents,
+    find_shards,
+    head,
+    manifest,
+)
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.tokens import Tokens, TokenShard, open_tokens, tokens_of
 
 __all__ = [
     "CACHE",
-    "HUB",
     "PACKING",
     "SOURCES",
     "SPLITS",
@@ -25,6 +33,7 @@ __all__ = [
     "Tokens",
     "baselines",
     "batches",
+    "changes",
     "chat_batches",
     "documents",
     "epochs",
@@ -32,6 +41,7 @@ __all__ = [
     "find_shards",
     "head",
     "load_tokenizer",
+    "manifest",
     "open_tokens",
     "prefetch",
     "read_chats",

@@ -4,17 +4,17 @@ the assistant's words alone.
 
 import collections
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from lib.data.download import tell
 from lib.data.packing import Batch, Packer, Packing, Piece, check_cursor, pack
+from lib.data.readers import lines_of
 from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer, turns
-from lib.files import UserError, choose
+from lib.files import UserError, choose, local_path, parse_json
 
 FORMAT = 1  # of cursors; raise it when they change meaning
 BUFFER = 100  # conversations to choose from when a row is filled
@@ -22,6 +22,8 @@ BUFFER = 100  # conversations to choose from when a row is filled
 SPEAKERS = {"system": "system", "human": "user", "user": "user"} | dict.fromkeys(
     "assistant gpt chatgpt model bing bard".split(), "assistant"
 )
+# Keys of a line whose loss would change what it means, and which are not known here.
+UNKNOWN = ("tools", "functions")
 CHAT_FORMS = (
     'expected {"messages": [{"role", "content"}, …]}, a list of such messages, or'
     ' {"conversations": [{"from", "value"}, …]}'
@@ -31,50 +33,75 @@ CHAT_FORMS = (
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def read_chats(path) -> list[list[dict]]:
+def read_chats(path, skip_bad: bool = False) -> list[list[dict]]:
     """The conversations of a JSONL file, each a list of {"role", "content"}.
 
     A line is {"messages": [{"role", "content"}, …]} (OpenAI), such a list alone, or
-    {"conversations": [{"from", "value"}, …]} (ShareGPT). UserError names file and line of anything
-    else.
+    {"conversations": [{"from", "value"}, …]} (ShareGPT); a "system" beside them speaks first.
+    UserError names file and line of anything else; with `skip_bad` such lines are left out and
+    counted.
     """
-    path, chats = Path(path).expanduser(), []
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    chats.append(_chat(line, f"{path}, line {number}"))
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text (byte {e.start}): convert it first") from e
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    path = local_path(path)
+    chats, bad, silent = [], [], 0
+    for where, _, line in lines_of(path):
+        try:
+            chat = _chat(line, f"{path}, {where}")
+        except UserError as e:
+            if not skip_bad:
+                raise
+            bad.append(str(e))
+            continue
+        chats.append(chat)
+        silent += any(message["content"] in ("", []) for message in chat[1:])
+    if bad:
+        tell(f"{path}: {len(bad):,} bad lines are left out, the first of them {bad[0]}")
+    if silent:
+        tell(f"{path}: in {silent:,} conversations somebody says nothing at all")
     if not chats:
         raise UserError(f'{path} has no conversations: write one {{"messages": […]}} per line')
     return chats
 
 
 def _chat(line: str, where: str) -> list[dict]:
+    record = parse_json(line, where, None)
     try:
-        record = json.loads(line)
-        if isinstance(record, dict) and "conversations" in record:
-            messages = _sharegpt(record["conversations"])
-        else:
-            messages = record if isinstance(record, list) else record["messages"]
-        messages = in_turns(messages)
-        # what remains to be wrong, such as a chat without any message
-        list(turns(messages))
+        return messages_of(record)
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{where}: {CHAT_FORMS} ({type(e).__name__}: {e})") from None
+
+
+def messages_of(record) -> list[dict]:
+    """The chat that a JSON record of any known form holds, as turns.
+
+    UserError, ValueError, KeyError or TypeError says what is wrong with it.
+    """
+    if isinstance(record, list):
+        record = dict(messages=record)
+    for key in UNKNOWN:
+        if record.get(key):
+            raise UserError(f"it holds {key}, which are not known here: leave such lines out")
+    if "conversations" in record:
+        messages = _sharegpt(record["conversations"])
+    else:
+        messages = record["messages"]
+        if not isinstance(messages, list):
+            raise ValueError('messages must be a list of objects with "role" and "content"')
+    if record.get("system"):
+        messages = [dict(role="system", content=record["system"]), *messages]
+    messages = in_turns(messages)
+    # What remains to be wrong, such as a chat without any message.
+    list(turns(messages))
     return messages
 
 
 def _sharegpt(conversation: list[dict]) -> list[dict]:
-    return [
-        dict(role=choose("speaker", message["from"], SPEAKERS), content=message["value"])
-        for message in conversation
-    ]
+    messages = []
+    for message in conversation:
+        role = choose("speaker", message["from"], SPEAKERS)
+        messages.append(message | dict(role=role, content=message["value"]))
+    return messages
 
 
 @dataclass(frozen=True)
@@ -144,7 +171,8 @@ class ChatFeed:
                 return [piece]
             self.counts["empty"] += 1
         raise UserError(
-            f"in none of {len(self.chats)} conversations does the assistant say anything within {self.width} "
+            f"in none of {len(self.chats)} conversations does the assistant say anything within"
+            f" {self.width} "
             "tokens: use a longer sequence_len or other conversations"
         )
 
@@ -186,7 +214,8 @@ def chat_batches(  # noqa: PLR0913  (each is a setting of the cursor, and most h
     sound = min(batch_size, sequence_len, buffer_size) >= 1 and 0 <= seed < 1 << 32
     if not sound or not len(chats):
         raise UserError(
-            f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and the number of "
+            f"batch_size {batch_size}, sequence_len {sequence_len}, buffer_size {buffer_size} and"
+            " the number of "
             f"conversations ({len(chats)}) must be at least 1, seed {seed} in 32 bits"
         )
     settings = dict(

@@ -1,99 +1,231 @@
-"""Files from elsewhere, whole and checked: resumed where they broke off, with patience for a busy
-server.
+"""Files from elsewhere: those of the Hugging Face Hub through its own client, others checked by
+their hash.
+
+The Hub's client brings what people expect of it: a cache under HF_HOME that all programs share,
+downloads that are resumed, mirrors (HF_ENDPOINT), gated and private sets (HF_TOKEN or a login), and
+HF_HUB_OFFLINE. Added here is patience with a busy server, told while it lasts, and errors in one
+sentence.
 """
 
 import contextlib
-import http.client
-import os
+import fcntl
 import random
-import ssl
+import socket
+import sys
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lib.files import UserError, writing
+from lib.files import UserError, first_line, read_json, replacing, sha256, write_json, writing
 
 CACHE = ".cache"
-HUB = "https://huggingface.co"
-# attempts without progress before a download gives up; seconds between them, then doubled
-TRIES, BACKOFF = 5, 1.0
+# Attempts before a download is given up; a server that says that it is busy gets twice as many.
+TRIES = 5
+BACKOFF = 1.0  # seconds between attempts, then doubled
+LONGEST_PAUSE = 300  # seconds; a server may ask for a longer one
+# the branch on which the Hub keeps a parquet copy of every data set
+PARQUET = "refs/convert/parquet"
 
 
-def fetch(url: str, path, token: str | None = None, tries: int = TRIES):
-    """Download a file unless `path` is there: resumes a partial one, checks the size, backs off
-    when it must.
+# ---- patience ----------------------------------------------------------------------------------
 
-    token: for the Hub, sent to no host that it redirects to. tries: attempts without progress
-    before it gives up; a server that answers that it is busy gets more. UserError where the file
-    cannot be had.
+
+def status_of(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error, or behind what caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None) or getattr(error, "code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
+
+
+def asked_pause(error: BaseException | None) -> float:
+    """Seconds that a busy server asks to wait ("Retry-After"), at most LONGEST_PAUSE."""
+    while error is not None:
+        headers = getattr(getattr(error, "response", error), "headers", None) or {}
+        text = headers.get("Retry-After") or ""
+        if text.isdigit():
+            return min(float(text), LONGEST_PAUSE)
+        error = error.__cause__
+    return 0.0
+
+
+def patiently(what: str, attempt: Callable[[], Any], tries: int = 0) -> Any:
+    """What `attempt` returns, tried again where the network or a busy server fails.
+
+    what: to be downloaded, for messages. tries: 0 for TRIES. UserError where it cannot be had.
     """
-    import fcntl
+    tries, failures = tries or TRIES, 0
+    while True:
+        try:
+            with writing(what):
+                return attempt()
+        except UserError:
+            raise
+        except Exception as e:
+            refuse(what, e)
+            status, failures = status_of(e), failures + 1
+            busy = status == 429 or (status or 0) >= 500
+            if failures >= (2 * tries if busy else tries):
+                raise UserError(f"cannot download {what}: {final_words(status, e)}") from e
+            pause = min(BACKOFF * 2**failures, 60) * random.uniform(0.5, 1)
+            pause = max(asked_pause(e), pause)
+            if pause > 2:
+                why = f"the server answers {status}" if status else "no connection"
+                tell(f"{what}: {why}, trying again in {pause:.0f} s")
+            time.sleep(pause)
 
-    from tqdm import tqdm
 
+def refuse(what: str, error: Exception):
+    """Raise a UserError for what waiting does not mend."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        raise UserError(
+            f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset that, or"
+            " load it once with a network"
+        ) from error
+
+    status = status_of(error)
+    if status in (401, 403):
+        raise UserError(
+            f"cannot download {what}: the server answered {status}; a private or gated set needs a"
+            " Hub token that may read it (set HF_TOKEN), and its conditions accepted on its page"
+        ) from error
+    if status and 400 <= status < 500 and status not in (408, 416, 429):
+        raise UserError(f"cannot download {what}: the server answered {status}") from error
+
+
+def final_words(status: int | None, error: Exception) -> str:
+    if status == 429:
+        return (
+            "the server still answers 429 (too many requests): wait some minutes and run again, or"
+            " set HF_TOKEN, which raises the limit"
+        )
+    if status:
+        return f"the server still answers {status}: run again later, what came is kept"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{first_line(error)}; check the network and run again, what came is kept"
+
+
+def tell(sentence: str):
+    """Say something that is no result, where it disturbs no output."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+# ---- the Hub -----------------------------------------------------------------------------------
+
+
+def knock():
+    """Raise a ConnectionError at once where the Hub is out of reach: its client would try for half
+    a minute.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=10).close()
+    except OSError as e:
+        raise ConnectionError(f"{address.hostname} cannot be reached ({first_line(e)})") from None
+
+
+def hub_file(repo: str, name: str, revision: str = "main", tries: int = 0) -> Path:
+    """A file of a data set on the Hub, from the shared cache or downloaded into it.
+
+    What is in the cache is taken without a question to the Hub.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    place = dict(repo_id=repo, filename=name, repo_type="dataset", revision=revision)
+    cached = try_to_load_from_cache(**place)
+    if isinstance(cached, str):
+        return Path(cached)
+
+    def download() -> str:
+        knock()
+        return hf_hub_download(**place)
+
+    return Path(patiently(f"{name} of {repo}", download, tries))
+
+
+def hub_parquet(repo: str, config: str, split: str, cache_dir=CACHE) -> list[Path]:
+    """The parquet files of one split of a data set, in order. Their list is kept, for days without
+    a network.
+    """
+    # Two tries: without a network a dozen tasks should not take minutes to say so.
+    listing = Path(cache_dir, "hub", repo, config, f"{split}.json")
+    if not listing.exists():
+        what = f"the list of {repo}'s files ({config}, {split})"
+        names = patiently(what, lambda: _listed(repo, f"{config}/{split}"), tries=2)
+        if not names:
+            raise UserError(
+                f"{repo} has no parquet files for {config}, {split}: does it have that split?"
+            )
+        write_json(listing, names)
+    names = read_json(listing, list)
+    return [hub_file(repo, name, PARQUET) for name in names]
+
+
+def _listed(repo: str, folder: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    knock()
+    tree = HfApi().list_repo_tree(repo, folder, revision=PARQUET, repo_type="dataset")
+    return sorted(entry.path for entry in tree if entry.path.endswith(".parquet"))
+
+
+# ---- others ------------------------------------------------------------------------------------
+
+
+def fetch(url: str, path, digest: str = "", tries: int = 0):
+    """Download a file unless `path` is there; its size, and its SHA-256 where `digest` is given,
+    are checked.
+    """
     path = Path(path)
     if path.exists():
         return
-    part, failures, patience = path.with_name(path.name + ".part"), 0, tries
-    with writing(part), contextlib.ExitStack() as stack:
-        part.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run on this machine may want the same file
-        while not path.exists():
-            have = part.stat().st_size if part.exists() else 0
-            request = urllib.request.Request(
-                url, headers={"Range": f"bytes={have}-"} if have else {}
+        if not path.exists():
+            patiently(url, lambda: _fetch_once(url, path, digest), tries)
+
+
+def _fetch_once(url: str, path: Path, digest: str):
+    from tqdm import tqdm
+
+    with replacing(path) as part, urllib.request.urlopen(url, timeout=30) as response:
+        length = response.headers["Content-Length"]
+        bar = tqdm(
+            total=int(length) if length else None,
+            unit="B",
+            unit_scale=True,
+            desc=path.name,
+            leave=False,
+        )
+        with open(part, "wb") as f, bar:
+            while chunk := response.read(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+        size = part.stat().st_size
+        if length and size != int(length):
+            raise ConnectionError(f"the connection closed after {size} of {length} bytes")
+        if digest and sha256(part) != digest:
+            raise UserError(
+                f"{url} is not the file that was expected (its SHA-256 differs): it was changed"
+                " there,"
+                " or on the way"
             )
-            if token:  # unredirected: the Hub redirects to a storage host that must not see it
-                request.add_unredirected_header("Authorization", f"Bearer {token}")
-            pause, before, tries = 0.0, have, patience
-            try:
-                with urllib.request.urlopen(request, timeout=30) as response:
-                    have = have if response.status == 206 else 0
-                    length = response.headers["Content-Length"]
-                    total = have + int(length) if length else None
-                    bar = tqdm(
-                        total=total,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        desc=path.name,
-                        leave=False,
-                    )
-                    with open(part, "ab" if have else "wb") as f, bar:
-                        while chunk := response.read(1 << 20):
-                            f.write(chunk)
-                            have += len(chunk)
-                            bar.update(len(chunk))
-                if total in (None, have):
-                    os.replace(part, path)
-                    break
-                problem = f"the connection closed after {have} of {total} bytes"
-            except urllib.error.HTTPError as e:
-                problem = f"the server answered {e.code} {e.reason}"
-                if e.code in (401, 403):
-                    raise UserError(
-                        f"{url}: {problem}; the Hub token is wrong, or a private data set needs one"
-                    ) from e
-                if e.code == 416:  # the partial file does not belong to what is there now
-                    part.unlink()
-                elif e.code != 429 and e.code < 500:
-                    raise UserError(f"cannot download {url}: {problem}") from e
-                # a busy server needs more patience
-                asked, tries = e.headers["Retry-After"] or "", 2 * TRIES
-                pause = min(float(asked), 300) if asked.isdigit() else 0.0
-            except (
-                urllib.error.URLError,
-                http.client.HTTPException,
-                ssl.SSLError,
-                ConnectionError,
-                TimeoutError,
-            ) as e:
-                problem = str(getattr(e, "reason", e)) or type(e).__name__
-            failures = 0 if have > before else failures + 1
-            if failures >= tries:
-                raise UserError(
-                    f"cannot download {url}: {problem}; check the network and run again, what came is kept"
-                )
-            time.sleep(max(pause, min(BACKOFF * 2**failures, 60) * random.uniform(0.5, 1)))

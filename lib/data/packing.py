@@ -351,8 +351,10 @@ def batches(  # noqa: PLR0913  (each is a setting of the cursor, and most have a
     sound = min(batch_size, sequence_len, buffer_size) >= 1 and 0 <= seed < 1 << 32
     if not sound or not 0 <= host_index < host_count:
         raise UserError(
-            f"batch_size {batch_size}, sequence_len {sequence_len} and buffer_size {buffer_size} must be at"
-            f" least 1, host_index {host_index} below host_count {host_count}, seed {seed} in 32 bits"
+            f"batch_size {batch_size}, sequence_len {sequence_len} and buffer_size {buffer_size}"
+            " must be at"
+            f" least 1, host_index {host_index} below host_count {host_count}, seed {seed} in 32"
+            " bits"
         )
     settings = dict(
         format=FORMAT,
@@ -398,7 +400,8 @@ def epochs(planned: int, available: int) -> tuple[float, str]:
         return passes, ""
     return passes, (
         f"{planned:,} tokens of training are {passes:.1f} passes over {available:,} tokens of text:"
-        f" above {MOST_EPOCHS} a repeated token teaches little, so take more text or a smaller model"
+        f" above {MOST_EPOCHS} a repeated token teaches little, so take more text or a smaller"
+        " model"
     )
 
 

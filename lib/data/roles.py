@@ -28,18 +28,24 @@ def in_turns(messages: list) -> list[dict]:
     - The system speaks before all others; what it says later is read as the user's, and so joins
       the message beside it.
     - What the assistant says before any user's message answers nothing, and is left out.
+    - An assistant's "weight" of 0 stays: it is read, but not learnt.
 
     Raises BadMessage. The last message may be anybody's; an empty chat stays empty.
     """
     turns: list[dict] = []
     for index, message in enumerate(messages):
         role, content = _checked(index, message)
+        weight = _weight(index, role, message)
         if role == "system" and turns and turns[-1]["role"] != "system":
             role = "user"
         if turns and turns[-1]["role"] == role:
+            if turns[-1].get("weight", 1) != weight.get("weight", 1):
+                raise BadMessage(
+                    index, "weight", "has another weight than the one before it, of the same role"
+                )
             turns[-1]["content"] = _joined(turns[-1]["content"], content)
         elif role != "assistant" or any(turn["role"] == "user" for turn in turns):
-            turns.append({"role": role, "content": content})
+            turns.append({"role": role, "content": content} | weight)
     return turns
 
 
@@ -69,6 +75,16 @@ def _checked(index: int, message) -> tuple[str, str | list[dict]]:
     if not isinstance(content, str | list):
         raise BadMessage(index, "content", "has a content that is not text")
     return role, content
+
+
+def _weight(index: int, role: str, message: dict) -> dict:
+    """{"weight": 0} of an assistant's message that is not to be learnt, else nothing."""
+    weight = message.get("weight")
+    if weight is None or role != "assistant" or weight == 1:
+        return {}
+    if weight != 0:
+        raise BadMessage(index, "weight", f"has weight {weight!r}, where 0 or 1 is due")
+    return {"weight": 0}
 
 
 def _flattened(index: int, role: str, parts: list) -> str | list[dict]:

@@ -1,32 +1,38 @@
-"""From files to documents: sources by name or path, their shards, the split, and the readers of
-each kind of file.
+"""From files to documents: sources by name or path, their shards, the split, and what holds of
+every file.
+
+Every local file is looked at whole before anything is trained on it: what would be wrong is refused
+with file and line, what holds no text is counted and left out, and the hash of each document says
+on which side of the split it is.
 """
 
-import contextlib
-import glob
 import hashlib
-import itertools
 import json
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from lib.data.download import CACHE, HUB, fetch
-from lib.files import UserError, choose, sha256
+import numpy as np
+
+from lib.data.download import CACHE, hub_file, tell
+from lib.data.readers import READERS
+from lib.files import UserError, choose, find_files, replacing, sha256
 
 SPLITS = ("train", "val")
-SHARD_BYTES = 8 << 20  # small files share a shard up to about this size
-VAL_EVERY = 20  # one document in 20 is held out, chosen by the hash of its text
-# fewer text files than this are cut into pieces, else a single book could not be split
-FEW_FILES = 100
-PIECE_CHARS = 8192
-
-
-# ---- files -> documents
+SHARD_BYTES = (
+    8 << 20
+)  # of text: small files share a shard up to about this size, a large one is split
+VAL_SHARE = 20  # one in so many bytes of text is held out, chosen by the hash of its documents
+# Fewer documents than this are cut into pieces, else a single book could not be split.
+FEW_DOCUMENTS = 100
+# What a look at a file finds is kept for files of at least so many bytes.
+KEPT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,119 +44,138 @@ class Shard:
     name: str
     identity: str
     files: tuple[str, ...]
-    split: str = ""  # side to keep by content hash; "" keeps every document
+    # the side to keep; "" keeps every document
+    split: str = ""
+    # the documents that are held out: no longer than `longest` bytes, hash at most `last_hash`
+    longest: int = 0
+    last_hash: int = 0
+    # whether documents are cut into pieces
     cut: bool = False
-    # hash of the one validation document of a corpus too small to have one by chance
-    held_out: str = ""
-    url: str = ""  # of the only file, below the Hub's address
-
-
-def _read_text(path: str, cut: bool) -> Iterator[list[str]]:
-    text = Path(path).read_text("utf-8-sig")
-    yield list(_pieces(text)) if cut else [text]
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a text behind a blank line, else a line, into pieces of one to two PIECE_CHARS, the last
-    maybe less.
-    """
-    start = 0
-    while start < len(text):
-        low, high = start + PIECE_CHARS, start + 2 * PIECE_CHARS
-        ends = (text.find(mark, low, high) + len(mark) for mark in ("\n\n", "\n"))
-        end = next((end for end in ends if end > low), high)
-        yield text[start:end]
-        start = end
-
-
-def _read_jsonl(path: str, cut: bool) -> Iterator[list[str]]:
-    def parse(number: int, line: str) -> str:
-        try:
-            record = json.loads(line)
-            messages = record if isinstance(record, list) else record.get("messages")
-            text = "\n\n".join(m["content"] for m in messages) if messages else record["text"]
-            # JSON can spell half a character, which no tokenizer takes
-            return text.encode("utf-8", "replace").decode()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f'{path}, line {number}: expected a JSON object with a string "text" or a list "messages"'
-                ' of objects with a string "content"'
-            ) from None
-
-    with open(path, encoding="utf-8-sig") as lines:
-        texts = (parse(number, line) for number, line in enumerate(lines, 1) if line.strip())
-        while group := list(itertools.islice(texts, 1024)):
-            yield group
-
-
-def _read_parquet(path: str, cut: bool) -> Iterator[list[str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = {field.name: str(field.type) for field in file.schema_arrow}
-            if columns.get("text") not in ("string", "large_string"):
-                raise UserError(
-                    f'{path} has no column "text" of strings, only {columns}: rename or convert one'
-                )
-            for group in range(file.num_row_groups):
-                yield [
-                    text or "" for text in file.read_row_group(group, ["text"])["text"].to_pylist()
-                ]
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise UserError(
-            f"cannot read {path} as parquet ({str(e).splitlines()[0]}): delete it and run again"
-        ) from e
-
-
-# How a file becomes lists of documents, by ending: a parquet file's row groups, else some or all of the file at a time.
-READERS = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".py": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+    # from where to where to read the only file, as its reader counts; None for all of it
+    part: tuple[int, int] | None = None
+    # the Hub's data set that the only file is of, to be downloaded first
+    repo: str = ""
 
 
 def digest_of(text: str) -> str:
+    """Hex SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _held_out(digest: str) -> bool:
-    return int(digest[:8], 16) % VAL_EVERY == 0
+def short_hash(data: bytes) -> int:
+    """64 bits of a document's SHA-256: the same for the same text, wherever it stands."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+# ---- documents ---------------------------------------------------------------------------------
 
 
 def groups_of(shard: Shard) -> Iterator[list[str]]:
     """The documents of a shard that belong to its side of the split, in the lists that its files
     come in.
     """
+    begin, end = shard.part or (0, None)
     for file in shard.files:
-        try:
-            for texts in READERS[Path(file).suffix.lower()](file, shard.cut):
-                if shard.split:
-                    digests = [digest_of(text) for text in texts]
-                    sides = [
-                        SPLITS[_held_out(digest) or digest == shard.held_out] for digest in digests
-                    ]
-                    texts = [text for text, side in zip(texts, sides) if side == shard.split]
-                yield [text for text in texts if text]
-        except UnicodeDecodeError as e:
-            raise UserError(
-                f"{file} is not UTF-8 text (byte {e.start}): convert it, or leave it out"
-            ) from e
-        except OSError as e:
-            raise UserError(f"cannot read {file}: {e.strerror or e}") from e
+        read = READERS[Path(file).suffix.lower()]
+        for _, texts in read(file, shard.cut, begin, end):
+            yield [text for text in texts if text and _belongs(shard, text)]
 
 
-# ---- sources -> shards
+def _belongs(shard: Shard, text: str) -> bool:
+    """Whether a document is on the shard's side of the split."""
+    if not shard.split:
+        return True
+    data = text.encode()
+    held_out = len(data) <= shard.longest and short_hash(data) <= shard.last_hash
+    return held_out == (shard.split == "val")
 
 
-def _local(paths: list[Path], split: str, where: str) -> list[Shard]:
-    """Shards of local files, in the order of their content's hash, which mixes them and does not
-    depend on names.
+class Look(NamedTuple):
+    """What a look at one file finds: the hash and size of its documents, and where groups of them
+    end.
     """
+
+    hashes: np.ndarray  # uint64, of the documents that hold text
+    sizes: np.ndarray  # int64, in bytes
+    ends: np.ndarray  # int64 [groups, 2]: the reader's position behind a group, documents so far
+    skipped: int  # documents that hold none
+
+
+def look_at(path: Path, cut: bool, tick: Callable[[int], object] = lambda size: None) -> Look:
+    """Read a file whole. UserError names file and line of what could not be trained on."""
+    hashes, sizes, ends, skipped = [], [], [], 0
+    for position, texts in READERS[path.suffix.lower()](str(path), cut, 0, None):
+        read = 0
+        for text in texts:
+            if not text:
+                skipped += 1
+                continue
+            data = text.encode()
+            hashes.append(short_hash(data))
+            sizes.append(len(data))
+            read += len(data)
+        ends.append((position, len(sizes)))
+        tick(read)
+    return Look(
+        np.array(hashes, np.uint64),
+        np.array(sizes, np.int64),
+        np.array(ends, np.int64).reshape(-1, 2),
+        skipped,
+    )
+
+
+def _kept_look(path: Path, digest: str, cut: bool, folder: Path, tick) -> Look:
+    """`look_at`, remembered by the content of a file that takes long to read."""
+    if path.stat().st_size < KEPT_BYTES:
+        return look_at(path, cut, tick)
+    kept = folder / f"{digest[:32]}{path.suffix.lower()}{'-cut' * cut}.npz"
+    try:
+        with np.load(kept) as arrays:
+            look = Look(**{name: arrays[name] for name in Look._fields})
+        if len(look.hashes) == len(look.sizes) == look.ends[-1, 1]:
+            return look._replace(skipped=int(look.skipped))
+    except (OSError, ValueError, KeyError, IndexError, EOFError):
+        pass  # missing, or damaged
+    look = look_at(path, cut, tick)
+    with replacing(kept) as tmp, open(tmp, "wb") as f:
+        np.savez(f, **look._asdict())
+    return look
+
+
+# ---- local files -> shards ---------------------------------------------------------------------
+
+
+class Corpus(NamedTuple):
+    """Local files in the order of their content's hash, which mixes them and does not depend on
+    names.
+    """
+
+    where: str
+    files: list[Path]
+    digests: list[str]
+    cache_dir: str | Path
+
+    def looks(self, cut: bool) -> list[Look]:
+        """A look at every file, with a bar when that takes long."""
+        from tqdm import tqdm
+
+        total = sum(path.stat().st_size for path in self.files)
+        folder = Path(self.cache_dir, "looks")
+        looks = []
+        with tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc=f"reading {self.where}",
+            delay=2,
+            leave=False,
+        ) as bar:
+            for path, digest in zip(self.files, self.digests):
+                looks.append(_kept_look(path, digest, cut, folder, bar.update))
+        return looks
+
+
+def _corpus(paths: list[Path], where: str, cache_dir) -> Corpus:
     files = [path for path in paths if path.suffix.lower() in READERS]
     if not files:
         ask = f"none of the {len(paths)} files at" if paths else "no files in"
@@ -158,71 +183,145 @@ def _local(paths: list[Path], split: str, where: str) -> list[Shard]:
     try:
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(sha256, files))
-        sizes = [path.stat().st_size for path in files]
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
-    parts, room = [], 0
-    for digest, path, size in sorted(zip(digests, files, sizes)):
-        if room <= 0:
-            parts.append([])
-            room = SHARD_BYTES
-        parts[-1].append((digest + path.suffix.lower(), str(path.absolute())))
-        room -= size
-    cut, held_out = len(files) < FEW_FILES, ""
-    if sum(sizes) <= SHARD_BYTES:
-        whole = Shard("", "", tuple(path for _, path in parts[0]), cut=cut)
-        found = {digest_of(text) for texts in groups_of(whole) for text in texts}
-        if len(found) < 2:
-            raise UserError(
-                f"{where} holds {len(found)} different documents: it takes two, one for validation"
-            )
-        held_out = "" if any(map(_held_out, found)) else min(found)
+    pairs = sorted(zip(digests, files))
+    return Corpus(where, [path for _, path in pairs], [digest for digest, _ in pairs], cache_dir)
+
+
+def _held_out(looks: list[Look], where: str) -> tuple[int, int]:
+    """(longest, last_hash) of the documents to hold out: by rank of their hash, one twentieth of
+    the text.
+
+    At least one document, and never all. One that is itself more than the share is not taken while
+    others are there.
+    """
+    hashes = np.concatenate([look.hashes for look in looks])
+    sizes = np.concatenate([look.sizes for look in looks])
+    share = int(sizes.sum()) // VAL_SHARE
+    if np.unique(hashes).size < 2:
+        raise UserError(
+            f"{where} holds {np.unique(hashes).size} different documents: it takes two, one for"
+            " validation"
+        )
+    longest = share if (sizes <= share).any() else int(sizes.min())
+    fitting = sizes <= longest
+    ranked, which = np.unique(hashes[fitting], return_inverse=True)
+    weights = np.bincount(which, sizes[fitting])
+    count = int(np.searchsorted(weights.cumsum(), share, side="right"))
+    # Documents of one text may be more than all that fits: leave at least one for training.
+    most = ranked.size - (fitting.all())
+    return longest, int(ranked[min(max(count, 1), most) - 1])
+
+
+def _local(split: str, corpus: Corpus) -> list[Shard]:
+    """The shards of one side of local files."""
+    cut = False
+    looks = corpus.looks(cut)
+    if sum(len(look.hashes) for look in looks) < FEW_DOCUMENTS:
+        cut = True
+        looks = corpus.looks(cut)
+    skipped = sum(look.skipped for look in looks)
+    if skipped and split == "train":
+        tell(f"{corpus.where}: {skipped:,} documents without text are left out")
+
+    longest, last_hash = _held_out(looks, corpus.where)
+    side = Shard("", "", (), split, longest, last_hash, cut)
     shards = []
-    for part in parts:
-        identities, names = zip(*part)
-        identity = digest_of(json.dumps([identities, split, cut, held_out]))
-        shards.append(Shard(f"{where}[{len(shards)}]", identity, names, split, cut, held_out))
+    for identities, files, part in _parts(corpus, looks):
+        name = f"{corpus.where}[{len(shards)}]"
+        content = [identities, part, split, cut, longest, last_hash]
+        identity = digest_of(json.dumps(content))
+        shards.append(replace(side, name=name, identity=identity, files=files, part=part))
     return shards
 
 
-def _stdlib(split: str, tests: bool, **_) -> list[Shard]:
-    """Source text of the running Python's standard library, every file a document."""
+def _parts(corpus: Corpus, looks: list[Look]) -> Iterator[tuple[list, tuple, tuple | None]]:
+    """(content, files, part) of shards of about SHARD_BYTES: small files together, a large one in
+    parts.
+    """
+    together: list[tuple[str, str]] = []
+    room = SHARD_BYTES
+    for path, digest, look in zip(corpus.files, corpus.digests, looks):
+        size = int(look.sizes.sum())
+        # The reader's kind is part of what a file says.
+        entry = (digest + path.suffix.lower(), str(path.absolute()))
+        if size > 2 * SHARD_BYTES and len(look.ends) > 1:
+            for part in _pieces_of(look):
+                yield [entry[0]], (entry[1],), part
+            continue
+        together.append(entry)
+        room -= size
+        if room <= 0:
+            yield [content for content, _ in together], tuple(name for _, name in together), None
+            together, room = [], SHARD_BYTES
+    if together:
+        yield [content for content, _ in together], tuple(name for _, name in together), None
+
+
+def _pieces_of(look: Look) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the parts of a large file, as its reader counts."""
+    behind = look.sizes.cumsum()
+    begin, read = 0, 0
+    for position, documents in look.ends.tolist():
+        size = int(behind[documents - 1]) if documents else 0
+        if size - read >= SHARD_BYTES or position == look.ends[-1, 0]:
+            yield begin, position
+            begin, read = position, size
+
+
+# ---- sources by name ---------------------------------------------------------------------------
+
+
+def _stdlib_corpus(tests: bool, cache_dir) -> Corpus:
+    """Source text of the running Python's standard library, every file a document.
+
+    Left out are files in other encodings, which some tests are on purpose, and tables of code
+    pages: they are a tenth of the files and teach nothing but numbers.
+    """
     root = Path(sysconfig.get_path("stdlib"))
-    skip = {"site-packages", "dist-packages", "__pycache__"} | (
-        set() if tests else {"test", "tests", "idle_test"}
-    )
+    skip = {"site-packages", "dist-packages", "__pycache__"}
+    if not tests:
+        skip |= {"test", "tests", "idle_test"}
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = set(folders) - skip
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            # some tests are in other encodings on purpose
-            with contextlib.suppress(UnicodeDecodeError):
-                path.read_text("utf-8")
+            if _is_code(path):
                 paths.append(path)
-    return _local(paths, split, f"the standard library ({root})")
+    return _corpus(paths, f"the standard library ({root})", cache_dir)
 
 
-def _hub(split: str, shards: int, cache_dir, repo: str, names: list[str]) -> list[Shard]:
+def _is_code(path: Path) -> bool:
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        return False
+    table = path.parent.name == "encodings" and ("decoding_table" in text or "decoding_map" in text)
+    return not table
+
+
+def _stdlib(split: str, *, tests: bool, cache_dir=CACHE, **_) -> list[Shard]:
+    return _local(split, _stdlib_corpus(tests, cache_dir))
+
+
+def _hub(split: str, *, repo: str, names: list[str], shards: int = 8, **_) -> list[Shard]:
     """Parquet shards of a Hub data set that comes shuffled: the last one validates, the first
     `shards` train.
     """
     *train, val = names
-    if not 1 <= shards <= len(train):
-        raise UserError(
-            f"{repo} has {len(train)} training shards, {shards} cannot be used: choose 1 to {len(train)}"
-        )
-    return [
-        Shard(
-            name,
-            f"{repo}/{name}",
-            (str(Path(cache_dir, "hub", repo, name).absolute()),),
-            url=f"datasets/{repo}/resolve/main/{name}",
-        )
-        for name in ([val] if split == "val" else train[:shards])
-    ]
+    if split == "val":
+        chosen = [val]
+    else:
+        if shards < 1:
+            raise UserError(f"{shards} training shards leave nothing to train on: take at least 1")
+        if shards > len(train):
+            tell(f"{repo} has {len(train)} training shards: all are taken, not {shards}")
+        chosen = train[:shards]
+    return [Shard(name, f"{repo}/{name}", (name,), repo=repo) for name in chosen]
 
 
-# Name -> function (split, shards=, cache_dir=) -> list of Shard. Anything else is a local file, folder or glob.
+# Name -> function (split, shards=, cache_dir=) -> list of Shard. Anything else is a path.
 SOURCES: dict[str, Callable[..., list[Shard]]] = {
     "stdlib": partial(_stdlib, tests=False),
     "stdlib_with_tests": partial(_stdlib, tests=True),
@@ -251,61 +350,133 @@ SOURCES: dict[str, Callable[..., list[Shard]]] = {
 
 
 def find_shards(source: str, split: str, shards: int = 8, cache_dir=CACHE) -> list[Shard]:
-    """The shards of a named or local source. Local files are read once to hash them; nothing is
-    downloaded yet.
+    """The shards of a named or local source. Local files are looked at whole; nothing is downloaded
+    yet.
     """
     choose("split", split, SPLITS)
     if source in SOURCES:
         return SOURCES[source](split, shards=shards, cache_dir=cache_dir)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
-        paths = [p for p in path.rglob("*") if p.is_file() and not hidden(p)]
-    else:
-        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
-        if not paths:
-            raise UserError(
-                f"unknown source {str(source)!r}: it is none of {', '.join(SOURCES)}, and no file, folder"
-                " or glob that matches a file"
-            )
-    return _local(paths, split, str(source))
+    return _local(split, _corpus(_files_at(source), str(source), cache_dir))
 
 
-def fetch_shard(shard: Shard, hub: str, token: str | None):
-    """Download a Hub shard unless it is there."""
-    if shard.url:
-        fetch(f"{hub}/{shard.url}", shard.files[0], token)
+def _files_at(source: str) -> list[Path]:
+    files = find_files(source)
+    if not files and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"unknown source {str(source)!r}: it is none of {', '.join(SOURCES)}, and no file,"
+            " folder"
+            " or glob that matches a file"
+        )
+    return files
 
 
-def documents(
-    source: str,
-    split: str,
-    *,
-    shards: int = 8,
-    cache_dir=CACHE,
-    hub: str = HUB,
-    hub_token: str | None = None,
-) -> Iterator[str]:
+def fetch_shard(shard: Shard) -> Shard:
+    """The shard with its file downloaded, if it is one of the Hub's."""
+    if not shard.repo:
+        return shard
+    return replace(shard, files=(str(hub_file(shard.repo, shard.files[0])),))
+
+
+def documents(source: str, split: str, *, shards: int = 8, cache_dir=CACHE) -> Iterator[str]:
     """The documents of one side of a source, always in the same order.
 
     source: a name in SOURCES, or a local file, folder or glob of .txt .md .py .jsonl .parquet.
     split: "train" or "val", which never share a document. shards: how many training shards of a Hub
-    source; they are downloaded on the way.
+    source, at most all there are; they are downloaded on the way.
     """
     found = find_shards(source, split, shards, cache_dir)
 
     def read():
         pool = ThreadPoolExecutor(4)
         try:
-            for shard, _ in zip(
-                found, pool.map(lambda shard: fetch_shard(shard, hub, hub_token), found)
-            ):
+            for shard in pool.map(fetch_shard, found):
                 for texts in groups_of(shard):
                     yield from texts
         finally:
             pool.shutdown(cancel_futures=True)
 
     return read()
+
+
+# ---- is it still the same text? ----------------------------------------------------------------
+
+
+def manifest(source: str, shards: int = 8, cache_dir=CACHE) -> dict:
+    """What a run remembers of its text: {"source", "files": {name: hash}}, and of the standard
+    library "python".
+
+    Names are relative to the folder that holds all files, so that moving them changes nothing.
+    """
+    if source in ("stdlib", "stdlib_with_tests"):
+        corpus = _stdlib_corpus(source != "stdlib", cache_dir)
+    elif source in SOURCES:
+        return dict(source=source, files={s.name: "" for s in find_shards(source, "train", shards)})
+    else:
+        corpus = _corpus(_files_at(source), str(source), cache_dir)
+    top = os.path.commonpath([path.absolute().parent for path in corpus.files])
+    names = [str(path.absolute().relative_to(top)) for path in corpus.files]
+    files = {name: digest[:16] for name, digest in sorted(zip(names, corpus.digests))}
+    kind = source if source in SOURCES else "files"
+    more = dict(python=".".join(map(str, sys.version_info[:3]))) if kind != "files" else {}
+    return dict(source=kind, files=files, **more)
+
+
+def changes(old: dict, new: dict) -> str:
+    """What differs between two manifests and what to do about it, in one sentence; "" where the
+    text is the same.
+    """
+    was, now = old["files"], new["files"]
+    if old["source"] == new["source"] and sorted(was.values()) == sorted(now.values()):
+        if any(was.values()) or was == now:
+            return ""
+    if old["source"] != new["source"]:
+        return (
+            f"the text is another source, {new['source']} instead of {old['source']}: give the"
+            " former one"
+            " to go on, or start afresh"
+        )
+    if old.get("python") != new.get("python"):
+        return (
+            f"the text is the standard library of Python {new['python']}, and training began with"
+            " that"
+            f" of {old['python']}: run with that Python to go on, or start afresh"
+        )
+    parts = [
+        _listed("added", now.keys() - was.keys()),
+        _listed("removed", was.keys() - now.keys()),
+        _listed("changed", {name for name in was.keys() & now.keys() if was[name] != now[name]}),
+    ]
+    what = "; ".join(part for part in parts if part)
+    return f"the text has changed ({what}): put it back to go on, or start afresh"
+
+
+def _listed(what: str, names: Iterable[str], most: int = 3) -> str:
+    names = sorted(names)
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{what}: {', '.join(names[:most])}{more}"
+
+
+# ---- some of a text, and what packs it ---------------------------------------------------------
+
+
+def head(texts: Iterable[str], size: int) -> list[str]:
+    """The first texts, whole, until they have `size` bytes of UTF-8; at least one.
+
+    UserError where there is no text at all, for nothing can be measured on it.
+    """
+    taken = []
+    for text in texts:
+        taken.append(text)
+        size -= len(text.encode())
+        if size <= 0:
+            break
+    if not taken:
+        raise UserError(
+            "there is no text to measure on: the split is empty, give it more documents"
+        )
+    return taken
 
 
 def baselines(texts: Iterable[str]) -> dict:
@@ -316,20 +487,12 @@ def baselines(texts: Iterable[str]) -> dict:
     import lzma
 
     data = "".join(texts).encode()
-    bits = lambda packed: 8 * len(packed) / max(len(data), 1)
+
+    def bits(packed: bytes) -> float:
+        return 8 * len(packed) / max(len(data), 1)
+
     return dict(
         bytes=len(data),
         gzip_bpb=bits(gzip.compress(data, 9)),
         xz_bpb=bits(lzma.compress(data, preset=9)),
     )
-
-
-def head(texts: Iterable[str], size: int) -> list[str]:
-    """The first texts, whole, until they have `size` bytes of UTF-8; at least one."""
-    taken = []
-    for text in texts:
-        taken.append(text)
-        size -= len(text.encode())
-        if size <= 0:
-            break
-    return taken

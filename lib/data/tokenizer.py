@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import rustbpe
@@ -20,8 +21,12 @@ import tiktoken
 
 from lib.files import UserError, choose, write_atomic
 
-# The GPT-4 split pattern, but digits in groups of at most two: a small vocabulary has better uses than 1000 numbers.
-PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+# The GPT-4 split pattern, but digits in groups of at most two: a small vocabulary has better uses
+# than 1000 numbers.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 # Their ids follow the last rank, in this order. "<|bos|>" starts every document and every chat.
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -40,6 +45,15 @@ FILE = "tokenizer.json"
 PART_TYPES = ("text", "python", "python_output")
 # characters of white space in a row: from about 500,000 on, tiktoken's regex engine panics
 LONGEST_BLANK = 400_000
+
+
+class Turn(NamedTuple):
+    """What one side says: a user's text, or an assistant's (type, text) parts."""
+
+    role: str
+    content: str | list[tuple[str, str]]
+    # whether an assistant is to learn to say it
+    learn: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +88,8 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {smallest}"
+                f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need"
+                f" {smallest}"
             )
         for name, value in {"max_chars": max_chars, "doc_cap": doc_cap}.items():
             if value is not None and value < 1:
@@ -86,7 +101,8 @@ class Tokenizer:
             for text in texts:
                 text = text[:doc_cap][: max_chars and max_chars - read]
                 read += len(text)
-                # A lone surrogate (JSON can hold one) has no UTF-8 form and would stop the training.
+                # A lone surrogate (JSON can hold one) has no UTF-8 form and would stop the
+                # training.
                 text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
                 yield from _cut_blanks(text)
                 if read == max_chars:
@@ -99,12 +115,14 @@ class Tokenizer:
         tokens = tuple(token for token, _ in bpe.get_mergeable_ranks())
         if not read:
             raise UserError(
-                "cannot train a tokenizer on an empty corpus: no text was found, so choose another source"
+                "cannot train a tokenizer on an empty corpus: no text was found, so choose another"
+                " source"
             )
         supported = len(tokens) + len(SPECIAL_TOKENS)
         if supported < vocab_size:
             raise UserError(
-                f"a vocabulary of {vocab_size} needs more text: these {read:,} characters support at most "
+                f"a vocabulary of {vocab_size} needs more text: these {read:,} characters support"
+                " at most "
                 f"{supported} tokens, so lower vocab_size or add text"
             )
         return cls(PATTERN, tokens, meta or {})
@@ -123,7 +141,8 @@ class Tokenizer:
             except Exception as e:
                 result.append(e)
 
-        # tiktoken downloads without a timeout: in a thread that can be left behind, a silent network cannot hang us.
+        # tiktoken downloads without a timeout: in a thread that can be left behind, a silent
+        # network cannot hang us.
         thread = threading.Thread(target=fetch, daemon=True)
         thread.start()
         thread.join(timeout)
@@ -181,7 +200,8 @@ class Tokenizer:
             sound = False
         if not sound:
             raise UserError(
-                f"{where} is not a rawchat tokenizer or is damaged: make a new one with 01_tokenizer.py"
+                f"{where} is not a rawchat tokenizer or is damaged: make a new one with"
+                " 01_tokenizer.py"
             )
         return tokenizer
 
@@ -306,7 +326,8 @@ class Tokenizer:
         A message is {"role", "content"}: maybe one by the system, which joins the text of the first
         user message, then user and assistant in turn. Content is text; the assistant's may be a
         list of {"type", "text"} with types text, python and python_output (what the tool answered:
-        not learnt). UserError says which message is wrong, and how.
+        not learnt). An assistant's message with "weight" 0 is not learnt. UserError says which
+        message is wrong, and how.
         """
         ids, mask = self._render(turns(messages))
         return ids[:max_tokens], mask[:max_tokens]
@@ -318,38 +339,38 @@ class Tokenizer:
         Never cut: only the caller knows the model's context, and the newest words are the ones that
         matter.
         """
-        checked = list(turns(messages))
-        ids, _ = self._render(checked[:-1] if checked[-1][0] == "assistant" else checked)
+        asked = list(turns(messages))
+        if asked[-1].role == "assistant":
+            asked.pop()
+        ids, _ = self._render(asked)
         return [*ids, self.special["<|assistant_start|>"]]
 
-    def _render(self, checked) -> tuple[list[int], list[int]]:
+    def _render(self, chat: Iterable[Turn]) -> tuple[list[int], list[int]]:
         ids, mask = [self.bos], [0]
 
-        def add(new: list[int], learn: int):
+        def add(new: list[int], learn: bool):
             ids.extend(new)
-            mask.extend([learn] * len(new))
+            mask.extend([int(learn)] * len(new))
 
-        def fenced(name: str, text: str) -> list[int]:
-            return [
-                self.special[f"<|{name}_start|>"],
-                *self.encode(text),
-                self.special[f"<|{name}_end|>"],
-            ]
-
-        for role, content in checked:
-            if role == "user":
-                add(fenced("user", content), 0)
+        for role, content, learn in chat:
+            if isinstance(content, str):
+                add(self._fenced(role, content), False)
                 continue
-            add([self.special["<|assistant_start|>"]], 0)
+            add([self.special["<|assistant_start|>"]], False)
             for kind, text in content:
                 if kind == "text":
-                    add(self.encode(text), 1)
+                    add(self.encode(text), learn)
                 elif kind == "python":
-                    add(fenced("python", text), 1)
+                    add(self._fenced("python", text), learn)
                 else:
-                    add(fenced("output", text), 0)
-            add([self.special["<|assistant_end|>"]], 1)
+                    # What a tool answers is read, never said.
+                    add(self._fenced("output", text), False)
+            add([self.special["<|assistant_end|>"]], learn)
         return ids, mask
+
+    def _fenced(self, name: str, text: str) -> list[int]:
+        start, end = self.special[f"<|{name}_start|>"], self.special[f"<|{name}_end|>"]
+        return [start, *self.encode(text), end]
 
 
 def load_tokenizer(spec) -> Tokenizer:
@@ -360,46 +381,60 @@ def load_tokenizer(spec) -> Tokenizer:
     return Tokenizer.from_hub(name) if kind == "hf" else Tokenizer.load(spec)
 
 
-def turns(messages) -> Iterator[tuple[str, str | list[tuple[str, str]]]]:
-    """Check a chat and yield ("user", text) and ("assistant", [(kind, text), ...]) in turn."""
+def turns(messages) -> Iterator[Turn]:
+    """Check a chat and yield its turns: user and assistant one after the other.
 
-    def fail(problem: str):
+    A system's message joins the text of the first user message.
+    """
+
+    def refuse(problem: str):
         raise UserError(f"this chat cannot be rendered: {problem}")
 
     if not messages:
-        fail("it has no messages")
+        refuse("it has no messages")
     system, first = "", 0
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            fail(f"message {i} is not an object with role and content")
+            refuse(f"message {i} is not an object with role and content")
         role, content = message["role"], message["content"]
+
+        # Whose turn it is: the system's may come before all others.
         due = "assistant" if (i - first) % 2 else "user"
         if role == "system" and i == 0:
             due, first = "system", 1
         if role != due:
-            fail(f"message {i} has role {role!r} where {due!r} is due (they alternate)")
-        if role == "assistant" and not isinstance(content, str):
-            if not isinstance(content, list) or not all(
-                isinstance(p, dict)
-                and p.get("type") in PART_TYPES
-                and isinstance(p.get("text"), str)
-                for p in content
-            ):
-                fail(
-                    f"assistant message {i} holds neither text nor a list of {{type, text}} with types {PART_TYPES}"
+            refuse(f"message {i} has role {role!r} where {due!r} is due (they alternate)")
+
+        if role == "assistant":
+            parts = _parts(content)
+            if parts is None:
+                refuse(
+                    f"assistant message {i} holds neither text nor a list of {{type, text}} with"
+                    f" types {PART_TYPES}"
                 )
-            yield role, [(part["type"], part["text"]) for part in content]
+            yield Turn(role, parts, message.get("weight", 1) != 0)
         elif not isinstance(content, str):
-            fail(f"the content of {role} message {i} is not text")
-        elif role == "assistant":
-            yield role, [("text", content)]
+            refuse(f"the content of {role} message {i} is not text")
         elif role == "system":
             system = content + "\n\n"
         else:
-            yield role, system + content
+            yield Turn(role, system + content)
             system = ""
     if len(messages) == first:
-        fail("the system message has no user message after it")
+        refuse("the system message has no user message after it")
+
+
+def _parts(content) -> list[tuple[str, str]] | None:
+    """An assistant's content as (type, text) parts; None where it is of another form."""
+    if isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list):
+        return None
+    for part in content:
+        known = isinstance(part, dict) and part.get("type") in PART_TYPES
+        if not known or not isinstance(part.get("text"), str):
+            return None
+    return [(part["type"], part["text"]) for part in content]
 
 
 def _cut_blanks(text: str) -> list[str]:

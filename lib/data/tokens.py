@@ -10,15 +10,16 @@ import subprocess
 import sys
 import threading
 import weakref
+import zlib
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lib.data.download import CACHE, HUB
+from lib.data.download import CACHE
 from lib.data.sources import Shard, digest_of, fetch_shard, find_shards, groups_of
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, replacing
@@ -53,6 +54,15 @@ class Tokens:
         return self.shards[i]()
 
 
+@dataclass(frozen=True)
+class Job:
+    """One shard on its way into the cache."""
+
+    shard: Shard
+    out: Path
+    done: Future
+
+
 def open_tokens(
     source: str,
     split: str,
@@ -61,8 +71,6 @@ def open_tokens(
     shards: int = 8,
     cache_dir=CACHE,
     workers: int | None = None,
-    hub: str = HUB,
-    hub_token: str | None = None,
 ) -> Tokens:
     """The tokens of one side of a source, returned when the first shard is ready; the rest follows
     in the background.
@@ -71,45 +79,64 @@ def open_tokens(
     core, at most 8). Shards are cached by content and tokenizer, and made anew where a cache file
     is damaged.
     """
-    found = find_shards(source, split, shards, cache_dir)
+    parts = find_shards(source, split, shards, cache_dir)
     folder = Path(cache_dir, "tokens").absolute()
     spec = folder / f"tokenizer-{tokenizer.fingerprint[:16]}.json"
     if not spec.exists():
         tokenizer.save(spec)
-    jobs, futures = collections.deque(), []
-    for shard in found:
-        out = folder / (
-            digest_of(json.dumps([FORMAT, tokenizer.fingerprint, shard.identity]))[:32] + ".npy"
-        )
-        futures.append(future := Future())
-        if ready := _load(out):
-            future.set_result(ready)
-        else:
-            jobs.append((shard, out, future))
 
-    def work():
-        while jobs:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                shard, out, future = jobs.popleft()
-                try:
-                    fetch_shard(shard, hub, hub_token)
-                    _tokenise_apart(shard, spec, out)
-                    future.set_result(_load(out))
-                except BaseException as e:
-                    future.set_exception(e)
+    made_with = [FORMAT, tokenizer.fingerprint]
+    jobs = []
+    for shard in parts:
+        key = digest_of(json.dumps([*made_with, shard.identity]))[:32]
+        jobs.append(Job(shard, folder / f"{key}.npy", Future()))
 
+    waiting = collections.deque(jobs)
     for _ in range(min(len(jobs), workers or min(os.cpu_count() or 1, 8))):
-        threading.Thread(target=work, daemon=True).start()
-    identity = digest_of(
-        json.dumps([FORMAT, tokenizer.fingerprint, [shard.identity for shard in found]])
-    )
-    tokens = Tokens(identity, tokenizer.bos, tuple(future.result for future in futures))
-    weakref.finalize(tokens, jobs.clear)  # nobody reads on: leave the rest undone
+        threading.Thread(target=_work, args=(waiting, spec), daemon=True).start()
+
+    identity = digest_of(json.dumps([*made_with, [shard.identity for shard in parts]]))
+    tokens = Tokens(identity, tokenizer.bos, tuple(job.done.result for job in jobs))
+    weakref.finalize(tokens, waiting.clear)  # nobody reads on: leave the rest undone
+
+    _show_waiting(jobs, source)
     if not any(shard.ids.size for shard in tokens):
         raise UserError(
-            f"{source} has no documents in its {split} split: give it more, or choose another source"
+            f"{source} has no documents in its {split} split: give it more, or choose another"
+            " source"
         )
     return tokens
+
+
+def _work(waiting: collections.deque[Job], spec: Path):
+    """Do one job after another until none waits; what goes wrong is told to whoever reads the
+    shard.
+    """
+    while True:
+        try:
+            job = waiting.popleft()
+        except IndexError:
+            return
+        try:
+            tokens = _load(job.out)
+            if tokens is None:
+                _tokenise_apart(fetch_shard(job.shard), spec, job.out)
+                tokens = _load(job.out)
+            job.done.set_result(tokens)
+        except BaseException as e:
+            job.done.set_exception(e)
+
+
+def _show_waiting(jobs: list[Job], source: str):
+    """Wait for the first shard, with a bar where that takes more than two seconds."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(jobs), unit=" shards", desc=f"tokenising {source}", delay=2, leave=False)
+    with bar:
+        while not wait([jobs[0].done], timeout=0.5).done:
+            bar.n = sum(job.done.done() for job in jobs)
+            bar.update(0)
+            bar.refresh()
 
 
 def spans(shard: TokenShard, bos: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,15 +160,18 @@ def tokens_of(texts: list[str], tokenizer: Tokenizer) -> Tokens:
 
 def _load(path: Path) -> TokenShard | None:
     """A cached shard, or None where it is missing or damaged: a .npy file with a line of JSON
-    behind the array.
+    behind the array, which holds the array's checksum.
     """
     try:
         ids = np.load(path, mmap_mode="r")
         with open(path, "rb") as f:
             f.seek(ids.offset + ids.nbytes)
-            # a view, because slicing a np.memmap is slow
-            return TokenShard(ids.view(np.ndarray), **json.load(f))
-    except (OSError, EOFError, ValueError):
+            tail = json.load(f)
+        if tail["crc"] != zlib.crc32(ids.data):
+            return None
+        # A view, because slicing a np.memmap is slow.
+        return TokenShard(ids.view(np.ndarray), list(tail["groups"]), int(tail["bytes"]))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -163,22 +193,25 @@ def _tokenise_apart(shard: Shard, spec: Path, out: Path):
         text=True,
         encoding="utf-8",
     )
-    # where it died early, its last words and return code tell why
+    job = json.dumps([asdict(shard), str(spec), str(out)])
+    output = ""
+    # Where it died early, its last words and return code tell why.
     with contextlib.suppress(BrokenPipeError), worker:
+        assert worker.stdin and worker.stdout
         try:
-            worker.stdin.write(json.dumps([asdict(shard), str(spec), str(out)]) + "\n")
+            worker.stdin.write(job + "\n")
             worker.stdin.flush()
         finally:
-            said = worker.stdout.read()
+            output = worker.stdout.read()
     if worker.returncode == 3:
-        raise UserError(said.splitlines()[-1])
+        raise UserError(output.splitlines()[-1])
     if worker.returncode < 0:
         raise UserError(
-            f"the worker tokenising {shard.name} was killed by signal {-worker.returncode}, most often for"
-            " lack of memory: run again, finished shards are kept"
+            f"the worker tokenising {shard.name} was killed by signal {-worker.returncode}, most"
+            " often for lack of memory: run again, finished shards are kept"
         )
     if worker.returncode:
-        raise RuntimeError(f"tokenising {shard.name} failed:\n{said}")
+        raise RuntimeError(f"tokenising {shard.name} failed:\n{output}")
 
 
 def _tokenise(shard: Shard, spec: Path, out: Path):
@@ -191,11 +224,12 @@ def _tokenise(shard: Shard, spec: Path, out: Path):
         groups.append(len(texts))
         size += sum(len(text.encode()) for text in texts)
     ids = np.concatenate(ids)
-    # not np.save, which hides that a disk is full
+    # Not np.save, which hides that a disk is full.
     with replacing(out) as tmp, open(tmp, "wb") as f:
         np.lib.format.write_array_header_1_0(f, np.lib.format.header_data_from_array_1_0(ids))
         f.write(ids.data)
-        f.write(json.dumps(dict(groups=groups, bytes=size)).encode())
+        tail = dict(groups=groups, bytes=size, crc=zlib.crc32(ids.data))
+        f.write(json.dumps(tail).encode())
 
 
 if __name__ == "__main__":  # a worker of `_tokenise_apart`

@@ -30,7 +30,8 @@ from lib.files import UserError, choose, write_json
 from lib.generate.engine import LONG_CHUNK, Engines, Sampling, bucket
 from lib.runs import STAGES
 from lib.sandbox import calculator
-from lib.tasks import Task, hub, tasks
+from lib.tasks import Task, shuffled, tasks
+from lib.tasks.own import jsonl
 
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
 # faster
@@ -495,7 +496,7 @@ def find(names, known: dict[str, Task]) -> dict[str, Task]:
     for name in dict.fromkeys(map(str, known if names is None else names)):
         if name.endswith(".jsonl"):
             stem = Path(name).stem
-            found[name if stem in known or stem in found else stem] = hub.jsonl(name)
+            found[name if stem in known or stem in found else stem] = jsonl(name)
         else:
             found[name] = choose("task", name, known)
     if not found:
@@ -607,7 +608,7 @@ def _mixed(item: dict, seed: int) -> dict:
         return item
     order = list(range(len(item["choices"] if "choices" in item else item["letters"])))
     random.Random(f"{seed} {item['id']}").shuffle(order)
-    return hub.shuffled(item, order)
+    return shuffled(item, order)
 
 
 def texts_of(items: list[dict]) -> list[dict]:

@@ -1,8 +1,9 @@
 """Tasks made here by seeded generators: always there, offline.
 
-What is held out is decided by the hash of what a question is about, never by chance: the numbers of a sum, the word to spell,
-a fact together with the way it is asked for. So no test item, in whatever wording, has a twin in training. Words are those of the
-standard library's sources, and in training also ones coined from their halves; a word is a test word in all tasks or in none.
+What is held out is decided by the hash of what a question is about, never by chance: the numbers of
+a sum, the word to spell, a fact together with the way it is asked for. So no test item, in whatever
+wording, has a twin in training. Words are those of the standard library's sources, and in training
+also ones coined from their halves; a word is a test word in all tasks or in none.
 """
 
 import ast
@@ -18,7 +19,8 @@ import re
 from collections.abc import Callable
 
 from lib import data
-from lib.tasks import Task
+from lib.tasks.answers import last_number, number, said
+from lib.tasks.items import Task
 
 HELD_OUT = 10  # one thing to ask about in so many is for tests
 TEST_ITEMS = 1000
@@ -31,7 +33,9 @@ def held_out(about: str) -> bool:
 
 
 def _make(name: str, one: Callable, train_items: int, split: str) -> list[dict]:
-    """Items from `one(rng, split)`, which returns what it is about, a question, the answer's parts and its value, or None."""
+    """Items from `one(rng, split)`, which returns what it is about, a question, the answer's parts
+    and its value, or None.
+    """
     rng, found = random.Random(f"{name} {split}"), {}
     size = train_items if split == "train" else TEST_ITEMS
     for _ in range(20 * size):  # a small world (such as greetings) has fewer items than asked for
@@ -62,29 +66,17 @@ def call(expression: str, result) -> list[dict]:
     return [dict(type="python", text=expression), dict(type="python_output", text=str(result))]
 
 
-# ---- what was answered -----------------------------------------------------------------------------------------------
-
-
-def said(answer: str) -> str:
-    """What was said after the last use of a tool, without special tokens."""
-    return re.sub(r"<\|\w+\|>", "", answer.rpartition("<|output_end|>")[2]).strip()
-
-
-def last_number(answer: str) -> str | None:
-    """The last number said: 1,234 is 1234, 5.0 is 5, and the full stop behind 12. is not a part of it."""
-    found = re.findall(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?", said(answer))
-    if not found:
-        return None
-    whole, _, fraction = found[-1].replace(",", "").partition(".")
-    return whole + ("." + fraction.rstrip("0") if fraction.strip("0") else "")
+# ---- what was answered ----------------------------------------------------------------------------
 
 
 def same_number(item: dict, answer: str) -> bool:
-    return last_number(answer) == item["answer"]
+    return last_number(said(answer)) == number(item["answer"])
 
 
 def same_end(item: dict, answer: str) -> bool:
-    """The answer ends with the expected words, whatever its full stop and quotes; where they spell a word, with no letter more."""
+    """The answer ends with the expected words, whatever its full stop and quotes; where they spell
+    a word, with no letter more.
+    """
     given, wanted = (
         re.sub(r"[\s.!?\"'`,:]+", " ", s).split() for s in (said(answer), item["answer"])
     )
@@ -99,7 +91,7 @@ def same_end(item: dict, answer: str) -> bool:
     return end == wanted and not letter_more
 
 
-# ---- arithmetic through the calculator -------------------------------------------------------------------------------
+# ---- arithmetic through the calculator -----------------------------------------------------------
 
 WORDS_FOR = {
     "+": [
@@ -224,12 +216,14 @@ def _evaluate(a, sign, b, second, c) -> int:
     return APPLY[second](APPLY[sign](a, b), c)
 
 
-# ---- words: spelling, counting, strings ------------------------------------------------------------------------------
+# ---- words: spelling, counting, strings ----------------------------------------------------------
 
 
 @functools.cache
 def words() -> list[str]:
-    """Lower-case words of 3 to 10 letters that the standard library's sources use at least three times, commonest first."""
+    """Lower-case words of 3 to 10 letters that the standard library's sources use at least three
+    times, commonest first.
+    """
     count = collections.Counter(
         w for d in data.documents("stdlib", "train") for w in re.findall(r"\b[a-z]{3,10}\b", d)
     )
@@ -237,7 +231,9 @@ def words() -> list[str]:
 
 
 def _word(rng, split) -> str:
-    """A word: in tests a real one, in training at times one coined from two halves, so that tokens' letters are learnt, not words."""
+    """A word: in tests a real one, in training at times one coined from two halves, so that tokens'
+    letters are learnt, not words.
+    """
     word = rng.choice(words())
     if split == "train" and rng.random() < 0.4:
         other = rng.choice(words())
@@ -247,12 +243,16 @@ def _word(rng, split) -> str:
 
 
 def _shown(rng, word: str) -> str:
-    """A word as people write it in a question. An answer says it in the same way, so that it is the same tokens again."""
+    """A word as people write it in a question. An answer says it in the same way, so that it is the
+    same tokens again.
+    """
     return rng.choice([f'"{word}"', f'"{word}"', f'"{word}"', f"'{word}'", word, word])
 
 
 def _named(shown: str) -> str:
-    """A word at the beginning of an answer: one without quotes follows other words, because a blank before it is part of its tokens."""
+    """A word at the beginning of an answer: one without quotes follows other words, because a blank
+    before it is part of its tokens.
+    """
     return shown if shown[0] in "\"'" else f"The word {shown}"
 
 
@@ -329,7 +329,7 @@ def counting(rng, split):
     return word, question, parts, str(n)
 
 
-# ---- strings ---------------------------------------------------------------------------------------------------------
+# ---- strings -------------------------------------------------------------------------------------
 
 UPPER = [
     "Write {} in upper case.",
@@ -418,12 +418,15 @@ def strings(rng, split):
     )
 
 
-# ---- the running Python ----------------------------------------------------------------------------------------------
+# ---- the running Python --------------------------------------------------------------------------
 
-MODULES = """math cmath random statistics itertools functools operator collections string re textwrap json csv time calendar
-os.path shutil glob fnmatch heapq bisect copy pprint base64 binascii hashlib secrets struct inspect ast tokenize difflib gzip bz2 lzma
-zipfile tarfile tempfile threading subprocess socket select signal contextlib dataclasses enum decimal fractions urllib.parse html
-getpass locale traceback warnings weakref gc pickle shelve""".split()
+MODULES = """
+math cmath random statistics itertools functools operator collections string re textwrap json csv
+time calendar os.path shutil glob fnmatch heapq bisect copy pprint base64 binascii hashlib secrets
+struct inspect ast tokenize difflib gzip bz2 lzma zipfile tarfile tempfile threading subprocess
+socket select signal contextlib dataclasses enum decimal fractions urllib.parse html getpass
+locale traceback warnings weakref gc pickle shelve
+""".split()
 OPERATORS = {
     "+": "addition",
     "-": "subtraction",
@@ -497,8 +500,13 @@ def functions() -> dict[str, str]:
 
 def _literal(rng) -> str:
     """A small Python literal or collection of literals."""
-    number = lambda: str(_number(rng, rng.choice([1, 2, 3])))
-    word = lambda: f'"{rng.choice(words())}"'
+
+    def number() -> str:
+        return str(_number(rng, rng.choice([1, 2, 3])))
+
+    def word() -> str:
+        return f'"{rng.choice(words())}"'
+
     return rng.choice(
         [
             number,
@@ -516,7 +524,9 @@ def _literal(rng) -> str:
 
 
 def pyfacts(rng, split):
-    """Facts are few, so what is held out is a fact asked in one of its ways; the facts themselves are there to be learnt."""
+    """Facts are few, so what is held out is a fact asked in one of its ways; the facts themselves
+    are there to be learnt.
+    """
     kind = rng.choice("module module keyword builtin operator type type items".split())
     if kind == "module":
         name = rng.choice(list(functions()))
@@ -562,7 +572,7 @@ def fact(item: dict, answer: str) -> bool:
     return same_end(item, answer)
 
 
-# ---- greetings and who it is -----------------------------------------------------------------------------------------
+# ---- greetings and who it is ---------------------------------------------------------------------
 
 HELLO = [
     "hi",
@@ -711,12 +721,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-# ---- several turns ---------------------------------------------------------------------------------------------------
+# ---- several turns -------------------------------------------------------------------------------
 
 
 @functools.cache
 def dialogues(split: str) -> list[dict]:
-    """Chats of two to four of the other tasks' items, the last of which is asked; it is in nothing else."""
+    """Chats of two to four of the other tasks' items, the last of which is asked; it is in nothing
+    else.
+    """
     rng = random.Random(f"dialogues {split}")
     parts = [(name, task.items(split)) for name, task in TASKS.items() if name != "dialogues"]
     made = []

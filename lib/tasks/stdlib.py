@@ -1,4 +1,6 @@
-"""The running Python's sources as tasks: which lines come next in a file that training never saw, and passages, to go on reading."""
+"""The running Python's sources as tasks: which lines come next in a file that training never saw,
+and passages, to go on reading.
+"""
 
 import functools
 import hashlib
@@ -7,7 +9,7 @@ import re
 from collections import defaultdict
 
 from lib import data
-from lib.tasks import Task
+from lib.tasks.items import Task
 
 ITEMS = 400
 PER_FILE = 16
@@ -25,7 +27,9 @@ def _depth(line: str) -> int:
 
 
 def _passages(document: str) -> list[tuple[str, str]]:
-    """(context, next lines) wherever a text of code can be broken between two lines that both say something."""
+    """(context, next lines) wherever a text of code can be broken between two lines that both say
+    something.
+    """
     lines, found = document.expandtabs(8).splitlines(keepends=True), []
     if LINES_PER_DEF * len(re.findall(r"^ *(?:def|class) ", document, re.M)) < len(lines):
         return []
@@ -49,7 +53,8 @@ def _passages(document: str) -> list[tuple[str, str]]:
 def completion_items(split: str) -> list[dict]:
     """Items of the files that are held out from training (`data.documents("stdlib", "val")`).
 
-    The wrong continuations are lines of other held-out files that are indented alike, so that the shape of the text gives nothing away.
+    The wrong continuations are lines of other held-out files that are indented alike, so that the
+    shape of the text gives nothing away.
     """
     if split != "test":
         return []
@@ -80,7 +85,9 @@ def completion_items(split: str) -> list[dict]:
 
 
 def _cut(side: str) -> set[str]:
-    """The files of one side of the standard library, cut between lines into passages of about one size."""
+    """The files of one side of the standard library, cut between lines into passages of about one
+    size.
+    """
     found = set()
     for document in data.documents("stdlib", side):
         passage = ""
@@ -94,7 +101,9 @@ def _cut(side: str) -> set[str]:
 
 
 def passages(split: str) -> list[dict]:
-    """Passages drawn at random: mixed into fine-tuning, they keep a model from forgetting its text. None is in both splits."""
+    """Passages drawn at random: mixed into fine-tuning, they keep a model from forgetting its text.
+    None is in both splits.
+    """
     # files share licences and the like
     found = _cut("train") if split == "train" else _cut("val") - _cut("train")
     found, size = sorted(found), PASSAGES if split == "train" else ITEMS

@@ -158,13 +158,11 @@ def run(*args, **kwargs):
     return subprocess.run(args, capture_output=True, timeout=120, **dict(text=True) | kwargs)
 
 
-@pytest.mark.slow
 def test_a_single_prompt_prints_the_answer_and_nothing_else():
     done = run("--prompt", "-", input="What is 37 plus 85?\n".strip())
     assert (done.returncode, done.stdout) == (0, "Let me see. 37 plus 85 is **122**.\n")
 
 
-@pytest.mark.slow
 def test_bad_input_is_one_sentence():
     done = run("--prompt", "hello", "--top-p", "2")
     assert (
@@ -182,7 +180,6 @@ def test_bad_input_is_one_sentence():
     )
 
 
-@pytest.mark.slow
 def test_a_piped_conversation_with_every_command(tmp_path):
     file = tmp_path / "chat.json"
     lines = [
@@ -283,7 +280,6 @@ class Terminal:
             os.close(self.fd)
 
 
-@pytest.mark.slow
 def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     terminal = Terminal()
     begin = terminal.until("> \033[0m")
@@ -308,7 +304,6 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     assert terminal.wait() == 0
 
 
-@pytest.mark.slow
 def test_no_color_is_respected():
     terminal = Terminal(NO_COLOR="1")
     shown = terminal.until("> ")

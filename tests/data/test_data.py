@@ -1,8 +1,9 @@
-"""lib/data/: splits, readers, downloads from a misbehaving server, token cache, packing, cursors, prefetch."""
+"""lib/data/: splits, readers, downloads from a misbehaving server, token cache, packing, cursors,"
+" prefetch."""
 
 import contextlib
 import errno
-import http.server
+import hashlib
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lib import data, files
-from lib.data import download, sources
+from lib.data import download, readers, sources
 from lib.data import packing as packing_rules
 from lib.data import tokens as token_files
 from lib.data.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def test_reference_packing_equals_parity(name, monkeypatch):
         cursor = next(start())[2] | dict(
             epoch=state["epoch"], shard=state["pq_idx"], index=index, waiting=[]
         )
-    for i, (inputs, targets, cursor) in enumerate(
+    for i, (inputs, targets, cursor) in enumerate(  # noqa: B020
         itertools.islice(start(cursor=cursor), run["num_batches"])
     ):
         np.testing.assert_array_equal(inputs, rows[f"{name}.inputs"][i])
@@ -348,9 +349,9 @@ def test_one_book_is_cut_into_pieces_and_has_both_sides(tmp_path):
     (tmp_path / "book.txt").write_text(book)
     train, val = (list(data.documents(str(tmp_path / "book.txt"), split)) for split in data.SPLITS)
     assert val and train and sum(map(len, train + val)) == len(book)
-    assert max(map(len, train + val)) <= 2 * sources.PIECE_CHARS
-    assert "".join(sources._pieces(book)) == book
-    assert sum(piece.startswith("chapter") for piece in sources._pieces(book)) > 10
+    assert max(map(len, train + val)) <= 2 * readers.PIECE_CHARS
+    assert "".join(readers.pieces(book)) == book
+    assert sum(piece.startswith("chapter") for piece in readers.pieces(book)) > 10
 
 
 def test_tiny_corpus_has_a_validation_document(tmp_path):
@@ -417,7 +418,7 @@ def table(tmp_path, **columns):
             "a.jsonl, line 2: expected",
         ),
         (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"text": 3}'), "line 2: expected"),
-        (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1: expected"),
+        (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1 is not JSON"),
         (
             lambda p: write(p, "a.parquet", b"PAR1 and then nothing"),
             "cannot read .*a.parquet as parquet",
@@ -449,148 +450,137 @@ def test_baselines():
 # ---- the Hub
 
 
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"
+
+
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A server with the layout of the Hub. `faults` are consumed one per request; `log` holds (path, headers)."""
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    served, faults, log = {}, [], []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            log.append((self.path, dict(self.headers)))
-            fault = faults.pop(0) if faults else None
-            body = served.get(self.path)
-            if body is None or isinstance(fault, int):
-                self.send_response(fault or 404)
-                self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            if isinstance(fault, str) and fault.startswith("http"):
-                self.send_response(302)
-                self.send_header("Location", fault + self.path)
-                return self.end_headers()
-            asked = self.headers["Range"]
-            start = int(asked[6:-1]) if asked and fault != "ignore range" else 0
-            if start and start >= len(body):
-                self.send_response(416)
-                return self.end_headers()
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
-            self.end_headers()
-            half = start + (len(body) - start) // 2
-            self.wfile.write(body[start : half if fault == "truncate" else None])
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+def climbmix_hub(hub_server, tmp_path):
+    """The stand-in for the Hub with the first shards of a source, and its last."""
     for i in (0, 1, 2, 6542):
         table = pa.table(dict(text=[f"shard {i} text {j}" for j in range(40)]))
         pq.write_table(table, tmp_path / "made.parquet", row_group_size=16)
-        served[f"/datasets/karpathy/climbmix-400b-shuffle/resolve/main/shard_{i:05d}.parquet"] = (
-            tmp_path / "made.parquet"
-        ).read_bytes()
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    server.served, server.faults, server.log = served, faults, log
-    yield server
-    server.shutdown()
-    server.server_close()
+        hub_server.put(CLIMBMIX, f"shard_{i:05d}.parquet", (tmp_path / "made.parquet").read_bytes())
+    return hub_server
 
 
-def climbmix(hub, tmp_path, split="train", shards=1, **kw):
-    return list(
-        data.documents(
-            "climbmix", split, shards=shards, cache_dir=tmp_path / "cache", hub=hub.address, **kw
-        )
-    )
+def climbmix(split="train", shards=1):
+    return list(data.documents("climbmix", split, shards=shards))
 
 
-def test_hub_download_split_and_offline_reuse(hub, tmp_path):
-    assert climbmix(hub, tmp_path, shards=3) == [
-        f"shard {i} text {j}" for i in range(3) for j in range(40)
-    ]
-    assert climbmix(hub, tmp_path, "val") == [f"shard 6542 text {j}" for j in range(40)]
-    asked = len(hub.log)
-    assert asked == 4 and not list(tmp_path.rglob("*.part"))
-    hub.shutdown()
-    climbmix(hub, tmp_path, shards=3)
-    assert len(hub.log) == asked
+def test_hub_download_split_and_offline_reuse(climbmix_hub):
+    expected = [f"shard {i} text {j}" for i in range(3) for j in range(40)]
+    assert climbmix(shards=3) == expected
+    assert climbmix("val") == [f"shard 6542 text {j}" for j in range(40)]
+    asked = len(climbmix_hub.log)
+    assert asked == 8  # a HEAD and a GET each
+    climbmix_hub.close()
+    assert climbmix(shards=3) == expected and len(climbmix_hub.log) == asked
 
 
 @pytest.mark.parametrize(
     "faults",
     [
         [429, 429, 503],
-        ["truncate"],
-        ["truncate", "truncate", 500, "truncate"],
-        ["truncate", "ignore range"],
-        ["truncate", 416],
+        [None, "truncate"],
+        [None, "truncate", "truncate", 500, "truncate"],
+        [None, 429, 503],
     ],
 )
-def test_hub_faults_are_survived(hub, tmp_path, faults):
-    hub.faults += faults
-    assert climbmix(hub, tmp_path) == [f"shard 0 text {j}" for j in range(40)]
-    assert len(hub.log) == len(faults) + (faults[-1] != "ignore range")
-    if faults == ["truncate"]:
-        assert hub.log[1][1]["Range"].startswith("bytes=")
-
-
-def test_hub_resumes_a_partial_file_of_an_earlier_run(hub, tmp_path):
-    path, body = next(iter(hub.served.items()))
-    part = tmp_path / "cache/hub/karpathy/climbmix-400b-shuffle/shard_00000.parquet.part"
-    part.parent.mkdir(parents=True)
-    part.write_bytes(body[:100])
-    assert len(climbmix(hub, tmp_path)) == 40
-    assert hub.log[0][1]["Range"] == "bytes=100-"
+def test_hub_faults_are_survived(climbmix_hub, faults):
+    climbmix_hub.faults += faults
+    assert climbmix() == [f"shard 0 text {j}" for j in range(40)]
+    assert not climbmix_hub.faults
 
 
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ([401], "401.*Hub token"),
-        ([403], "403.*Hub token"),
+        ([401], "401.*HF_TOKEN"),
+        ([403], "403.*HF_TOKEN"),
         ([404], "404"),
-        ([429] * 50, "429.*run again"),
+        ([429] * 100, "429.*HF_TOKEN, which raises the limit"),
+        ([503] * 100, "503.*run again"),
     ],
 )
-def test_hub_refusals_are_told(hub, tmp_path, fault, message):
-    hub.faults += fault
+def test_hub_refusals_are_told(climbmix_hub, fault, message):
+    climbmix_hub.faults += fault
     with pytest.raises(UserError, match=message) as caught:
-        climbmix(hub, tmp_path, hub_token="wrong")
-    assert "\n" not in str(caught.value) and not list(tmp_path.rglob("shard_00000.parquet"))
+        climbmix()
+    assert "\n" not in str(caught.value)
 
 
-def test_hub_token_goes_to_the_hub_only(hub, tmp_path):
-    hub.faults.append(hub.address.replace("127.0.0.1", "localhost"))
-    climbmix(hub, tmp_path, hub_token="secret")
-    assert [headers.get("Authorization") for _, headers in hub.log] == ["Bearer secret", None]
+def test_a_busy_server_is_told_while_it_lasts(climbmix_hub, monkeypatch, capsys):
+    monkeypatch.setattr(download, "asked_pause", lambda error: 3.0)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    climbmix_hub.faults += [500] * 12
+    climbmix()
+    assert "shard_00000.parquet of karpathy" in capsys.readouterr().err
 
 
-def test_no_network_is_told(hub, tmp_path):
-    hub.server_close()
+def test_no_network_is_told(climbmix_hub):
+    climbmix_hub.close()
     with pytest.raises(UserError, match="cannot download .*check the network"):
-        climbmix(hub, tmp_path)
+        climbmix()
 
 
-def test_hub_shard_count_is_checked(tmp_path):
-    for shards in (0, 6543):
-        with pytest.raises(UserError, match="choose 1 to 6542"):
-            data.documents("climbmix", "train", shards=shards, cache_dir=tmp_path)
+def test_offline_by_choice_is_told(climbmix_hub, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        climbmix()
+    assert not climbmix_hub.log
 
 
-def test_download_to_a_full_disk_is_told(hub, tmp_path):
-    part = tmp_path / "cache/hub/karpathy/climbmix-400b-shuffle/shard_00000.parquet.part"
-    part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
-    with pytest.raises(UserError, match="the disk is full"):
-        climbmix(hub, tmp_path)
-
-
-def test_hub_tokens_keep_row_groups(hub, tmp_path, tokenizer):
-    tokens = data.open_tokens(
-        "climbmix", "train", tokenizer, shards=2, cache_dir=tmp_path / "c", hub=hub.address
+def test_mirror_cache_and_token_are_those_of_the_environment(climbmix_hub, tmp_path):
+    code = "from lib import data; print(len(list(data.documents('climbmix', 'val'))))"
+    env = os.environ | {
+        "HF_ENDPOINT": climbmix_hub.address,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_secret",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
+    assert done.stdout == "40\n", done.stderr
+    sent = {headers.get("Authorization") for _, _, headers in climbmix_hub.log}
+    assert "Bearer hf_secret" in sent
+    assert list((tmp_path / "home/hub").rglob("shard_06542.parquet"))
+
+
+def test_more_shards_than_there_are_are_all(hub_server, capsys):
+    names = [shard.name for shard in data.find_shards("tinystories", "train", 8)]
+    assert len(names) == 4 and "all are taken" in capsys.readouterr().err
+    assert len(data.find_shards("tinystories", "train", 4)) == 4
+    assert len(data.find_shards("tinystories", "val", 8)) == 1
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="at least 1"):
+        data.documents("climbmix", "train", shards=0)
+
+
+def test_download_to_a_full_disk_is_told(climbmix_hub, monkeypatch):
+    full = raising(OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        climbmix()
+
+
+def test_fetch_checks_what_came(hub_server, tmp_path):
+    body, path = b"a bundle" * 100, tmp_path / "bundle.zip"
+    hub_server.files["/bundle.zip"] = body
+    url = hub_server.address + "/bundle.zip"
+    hub_server.faults += ["truncate", 503]
+    data.fetch(url, path, hashlib.sha256(body).hexdigest())
+    assert path.read_bytes() == body and len(hub_server.log) == 3
+    data.fetch(url, path)
+    assert len(hub_server.log) == 3
+    with pytest.raises(UserError, match="SHA-256 differs"):
+        data.fetch(url, tmp_path / "other.zip", "0" * 64)
+    assert not (tmp_path / "other.zip").exists()
+
+
+def test_hub_tokens_keep_row_groups(climbmix_hub, tmp_path, tokenizer):
+    tokens = data.open_tokens("climbmix", "train", tokenizer, shards=2, cache_dir=tmp_path / "c")
     assert [shard.groups for shard in tokens] == [[16, 16, 8]] * 2
 
 
@@ -716,8 +706,9 @@ def test_worker_ends_with_its_parent(tmp_path):
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    os.mkfifo(tmp_path / "endless.txt")  # reading it never ends
-    shard = dict(name="s", identity="", files=[str(tmp_path / "endless.txt")])
+    long = tmp_path / "long.txt"
+    long.write_text("the cat sat on a mat. " * (1 << 20))
+    shard = dict(name="s", identity="", files=[str(long)] * 50)
     spec = tmp_path / "t.json"
     Tokenizer.train(["x"], 265).save(spec)
     worker.stdin.write(json.dumps([shard, str(spec), str(tmp_path / "out")]).encode() + b"\n")
@@ -777,14 +768,14 @@ def test_unwritable_cache_is_told(tmp_path, tokenizer, monkeypatch, kind):
         )
 
 
-def test_empty_split_is_told(tmp_path, tokenizer, inline, hub):
+def test_empty_split_is_told(tmp_path, tokenizer, inline, climbmix_hub):
     pq.write_table(pa.table(dict(text=["", None])), tmp_path / "empty.parquet")
-    for path in hub.served:
-        hub.served[path] = (tmp_path / "empty.parquet").read_bytes()
+    for path in climbmix_hub.files:
+        climbmix_hub.files[path] = (tmp_path / "empty.parquet").read_bytes()
     with pytest.raises(UserError, match="climbmix has no documents in its val split"):
-        data.open_tokens(
-            "climbmix", "val", tokenizer, cache_dir=tmp_path / "cache", hub=hub.address
-        )
+        data.open_tokens("climbmix", "val", tokenizer, cache_dir=tmp_path / "cache")
+    with pytest.raises(UserError, match="no text to measure on"):
+        data.head(data.documents("climbmix", "val"), 1000)
 
 
 def test_evaluation_set_in_memory(tokenizer):

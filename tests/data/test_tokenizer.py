@@ -178,7 +178,8 @@ def test_a_published_encoding_gets_our_special_tokens(tokenizer, monkeypatch):
 
 
 class Hub:
-    """The part of huggingface_hub that the tokenizer uses, over a dict; a wrong token answers like the real one."""
+    """The part of huggingface_hub that the tokenizer uses, over a dict; a wrong token answers"
+    " like the real one."""
 
     def __init__(self, folder, status=None):
         self.folder, self.files, self.status = folder, {}, status

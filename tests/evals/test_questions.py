@@ -16,7 +16,8 @@ from lib.evals import questions as chat
 from lib.evals.likelihood import Score
 from lib.files import UserError
 from lib.params import init_params
-from lib.tasks import Task, embedded, hub, stdlib
+from lib.tasks import Task, choice_item, embedded, hub, stdlib
+from lib.tasks.own import jsonl
 from tests.helpers.hub_rows import CHAT, ROWS, parquet, rows_of
 
 TOKENIZER = Tokenizer.train(
@@ -67,9 +68,7 @@ def known(tmp_path_factory):
     (root / "own.jsonl").write_text(
         '{"question": "Which?", "choices": ["x", "y"], "answer": 1}\n' * 3
     )
-    return (
-        embedded.TASKS | stdlib.TASKS | hub.make(root=root) | {"own": hub.jsonl(root / "own.jsonl")}
-    )
+    return embedded.TASKS | stdlib.TASKS | hub.make(root=root) | {"own": jsonl(root / "own.jsonl")}
 
 
 NAMES = [*embedded.TASKS, *hub.TASKS, "own"]
@@ -180,8 +179,7 @@ def test_who_guesses_scores_the_baseline(uniform, known):
 
 def letter_items(n=7):
     return [
-        hub.choice_item(f"i{k}", "the " * (9 * k) + "?", ["cat", "mat", "hat"], k % 3)
-        for k in range(n)
+        choice_item(f"i{k}", "the " * (9 * k) + "?", ["cat", "mat", "hat"], k % 3) for k in range(n)
     ]
 
 
@@ -238,7 +236,7 @@ def test_blanks_go_to_the_continuation():
     before, after = chat.continuation_ids(TOKENIZER, "the c", "at")  # a border inside a token
     assert TOKENIZER.decode(before[1:]) == "the c" and TOKENIZER.decode(after) == "at"
     question = lambda space: TOKENIZER.render_for_completion(
-        hub.choice_item("", "Which?" + space, ["a" + space, "b"], 0)["messages"]
+        choice_item("", "Which?" + space, ["a" + space, "b"], 0)["messages"]
     )
     assert question("") == question(" ") == question("\n")
 
@@ -300,8 +298,8 @@ def test_long_prompts_lose_their_oldest_tokens_and_are_counted(params):
     long = "the cat sat " * 400
     items = {
         "choice": [
-            hub.choice_item("a", long, ["x", "y"], 0),
-            hub.choice_item("b", "?", ["x", "y"], 0),
+            choice_item("a", long, ["x", "y"], 0),
+            choice_item("b", "?", ["x", "y"], 0),
         ],
         "likelihood": [
             dict(id="a", context=long, choices=[" cat", " sat"], gold=0),
@@ -491,10 +489,8 @@ def test_bad_arguments_are_told_before_anything_runs(known, kw, message):
 
 def test_without_a_network_the_rest_still_runs(params, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lib.data.download.BACKOFF", 0.001)
-    known = (
-        hub.make(cache_dir=tmp_path, hub="http://127.0.0.1:9", identity="http://127.0.0.1:9/x")
-        | stdlib.TASKS
-    )
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    known = hub.make(cache_dir=tmp_path, identity="http://127.0.0.1:9/x") | stdlib.TASKS
     record = run(params, None, known, progress=True)
     assert set(record["tasks"]) == set(stdlib.TASKS) and set(record["skipped"]) == set(known) - set(
         stdlib.TASKS

@@ -157,7 +157,7 @@ ROWS = {
     "wikitext103": (
         dict(text=" = A Title = \n"),
         dict(
-            text='= A Title =\n\nIt cost 1,000 pounds (well-known), he said: "don\'t".\n== Part ==\n',
+            text='= A Title =\n\nIt cost 1,000 pounds (well-known), he said: "don\'t".\n== Part ==\n\n',
             words=29,
         ),
     ),
@@ -167,6 +167,7 @@ ARTICLE = [
     " \n",
     ' It cost 1 @,@ 000 pounds ( well @-@ known ) , he said : " don \'t " . \n',
     " = = Part = = \n",
+    " \n",
 ]
 
 

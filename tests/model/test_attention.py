@@ -203,7 +203,6 @@ def test_cached_decoding_is_refused():
             attend(q[:, :1], k, v, None)
 
 
-@pytest.mark.tpu
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",

@@ -11,8 +11,6 @@ from tests.helpers import ROOT
 from tests.helpers.notebooks import CORPUS, SMOKE
 from tests.helpers.wandb_server import StandIn
 
-pytestmark = pytest.mark.slow
-
 TINY = SMOKE["02_train"]["overrides"]
 
 

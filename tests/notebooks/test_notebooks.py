@@ -74,7 +74,6 @@ def colab(tmp_path_factory):
     }
 
 
-@pytest.mark.slow
 @each_notebook
 def test_runs_in_colab(source, colab):
     content, env = colab
@@ -103,7 +102,6 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("scripts")
 
 
-@pytest.mark.slow
 @each_notebook
 def test_runs_as_script(source, workdir):
     args = words_of(SMOKE[source.stem])
@@ -122,7 +120,6 @@ def test_runs_as_script(source, workdir):
     }
 
 
-@pytest.mark.slow
 @each_notebook
 def test_help_lists_every_flag_and_a_wrong_one_ends_it(source, tmp_path, capsys):
     done = script(source, "--help", cwd=tmp_path)

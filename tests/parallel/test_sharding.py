@@ -106,20 +106,17 @@ def check_equal(many, single, steps=slice(None)):
         assert distance(many, single) < 2e-3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
 def test_every_strategy_equals_one_device(single, eight, layout):
     check_equal(eight[layout], single)
 
 
-@pytest.mark.slow
 def test_what_is_split_takes_less_room(single, eight):
     size = {name: eight[name]["bytes"] / single["bytes"] for name in map(str, LAYOUTS)}
     dp, zero, fsdp, both, tp = size.values()
     assert dp == 1 and 0.4 < zero < 0.6 and fsdp < 0.15 and both < 0.25 and 0.3 < tp < 0.8
 
 
-@pytest.mark.slow
 def test_collectives_are_the_expected_ones(eight):
     dp, zero, fsdp, *_ = (eight[str(x)] for x in LAYOUTS)
     # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a batch or sequence in its shape
@@ -138,7 +135,6 @@ def test_collectives_are_the_expected_ones(eight):
     assert not {"all-to-all", "collective-permute"} & {*zero["kinds"], *fsdp["kinds"]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})]
 )
@@ -182,7 +178,6 @@ def test_bad_layouts_in_one_sentence():
             sharding.make_layout(strategy, config.replace(**change), devices, mesh)
 
 
-@pytest.mark.slow
 def test_missing_processes_are_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

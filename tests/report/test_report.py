@@ -455,7 +455,6 @@ def test_writing_twice_gives_the_same_but_for_its_time(tmp_path):
     assert read() == read()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("chromium"), reason="needs the browser: apt-get install chromium"
 )

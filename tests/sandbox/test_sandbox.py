@@ -150,12 +150,10 @@ def limits_of_the_caller():
     return resource.getrlimit(resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, 0), affinity
 
 
-@pytest.mark.slow
 def test_there_are_enough_of_them():
     assert len(HOSTILE) >= 40 and RUNS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, level", RUNS, ids=[f"{name}-{LABEL[level]}" for name, level in RUNS]
 )
@@ -173,7 +171,6 @@ def test_hostile_program(world, name, level):
     assert seconds < 15  # with seven others on a busy machine
 
 
-@pytest.mark.slow
 def test_nothing_was_harmed(world):
     assert sorted(p.name for p in (world.base / "canary").iterdir()) == ["folder", "precious"]
     precious = world.base / "canary" / "precious"
@@ -246,7 +243,6 @@ def walks():
 NAMES = [*jail.REFUSED, *jail.METADATA, *CONDITIONAL]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_filter_refuses_each_call(walks, name):
     filtered, bare = walks
@@ -269,7 +265,6 @@ def read(path):
         return ""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_nothing_outlives(world):
     word = str(world.base / "jail.py")
@@ -284,7 +279,6 @@ def test_nothing_outlives(world):
     assert (world.base / "late").read_text() == ""
 
 
-@pytest.mark.slow
 def test_the_traps_close(world, tmp_path):
     """Without a sandbox these programs do what they are kept from: the tests above can fail."""
     canary = tmp_path / "canary"
@@ -363,7 +357,6 @@ print(input(), sys.stdin.read(), hashlib.md5(b"").hexdigest(), math.comb(60, 30)
 '''
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("level", BUILT, ids=[LABEL[level] for level in BUILT])
 def test_honest_program(level):
     code = HONEST
@@ -421,13 +414,11 @@ def test_senseless_limits_are_refused():
             run_python(**{"code": "", **options})
 
 
-@pytest.mark.slow
 def test_the_least_memory_is_enough_to_start():
     result = run_python("import typing, math, collections, re; print(1)", memory=programs.MEMORY)
     assert result == (True, "1\n", "", "")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not available(), reason="no wall to leave out here")
 def test_a_wall_that_fails_is_left_out_or_told(monkeypatch, tmp_path):
     """available() does without it; once it has been there, no program is run without it."""
@@ -451,7 +442,6 @@ def test_a_child_that_cannot_start_is_told(monkeypatch, tmp_path):
         run_python("print(1)", layers=())
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal")
 @pytest.mark.parametrize("level", BUILT, ids=[LABEL[level] for level in BUILT])
 def test_dies_with_its_caller(level, tmp_path):

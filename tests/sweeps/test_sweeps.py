@@ -229,7 +229,6 @@ def test_presets_are_valid_wandb_sweeps_of_trainable_models(name, budget, tmp_pa
 # ---- the journal: several processes, killed at random ------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_workers_killed_at_random_lose_and_double_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "TRIES", 1000)
     spec = sweep(parameters={"depth": {"values": list(range(1, 13))}, "seed": {"values": [1, 2]}})
@@ -446,7 +445,6 @@ def plain(config, settings, bench):
     ]
 
 
-@pytest.mark.slow
 def test_a_trial_is_the_run_that_the_training_loop_makes(bench):
     bench, source = bench
     config, settings = bench.prepare(dict(TINY, source=source, matrix_lr=0.1))
@@ -583,7 +581,6 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint_as_if_nothing_had_been
     assert not (boss.book.folder / "trials" / trial.id).exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [(1, 1, 1), (1, 2)])
 def test_a_population_is_its_members_trained_apart(bench, seeds):
     bench, source = bench
@@ -736,7 +733,6 @@ def test_a_server_that_says_no_is_quoted(standin):
         drivers.parse_path("swp1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_with_wandbs_own_client(standin, tmp_path, mode):
     """Runs belong to the sweep, carry their numbers, end with the right code; offline they are kept on disk."""

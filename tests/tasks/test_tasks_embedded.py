@@ -1,13 +1,16 @@
-"""Embedded tasks: nothing of a test is in training, answers are right, and grading takes what is right and nothing else."""
+"""Embedded tasks: nothing of a test is in training, answers are right, and grading takes what is"
+" right and nothing else."""
 
 import ast
 import collections
 import re
+from decimal import Decimal
 
 import pytest
 
 from lib.sandbox import calculator
 from lib.tasks import embedded, items_of
+from lib.tasks.answers import last_number
 from lib.tasks.embedded import TASKS
 
 each_task = pytest.mark.parametrize("name", TASKS)
@@ -163,7 +166,8 @@ def test_variety():
         ("5.0", "5"),
         ("2.50 in all.", "2.5"),
         (
-            "<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>That is 7.<|assistant_end|>",
+            "<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>That is"
+            " 7.<|assistant_end|>",
             "7",
         ),
         ("<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>", None),
@@ -178,7 +182,7 @@ def test_variety():
     ],
 )
 def test_last_number(said, number):
-    assert embedded.last_number(said) == number
+    assert last_number(embedded.said(said)) == (number and Decimal(number))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,8 @@ def test_words_are_asked_with_and_without_quotes():
 
 
 def test_the_questions_that_we_suggest_are_asked_as_they_were_taught():
-    """A small model knows questions of the shapes that it was taught: suggesting others would show it at its worst."""
+    """A small model knows questions of the shapes that it was taught: suggesting others would"
+    " show it at its worst."""
     from pathlib import Path
 
     root = Path(__file__).parents[2]

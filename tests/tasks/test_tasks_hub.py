@@ -1,9 +1,8 @@
-"""lib/tasks/hub.py, stdlib.py: files of the Hub's schema from a misbehaving server and from folders, every rendering, every grader."""
+"""lib/tasks/hub.py, stdlib.py: files of the Hub's schema from a misbehaving server and from"
+" folders, every rendering, every grader."""
 
-import http.server
 import json
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,59 +11,34 @@ import pytest
 from lib import data
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.tasks import Task, hub, stdlib
+from lib.tasks import Task, hub, shuffled, stdlib
+from lib.tasks.answers import number
+from lib.tasks.code import program_of
+from lib.tasks.own import jsonl
 from tests.helpers.hub_rows import BODY, CHAT, ROWS, parquet, rows_of
+from tests.helpers.hub_stand_in import PARQUET
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """The Hub's two addresses for every task, two files each. `faults` are used up one per request; `log` holds (path, headers)."""
-    monkeypatch.setattr("lib.data.download.BACKOFF", 0.001)
-    served, faults, log = {}, [], []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            log.append((self.path, dict(self.headers)))
-            fault = faults.pop(0) if faults else None
-            body = served.get(self.path)
-            if body is None or isinstance(fault, int):
-                self.send_response(fault or 404)
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            start = int((self.headers["Range"] or "bytes=0-")[6:-1])
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
-            self.end_headers()
-            self.wfile.write(
-                body[start : start + (len(body) - start) // 2 if fault == "truncate" else None]
-            )
-
-        def log_message(self, *args):
-            pass
-
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
+def server(hub_server, tmp_path):
+    """The stand-in for the Hub with every task's data, two files each."""
     for name, source in hub.SOURCES.items():
+        records = rows_of(name)
         for split in set(source.splits.values()):
-            listing = f"/api/datasets/{source.repo}/parquet/{source.config}/{split}"
-            served[listing] = json.dumps(
-                [f"https://huggingface.co{listing}/{i}.parquet" for i in range(2)]
-            ).encode()
-            all_rows = rows_of(name)
-            for i, part in enumerate((all_rows[:4], all_rows[4:])):
-                served[f"{listing}/{i}.parquet"] = parquet(part)
-    served["/identity.jsonl"] = "\n".join(json.dumps(CHAT) for _ in range(40)).encode()
-    http_server.served, http_server.faults, http_server.log = served, faults, log
-    address = f"http://127.0.0.1:{http_server.server_port}"
-    http_server.tasks = lambda **kw: hub.make(
-        cache_dir=tmp_path / "cache", hub=address, identity=f"{address}/identity.jsonl", **kw
-    )
-    yield http_server
-    http_server.shutdown()
-    http_server.server_close()
+            for i, part in enumerate((records[:4], records[4:])):
+                put(hub_server, name, split, i, parquet(part))
+    hub_server.files["/identity.jsonl"] = "\n".join(json.dumps(CHAT) for _ in range(40)).encode()
+    address = hub_server.address + "/identity.jsonl"
+    hub_server.tasks = lambda: hub.make(cache_dir=tmp_path / "cache", identity=address)
+    return hub_server
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+def put(server, name, split, number, body):
+    source = hub.SOURCES[name]
+    server.put(source.repo, f"{source.config}/{split}/{number:04d}.parquet", body, PARQUET)
+
+
+# ---- data ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", hub.SOURCES)
@@ -76,11 +50,10 @@ def test_rows_of_the_hub_become_the_items_written_here(server, name):
         assert {key: value for key, value in item.items() if key != "id"} == ROWS[name][1]
     assert sorted(item["id"] for item in items) == [f"{name}/test/{i}" for i in range(5)]
     assert items == task.items("test")
-    asked = [path for path, _ in server.log]
-    listing = f"/api/datasets/{source.repo}/parquet/{source.config}/{source.splits['test']}"
-    assert asked == [listing, f"{listing}/0.parquet", f"{listing}/1.parquet"], (
-        "asked the second time too"
-    )
+    folder = f"{source.repo}/tree/{PARQUET}/{source.config}/{source.splits['test']}"
+    lists = [path for _, path, _ in server.log if "/tree/" in path]
+    assert lists == [f"/api/datasets/{folder}"], "asked the second time too"
+    assert sum(method == "GET" for method, *_ in server.log) == 3
     assert bool(task.items("train")) == ("train" in source.splits)
 
 
@@ -101,12 +74,7 @@ def test_chats_render_as_tokens_and_the_calculator_is_learnt_but_not_its_answers
 
 def test_order_is_mixed_and_always_the_same(server):
     rows = [dict(ROWS["piqa"][0], goal=f"goal {i}") for i in range(30)]
-    for path in [
-        p
-        for p in server.served
-        if p.startswith("/api/datasets/baber/piqa/") and p.endswith("0.parquet")
-    ]:
-        server.served[path] = parquet(rows)
+    put(server, "piqa", "validation", 0, parquet(rows))
     items = server.tasks()["piqa"].items("test")
     numbers = [int(item["id"].rsplit("/", 1)[1]) for item in items]
     assert numbers == np.random.default_rng(42).permutation(31).tolist() != sorted(numbers)
@@ -120,43 +88,21 @@ def test_order_is_mixed_and_always_the_same(server):
 @pytest.mark.parametrize(
     "faults",
     [
-        ["truncate"],
-        [None, "truncate", 429, 503, "truncate"],
-        [429, 429, 429, 500],
         [None, None, "truncate"],
+        [429, 503],
+        [None, 429, None, "truncate", 503],
     ],
 )
 def test_broken_and_refused_downloads_are_taken_up_again(server, faults):
     server.faults += faults
-    assert len(server.tasks()["gsm8k"].items("test")) == 5
-    assert len(server.log) == 3 + len([f for f in faults if f])
-    if faults == ["truncate"]:
-        assert int(server.log[1][1]["Range"][6:-1]) > 0
-
-
-def test_token_goes_to_the_hub_and_to_nobody_else(server):
-    listing = "/api/datasets/openai/gsm8k/parquet/main/test"
-    elsewhere = server.served[listing].replace(
-        b"https://huggingface.co", f"http://localhost:{server.server_port}".encode()
-    )
-    server.tasks(token="secret")["gsm8k"].items("train")
-    assert {headers.get("Authorization") for _, headers in server.log} == {"Bearer secret"}
-    server.log.clear()
-    server.served[listing] = elsewhere
-    server.tasks(token="secret")["gsm8k"].items("test")
-    assert [headers.get("Authorization") for _, headers in server.log] == [
-        "Bearer secret",
-        None,
-        None,
-    ]
+    assert len(server.tasks()["gsm8k"].items("test")) == 5 and not server.faults
 
 
 def test_without_a_network_what_was_loaded_is_there_and_the_rest_is_told_in_a_line(server):
     tasks = server.tasks()
     tasks["piqa"].items("test")
     tasks["identity_conversations"].items("test")
-    server.shutdown()
-    server.server_close()
+    server.close()
     assert (
         len(tasks["piqa"].items("test")) == 5
         and len(tasks["identity_conversations"].items("train")) == 38
@@ -167,59 +113,25 @@ def test_without_a_network_what_was_loaded_is_there_and_the_rest_is_told_in_a_li
         assert "\n" not in str(caught.value)
 
 
+def second(*records):
+    """A change of the second file of GSM8K's test split."""
+    body = records[0] if isinstance(records[0], bytes) else parquet(list(records))
+    return lambda server: put(server, "gsm8k", "test", 1, body)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.faults.append(404), "cannot download .*gsm8k.*404"),
-        (lambda s: s.faults.append(401), "401.*Hub token"),
+        (lambda server: server.faults.append(404), "cannot download .*gsm8k.*404"),
+        (lambda server: server.faults.append(401), "401.*HF_TOKEN"),
+        (lambda server: server.files.clear(), "cannot download .*gsm8k.*404"),
+        (second(b"PAR1"), "cannot read .*0001.parquet as parquet"),
+        (second(dict(question="q")), "0001.parquet has no column answer, only question"),
         (
-            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[]"}),
-            "no list of parquet files for openai/gsm8k",
+            second(dict(question="q", answer="12")),
+            r"row 4 of openai/gsm8k \(main, test\) is not as task gsm8k expects .*no number after",
         ),
-        (
-            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"<html>"}),
-            "no list of parquet files",
-        ),
-        (
-            lambda s: s.served.update({"/api/datasets/openai/gsm8k/parquet/main/test": b"[1]"}),
-            "no list of parquet files",
-        ),
-        (
-            lambda s: s.served.update(
-                {"/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": b"PAR1"}
-            ),
-            "cannot read .*0001.parquet as parquet",
-        ),
-        (
-            lambda s: s.served.update(
-                {
-                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
-                        [dict(question="q")]
-                    )
-                }
-            ),
-            "0001.parquet has no column answer, only question",
-        ),
-        (
-            lambda s: s.served.update(
-                {
-                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
-                        [dict(question="q", answer="12")]
-                    )
-                }
-            ),
-            r"row 4 of openai/gsm8k \(main, test\) is not as task gsm8k expects .*no number after ####",
-        ),
-        (
-            lambda s: s.served.update(
-                {
-                    "/api/datasets/openai/gsm8k/parquet/main/test/1.parquet": parquet(
-                        [dict(question=None, answer="#### 1")]
-                    )
-                }
-            ),
-            "row 4 of openai/gsm8k",
-        ),
+        (second(dict(question=None, answer="#### 1")), "row 4 of openai/gsm8k"),
     ],
 )
 def test_bad_data_is_told_in_a_sentence(server, change, message):
@@ -253,7 +165,7 @@ def test_files_put_into_the_cache_by_hand_are_used(tmp_path):
     path = tmp_path / "hub/openai/gsm8k/main/test/a.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(parquet(rows_of("gsm8k")))
-    assert len(hub.make(cache_dir=tmp_path, hub="http://127.0.0.1:9")["gsm8k"].items("test")) == 5
+    assert len(hub.make(cache_dir=tmp_path)["gsm8k"].items("test")) == 5
 
 
 def test_identity_conversations_split_by_line(server, tmp_path):
@@ -268,7 +180,7 @@ def test_identity_conversations_split_by_line(server, tmp_path):
         hub.make(root=tmp_path)["identity_conversations"].items("train")
 
 
-# ---- grading ---------------------------------------------------------------------------------------------------------
+# ---- grading -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,7 +210,8 @@ def test_identity_conversations_split_by_line(server, tmp_path):
         ("####", "72", False),
         ("#### 72\n#### 9", "72", True),
         (
-            "<|python_start|>70+2<|python_end|><|output_start|>72<|output_end|>72\n#### 72<|assistant_end|>",
+            "<|python_start|>70+2<|python_end|><|output_start|>72<|output_end|>72\n####"
+            " 72<|assistant_end|>",
             "72",
             True,
         ),
@@ -307,7 +220,7 @@ def test_identity_conversations_split_by_line(server, tmp_path):
     ],
 )
 def test_gsm8k_compares_the_number_behind_the_mark(text, answer, right):
-    assert hub.grade_gsm8k(dict(answer=str(hub.number(answer))), text) is right
+    assert hub.grade_gsm8k(dict(answer=str(number(answer))), text) is right
 
 
 DEFINED = "def area(r):\n    return half(math.pi * r * r)\n"
@@ -335,18 +248,18 @@ def test_humaneval_runs_the_tests(text, right):
 
 
 def test_code_is_found_in_what_was_said():
-    assert hub.program_of("x\n```python\na = 1\n```\ny\n```python\nb = 2\n```") == "a = 1\n"
-    assert hub.program_of("```py\na = 1\n```<|assistant_end|>") == "a = 1\n"
-    assert hub.program_of("    return 1") == "    return 1"
+    assert program_of("x\n```python\na = 1\n```\ny\n```python\nb = 2\n```") == "a = 1\n"
+    assert program_of("```py\na = 1\n```<|assistant_end|>") == "a = 1\n"
+    assert program_of("    return 1") == "    return 1"
 
 
-# ---- a file of one's own ---------------------------------------------------------------------------------------------
+# ---- a file of one's own -------------------------------------------------------------------------
 
 
 def own(tmp_path, *records) -> Task:
     path = tmp_path / "own.jsonl"
     path.write_text("\n\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
-    return hub.jsonl(path)
+    return jsonl(path)
 
 
 def test_own_choices(tmp_path):
@@ -407,7 +320,8 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
     "line, message",
     [
         ("{", "not JSON"),
-        ("[]", "expected a JSON object"),
+        ("[]", "it has no messages"),
+        ("3", "expected a JSON object"),
         ("{}", "expected .question. or .context."),
         ('{"question": "a"}', "expected"),
         ('{"question": "a", "choices": ["x", "y"]}', "'answer' is missing"),
@@ -429,10 +343,11 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
         ),
         ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no number"),
         (
-            '{"messages": [{"role": "assistant", "content": "a"}], "answer": "5"}',
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+            ' "answer": "5"}',
             "must end with the user's",
         ),
-        ('{"messages": [{"role": "user"}]}', "messages must be a list of objects"),
+        ('{"messages": [{"role": "user"}]}', "message 0 has a content that is not text"),
         ('{"messages": 3}', "messages must be a list"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "nothing to measure"),
         ('{"text": ""}', "text must be text"),
@@ -444,26 +359,26 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
-    with pytest.raises(UserError, match=rf"own.jsonl, line 3: .*{message}"):
+    with pytest.raises(UserError, match=rf"own.jsonl, line 3.*{message}"):
         own(tmp_path, '{"text": "fine"}', line)
 
 
 def test_a_file_that_is_none_is_told(tmp_path):
     with pytest.raises(UserError, match="cannot read .*nothing.jsonl: No such file"):
-        hub.jsonl(tmp_path / "nothing.jsonl")
+        jsonl(tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match="own.jsonl has no items"):
         own(tmp_path)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}')
     with pytest.raises(UserError, match="latin.jsonl is not UTF-8"):
-        hub.jsonl(tmp_path / "latin.jsonl")
+        jsonl(tmp_path / "latin.jsonl")
 
 
-# ---- the order of options --------------------------------------------------------------------------------------------
+# ---- the order of options ------------------------------------------------------------------------
 
 
 def test_shuffled_options_keep_their_answer():
     item = dict(id="m") | ROWS["mmlu"][1]
-    turned = hub.shuffled(item, [2, 1, 3, 0])
+    turned = shuffled(item, [2, 1, 3, 0])
     assert (
         turned["options"] == ["5", "4", "22", "1"]
         and turned["gold"] == 1
@@ -473,18 +388,18 @@ def test_shuffled_options_keep_their_answer():
         "- 5=A\n- 4=B\n- 22=C\n- 1=D" in turned["messages"][0]["content"]
         and turned["subject"] == "maths"
     )
-    assert hub.shuffled(turned, [3, 1, 0, 2]) == item
-    pair = hub.shuffled(ROWS["winogrande"][1], [1, 0])
+    assert shuffled(turned, [3, 1, 0, 2]) == item
+    pair = shuffled(ROWS["winogrande"][1], [1, 0])
     assert (
         pair["gold"] == 1
         and pair["context"][1].endswith("the cup")
-        and hub.shuffled(pair, [1, 0]) == ROWS["winogrande"][1]
+        and shuffled(pair, [1, 0]) == ROWS["winogrande"][1]
     )
     with pytest.raises(UserError, match="item q does not tell its options apart"):
-        hub.shuffled(dict(id="q", letters=["A", "B"], gold=0, messages=CHAT), [1, 0])
+        shuffled(dict(id="q", letters=["A", "B"], gold=0, messages=CHAT), [1, 0])
 
 
-# ---- code of the standard library ------------------------------------------------------------------------------------
+# ---- code of the standard library ----------------------------------------------------------------
 
 
 def test_code_completion_asks_about_held_out_files_only():

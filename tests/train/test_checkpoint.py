@@ -147,7 +147,6 @@ def test_transposed_arrays_keep_their_values(tmp_path):
     assert (got["a"] == a).all()
 
 
-@pytest.mark.slow
 def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
     run = lambda folder, n: programs.start("resume_array", tmp_path / folder, n)
     together = run("whole", 20), run("parts", 10)
@@ -158,7 +157,6 @@ def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
     assert bits(one) == bits(two) and one_meta == two_meta
 
 
-@pytest.mark.slow
 def test_two_hosts_save_and_restore_a_sharded_array(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -419,7 +417,6 @@ def test_remote_upload_that_breaks_leaves_the_older_one(monkeypatch):
     filesystem(folder)[0].rm("/b", recursive=True)
 
 
-@pytest.mark.slow
 def test_kill_9_in_the_middle_of_saving(tmp_path):
     process = programs.start("save_slowly", tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "writing\n"

@@ -161,7 +161,6 @@ def corpus(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_twenty_steps_equal_ten_and_ten_in_a_fresh_process_bit_for_bit(corpus, tmp_path_factory):
     straight = [json.loads(line) for line in start(corpus, 20).communicate()[0].splitlines()]
     (corpus / "checkpoints").rename(tmp_path_factory.mktemp("old") / "checkpoints")
@@ -172,7 +171,6 @@ def test_twenty_steps_equal_ten_and_ten_in_a_fresh_process_bit_for_bit(corpus, t
     assert second[-1] == straight[-1], "cursor, parameters, optimizer"
 
 
-@pytest.mark.slow
 def test_sigterm_saves_the_step_it_was_in_and_the_run_goes_on(corpus):
     process = start(corpus, 20)
     for line in process.stdout:

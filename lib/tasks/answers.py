@@ -1,0 +1,108 @@
+"""What was answered: speech without tool calls, numbers as people write them, text compared in any
+script.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+
+# Groups of three behind a comma, a blank (of any width) or an apostrophe; an exponent may follow.
+_GROUPED = r"\d{1,3}(?:[ \u00a0\u2009\u202f'’]\d{3})+(?!\d)"
+_DIGITS = rf"(?:{_GROUPED}|\d[\d,]*|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_SIGNED = rf"([-+−]?)\s*\\?[$€£¥]?\s*([-−]?)({_DIGITS})"
+# what may stand before a number: emphasis, brackets, TeX's box
+_BEFORE = r"(?:[\s*_`({\[]|\\boxed\{|\\\(|\\text\{|\$(?=[\\*]))*"
+# Scripts that are written without blanks between words, or with endings grown to them.
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+
+
+def said(answer: str) -> str:
+    """What was said after the last use of a tool, without special tokens."""
+    return re.sub(r"<\|\w+\|>", "", answer.rpartition("<|output_end|>")[2]).strip()
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def _latin_digits(text: str) -> str:
+    """The same text with digits of all scripts as 0 to 9."""
+    if text.isascii():
+        return text
+    return "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text)
+
+
+def _value(match: re.Match) -> Decimal | None:
+    sign, inner_sign, digits = match.groups()
+    try:
+        value = Decimal(re.sub(r"[^\d.eE+-]", "", digits))
+    except InvalidOperation:
+        return None
+    negative = (sign and sign in "-−") or inner_sign
+    return -value if negative else value
+
+
+def number(text: str) -> Decimal | None:
+    """The number that a text begins with: "$1,234.", "-0.50", "5 %", "1 000", "1e6", "**18**"."""
+    match = re.match(_BEFORE + _SIGNED, _latin_digits(text))
+    return _value(match) if match else None
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text; what is a part of a word (x2) or of another number is none."""
+    matches = list(re.finditer(r"(?<![A-Za-z0-9_.])" + _SIGNED, _latin_digits(text)))
+    return _value(matches[-1]) if matches else None
+
+
+def number_after_mark(text: str) -> Decimal | None:
+    """The number behind the first ####, as GSM8K's own grader takes it."""
+    _, mark, after = text.partition("####")
+    return number(after) if mark else None
+
+
+# ---- texts -------------------------------------------------------------------------------------
+
+
+def bare(text: str) -> str:
+    """A text as it is compared: one form of each character, no case, no final stops and quotes."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.split()).strip(" .!\"'`。！「」")
+
+
+def _spaced(char: str) -> bool:
+    """Whether a character is of a word that ends where the next blank stands."""
+    if not (char.isalnum() or char == "_"):
+        return False
+    return not unicodedata.name(char, "").startswith(UNSPACED)
+
+
+def contains(given: str, wanted: str) -> bool:
+    """Whether `wanted` stands in `given` as words, where its script has words with blanks
+    between.
+    """
+    given, wanted = bare(given), bare(wanted)
+    if not wanted:
+        return False
+    start = given.find(wanted)
+    while start >= 0:
+        end = start + len(wanted)
+        glued_before = _spaced(given[start - 1 : start] or " ") and _spaced(wanted[0])
+        glued_behind = _spaced(given[end : end + 1] or " ") and _spaced(wanted[-1])
+        if not glued_before and not glued_behind:
+            return True
+        start = given.find(wanted, start + 1)
+    return False
+
+
+def same_number(given: str, wanted: str) -> bool:
+    """Whether the number behind ####, or else the last one said, is the wanted one."""
+    value = number_after_mark(given) if "####" in given else last_number(given)
+    return value is not None and value == number(wanted)
+
+
+# How an answer is compared: (given, wanted) -> bool.
+MATCH: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda given, wanted: bare(given) == bare(wanted),
+    "contains": contains,
+    "number": same_number,
+}

@@ -1,0 +1,169 @@
+"""A task from a file of the user's own: one JSON object a line, in the forms that people's files
+have.
+"""
+
+from functools import partial
+from string import ascii_uppercase
+
+from lib.data.chats import messages_of
+from lib.data.readers import json_lines
+from lib.files import UserError, local_path
+from lib.tasks.answers import MATCH, number, number_after_mark, said
+from lib.tasks.code import grade_humaneval, humaneval
+from lib.tasks.items import Task, choice_item
+
+# The keys by which a line of HumanEval's file is known.
+PROGRAM_KEYS = {"prompt", "test", "entry_point", "canonical_solution"}
+FORMS = (
+    'expected "question" or "context" with "choices" and "answer", "question" with "answer",'
+    ' "messages", or "text"'
+)
+
+
+def jsonl(path) -> Task:
+    """A task from a file of one JSON object a line, all of the same shape.
+
+    choice      {"question", "choices", "answer"}: answered by a letter. answer: a choice's index,
+                text or letter
+    generate    {"question", "answer"}: the model writes. answer: text, or a list of them; "match"
+                is exact (case, white space and final stops apart), contains or number (the last one
+                written). "messages" may stand for "question". An answer with "#### 18" is a number,
+                as GSM8K has it
+    generate    {"prompt", "canonical_solution", "test", "entry_point"}: a program, as in HumanEval
+    likelihood  {"context", "choices", "answer"}: which continuation is likelier
+    perplexity  {"text"}, or a chat in any form of `read_chats`: of what the assistant says
+
+    An "id" may be given, else it is the line's number. UserError names the file and line of
+    anything else.
+    """
+    path = local_path(path)
+    items, kind, seen = [], None, set()
+    for line, record in json_lines(path):
+        try:
+            this, item = own_item(record)
+            given = record.get("id", record.get("task_id")) if isinstance(record, dict) else None
+            item["id"] = str(f"{path.stem}/{line}" if given is None else given)
+            if item["id"] in seen:
+                raise ValueError(f"the id {item['id']!r} is taken by an earlier line")
+            if this != (kind or this):
+                raise ValueError(
+                    f"a {this} item, but the lines above are {kind} items: make a file of each"
+                )
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as e:
+            why = f"{e.args[0]!r} is missing" if isinstance(e, KeyError) else e
+            raise UserError(f"{path}, line {line}: {why}") from None
+        kind = this
+        seen.add(item["id"])
+        items.append(item)
+    if kind is None:
+        raise UserError(f"{path} has no items: write one JSON object a line")
+    return Task(
+        kind,
+        partial(own_split, items),
+        None if kind == "perplexity" else 0.0,
+        grade_own if kind == "generate" else None,
+    )
+
+
+def own_split(items: list[dict], split: str) -> list[dict]:
+    """All of a file's items are for testing."""
+    return items if split == "test" else []
+
+
+def grade_own(item: dict, text: str) -> bool:
+    """What was said after the last use of a tool, against each accepted answer; or a program, by
+    its tests.
+    """
+    if "entry_point" in item:
+        return grade_humaneval(item, text)
+    return any(MATCH[item["match"]](said(text), wanted) for wanted in item["answers"])
+
+
+def own_item(record) -> tuple[str, dict]:
+    """(kind, item without an id) of a line of a user's file; ValueError, KeyError or TypeError says
+    what is wrong with it.
+    """
+    if isinstance(record, list):
+        return _chat(record)
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    if "choices" in record:
+        return _choice(record)
+    if PROGRAM_KEYS <= record.keys():
+        return "generate", humaneval(record, "")
+    if "answer" in record:
+        return "generate", _question(record)
+    if "messages" in record or "conversations" in record:
+        return _chat(record)
+    if "text" in record:
+        return "perplexity", dict(text="\n".join(texts(record["text"], "text")))
+    raise ValueError(FORMS)
+
+
+def texts(value, what: str) -> list[str]:
+    """A text or a list of texts as a list; ValueError for anything else."""
+    values = [value] if isinstance(value, str) else value
+    sound = isinstance(values, list) and values
+    if not sound or not all(isinstance(v, str) and v.strip() for v in values):
+        raise ValueError(f"{what} must be text, or a list of texts, none of them empty")
+    return values
+
+
+def _choice(record: dict) -> tuple[str, dict]:
+    asked = record["question" if "question" in record else "context"]
+    (context,) = texts(asked, "question or context")
+    options = texts(record["choices"], "choices")
+    gold = _gold(record["answer"], options)
+    if "question" in record:
+        return "choice", choice_item("", context, options, gold)
+    choices = [option if option[0].isspace() else " " + option for option in options]
+    return "likelihood", dict(context=context, choices=choices, gold=gold)
+
+
+def _gold(answer, options: list[str]) -> int:
+    """The index of the right option, which is given by index, text or letter."""
+    gold = answer
+    if answer in options:
+        gold = options.index(answer)
+    elif isinstance(answer, str) and answer:
+        gold = ascii_uppercase[: len(options)].find(answer)
+    if not 2 <= len(options) <= 26 or type(gold) is not int or not 0 <= gold < len(options):
+        raise ValueError(
+            f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or"
+            " letter "
+            "(2 to 26 are needed)"
+        )
+    return gold
+
+
+def _question(record: dict) -> dict:
+    """A question that the model answers in its own words."""
+    answers = texts(record["answer"], "answer")
+    reference, match = answers[0], record.get("match", "exact")
+    if "match" not in record and all(number_after_mark(a) is not None for a in answers):
+        # A solution with its result behind ####, as GSM8K has it.
+        answers, match = [str(number_after_mark(a)) for a in answers], "number"
+    if match not in MATCH:
+        raise ValueError(f"match {match!r} is none of {', '.join(MATCH)}")
+    if match == "number" and any(number(answer) is None for answer in answers):
+        raise ValueError(f"answer {record['answer']!r} is no number")
+
+    if record.get("messages"):
+        messages = messages_of(record)
+    else:
+        (question,) = texts(record["question"], "question")
+        messages = [dict(role="user", content=question.strip())]
+    if messages[-1]["role"] != "user":
+        raise ValueError("messages must end with the user's: the model writes what follows")
+    return dict(
+        messages=[*messages, dict(role="assistant", content=reference)],
+        answers=answers,
+        match=match,
+    )
+
+
+def _chat(record) -> tuple[str, dict]:
+    messages = messages_of(record)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message is the assistant's, so there is nothing to measure")
+    return "perplexity", dict(messages=messages)
