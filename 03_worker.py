@@ -29,19 +29,24 @@
 # ## Set-up
 
 # %%
-# @title Get the code (in Colab; elsewhere you have it)
+# @title Get the code and what it needs (half a minute in a new runtime, later seconds)
 import os
-import subprocess
 import sys
 
-if "google.colab" in sys.modules and not os.path.exists("lib/notebook.py"):
-    if not os.path.exists("rawchat"):
-        subprocess.run(
-            ["git", "clone", "--depth", "1", "https://github.com/rawchat/rawchat"], check=True
-        )
-    os.chdir("rawchat")
+try:
+    from lib.notebook import setup
+except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
+    home = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
+    address = "https://github.com/rawchat/rawchat"
+    if not os.path.isdir(home) and os.system(f"git clone --quiet --depth 1 {address} {home}"):
+        raise SystemExit(
+            f"{address} could not be fetched: see that git is installed and that this machine "
+            "reaches the internet (on Kaggle: Settings > Internet on), then run this cell again"
+        ) from None
+    os.chdir(home)
     sys.path.insert(0, os.getcwd())
-from lib.notebook import setup
+    sys.modules.pop("lib", None)  # another folder of that name
+    from lib.notebook import setup
 
 setup()
 

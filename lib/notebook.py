@@ -2,82 +2,69 @@
 
 import ast
 import dataclasses
-import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
+from lib import runtime
 from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
-from lib.files import UserError, choose, write_atomic
+from lib.files import UserError, choose
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# ---- where we are ----------------------------------------------------------------------------------------------------
-
-
-def _shell():
-    """The IPython shell of the kernel this runs in, or None in a script or a terminal."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return shell if hasattr(shell, "kernel") else None
+# ---- where we are --------------------------------------------------------------------------------
 
 
 def in_notebook() -> bool:
-    """True in a Jupyter or Colab kernel (one driven by nbclient too), False in a script or a terminal."""
-    return _shell() is not None
+    """True in a Jupyter or Colab kernel (one driven by nbclient too), False in a script."""
+    return runtime.shell() is not None
 
 
 def in_colab() -> bool:
     """True in a Colab kernel; a script that it starts with `!python` is just a script."""
-    return in_notebook() and "google.colab" in sys.modules
+    return runtime.host() == "colab"
 
 
 def setup():
-    """Once per notebook, first of all: in Colab, install what it lacks; keep compiled programs in .cache/jax, where the
-    next run finds them; show of a UserError only its sentence (a script exits with code 2 then)."""
-    if in_colab():
-        install_missing()
+    """Make this kernel, or this script, ready. Once, first of all, before anything imports jax.
+
+    In a notebook: install what is missing, and the libtpu that the installed jax names. Everywhere:
+    keep compiled programs in .cache/jax, where the next run finds them, and show of a UserError only
+    its sentence (a script exits with code 2 then). What is ready already takes no time.
+    """
+    _show_sentences()
+    if in_notebook():
+        runtime.install_missing(ROOT / "pyproject.toml")
+    if runtime.host() or (in_notebook() and runtime.tpu_attached()):
+        runtime.mend_pair()
+    runtime.quiet()
+    _keep_compiled()
+
+
+def _keep_compiled():
+    """Let jax find compiled programs of earlier runs, unless the environment says where to look."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if shell := _shell():
-        shell.set_custom_exc(
-            (UserError,),
-            lambda shell, kind, error, trace, tb_offset=None: shell._showtraceback(
-                kind, error, [f"Error: {error}"]
-            ),
-        )
-    else:
+
+
+def _show_sentences():
+    """Show of a UserError only its sentence, in a kernel and in a script."""
+    shell = runtime.shell()
+    if shell is None:
         sys.excepthook = _excepthook
+        return
 
+    def show_sentence(shell, kind, error, trace, tb_offset=None):
+        shell._showtraceback(kind, error, [f"Error: {error}"])
 
-def install_missing():
-    """pip install what pyproject.toml asks for and is not there, never replacing the jax, libtpu and numpy that are."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    held = [
-        f"{d.name}=={d.version}"
-        for d in importlib.metadata.distributions()
-        if re.match("jax|libtpu|numpy|ml.dtypes", d.name)
-    ]
-    constraints = ROOT / ".cache" / "constraints.txt"
-    write_atomic(constraints, "\n".join(held))
-    pip = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints, *wanted],
-        capture_output=True,
-        text=True,
-    )
-    if pip.returncode:
-        raise UserError(
-            f"pip could not install what is missing here: {pip.stderr.strip().splitlines()[-1]}"
-        )
-    importlib.invalidate_caches()
+    shell.set_custom_exc((UserError,), show_sentence)
 
 
 def _excepthook(kind, error, trace):
@@ -221,20 +208,37 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def secret(name: str) -> str | None:
-    """A token from Colab's secrets, else from the environment, else None; one printed line says which."""
-    if in_colab():
-        from google.colab import userdata
+    """A token from Colab's or Kaggle's secrets, else from the environment, else None.
 
+    One printed line says which; the token itself is never printed.
+    """
+    place = runtime.host()
+    if place:
+        # not granted, not there, or no browser behind this kernel: each has a class of its own
         try:
-            value = userdata.get(name)
-            print(f"{name}: from Colab's secrets")
+            value = SECRETS[place](name)
+            print(f"{name}: from {place.title()}'s secrets")
             return value
-        # not granted, not there, or no browser behind this kernel: each has its own class
         except Exception as e:
-            print(f"{name}: not in Colab's secrets ({type(e).__name__})")
+            print(f"{name}: not in {place.title()}'s secrets ({type(e).__name__})")
     value = os.environ.get(name) or None
     print(f"{name}: {'from the environment' if value else 'not set, going on without'}")
     return value
+
+
+def _colab_secret(name: str) -> str:
+    from google.colab import userdata
+
+    return userdata.get(name)
+
+
+def _kaggle_secret(name: str) -> str:
+    from kaggle_secrets import UserSecretsClient
+
+    return UserSecretsClient().get_secret(name)
+
+
+SECRETS = {"colab": _colab_secret, "kaggle": _kaggle_secret}
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,312 @@
+"""The machine that a notebook was given: what set-up does on it before jax is there.
+
+Everything at the top level needs the standard library alone, for it runs before anything is
+installed: where we are (Colab, Kaggle, a machine of one's own), which packages are missing, whether
+libtpu is the one that the installed jax names, whether there is a TPU at all, and when it ends.
+Nothing here goes by a table of versions: the metadata of the installed packages decide.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import operator
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.files import UserError, first_line
+
+HOURS = {"colab": 12.0, "kaggle": 9.0}  # how long a session lasts at least, where it is ended
+CAREFUL_WITH = re.compile(r"jax|libtpu|numpy|ml[-_.]dtypes")  # packages that pip must leave alone
+
+
+# ---- where we are --------------------------------------------------------------------------------
+
+
+def shell():
+    """The IPython shell of the kernel that this runs in, or None in a script or a terminal."""
+    ipython = sys.modules.get("IPython")
+    active = ipython.get_ipython() if ipython else None
+    return active if hasattr(active, "kernel") else None
+
+
+def host() -> str:
+    """Whose kernel this runs in: "colab", "kaggle", or empty for any other, and for a script."""
+    if shell() is None:
+        return ""
+    if "google.colab" in sys.modules:
+        return "colab"
+    return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
+
+
+def tpu_attached() -> bool:
+    """Whether this machine has a TPU, by what the operating system and the environment show."""
+    named = ("TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "COLAB_TPU_ADDR")
+    if any(os.environ.get(name) for name in named):
+        return True
+    if any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*")):
+        return True
+    return any(_is_tpu(device) for device in Path("/sys/bus/pci/devices").glob("*"))
+
+
+def _is_tpu(device: Path) -> bool:
+    """A PCI device of Google's that is neither storage (class 01) nor network (class 02)."""
+    try:
+        vendor, kind = (device / "vendor").read_text(), (device / "class").read_text()
+    except OSError:
+        return False
+    return vendor.strip() == "0x1ae0" and kind[:4] not in ("0x01", "0x02")
+
+
+def quiet():
+    """Where libtpu is installed and there is neither TPU nor GPU, tell jax to take the CPU.
+
+    Else libtpu prints six lines of INVALID_ARGUMENT at every start. A JAX_PLATFORMS that is set
+    stays. Call it before jax looks for devices.
+    """
+    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    if os.environ.get("JAX_PLATFORMS") or version("libtpu") is None or gpu or tpu_attached():
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # jax read the variable when it was imported
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+# ---- packages ------------------------------------------------------------------------------------
+
+
+class Requirement(NamedTuple):
+    """A package and the versions of it that will do, as its metadata write them: >=0.7.2,<1."""
+
+    name: str
+    versions: str
+
+    def __str__(self):
+        return self.name + self.versions
+
+
+def parse_requirement(text: str) -> Requirement:
+    """The requirement in a line of metadata, without extras and without its marker."""
+    parts = re.match(r"([\w.-]+)\s*(?:\[[^]]*\])?\s*\(?([^;)]*)", text.strip())
+    if parts is None:
+        raise ValueError(f"{text!r} is not a requirement")
+    return Requirement(parts[1], parts[2].replace(" ", ""))
+
+
+def version(name: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def satisfies(installed: str, versions: str) -> bool:
+    """Whether a version is among `versions`, such as ">=0.7.2,<1" or "==0.0.23.*".
+
+    Compares the numbers of the release; what follows them (rc1, .dev3, +local) does not count.
+    """
+    return all(_meets(installed, clause) for clause in versions.split(",") if clause)
+
+
+def _meets(installed: str, clause: str) -> bool:
+    comparison, wanted = re.fullmatch(r"([=!<>~]+)(.*)", clause).groups()
+    if comparison == "===":
+        return installed == wanted
+    have, want = _release(installed), _release(wanted)
+    if wanted.endswith(".*"):
+        return (have[: len(want)] == want) == (comparison == "==")
+    if comparison == "~=":
+        return have >= want and have[: len(want) - 1] == want[:-1]
+    # 1.0 and 1.0.0 are one version
+    have, want = zip(*zip_longest(have, want, fillvalue=0))
+    compare = {"==": "eq", "!=": "ne", ">=": "ge", "<=": "le", ">": "gt", "<": "lt"}[comparison]
+    return getattr(operator, compare)(have, want)
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, re.match(r"\D*(\d+(?:\.\d+)*)", text)[1].split(".")))
+
+
+def missing(requirements) -> list[Requirement]:
+    """Those of the requirements that the installed packages do not meet."""
+    parsed = [parse_requirement(text) for text in requirements]
+    lacking = []
+    for requirement in parsed:
+        have = version(requirement.name)
+        if have is None or not satisfies(have, requirement.versions):
+            lacking.append(requirement)
+    return lacking
+
+
+def install(requirements, *options: str):
+    """pip install them, quietly; UserError with the reason where that fails."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    done = subprocess.run(
+        [*command, *options, *map(str, requirements)], capture_output=True, text=True
+    )
+    if done.returncode:
+        names = ", ".join(map(str, requirements))
+        raise UserError(f"pip could not install {names}: {_reason(done.stderr)}")
+    importlib.invalidate_caches()
+
+
+def _reason(errors: str) -> str:
+    """What went wrong and what to do, from pip's complaints."""
+    known = {
+        "No module named pip": "this kernel has no pip: run python -m ensurepip with its Python",
+        "externally-managed-environment": "this Python belongs to the system: choose a kernel "
+        "in a virtual environment",
+        "NewConnectionError|ConnectTimeout|Temporary failure in name|Connection refused": "the "
+        "package index cannot be reached: connect the machine to the internet (on Kaggle: "
+        "Settings > Internet on), then run the cell again",
+    }
+    for pattern, advice in known.items():
+        if re.search(pattern, errors):
+            return advice
+    lines = [line for line in errors.splitlines() if line.startswith("ERROR")]
+    return (lines or errors.strip().splitlines() or ["it did not say why"])[-1]
+
+
+def install_missing(pyproject: Path):
+    """Install what pyproject.toml asks for and is not there, without touching jax and numpy."""
+    import tomllib
+
+    lacking = missing(tomllib.loads(pyproject.read_text())["project"]["dependencies"])
+    if not lacking:
+        return
+    print(f"installing {', '.join(requirement.name for requirement in lacking)} ...", flush=True)
+    kept = [d for d in importlib.metadata.distributions() if CAREFUL_WITH.match(d.name or "")]
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "constraints.txt"
+        constraints.write_text("".join(f"{d.name}=={d.version}\n" for d in kept))
+        install(lacking, "--constraint", str(constraints))
+
+
+# ---- jax and the libtpu that it names ------------------------------------------------------------
+
+
+def named_libtpu() -> Requirement | None:
+    """The libtpu that the installed jax asks for in its extra `tpu`; None where there is none."""
+    try:
+        lines = importlib.metadata.requires("jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for line in lines:
+        if re.match(r"libtpu\b(?!-)", line) and re.search(r"extra\s*==\s*['\"]tpu['\"]", line):
+            return parse_requirement(line)
+    return None
+
+
+def wrong_libtpu() -> Requirement | None:
+    """The libtpu that should be here instead of the one that is; None where there is no fault."""
+    have, named = version("libtpu"), named_libtpu()
+    if have is None or named is None or satisfies(have, named.versions):
+        return None
+    return named
+
+
+def mend_pair():
+    """Where libtpu is installed and is not what jax names, install that one; jax stays as it is.
+
+    Of two that do not belong together, neither can be expected to compile a Pallas kernel for the
+    other. Where the kernel of the notebook has jax loaded already, a UserError asks to restart it.
+    Where the right one cannot be installed, one line says so and what it means.
+    """
+    before, named = version("libtpu"), wrong_libtpu()
+    if named is None:
+        if _replaced_while_loaded():
+            raise UserError(_RESTART.format(f"libtpu {before}"))
+        return
+    print(f"installing {named}, the one that jax {version('jax')} names (here was {before}) ...")
+    try:
+        install([named], "--no-deps")
+    except UserError as e:
+        return print(
+            f"note: {e}; Pallas kernels need it, so attention=auto will take jax where libtpu "
+            f"{before} cannot compile them"
+        )
+    # a path to the other one that something has set
+    if not os.environ.get("TPU_LIBRARY_PATH", "").startswith(sys.prefix):
+        os.environ.pop("TPU_LIBRARY_PATH", None)
+    if "jax" in sys.modules:
+        raise UserError(_RESTART.format(str(named)))
+
+
+_RESTART = (
+    "this kernel had loaded jax before {} was installed: restart the session (Runtime > Restart "
+    "session) and run all cells"
+)
+
+
+def _replaced_while_loaded() -> bool:
+    """Whether this process holds a libtpu that has since been replaced on disk."""
+    try:
+        return bool(re.search(r"libtpu\.so.*\(deleted\)", Path("/proc/self/maps").read_text()))
+    except OSError:
+        return False
+
+
+@functools.cache
+def kernel_fault(device=None) -> str:
+    """Why a Pallas kernel of one line does not compile for a TPU; empty where it does.
+
+    device: jax's, which need not be there; None for the first one here. Tried once a process.
+    """
+    import jax
+    from jax.experimental import pallas as pl
+
+    def add_one(x_ref, out_ref):
+        out_ref[...] = x_ref[...] + 1.0
+
+    place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+    block = jax.ShapeDtypeStruct((8, 128), "float32", sharding=place)
+    kernel = pl.pallas_call(add_one, out_shape=jax.ShapeDtypeStruct((8, 128), "float32"))
+    try:
+        jax.jit(kernel).lower(block).compile()
+    except Exception as e:  # each layer below has its own class
+        return first_line(e)
+    return ""
+
+
+# ---- how long it lasts ---------------------------------------------------------------------------
+
+
+def seconds_left(hours: float = 0.0) -> float | None:
+    """Seconds until this session ends, None where nobody ends it.
+
+    hours: how long a session lasts (0: what the host gives, see HOURS). It began when the first
+    process of the machine did.
+    """
+    hours = hours or HOURS.get(host(), 0.0)
+    if not hours:
+        return None
+    return hours * 3600 - _age()
+
+
+def _age() -> float:
+    """Seconds since the first process of this machine or container started."""
+    try:
+        # the 22nd field, in ticks since the start of the system; the 2nd, a name, may hold blanks
+        fields = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return float(Path("/proc/uptime").read_text().split()[0]) - started
+    except (OSError, ValueError, IndexError):
+        return time.monotonic()
+
+
+def give_back():
+    """Give a Colab runtime back, which ends this session and what it costs; elsewhere say so."""
+    if host() != "colab":
+        return print("give_back: this is no Colab runtime, so nothing was given back")
+    from google.colab import runtime
+
+    print("giving the runtime back: nothing more is charged for it")
+    runtime.unassign()
