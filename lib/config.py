@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from lib import runtime
 from lib.files import UserError, choose, write_atomic
 
 MLPS = ("relu2", "gelu", "swiglu")
@@ -261,10 +262,16 @@ class Config:
 
     @property
     def attention_name(self) -> str:
-        """The key of ATTENTION in use, with auto decided by the default backend."""
+        """The key of ATTENTION in use, with auto decided by the default backend.
+
+        On a TPU whose libtpu does not compile Pallas kernels (tried once a process), auto is jax.
+        """
         if self.attention != "auto":
             return self.attention
-        return {"tpu": "splash", "cpu": "einsum"}.get(jax.default_backend(), "jax")
+        backend = jax.default_backend()
+        if backend == "tpu" and not runtime.kernel_fault():
+            return "splash"
+        return "einsum" if backend == "cpu" else "jax"
 
     @property
     def accumulate(self) -> int:

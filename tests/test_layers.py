@@ -94,8 +94,8 @@ def test_heavy_imports_wait_until_used(path):
 
 @each_module
 def test_no_flags_and_no_environment(path):
-    # the place where they belong; libtpu can only be told through it
-    if path.stem in COMMANDS or module(path) in ("notebook", "preflight"):
+    # the places where they belong; libtpu can only be told through it
+    if path.stem in COMMANDS or module(path) in ("notebook", "preflight", "runtime"):
         return
     assert {"argparse", "tyro"} & {name.split(".")[0] for name, _ in imports(path)} == set()
     for node, _ in walk(ast.parse(path.read_text())):

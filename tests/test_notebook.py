@@ -163,29 +163,6 @@ def test_user_errors_show_one_sentence_in_a_kernel():
     assert error.traceback == ["Error: do this"] and cells[1].outputs == []
 
 
-def test_colab_keeps_its_own_jax(monkeypatch, tmp_path):
-    ran = []
-    monkeypatch.setattr(notebook, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").write_text(
-        '[project]\ndependencies = ["jax>=0.7.2", "rustbpe"]\n'
-    )
-    reply = subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: ran.append(command) or reply)
-    notebook.install_missing()
-    assert ran[0][-2:] == ["jax>=0.7.2", "rustbpe"]
-    held = Path(ran[0][ran[0].index("--constraint") + 1]).read_text().splitlines()
-    import jax
-    import numpy
-
-    assert {f"jax=={jax.__version__}", f"numpy=={numpy.__version__}"} <= set(held)
-
-    reply = subprocess.CompletedProcess([], 1, "", "WARNING: x\nERROR: no network\n")
-    with pytest.raises(
-        UserError, match="could not install what is missing here: ERROR: no network"
-    ):
-        notebook.install_missing()
-
-
 def test_ranges_of_steps():
     assert notebook.parse_steps("") == (1, 0) and notebook.parse_steps("10:12") == (10, 12)
     for bad in ("abc", "12:10", "0:3", "5", "-1:2"):

@@ -169,7 +169,7 @@ def main(args: Args):
 def answer(args: Args):
     """Print the report of a step and the plan of a run, after a search where one is asked for."""
     from lib.chips import tpu_slice
-    from lib.preflight.compile import for_tpu, inspect
+    from lib.preflight.compile import as_compiled, for_tpu, inspect
     from lib.preflight.estimate import estimate, report_text
     from lib.preflight.memory import parse_mesh
     from lib.preflight.plan import Payment, plan, plan_text
@@ -180,7 +180,7 @@ def answer(args: Args):
         parse_mesh(args.where.mesh),
         args.where.strategy,
     )
-    config = for_tpu(config)
+    config = for_tpu(config) if args.ask.estimate else as_compiled(config)
     if args.ask.search:
         config = search_first(args, config, where, mesh)
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from lib import chips
+from lib import chips, runtime
 from lib.chips import Slice, tpu_slice
 from lib.config import Config
 from lib.files import UserError, first_line
@@ -49,14 +50,20 @@ def tpu_devices(topology: str) -> list:
     if not has_libtpu():
         raise UserError(
             "compiling for a TPU without one needs libtpu, which is not installed: "
-            "pip install libtpu (Linux x86-64 only)"
+            "pip install 'jax[tpu]' (Linux x86-64 only)"
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    options: dict[str, Any] = {}
     # the two cores of a v4 chip are one device to jax, but only when asked for here
-    options = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    if topology.startswith("v4:"):
+        options["chip_config_name"] = "megacore"
+    # older libtpus take it that a host holds 2 x 2 chips, also where there is only one
+    sides = [int(side) for side in re.findall(r"\d+", topology.partition(":")[2])][:2]
+    if 1 in sides:
+        options["chips_per_host_bounds"] = (*(min(side, 2) for side in sides), 1)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options
@@ -67,9 +74,10 @@ def tpu_devices(topology: str) -> list:
                 "another process holds libtpu's lock (/tmp/libtpu_lockfile): wait until it ends, "
                 "or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 if it only compiles too"
             ) from e
+        good = [name for name in ("v6e:1x1", "v6e:2x4", "v5p:2x2x1") if name != topology]
         raise UserError(
-            f"libtpu cannot describe TPU topology {topology} ({first_line(e)}): "
-            "name one like v6e:1x1, v6e:2x4 or v5p:2x2x1"
+            f"libtpu {runtime.version('libtpu')} cannot describe TPU topology {topology} "
+            f"({first_line(e)}): name another one, like {' or '.join(good)}"
         ) from e
     return list(description.devices)
 
@@ -92,11 +100,26 @@ def capacity(device) -> int:
     raise AssertionError("a program of 2 TiB fitted")
 
 
-def for_tpu(config: Config) -> Config:
-    """`config` with what "auto" means on a TPU named."""
-    meaning = dict(attention="splash", compute_dtype="bfloat16")
+def for_tpu(config: Config, kernels: bool = True) -> Config:
+    """`config` with what "auto" means on a TPU named; kernels: whether Pallas kernels compile."""
+    attention = "splash" if kernels else "jax"
+    meaning = dict(attention=attention, compute_dtype="bfloat16")
     named = {name: value for name, value in meaning.items() if getattr(config, name) == "auto"}
     return config.replace(**named)
+
+
+def as_compiled(config: Config, cache: Path | None = CACHE) -> Config:
+    """`config` with what "auto" comes to on a TPU with the libtpu that is installed here.
+
+    Says so on stderr where that libtpu does not compile Pallas kernels. Tried once for each pair of
+    versions of jax and libtpu: the answer is kept in `cache`.
+    """
+    if config.attention != "auto" or not has_libtpu():
+        return for_tpu(config)
+    fault = kept(cache, ["kernels"], lambda: runtime.kernel_fault(tpu_device("v6e:2x2")))
+    if fault:
+        print(runtime.fallback(fault), file=sys.stderr)
+    return for_tpu(config, kernels=not fault)
 
 
 # ---- compiling -----------------------------------------------------------------------------------
@@ -258,7 +281,7 @@ def inspect(
 
     decode: rows of a decode step to compile too (one chip only). The answer is kept in `cache`.
     """
-    where, config = tpu_slice(name), for_tpu(config)
+    where, config = tpu_slice(name), as_compiled(config, cache)
     if not has_libtpu():
         return estimate(config, where, strategy, mesh)
 

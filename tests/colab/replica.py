@@ -4,8 +4,8 @@ A replica has the very versions of the list and nothing else: no editable instal
 path, no TPU. `open_runtime` makes a fresh one, as a user gets it, and `run_all` does what the user
 does in it. By hand:
 
-    .venv/bin/python tests/colab/replica.py --list            what there is, and which Python it gets
-    .venv/bin/python tests/colab/replica.py colab-2026.08     make one, and say where it is
+    .venv/bin/python tests/colab/replica.py --list           what there is, and its Python
+    .venv/bin/python tests/colab/replica.py colab-2026.08    make one, and say where it is
 """
 
 import functools
@@ -27,9 +27,9 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# What uv and pip downloaded, compiled programs, and the replicas that were made by hand.
+# Compiled programs, and the replicas that were made by hand; uv and pip cache where they always do.
 CACHE = ROOT / ".cache" / "colab"
-# Environment variables that a replica inherits: they say how this machine reaches its package index.
+# Environment variables that a replica inherits: how this machine reaches its package index.
 INHERITED = re.compile(r"PIP_|SSL_|REQUESTS_|https?_proxy$|no_proxy$|LANG$|LC_", re.IGNORECASE)
 IGNORED = ("ls-files", "-z", "--cached", "--others", "--exclude-standard")
 
@@ -108,20 +108,18 @@ def open_runtime(image: Image, folder: Path) -> Runtime:
     venv, content, home = folder / "python", folder / "content", folder / "home"
     python = venv / "bin" / "python"
 
-    # uv links the files from its cache, so that this takes a second from the second time on.
-    tools = dict(os.environ, UV_CACHE_DIR=str(CACHE / "uv"), UV_LINK_MODE="hardlink")
-    _call([uv(), "venv", "--quiet", "--clear", "--python", base, venv], tools)
-    install = [uv(), "pip", "install", "--quiet", "--no-deps", "--python", python]
-    _call([*install, *image.packages], tools)
+    _call([uv(), "venv", "--quiet", "--clear", "--python", base, venv])
+    runtime = Runtime(image, python, version, content, {})
+    install(runtime, *image.packages)
 
     _stand_in(image, next(venv.glob("lib/python*/site-packages")), home)
     content.mkdir(parents=True, exist_ok=True)
     env = _environment(image, venv, home) | _repository(folder / "origin")
-    return Runtime(image, python, version, content, env)
+    return runtime._replace(env=env)
 
 
-def _call(command, env):
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+def _call(command):
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command[:5]))} ...: {done.stdout}{done.stderr}")
 
@@ -149,7 +147,7 @@ def _environment(image, venv: Path, home: Path) -> dict[str, str]:
         "IPYTHONDIR": str(home / ".ipython"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy warns of our Python at every start
         # Compiled programs and wheels are kept between tests, though a user starts without any.
-        "PIP_CACHE_DIR": str(CACHE / "pip"),
+        "PIP_CACHE_DIR": os.environ.get("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip")),
         "JAX_COMPILATION_CACHE_DIR": str(CACHE / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
@@ -157,7 +155,10 @@ def _environment(image, venv: Path, home: Path) -> dict[str, str]:
 
 
 def _repository(origin: Path) -> dict[str, str]:
-    """Make a repository of this tree as it is; the git settings that lead the project's address there."""
+    """Make a repository of this tree as it is; return the git settings that lead there.
+
+    With them, the address that the notebooks fetch from stands for that repository.
+    """
     listed = subprocess.run(
         ["git", "-C", ROOT, *IGNORED], capture_output=True, text=True, check=True
     )
@@ -176,7 +177,7 @@ def _repository(origin: Path) -> dict[str, str]:
         "user.email=replica@localhost",
     ]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as it is"]):
-        _call([*git, *command], dict(os.environ))
+        _call([*git, *command])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return {
         "GIT_CONFIG_COUNT": "1",
@@ -196,10 +197,12 @@ def installed(runtime: Runtime) -> dict[str, str]:
 
 
 def install(runtime: Runtime, *requirements: str):
-    """Install in a replica from the cache, without what they depend on."""
-    tools = dict(os.environ, UV_CACHE_DIR=str(CACHE / "uv"), UV_LINK_MODE="hardlink")
+    """Install in a replica exactly these, without what they depend on.
+
+    uv links the files from its cache, so that this takes a second from the second time on.
+    """
     command = [uv(), "pip", "install", "--quiet", "--no-deps", "--python", runtime.python]
-    _call([*command, *requirements], tools)
+    _call([*command, *requirements])
 
 
 # ---- what a user does ----------------------------------------------------------------------------
@@ -215,8 +218,8 @@ def run_all(
 ):
     """Open the .ipynb, fill in the form, press Run all; return the notebook with its outputs.
 
-    settings: values of the form's fields. before: code that the kernel runs first. cells: stop after
-    so many code cells (0: run all). A cell that fails raises nbclient's CellExecutionError.
+    settings: values of the form's fields. before: code that the kernel runs first. cells: stop
+    after so many code cells (0: run all). A cell that fails raises nbclient's CellExecutionError.
     """
     opened = nbformat.read(notebook, as_version=4)
     if cells:

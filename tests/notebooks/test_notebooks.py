@@ -7,9 +7,7 @@ import shutil
 import subprocess
 import tomllib
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from lib.config import PRESETS
 from lib.data import SOURCES
@@ -17,9 +15,6 @@ from lib.notebook import flags, parameters
 from tests.helpers import ROOT
 from tests.helpers.notebooks import NOTEBOOKS, PRODUCTS, SMOKE, check_products, script, words_of
 
-IN_COLAB = """import sys, unittest.mock
-colab = sys.modules["google.colab"] = unittest.mock.MagicMock()
-colab.userdata.get.side_effect = TimeoutError  # as without a browser"""
 each_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
 
 
@@ -53,48 +48,6 @@ def test_choices_are_the_real_ones(source):
             assert p.hint.__args__ == ("auto", *PRESETS)
         if p.name == "source" and p.value:
             assert all(name in p.help for name in SOURCES)
-
-
-@pytest.fixture(scope="module")
-def colab(tmp_path_factory):
-    """(working folder, environment) of a Colab runtime in which the repository's address leads to this tree."""
-    origin, content = tmp_path_factory.mktemp("origin"), tmp_path_factory.mktemp("content")
-    shutil.copytree(ROOT / "lib", origin / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", origin)
-    git = ["git", "-C", origin, "-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
-        subprocess.run([*git, *command], check=True)
-    return content, os.environ | {
-        "GIT_CONFIG_COUNT": "1",
-        "GIT_CONFIG_KEY_0": f"url.{origin.as_uri()}.insteadOf",
-        "GIT_CONFIG_VALUE_0": repository(),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-
-
-@each_notebook
-def test_runs_in_colab(source, colab):
-    content, env = colab
-    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
-    place = next(
-        i for i, c in enumerate(notebook.cells) if "parameters" in c.metadata.get("tags", ())
-    )
-    chosen = "\n".join(f"{name} = {value!r}" for name, value in SMOKE[source.stem].items())
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(chosen))
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(IN_COLAB))
-    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(content)}})
-    client.execute(env=env)
-    check_products(source.stem, content / "rawchat" / "runs" / "smoke")
-    shown = [
-        o
-        for c in notebook.cells
-        if c.cell_type == "code"
-        for o in c.outputs
-        if "image/png" in o.get("data", {})
-    ]
-    assert len(shown) >= sum(p.endswith(".png") for p in PRODUCTS[source.stem])
 
 
 @pytest.fixture(scope="module")

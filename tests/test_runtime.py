@@ -1,0 +1,205 @@
+"""Set-up before jax is there: missing packages, the libtpu that jax names, devices, sessions."""
+
+import importlib.metadata
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from lib import runtime
+from lib.files import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    "version, good, bad",
+    [
+        ("0.0.23", "==0.0.23 ==0.0.23.* >=0.0.20 <=0.0.23", "==0.0.2 ==0.0.2.* <0.0.23 >0.0.23"),
+        ("0.0.21.1", "==0.0.21.* !=0.0.21 >0.0.21 >=0.0.20,<1", "==0.0.21 ==0.0.23 >=0.0.22,<1"),
+        ("0.10.2", ">=0.7.2 >0.9 ~=0.9", "<0.7.2 !=0.10.*"),
+        ("1.0", "==1.0.0 ~=1.0 ===1.0", "!=1.0.0 ~=1.1 ===1.0.0"),
+        ("2.1.0rc1", ">=2.0", ">=3"),
+    ],
+)
+def test_versions_compare_by_their_numbers(version, good, bad):
+    assert all(runtime.satisfies(version, versions) for versions in good.split())
+    assert not any(runtime.satisfies(version, versions) for versions in bad.split())
+
+
+def test_comparison_agrees_with_packaging():
+    specifiers = pytest.importorskip("packaging.specifiers")
+    versions = ("0.0.17", "0.0.21", "0.0.21.1", "0.0.23", "0.0.23.2", "0.1", "1", "1.0.0", "2.10.3")
+    for version in versions:
+        for comparison in ("==", "!=", ">=", "<=", ">", "<"):
+            for wanted in versions:
+                expected = specifiers.SpecifierSet(comparison + wanted).contains(version)
+                assert runtime.satisfies(version, comparison + wanted) == expected
+
+
+def test_requirements_are_read_as_metadata_write_them():
+    parse = runtime.parse_requirement
+    assert parse('libtpu==0.0.23; extra == "tpu"') == ("libtpu", "==0.0.23")
+    assert parse("jaxlib<=0.7.2,>=0.7.2") == ("jaxlib", "<=0.7.2,>=0.7.2")
+    assert parse("uvicorn[standard] (>=0.3, <1)") == ("uvicorn", ">=0.3,<1")
+    assert parse("regex") == ("regex", "")
+
+
+def test_only_what_is_missing_or_too_old_is_installed(monkeypatch, tmp_path):
+    """And jax, numpy and libtpu are held as they are."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["jax>=0.7.2", "rustbpe>=99", "no-such-package", "numpy>=2"]\n'
+    )
+    held = []
+
+    def install(requirements, *options):
+        held.extend([list(map(str, requirements)), Path(options[1]).read_text().splitlines()])
+
+    monkeypatch.setattr(runtime, "install", install)
+    runtime.install_missing(tmp_path / "pyproject.toml")
+    assert held[0] == ["rustbpe>=99", "no-such-package"]
+    for name in ("jax", "jaxlib", "numpy", "ml_dtypes"):
+        assert f"{name}=={importlib.metadata.version(name)}" in held[1]
+
+
+@pytest.mark.parametrize(
+    "complaint, says",
+    [
+        ("WARNING: x\nERROR: no matching version\n", "ERROR: no matching version"),
+        ("NewConnectionError('<pip._vendor.urllib3')", "cannot be reached: connect the machine"),
+        ("error: externally-managed-environment", "choose a kernel in a virtual environment"),
+        ("/usr/bin/python: No module named pip", "python -m ensurepip"),
+    ],
+)
+def test_a_failing_pip_is_one_sentence(monkeypatch, complaint, says):
+    failed = subprocess.CompletedProcess([], 1, "", complaint)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(UserError, match="pip could not install rustbpe>=0.1: .*") as error:
+        runtime.install([runtime.Requirement("rustbpe", ">=0.1")])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- the pair ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    """A function that pretends which jax, which libtpu and which requirements are installed."""
+
+    def pretend(libtpu, requires, jax="0.7.2"):
+        versions = {"jax": jax, "libtpu": libtpu}
+        monkeypatch.setattr(runtime, "version", versions.get)
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name: requires)
+
+    return pretend
+
+
+NAMED = ["numpy>=2.0", 'libtpu==0.0.23; extra == "tpu"', 'libtpu-nightly; extra == "x"']
+
+
+@pytest.mark.parametrize(
+    "libtpu, requires, wrong",
+    [
+        ("0.0.17", NAMED, "libtpu==0.0.23"),
+        ("0.0.21.1", NAMED, "libtpu==0.0.23"),
+        ("0.0.23", NAMED, None),
+        ("0.0.30", NAMED, None),  # newer ones read the kernels of older jax's
+        (None, NAMED, None),
+        ("0.0.21.1", ["numpy>=2.0"], None),
+        ("0.0.23", ["libtpu==0.0.42.*; extra == 'tpu'"], "libtpu==0.0.42.*"),
+        ("0.0.42.1", ["libtpu==0.0.42.*; extra == 'tpu'"], None),
+    ],
+)
+def test_the_installed_jax_names_its_libtpu(pair, libtpu, requires, wrong):
+    pair(libtpu, requires)
+    named = runtime.wrong_libtpu()
+    assert (named and str(named)) == wrong
+
+
+def test_the_pair_is_mended_and_jax_left_alone(pair, monkeypatch, capsys):
+    pair("0.0.21.1", NAMED)
+    ran = []
+    monkeypatch.setattr(runtime, "install", lambda *args: ran.append(args))
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    runtime.mend_pair()
+    assert ran == [([("libtpu", "==0.0.23")], "--no-deps")]
+    assert capsys.readouterr().out.count("\n") == 1
+
+    # with jax loaded, the kernel has to start anew
+    monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
+    with pytest.raises(UserError, match="restart the session .* and run all cells"):
+        runtime.mend_pair()
+
+
+def test_a_pair_that_cannot_be_mended_is_said_in_one_line(pair, monkeypatch, capsys):
+    pair("0.0.21.1", NAMED)
+
+    def refuse(*args):
+        raise UserError("pip could not install libtpu==0.0.23: no network")
+
+    monkeypatch.setattr(runtime, "install", refuse)
+    runtime.mend_pair()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "no network; going on with libtpu 0.0.21.1" in said[1]
+    note = runtime.fallback("Unsupported version")
+    assert "attention=auto is jax: steps take twice as long" in note
+    assert "pip install 'libtpu==0.0.23' mends it" in note
+
+
+# ---- devices, sessions ---------------------------------------------------------------------------
+
+
+def test_without_tpu_and_gpu_jax_is_told_to_take_the_cpu(monkeypatch):
+    monkeypatch.setattr(runtime, "version", lambda name: "0.0.23")
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    monkeypatch.delitem(sys.modules, "jax", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    runtime.quiet()
+    assert runtime.os.environ["JAX_PLATFORMS"] == "tpu"
+
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: True)
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    runtime.quiet()
+    assert runtime.os.environ["JAX_PLATFORMS"] == ""
+
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    runtime.quiet()
+    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    assert runtime.os.environ["JAX_PLATFORMS"] == ("" if gpu else "cpu")
+
+
+def test_tpus_are_told_from_googles_other_devices(tmp_path):
+    def device(name, vendor, kind):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(vendor + "\n")
+        (tmp_path / name / "class").write_text(kind + "\n")
+        return tmp_path / name
+
+    assert runtime._is_tpu(device("v5e", "0x1ae0", "0xff0000"))
+    assert not runtime._is_tpu(device("network", "0x1ae0", "0x020000"))
+    assert not runtime._is_tpu(device("disk", "0x1ae0", "0x010802"))
+    assert not runtime._is_tpu(device("gpu", "0x10de", "0x030200"))
+    assert not runtime._is_tpu(tmp_path / "gone")
+
+
+def test_a_session_ends_some_hours_after_the_machine_began(monkeypatch):
+    assert runtime.seconds_left() is None  # nobody ends a script
+    age = runtime._age()
+    assert age > 0
+    assert runtime.seconds_left(24) == pytest.approx(24 * 3600 - age, abs=60)
+    monkeypatch.setattr(runtime, "host", lambda: "colab")
+    assert runtime.seconds_left() == pytest.approx(12 * 3600 - age, abs=60)
+
+
+def test_what_runs_before_anything_is_installed_needs_the_standard_library_alone():
+    """The first cell of a notebook imports it on machines that lack all of our packages."""
+    code = (
+        "import sys; before = set(sys.modules); import lib.notebook; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new - set(sys.stdlib_module_names) - {'lib'}))"
+    )
+    command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
