@@ -1,9 +1,7 @@
 """The notebooks as users meet them: run in a Colab-like kernel, run as scripts, and in step with their .py."""
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import tomllib
 
@@ -13,7 +11,7 @@ from lib.config import PRESETS
 from lib.data import SOURCES
 from lib.notebook import flags, parameters
 from tests.helpers import ROOT
-from tests.helpers.notebooks import NOTEBOOKS, PRODUCTS, SMOKE, check_products, script, words_of
+from tests.helpers.notebooks import NOTEBOOKS, SMOKE, check_products, script, words_of
 
 each_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
 
