@@ -151,9 +151,9 @@ def parse_json(text: str | bytes, where, expect: type | None = dict, cure: str =
     try:
         value = json.loads(text, parse_constant=lambda name: None)
     except RecursionError:
-        raise UserError(f"{where} is not JSON that can be read (nested too deeply){cure}") from None
+        raise UserError(f"{where}: not JSON that can be read (nested too deeply){cure}") from None
     except ValueError as e:
-        raise UserError(f"{where} is not JSON ({first_line(e)}){cure}") from None
+        raise UserError(f"{where}: not JSON ({first_line(e)}){cure}") from None
     if expect and not isinstance(value, expect):
         kind = {dict: "object", list: "list"}.get(expect, expect.__name__)
         raise UserError(f"{where} is damaged, it holds no JSON {kind}{cure}")

@@ -418,7 +418,7 @@ def table(tmp_path, **columns):
             "a.jsonl, line 2: expected",
         ),
         (lambda p: write(p, "a.jsonl", b'{"text": "a"}\n{"text": 3}'), "line 2: expected"),
-        (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1 is not JSON"),
+        (lambda p: write(p, "a.jsonl", b'{"text": "a"'), "line 1: not JSON"),
         (
             lambda p: write(p, "a.parquet", b"PAR1 and then nothing"),
             "cannot read .*a.parquet as parquet",
