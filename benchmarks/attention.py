@@ -96,7 +96,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
     import jax
     import jax.numpy as jnp
 
-    from lib.model.attention import ATTENTION, compiled_kernels
+    from lib.model.attention import ATTENTION
+    from lib.model.kernels import compiled_kernels
 
     B, T, N, K, H = shape
     dtype = jnp.float32 if on_cpu else jnp.bfloat16

@@ -285,7 +285,7 @@ def main(args: Args):
         cache = sum(
             a.nbytes
             for part in engine.parts
-            for a in jax.tree.leaves([part.caches[0]["k"], part.caches[0]["v"]])
+            for a in jax.tree.leaves([part.caches[0].k, part.caches[0].v])
         )
         need = sum(read(part.params[0]) for part in engine.parts)  # each reads the weights
         row = dict(

@@ -62,7 +62,8 @@ def pieces(config) -> dict:
     import numpy as np
     import optax
 
-    from lib.model import transformer as model
+    from lib.model import transformer
+    from lib.model.head import head_matrix, summed_loss
     from lib.train import step as train
     from lib.train.optim import make_optimizer
 
@@ -76,32 +77,35 @@ def pieces(config) -> dict:
         name: a[0].astype(config.dtype) if a.ndim > 2 else a[0]
         for name, a in params["blocks"].items()
     }
-    rope = model.rope_tables(jnp.arange(T), config)
+    rope = transformer.rope_tables(jnp.arange(T), config)
 
     def both(fn):  # forward, and backward from a gradient like x
         return jax.jit(lambda g, *args: jax.vjp(fn, *args)[1](g))
 
     out = {
         "embedding": (
-            both(lambda table: model.rms_norm(table[tokens].astype(config.dtype))),
+            both(lambda table: transformer.rms_norm(table[tokens].astype(config.dtype))),
             (x, params["embed"]),
             A,
         )
     }
     for window in sorted(set(config.windows)):
-        attend = lambda w, x, window=window: model._attention(
-            model.rms_norm(x), w, config, rope, window, None, None
+        attend = lambda w, x, window=window: transformer.self_attention(
+            transformer.rms_norm(x),
+            w,
+            None,
+            config,
+            rope,
+            transformer.full_attention(config, window),
         )[0]
         out[f"attention {window}"] = both(attend), (x, w, x), A * config.windows.count(window)
     out["mlp"] = (
-        both(lambda w, x: model._mlp(model.rms_norm(x), w, config)),
+        both(lambda w, x: transformer.mlp(transformer.rms_norm(x), w, config)),
         (x, w, x),
         A * config.n_layer,
     )
-    loss = jax.jit(
-        jax.value_and_grad(lambda x, head: model.summed_loss(x, head, tokens, config), (0, 1))
-    )
-    out["head+loss"] = loss, (x, model._head(params, config)), A
+    loss = jax.jit(jax.value_and_grad(lambda x, head: summed_loss(x, head, tokens, config), (0, 1)))
+    out["head+loss"] = loss, (x, head_matrix(params, config)), A
 
     @jax.jit
     def optimize(grads, opt_state, params):

@@ -143,3 +143,23 @@ def count_params(config: Config) -> dict[str, int]:
     for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):
         counts[part.get(spec.group, "scalars")] += math.prod(spec.shape)
     return counts | {"total": sum(counts.values())}
+
+
+def unstack(params, config: Config):
+    """The same parameters with blocks as a list of one dict per layer and value_embeds as {layer: table}.
+
+    Split, not indexed: its gradient is one concatenation rather than a padded sum per layer.
+    """
+
+    def split(stack):
+        return [part[0] for part in jnp.split(stack, stack.shape[0])]
+
+    parts = {name: split(stack) for name, stack in params["blocks"].items()}
+    gates = dict(zip(config.value_layers, parts.pop("value_gate", [])))
+    blocks = [{name: part[i] for name, part in parts.items()} for i in range(config.n_layer)]
+    for i, gate in gates.items():
+        blocks[i]["value_gate"] = gate
+    tables = {}
+    if config.value_embeds:
+        tables = dict(zip(config.value_layers, split(params["value_embeds"])))
+    return params | {"blocks": blocks, "value_embeds": tables}

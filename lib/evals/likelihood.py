@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lib import model
-from lib.config import Config
+from lib.config import KERNEL_TILE, Config
 from lib.files import UserError
-from lib.model.attention import KERNEL_TILE
+from lib.model.cache import pick_rows
 
 # input tokens of a forward pass: on a CPU, activations that stay in its cache
 BATCH_TOKENS = {"cpu": 1024}
@@ -121,14 +121,6 @@ def _whole(params, config: Config, tokens_BT, places_2M, targets_MA):
     return _read(params, config, model.hidden(params, config, tokens_BT)[0], places_2M, targets_MA)
 
 
-def _rows_of(cache, rows_B):
-    """The given rows of a cache; its arrays lead with one or several entries per row."""
-    rows = len(cache["length"])
-    return jax.tree.map(
-        lambda a: a.reshape(rows, -1, *a.shape[1:])[rows_B].reshape(-1, *a.shape[1:]), cache
-    )
-
-
 @partial(jax.jit, static_argnames=("config", "slots"))
 def _begin(params, config: Config, tokens_BT, *, slots: int):
     """A cache that has read `tokens_BT` (padded behind with -1)."""
@@ -140,7 +132,7 @@ def _begin(params, config: Config, tokens_BT, *, slots: int):
 @partial(jax.jit, static_argnames="config")
 def _extend(params, config: Config, cache, rows_B, tokens_BT):
     """Rows of a cache, copied as `rows_B` says, that have read `tokens_BT` too."""
-    return model.hidden(params, config, tokens_BT, _rows_of(cache, rows_B))[1]
+    return model.hidden(params, config, tokens_BT, pick_rows(cache, rows_B))[1]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -149,7 +141,7 @@ def _ends(params, config: Config, cache, rows_B, tokens_BT, places_2M, targets_M
     return _read(
         params,
         config,
-        model.hidden(params, config, tokens_BT, _rows_of(cache, rows_B))[0],
+        model.hidden(params, config, tokens_BT, pick_rows(cache, rows_B))[0],
         places_2M,
         targets_MA,
     )

@@ -29,6 +29,7 @@ from lib.generate.sampling import (
     step_rows,
     top_alternatives,
 )
+from lib.model.cache import pick_rows, put_rows
 
 # tokens decoded per dispatch: few enough to stream smoothly, many enough to hide the dispatch
 CHUNK = 8
@@ -63,43 +64,21 @@ def _set_rows(rows, slots_b, new):
     }
 
 
-def _pick(cache, rows_b):
-    """The given rows of a cache, as a smaller one; numbers beyond the last row give any row."""
-    B = len(cache["length"])
-    pick = lambda a: a.reshape(B, -1, *a.shape[1:])[jnp.minimum(rows_b, B - 1)].reshape(
-        -1, *a.shape[1:]
-    )
-    return jax.tree.map(pick, cache)
-
-
-def _put(cache, rows_b, part):
-    """The cache with the given rows replaced; numbers beyond the last row are ignored."""
-    B, b = len(cache["length"]), len(rows_b)
-    put = lambda a, new: (
-        a.reshape(B, -1, *a.shape[1:])
-        .at[rows_b]
-        .set(new.reshape(b, -1, *a.shape[1:]), mode="drop")
-        .reshape(a.shape)
-    )
-    return jax.tree.map(put, cache, part)
-
-
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(params, config: Config, cache, rows_b, tokens_bT, fresh):
     """Feed tokens_bT (-1 behind the end of a row) to some rows of a cache, emptied before if `fresh`."""
-    part = _pick(cache, rows_b)
-    part |= {
-        "length": jnp.where(fresh, 0, part["length"]),
-        "last": jnp.where(fresh, -1, part["last"]),
-    }
+    part = pick_rows(cache, rows_b)
+    part = part._replace(
+        length=jnp.where(fresh, 0, part.length), last=jnp.where(fresh, -1, part.last)
+    )
     _, part = model.hidden(params, config, tokens_bT, part)
-    return _put(cache, rows_b, part)
+    return put_rows(cache, rows_b, part)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _repeat(cache, source_B):
     """A cache whose row i is a copy of row source_B[i]."""
-    return _pick(cache, source_B)
+    return pick_rows(cache, source_B)
 
 
 @partial(jax.jit, static_argnames=("config", "pause"), donate_argnames=("cache", "rows"))

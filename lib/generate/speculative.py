@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lib import model
 from lib.config import Config
 from lib.generate.sampling import TOP, sample, step_rows, top_alternatives
+from lib.model.cache import newest_token
 
 
 def look_up(history_BL, length_B, token_B, count: int):
@@ -54,11 +55,8 @@ def _draft(params, config: Config, cache, rows, force_BT):
 
 def _cut_back(cache, before, tokens_BT, kept_B):
     """A cache that has taken tokens_BT, with only the first `kept` of them left in it."""
-    newest_B = jnp.take_along_axis(tokens_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
-    return cache | {
-        "length": before["length"] + kept_B,
-        "last": jnp.where(kept_B > 0, newest_B, before["last"]),
-    }
+    last_B = newest_token(tokens_BT, kept_B, before.last)
+    return cache._replace(length=before.length + kept_B, last=last_B)
 
 
 @partial(
@@ -105,7 +103,7 @@ def decode(
             axis=1,
         )
         if len(configs) == 1:
-            guess_BG, drafted = look_up(rows["history"], caches[0]["length"], rows["token"], G), []
+            guess_BG, drafted = look_up(rows["history"], caches[0].length, rows["token"], G), []
             guess_BG = jnp.where(force_BT[:, :G] >= 0, force_BT[:, :G], guess_BG)
         else:
             guess_BG, cache = _draft(
@@ -163,7 +161,7 @@ def decode(
         } | tried
         if "history" in rows:
             place_BT = jnp.where(
-                kept_BT, caches[0]["length"][:, None] + 1 + steps, rows["history"].shape[1]
+                kept_BT, caches[0].length[:, None] + 1 + steps, rows["history"].shape[1]
             )
             rows = rows | dict(
                 history=rows["history"].at[row, place_BT].set(choice_BT, mode="drop")

@@ -1,26 +1,20 @@
 """The transformer: parameters and tokens become logits or a loss, the same code for training and for decoding.
 
-`transformer.py` is the model, to be read beside the papers.
+`transformer.py` is the model, to be read in one sitting; beside it stand its attention (`attention.py`, and TPU kernels in
+`kernels.py`), its linear layer, its head with the loss, the cache that decoding reads, and int8 (`decoding.py`).
 """
 
-from lib.model.transformer import (
-    decoding_params,
-    forward,
-    group_size,
-    hidden,
-    init_cache,
-    logits,
-    loss_fn,
-    loss_sums,
-    quantized,
-    token_losses,
-)
+from lib.model.cache import Cache, init_cache
+from lib.model.decoding import decoding_params, quantized
+from lib.model.head import logits
+from lib.model.transformer import block, forward, hidden, loss_fn, loss_sums, token_losses
 from lib.params import init_params
 
 __all__ = [
+    "Cache",
+    "block",
     "decoding_params",
     "forward",
-    "group_size",
     "hidden",
     "init_cache",
     "init_params",

@@ -3,88 +3,20 @@
 Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training and prefill, where
 S = T. Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i - window <= j <= i; window None means all
 of the past. Query head n reads key/value head n // (N/K). Softmax is in float32 whatever the inputs are.
-Kernels (splash, pallas) are opaque to the partitioner: over several devices, call them in `jax.shard_map` with
-`check_vma=False`.
 """
 
 import contextlib
 import functools
 import math
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
-from lib.config import KERNEL_TILE, check_attention
+from lib.config import check_attention
 from lib.files import UserError
-
-# checkpoint_name of what backward needs beside q, k, v: o and its log-sum-exp
-RESIDUAL_NAME = "attention_residuals"
-# a score that can't be seen: finite, so that a block without a visible key gives no inf - inf
-MASKED = -1e30
-# what our backward kernel may use of a core's on-chip memory: 128 MiB on v5e and v6e
-VMEM_BYTES = 64 * 2**20
-# default positions per block of the kernels; splash: fastest on v6e
-BLOCKS = {"splash": 1024, "pallas": 512}
-
-_interpret = ContextVar("interpret", default=None)
-
-
-@contextlib.contextmanager
-def compiled_kernels():
-    """Within it, kernels are traced for a real TPU although the default backend is a CPU (deviceless compilation)."""
-    token = _interpret.set(False)
-    try:
-        yield
-    finally:
-        _interpret.reset(token)
-
-
-def _checked(name, q_BTNH, k_BSKH, window):
-    """Check sizes at trace time; return the window, None when it covers the whole sequence."""
-    (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
-    if S != T:
-        raise UserError(
-            f"attention got {T} queries and {S} keys: it is for training and prefill, where they are equal"
-        )
-    check_attention(name, sequence_len=T, head_dim=H, n_head=N, n_kv_head=K, window=window)
-    return None if window is None or window >= T - 1 else window
-
-
-def _use_interpreter(interpret: bool | None) -> bool:
-    if interpret is None:
-        interpret = _interpret.get()
-    if interpret is None:
-        backend = jax.default_backend()
-        if backend not in ("cpu", "tpu"):
-            raise UserError(
-                f"attention=splash and attention=pallas are TPU kernels, and this is a {backend}: "
-                "use attention=jax"
-            )
-        interpret = backend == "cpu"
-    return interpret
-
-
-def _block(T: int, limit: int) -> int:
-    """The largest multiple of KERNEL_TILE that divides T and is at most `limit`."""
-    return max(
-        b
-        for b in range(KERNEL_TILE, max(KERNEL_TILE, min(T, limit)) + 1, KERNEL_TILE)
-        if T % b == 0
-    )
-
-
-def block_size(name: str, T: int, limit: int = 0) -> int:
-    """Positions per block of the kernel `name`, where at most `limit` are asked for (0: its own default)."""
-    return _block(T, limit or BLOCKS[name])
-
-
-# ---- plain XLA ---------------------------------------------------------------------------------------------------
+from lib.model.kernels import MASKED, RESIDUAL_NAME, pallas, splash
 
 
 def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | None = None):
@@ -92,7 +24,6 @@ def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | No
 
     block: positions per block, default an eighth of T but at least 128 (fastest on CPU at T = 512 and 2048).
     """
-    window = _checked("einsum", q_BTNH, k_BSKH, window)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order. The queries of a group
@@ -181,7 +112,6 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
     """`jax.nn.dot_product_attention`: cuDNN flash attention where it can do this, XLA elsewhere."""
-    window = _checked("jax", q_BTNH, k_BSKH, window)
     attend = functools.partial(
         jax.nn.dot_product_attention,
         q_BTNH,
@@ -208,245 +138,28 @@ def _has_cudnn_flash(dtype) -> bool:
     )
 
 
-# ---- jax's splash kernel -----------------------------------------------------------------------------------------
+# ---- by name -------------------------------------------------------------------------------------
 
 
-def splash(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    window: int | None = None,
-    *,
-    block: int = BLOCKS["splash"],
-    interpret: bool | None = None,
-):
-    """jax's splash-attention TPU kernel. block: queries and keys per block, at most."""
-    window = _checked("splash", q_BTNH, k_BSKH, window)
-    _, T, N, H = q_BTNH.shape
-    kernel = _splash_kernel(T, N, window, _block(T, block), _use_interpreter(interpret))
-    q_BNTH = (q_BTNH * (1 / math.sqrt(H))).swapaxes(1, 2)
-    return jax.vmap(kernel)(q_BNTH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)).swapaxes(1, 2)
+def checked(name: str, attend):
+    """`attend` with its sizes checked when it is traced; a window that covers the whole sequence becomes None."""
+
+    @functools.wraps(attend)
+    def attend_checked(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, **options):
+        (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+        if S != T:
+            raise UserError(
+                f"attention got {T} queries and {S} keys: it is for training and prefill, "
+                "where they are equal"
+            )
+        sizes = dict(sequence_len=T, head_dim=H, n_head=N, n_kv_head=K)
+        check_attention(name, **sizes, window=window)
+        if window is not None and window >= T - 1:
+            window = None
+        return attend(q_BTNH, k_BSKH, v_BSKH, window, **options)
+
+    return attend_checked
 
 
-@functools.lru_cache
-def _splash_kernel(T, N, window, block, interpret):
-    mask = sa.CausalMask((T, T)) if window is None else sa.LocalMask((T, T), (window, 0), 0)
-    sizes = sa.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        use_fused_bwd_kernel=True,
-    )
-    # numpy leaves: what outlives this trace must not belong to it or to a device
-    with jax.ensure_compile_time_eval():
-        kernel = sa.make_splash_mha(
-            sa.MultiHeadMask([mask] * N),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=sizes,
-            residual_checkpoint_name=RESIDUAL_NAME,
-            interpret=interpret,
-        )
-        return jax.tree.map(np.asarray, kernel)
-
-
-# ---- our own kernel ----------------------------------------------------------------------------------------------
-#
-# Flash attention (Dao 2023) with windows and grouped heads. Scores are held transposed, keys down and queries across
-# (s_SQ), so that each query's maximum, sum and log-sum-exp is one lane of a row. Queries and keys share one block size;
-# a query block i sees key blocks i-reach .. i, and no other block is loaded or computed.
-
-
-def pallas(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    window: int | None = None,
-    *,
-    block: int = BLOCKS["pallas"],
-    interpret: bool | None = None,
-):
-    """Our own TPU flash attention. block: queries and keys per block, at most. A v4's 16 MiB hold T x H up to 2^18."""
-    window = _checked("pallas", q_BTNH, k_BSKH, window)
-    q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
-    block = _block(q_BTNH.shape[1], block)
-    return _flash(q_BNTH, k_BKSH, v_BKSH, window, block, _use_interpreter(interpret)).swapaxes(1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _flash(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
-    return _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret)[0]
-
-
-def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
-    (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
-    G, blocks, reach = N // K, T // block, _reach(T, window, block)
-    query = pl.BlockSpec((None, None, block, H), lambda b, kv, g, i, step: (b, kv * G + g, i, 0))
-    row = pl.BlockSpec((None, None, 1, block), lambda b, kv, g, i, step: (b, kv * G + g, 0, i))
-    # the same block again where a step has nothing to do: then nothing is loaded
-    key = pl.BlockSpec(
-        (None, None, block, H),
-        lambda b, kv, g, i, step: (b, kv, jnp.maximum(i - reach + step, 0), 0),
-    )
-    o_BNTH, lse_BN1T = pl.pallas_call(
-        functools.partial(_forward_kernel, window=window, reach=reach),
-        grid=(B, K, G, blocks, reach + 1),
-        in_specs=[query, key, key],
-        out_specs=[query, row],
-        out_shape=[
-            jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype),
-            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
-        ],
-        scratch_shapes=[
-            pltpu.VMEM(shape, jnp.float32) for shape in ((1, block), (1, block), (H, block))
-        ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 4 + ("arbitrary",)
-        ),
-        interpret=interpret,
-        name="flash_forward",
-    )(q_BNTH, k_BKSH, v_BKSH)
-    o_BNTH, lse_BNT = (
-        checkpoint_name(o_BNTH, RESIDUAL_NAME),
-        checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME),
-    )
-    return o_BNTH, (q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT)
-
-
-def _flash_backward(window, block, interpret, residuals, do_BNTH):
-    q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT = residuals
-    (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
-    G, blocks, reach = N // K, T // block, _reach(T, window, block)
-    delta_BNT = jnp.einsum("BNTH,BNTH->BNT", o_BNTH, do_BNTH, preferred_element_type=jnp.float32)
-    last = lambda j, step: jnp.minimum(j + step, blocks - 1)
-    query = pl.BlockSpec(
-        (None, None, block, H), lambda b, kv, g, j, step: (b, kv * G + g, last(j, step), 0)
-    )
-    row = pl.BlockSpec(
-        (None, None, 1, block), lambda b, kv, g, j, step: (b, kv * G + g, 0, last(j, step))
-    )
-    key = pl.BlockSpec((None, None, block, H), lambda b, kv, g, j, step: (b, kv, j, 0))
-    dq = pl.BlockSpec((None, None, T, H), lambda b, kv, g, j, step: (b, kv * G + g, 0, 0))
-    dkv = pl.BlockSpec((None, None, T, H), lambda b, kv, g, j, step: (b, kv, 0, 0))
-    return pl.pallas_call(
-        functools.partial(_backward_kernel, window=window, blocks=blocks),
-        grid=(B, K, G, blocks, reach + 1),
-        in_specs=[query, key, key, query, row, row],
-        out_specs=[dq, dkv, dkv],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_BNTH, k_BKSH, v_BKSH)],
-        scratch_shapes=[pltpu.VMEM((T, H), jnp.float32)] * 3,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * 3, vmem_limit_bytes=VMEM_BYTES
-        ),
-        interpret=interpret,
-        name="flash_backward",
-    )(q_BNTH, k_BKSH, v_BKSH, do_BNTH, lse_BNT[:, :, None], delta_BNT[:, :, None])
-
-
-_flash.defvjp(_flash_forward, _flash_backward)
-
-
-def _reach(T, window, block) -> int:
-    """How many key blocks before its own a query block sees."""
-    return T // block - 1 if window is None else -(-window // block)
-
-
-def _dot(a, b, contract):
-    """a @ b over the given axis of each, accumulated in float32."""
-    return jax.lax.dot_general(
-        a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
-def _scores(q_QH, k_SH, i, j, window):
-    """Scaled scores s_SQ of key block j and query block i; MASKED where a key can't be seen."""
-    s_SQ = _dot(k_SH, q_QH, (1, 1)) * (1 / math.sqrt(q_QH.shape[1]))
-    key, query = (jax.lax.broadcasted_iota(jnp.int32, s_SQ.shape, axis) for axis in (0, 1))
-    distance = (i - j) * s_SQ.shape[0] + query - key
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance <= window)
-    return jnp.where(visible, s_SQ, MASKED)
-
-
-def _forward_kernel(
-    q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach
-):
-    i, step = pl.program_id(3), pl.program_id(4)
-    j = i - reach + step
-
-    @pl.when(step == 0)
-    def start():
-        max_ref[...] = jnp.full_like(max_ref, MASKED)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-
-    @pl.when(j >= 0)
-    def add():
-        s_SQ = _scores(q_ref[...], k_ref[...], i, j, window)
-        top = jnp.maximum(max_ref[...], s_SQ.max(0, keepdims=True))
-        # a query without a visible key so far sums exp(0) = 1s; its first real key makes `shrink` 0, wiping them out
-        p_SQ, shrink = jnp.exp(s_SQ - top), jnp.exp(max_ref[...] - top)
-        sum_ref[...] = shrink * sum_ref[...] + p_SQ.sum(0, keepdims=True)
-        acc_ref[...] = shrink * acc_ref[...] + _dot(v_ref[...], p_SQ.astype(v_ref.dtype), (0, 0))
-        max_ref[...] = top
-
-    @pl.when(step == reach)  # the diagonal block, where every query sees at least itself
-    def finish():
-        o_ref[...] = (acc_ref[...] / sum_ref[...]).T.astype(o_ref.dtype)
-        lse_ref[...] = max_ref[...] + jnp.log(sum_ref[...])
-
-
-def _backward_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    do_ref,
-    lse_ref,
-    delta_ref,
-    dq_ref,
-    dk_ref,
-    dv_ref,
-    dq_acc,
-    dk_acc,
-    dv_acc,
-    *,
-    window,
-    blocks,
-):
-    """All three gradients in one pass: p is recomputed once, whole heads accumulate on chip."""
-    g, j, step = pl.program_id(2), pl.program_id(3), pl.program_id(4)
-    i, block = j + step, q_ref.shape[0]
-    last = (j == blocks - 1) & (step == pl.num_programs(4) - 1)
-
-    @pl.when((j == 0) & (step == 0))
-    def start_head():
-        dq_acc[...] = jnp.zeros_like(dq_acc)
-
-    @pl.when((g == 0) & (j == 0) & (step == 0))
-    def start_group():
-        dk_acc[...] = jnp.zeros_like(dk_acc)
-        dv_acc[...] = jnp.zeros_like(dv_acc)
-
-    @pl.when(i < blocks)
-    def add():
-        q, k, v, do = q_ref[...], k_ref[...], v_ref[...], do_ref[...]
-        p_SQ = jnp.exp(_scores(q, k, i, j, window) - lse_ref[...])
-        ds_SQ = (p_SQ * (_dot(v, do, (1, 1)) - delta_ref[...])).astype(q.dtype)
-        queries, keys = pl.ds(i * block, block), pl.ds(j * block, block)
-        dv_acc[keys] += _dot(p_SQ.astype(do.dtype), do, (1, 0))
-        dk_acc[keys] += _dot(ds_SQ, q, (1, 0))
-        dq_acc[queries] += _dot(ds_SQ, k, (0, 0))
-
-    scale = 1 / math.sqrt(q_ref.shape[1])
-
-    @pl.when(last)
-    def finish_head():
-        dq_ref[...] = (dq_acc[...] * scale).astype(dq_ref.dtype)
-
-    @pl.when(last & (g == pl.num_programs(2) - 1))
-    def finish_group():
-        dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
-
-
-ATTENTION = {"einsum": einsum, "jax": jax_sdpa, "splash": splash, "pallas": pallas}
+IMPLEMENTATIONS = {"einsum": einsum, "jax": jax_sdpa, "splash": splash, "pallas": pallas}
+ATTENTION = {name: checked(name, attend) for name, attend in IMPLEMENTATIONS.items()}

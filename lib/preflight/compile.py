@@ -21,7 +21,7 @@ from lib import chips, runtime
 from lib.chips import Slice, tpu_slice
 from lib.config import Config
 from lib.files import UserError, first_line
-from lib.model.attention import compiled_kernels
+from lib.model.kernels import compiled_kernels
 from lib.parallel.layout import Layout, make_layout
 from lib.preflight import hlo, roofline
 from lib.preflight.cache import CACHE, has_libtpu, kept

@@ -12,7 +12,7 @@ import jax
 
 from lib.chips import Chip
 from lib.config import Config
-from lib.model.attention import block_size
+from lib.model.kernels import block_size
 from lib.params import count_params, is_spec, param_specs
 from lib.preflight.hlo import COMPONENTS, Work, sent_bytes
 

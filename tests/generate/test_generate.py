@@ -287,7 +287,7 @@ def tiny_params():
 
 def test_ragged_prefill_and_decoding_equal_full_logits_at_every_position():
     """Rows of different lengths, prefilled in pieces longer and shorter than the ring of 144 slots, then token by token."""
-    assert {a.shape[1] for a in model.init_cache(TINY, 1, 9999)["k"]} == {144, 272}
+    assert {a.shape[1] for a in model.init_cache(TINY, 1, 9999).k} == {144, 272}
     x = np.random.default_rng(0).integers(0, 90, (3, 250)).astype(np.int32)
     forward = jax.jit(model.forward, static_argnums=1)
     full, _ = forward(tiny_params(), TINY, x)
@@ -309,14 +309,14 @@ def test_ragged_prefill_and_decoding_equal_full_logits_at_every_position():
         for row, n in enumerate(sizes):
             np.testing.assert_allclose(logits[row, :n], full[row, at[row] : at[row] + n], atol=5e-5)
         at += sizes
-        np.testing.assert_array_equal(cache["length"], at)
+        np.testing.assert_array_equal(cache.length, at)
 
 
 def test_decoding_copies_no_cache_per_step():
     """XLA must update every ring in place: no copy of a cache-sized array inside the loop."""
     for slots in (1, 3):
         engine = Engine(tiny_params(), TINY, slots, 512)
-        shapes = {f"f32[{','.join(map(str, a.shape))}]" for a in engine.caches[0]["k"]}
+        shapes = {f"f32[{','.join(map(str, a.shape))}]" for a in engine.caches[0].k}
         text = (
             engine_module._decode.lower(
                 engine.params[0],

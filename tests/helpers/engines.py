@@ -48,9 +48,9 @@ def scripted(monkeypatch, scripts):
 
     def forward(params, config, tokens_BT, cache):
         # prompts of three tokens, of which the last is fed first
-        k = jnp.minimum(cache["length"] - 2, longest - 1)
+        k = jnp.minimum(cache.length - 2, longest - 1)
         logits = 9.0 * jax.nn.one_hot(wishes[jnp.arange(len(k)), k], vocab)
-        return logits[:, None], cache | {"length": cache["length"] + (tokens_BT[:, 0] >= 0)}
+        return logits[:, None], cache._replace(length=cache.length + (tokens_BT[:, 0] >= 0))
 
     monkeypatch.setattr(model, "forward", forward)
     config = Config(

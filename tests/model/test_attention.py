@@ -8,7 +8,8 @@ import pytest
 
 from lib.config import check_attention
 from lib.files import UserError
-from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
+from lib.model.attention import ATTENTION
+from lib.model.kernels import RESIDUAL_NAME, compiled_kernels
 from tests.helpers import programs
 
 BLOCKS = {

@@ -11,6 +11,7 @@ from lib import model
 from lib.config import Config
 from lib.interop.nanochat import from_nanochat
 from lib.model import transformer
+from lib.model.transformer import group_size
 from lib.params import init_params
 from tests.helpers.golden import load, parity_model
 
@@ -114,14 +115,14 @@ def test_short_windows_end_where_the_reference_says():
     )
     params = tiny_params(c)
     run = jax.jit(
-        lambda p, x: transformer._block(
+        lambda p, x: transformer.block(
             x,
             x,
             jax.tree.map(lambda a: a[0], p["blocks"]),
             None,
             c,
             transformer.rope_tables(jnp.arange(x.shape[1]), c),
-            128,
+            transformer.full_attention(c, 128),
         )[0]
     )
     x = jax.random.normal(jax.random.key(0), (1, 300, 32))
@@ -133,7 +134,7 @@ def test_short_windows_end_where_the_reference_says():
 def test_scanned_layers_equal_unrolled_ones(remat):
     x = tokens(2, 64)
     c = TINY.replace(n_layer=7)  # three groups of two, and a last layer of its own
-    assert model.group_size(c) == (2, 3) and model.group_size(c.replace(scan_layers=False)) == (
+    assert group_size(c) == (2, 3) and group_size(c.replace(scan_layers=False)) == (
         2,
         0,
     )
@@ -159,7 +160,7 @@ def test_groups_cover_equal_layers_only(pattern, layers, groups):
     c = TINY.replace(
         window_pattern=pattern, n_layer=layers, sequence_len=1024, total_batch_size=1024
     )
-    assert model.group_size(c) == groups
+    assert group_size(c) == groups
     period, n = groups
     kinds = [(w, i in c.value_layers) for i, w in enumerate(c.windows)]
     assert kinds[: n * period] == kinds[:period] * n
@@ -249,7 +250,7 @@ def test_cached_logits_equal_full_ones_across_window_and_context_ends():
     cache = model.init_cache(TINY, 2, 300)
     first, cache = forward(params, TINY, x[:, :120], cache)
     np.testing.assert_allclose(first, full[:, :120], atol=2e-5)
-    cache |= {"length": jnp.array([120, 100]), "last": jnp.array([x[0, 119], x[1, 99]])}
+    cache = cache._replace(length=jnp.array([120, 100]), last=jnp.array([x[0, 119], x[1, 99]]))
     for t in range(120, 140):  # row 1 repeats what the cut took away
         step = np.stack([x[0, t], x[1, t - 20]])[:, None]
         logits, cache = forward(params, TINY, step, cache)
@@ -268,7 +269,7 @@ def test_cached_bfloat16_is_as_close_as_the_full_forward():
     for t in range(30, 40):
         logits, cache = forward(tiny_params(), config, x[:, t : t + 1], cache)
         steps.append(logits[:, 0])
-    assert cache["k"][0].dtype == jnp.bfloat16
+    assert cache.k[0].dtype == jnp.bfloat16
     assert relative(np.stack(steps, 1), exact) < 1.5 * relative(full, exact)
 
 
@@ -276,9 +277,9 @@ def test_padding_of_a_single_row_spoils_nothing_that_is_seen():
     x, params = tokens(1, 9), tiny_params()
     full, _ = forward(params, TINY, x)
     _, cache = forward(params, TINY, x[:, :8], model.init_cache(TINY, 1, 8 + 1))
-    before = [np.asarray(a) for a in (*cache["k"], *cache["v"])]
+    before = [np.asarray(a) for a in (*cache.k, *cache.v)]
     _, cache = forward(params, TINY, np.array([[-1]]), cache)
-    for old, new in zip(before, (*cache["k"], *cache["v"])):
+    for old, new in zip(before, (*cache.k, *cache.v)):
         np.testing.assert_array_equal(new[:, :8], old[:, :8])
     logits, _ = forward(params, TINY, x[:, 8:], cache)
     np.testing.assert_allclose(logits[0, 0], full[0, 8], atol=2e-5)

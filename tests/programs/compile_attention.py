@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from lib.model.attention import ATTENTION, RESIDUAL_NAME, compiled_kernels
+from lib.model.attention import ATTENTION
+from lib.model.kernels import RESIDUAL_NAME, compiled_kernels
 
 chip = topologies.get_topology_desc(
     platform="tpu", topology_name="v6e:1x1", chips_per_host_bounds=(1, 1, 1)

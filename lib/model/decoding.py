@@ -1,0 +1,71 @@
+"""Parameters as decoding reads them: a dict per layer, in the compute dtype or in int8."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lib.config import Config
+from lib.model.head import head_matrix
+from lib.params import unstack
+
+# the matrices of a block that become int8, and how many of their axes are inputs
+INT8_INPUTS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_gate": 1, "w_out": 1}
+
+
+def cast_matrices(tree, dtype):
+    """The tree with every matrix in `dtype`; scalars, scales and int8 stay as they are."""
+
+    def cast(a):
+        is_wide = a.ndim > 1 and a.dtype != jnp.int8
+        return a.astype(dtype) if is_wide else a
+
+    return jax.tree.map(cast, tree)
+
+
+def decoding_params(params, config: Config):
+    """The parameters as decoding reads them, to be made once: unstacked, matrices in the compute dtype.
+
+    What is so already comes back as it is, not as a copy.
+    """
+    settled = (jnp.int8, config.dtype)
+    needs_cast = any(a.ndim > 1 and a.dtype not in settled for a in jax.tree.leaves(params))
+    if is_unstacked(params) and not needs_cast:
+        return params
+    return _decoding_params(params, config)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decoding_params(params, config):
+    params = params if is_unstacked(params) else unstack(params, config)
+    return cast_matrices(params, config.dtype)
+
+
+def is_unstacked(params) -> bool:
+    """Whether the blocks are a list of one dict per layer."""
+    return isinstance(params["blocks"], list)
+
+
+@partial(jax.jit, static_argnums=1)
+def quantized(params, config: Config):
+    """The parameters with every matrix of a block, and the head, in int8: for evaluation and decoding.
+
+    Weights only: activations keep their dtype, and so do tables that are looked up. A quarter of float32's bytes;
+    what that costs in quality and brings in speed is measured by `python -m benchmarks.decode`.
+    """
+    params = unstack(params, config)
+    blocks = []
+    for w in params["blocks"]:
+        small = {name: _int8(w[name], n_in) for name, n_in in INT8_INPUTS.items() if name in w}
+        blocks.append(w | small)
+    return params | {"blocks": blocks, "head": _int8(head_matrix(params, config), 1)}
+
+
+def _int8(w, n_in: int) -> dict:
+    """A matrix as {"int8": (outputs..., inputs), "scale": (outputs,)}; its first n_in axes are inputs."""
+    outputs = w.shape[n_in:]
+    w_OI = w.reshape(-1, math.prod(outputs)).T
+    scale_O = jnp.maximum(jnp.abs(w_OI).max(axis=1), 1e-30) / 127
+    rounded_OI = jnp.round(w_OI / scale_O[:, None]).astype(jnp.int8)
+    return {"int8": rounded_OI.reshape(*outputs, -1), "scale": scale_O}

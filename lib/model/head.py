@@ -1,0 +1,116 @@
+"""From the last layer to logits, and to a loss that never holds the logits of all tokens."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from lib.config import Config
+from lib.model.linear import linear
+from lib.parallel.layout import gather
+
+
+def head_matrix(params, config: Config):
+    """The head (D, V), or its int8 form; a tied one is the embedding, turned."""
+    # int8 gives a tied model a head of its own
+    if config.tied_head and "head" not in params:
+        return gather("embed", params["embed"]).T
+    return gather("head", params["head"])
+
+
+def logits(params, config: Config, x_BTD):
+    """What the head makes of `hidden`'s output: float32 (..., V)."""
+    with jax.named_scope("head"):
+        return _logits(x_BTD, head_matrix(params, config), config)
+
+
+def _logits(x, head, config: Config):
+    """Float32 logits over the true vocabulary, soft-capped."""
+    if isinstance(head, dict):
+        x_CD = x.reshape(-1, x.shape[-1])
+        logits = linear("CD,DV->CV", x_CD, head).astype(jnp.float32)
+        logits = logits.reshape(*x.shape[:-1], -1)
+    else:
+        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = logits[..., : config.vocab_size]
+    if config.softcap:
+        logits = config.softcap * jnp.tanh(logits / config.softcap)
+    return logits
+
+
+# ---- the loss, a chunk of tokens at a time -------------------------------------------------------
+
+
+def losses_by_token(x_BTD, head, targets_BT, config: Config):
+    """Cross-entropy in nats of each token (B, T), 0 where the target is negative; not meant for gradients."""
+    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = head if isinstance(head, dict) else head.astype(x_MCD.dtype)
+    losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0], (x_MCD, t_MC))
+    return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def summed_loss(x_BTD, head_DV, targets_BT, config: Config):
+    """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a time."""
+    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = head_DV.astype(x_MCD.dtype)
+    sum_of = lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0].sum()
+    return jax.lax.map(sum_of, (x_MCD, t_MC)).sum()
+
+
+def _chunks(x_BTD, targets_BT, chunk: int):
+    """Tokens as M chunks (M, C, D) and (M, C), the last one filled up with ignored targets."""
+    x, t = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
+    chunk = min(chunk, len(t))
+    short = -len(t) % chunk
+    if short:
+        x = jnp.pad(x, ((0, short), (0, 0)))
+        t = jnp.pad(t, (0, short), constant_values=-1)
+    return x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
+
+
+def _chunk_loss(x_CD, head, t_C, config: Config):
+    """Loss of each token of a chunk (C,), with what its gradient needs: logits and their log-sum-exp."""
+    logits_CV = _logits(x_CD, head, config)
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    target_C1 = jnp.maximum(t_C, 0)[:, None]
+    picked_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
+    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), logits_CV, lse_C
+
+
+def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
+    """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale them."""
+    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head = head_DV.astype(x_MCD.dtype)
+
+    def chunk(head_grad, xt):
+        x_CD, t_C = xt
+        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, head, t_C, config)
+        # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
+        hit_CV = jnp.arange(config.vocab_size) == t_C[:, None]
+        d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
+        # through the softcap's tanh
+        if config.softcap:
+            d_CV = d_CV * (1 - jnp.square(logits_CV / config.softcap))
+        d_CV = jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(x_CD.dtype)
+        d_CV = jnp.pad(d_CV, ((0, 0), (0, config.padded_vocab - config.vocab_size)))
+        # summed over chunks in float32, whatever the compute dtype
+        head_grad += jnp.einsum("CD,CV->DV", x_CD, d_CV, preferred_element_type=jnp.float32)
+        return head_grad, (loss_C.sum(), jnp.einsum("CV,DV->CD", d_CV, head))
+
+    zero = jnp.zeros(head_DV.shape, jnp.float32)
+    if len(t_MC) == 1:
+        head_grad, (losses, x_grad) = chunk(zero, (x_MCD[0], t_MC[0]))
+    else:
+        head_grad, (losses, x_grad) = jax.lax.scan(chunk, zero, (x_MCD, t_MC))
+    # without the tokens that filled up the last chunk
+    x_grad = x_grad.reshape(-1, x_MCD.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
+    return losses.sum(), (x_grad, head_grad)
+
+
+def _summed_loss_backward(config, saved, g):
+    x_grad, head_grad = saved
+    return (g * x_grad).astype(x_grad.dtype), g * head_grad, None
+
+
+summed_loss.defvjp(_summed_loss_forward, _summed_loss_backward)

@@ -1,0 +1,89 @@
+"""The linear layer, for weights in floats or int8, with gradients that are cheap to schedule."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def linear(spec: str, x, w):
+    """`jnp.einsum(spec, x, w)` for a weight in floats, or in int8 with a scale per output.
+
+    An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized` makes it.
+    """
+    if isinstance(w, dict):
+        return _int8_linear(spec, x, w)
+    return _float_linear(spec, x, w)
+
+
+def merge_heads(o_BTNH, wo):
+    """The attention's output projection (B, T, D); `wo` is (N, H, D), or (N H, D) where decoding merged it."""
+    if isinstance(wo, dict) or wo.ndim == 3:
+        return linear("BTNH,NHD->BTD", o_BTNH, wo)
+    return linear("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), wo)
+
+
+@jax.custom_vjp
+def grad_barrier(tree):
+    """Identity whose gradients must all be there before any of them is used.
+
+    Around a layer it makes backward finish the layer's weight gradients before it goes on to the layer below.
+    Left alone, XLA's TPU scheduler puts them off and keeps the wide activations of several layers alive for them.
+    """
+    return tree
+
+
+grad_barrier.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+
+
+# ---- floats --------------------------------------------------------------------------------------
+#
+# XLA:CPU transposes a copy of a product's first operand. Autodiff's order of the weight gradient
+# makes that the mlp's wide activations, so it is written here with the smaller operand first.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _float_linear(spec: str, x, w):
+    return jnp.einsum(spec, x, w)
+
+
+def _float_linear_forward(spec, x, w):
+    return jnp.einsum(spec, x, w), (x, w)
+
+
+def _float_linear_backward(spec, saved, g):
+    x, w = saved
+    xs, ws, ys = spec.replace("->", ",").split(",")
+    x_grad = jnp.einsum(f"{ys},{ws}->{xs}", g, w)
+    if x.size <= g.size:
+        return x_grad, jnp.einsum(f"{xs},{ys}->{ws}", x, g)
+    # the order of axes that a product with g in front gives
+    turned = "".join(letter for letter in ys + xs if letter in ws)
+    w_grad = jnp.einsum(f"{ys},{xs}->{turned}", g, x)
+    # without the barrier XLA turns the operands round again
+    w_grad = jax.lax.optimization_barrier(w_grad)
+    return x_grad, jnp.einsum(f"{turned}->{ws}", w_grad)
+
+
+_float_linear.defvjp(_float_linear_forward, _float_linear_backward)
+
+
+# ---- int8 ----------------------------------------------------------------------------------------
+
+
+def _int8_linear(spec: str, x, w):
+    *outputs, inputs = w["int8"].shape
+    x_MI, w_OI = x.reshape(-1, inputs), w["int8"].reshape(-1, inputs)
+    # the barrier keeps XLA from converting all weights once, before the decoding loop, and reading them wide
+    x_MI, w_OI = jax.lax.optimization_barrier((x_MI, w_OI))
+    w_OI = w_OI.astype(x.dtype)
+    if len(x_MI) == 1:
+        # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the converted weight out
+        y_MO = (x_MI * w_OI).sum(-1, dtype=jnp.float32)[None]
+    else:
+        y_MO = x_MI @ w_OI.T
+    y_MO = (y_MO * w["scale"]).astype(x.dtype)
+    # the leading axes of x stay as they are; as many as the result has beside the weight's outputs
+    result = spec.split("->")[1]
+    leading = x.shape[: len(result) - len(outputs)]
+    return y_MO.reshape(*leading, *outputs)
