@@ -1,4 +1,6 @@
-"""Accelerators by the names that people rent them under: what a chip can do, which topology a name means, what an hour costs."""
+"""Accelerators by the names that people rent them under: what a chip can do, which topology a name
+means, what an hour costs.
+"""
 
 import math
 import re
@@ -8,8 +10,10 @@ from lib.files import UserError, choose
 
 
 class Chip(NamedTuple):
-    """Published figures of one chip: dense bfloat16 FLOP/s (T4: float16), memory bytes/s, memory bytes, rows that its matrix unit
-    multiplies at once (1: narrow ones cost nothing extra), bytes/s that it can send to its neighbours; and what libtpu lets a program use."""
+    """Published figures of one chip: dense bfloat16 FLOP/s (T4: float16), memory bytes/s, memory
+    bytes, rows that its matrix unit multiplies at once (1: narrow ones cost nothing extra), bytes/s
+    that it can send to its neighbours; and what libtpu lets a program use.
+    """
 
     name: str
     flops: float
@@ -43,10 +47,11 @@ def chip(device_kind: str) -> Chip | None:
     return next((c for part, c in CHIPS.items() if part in device_kind), None)
 
 
-# ---- slices: what is rented -----------------------------------------------------------------------------------------
+# ---- slices: what is rented ----------------------------------------------------------------------
 
-# The number in a name counts chips for v5e and v6e, but TensorCores for v4 and v5p, whose chips have two each: a v5p-8 is four chips, and
-# jax shows four devices, for the two cores of a chip work as one ("megacore").
+# The number in a name counts chips for v5e and v6e, but TensorCores for v4 and v5p, whose chips
+# have two each: a v5p-8 is four chips, and jax shows four devices, for the two cores of a chip work
+# as one ("megacore").
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBE = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8", 512: "4x8x8"}
 SLICES = {"v6e": (V6E, FLAT), "v5e": (V5E, FLAT), "v5p": (V5P, CUBE), "v4": (V4, CUBE)}
@@ -62,7 +67,10 @@ class Slice(NamedTuple):
 
 
 def tpu_slice(name: str) -> Slice:
-    """The Slice of a name like v6e-1 or v5p-8, or of a topology like v6e:2x4. UserError lists the names."""
+    """The Slice of a name like v6e-1 or v5p-8, or of a topology like v6e:2x4.
+
+    UserError lists the names.
+    """
     if match := re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name):
         generation, _ = choose("TPU generation", match[1], SLICES)
         return Slice(name, generation, name, math.prod(map(int, match[2].split("x"))))
@@ -79,14 +87,15 @@ def tpu_slice(name: str) -> Slice:
     return Slice(name, generation, f"{version}:{shape}", math.prod(map(int, shape.split("x"))))
 
 
-# ---- money: EDIT THIS TABLE. Prices move; those of others are wrong the day after --------------------------------------
+# ---- money: EDIT THIS TABLE. Prices move; those of others are wrong the day after ----------------
 
 PRICES_DATE = "2026-11"  # when the table was last touched; nothing here was read from a bill
 PRICES_SOURCE = (
     "https://cloud.google.com/tpu/pricing (US regions), https://colab.research.google.com/signup"
 )
-# Spot is what us-central1 asked in SkyPilot's catalogue of Google's price list (v8, commit 006059e), which has the same on-demand prices. It
-# moves and differs by region: the dearest in the US were 1.35 (v6e), 0.60 (v5e) and 1.68 (v5p).
+# Spot is what us-central1 asked in SkyPilot's catalogue of Google's price list (v8, commit
+# 006059e), which has the same on-demand prices. It moves and differs by region: the dearest in the
+# US were 1.35 (v6e), 0.60 (v5e) and 1.68 (v5p).
 PRICES = {  # dollars per chip and hour; None: not known to us, ask the source
     "TPU v6e": {"on-demand": 2.70, "flex-start": 1.35, "spot": 0.54},
     "TPU v5e": {"on-demand": 1.20, "flex-start": None, "spot": 0.24},
@@ -94,13 +103,16 @@ PRICES = {  # dollars per chip and hour; None: not known to us, ask the source
     "TPU v4": {"on-demand": 3.22, "flex-start": None, "spot": None},
 }
 COLAB_UNIT = 9.99 / 100  # dollars per compute unit
-# Units per hour. Colab publishes none, its Resources panel shows them, and they move: a T4 was 1.84 in April 2024 (mccormickml.com, where an
-# A100 was 11.77), and about 1.07 on 2026-09-27 (measured in a public repository, which has none for A100, v5e and v6e). None: not known.
+# Units per hour. Colab publishes none, its Resources panel shows them, and they move: a T4 was 1.84
+# in April 2024 (mccormickml.com, where an A100 was 11.77), and about 1.07 on 2026-09-27 (measured
+# in a public repository, which has none for A100, v5e and v6e). None: not known.
 COLAB_UNITS = {"TPU v6e": None, "TPU v5e": None, "H100 SXM": None, "A100": None, "T4": 1.07}
 
 
 def price_per_hour(name: str, how: str = "on-demand", units: float | None = None) -> float | None:
-    """Dollars per hour of one chip called `name` in PRICES; how: a key of its entry, or "colab", with `units` an hour if given. None: not known."""
+    """Dollars per hour of one chip called `name` in PRICES; how: a key of its entry, or "colab",
+    with `units` an hour if given. None: not known.
+    """
     if how == "colab":
         units = units or COLAB_UNITS.get(name)
         return units * COLAB_UNIT if units else None

@@ -13,8 +13,9 @@ from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 class Spec:
     """A weight before it exists. Block weights are stacked: their first axis is "layer".
 
-    init: ("normal", std) | ("uniform", low, high) | ("linear", first, last) over the layer axis | ("constant", value).
-    group: the optimizer group. n_in: how many axes after the layer axis are inputs of the matrix; the rest are outputs.
+    init: ("normal", std) | ("uniform", low, high) | ("linear", first, last) over the layer axis |
+    ("constant", value). group: the optimizer group. n_in: how many axes after the layer axis are
+    inputs of the matrix; the rest are outputs.
     """
 
     shape: tuple[int, ...]
@@ -61,7 +62,8 @@ def param_specs(c: Config) -> dict:
             ("uniform", 0.0, 0.02),
             "matrix",
         )
-    # a tied table is a head first: what it embeds is normed at once, so its scale and rate can be the head's
+    # a tied table is a head first: what it embeds is normed at once, so its scale and rate can be
+    # the head's
     embed = (("normal", 0.02), "head") if c.tied_head else (("normal", 0.8), "embed")
     specs = {"embed": Spec((V, D), ("vocab", "embed"), *embed), "blocks": blocks}
     if not c.tied_head:
@@ -111,7 +113,8 @@ def _init_leaf(key, name: str, spec: Spec):
         if kind == "normal"
         else jax.random.uniform(k, shape, minval=args[0], maxval=args[1])
     )
-    # one key per layer: the first layers of a deeper model start like those of a shallower one of the same width
+    # one key per layer: the first layers of a deeper model start like those of a shallower one of
+    # the same width
     return (
         jnp.stack([draw(jax.random.fold_in(key, i)) for i in range(spec.shape[0])])
         if stacked
@@ -120,7 +123,9 @@ def _init_leaf(key, name: str, spec: Spec):
 
 
 def init_params(key, config: Config) -> dict:
-    """Float32 parameters for `config`, a pure function of `key` (a PRNG key or an int seed) and each leaf's name."""
+    """Float32 parameters for `config`, a pure function of `key` (a PRNG key or an int seed) and
+    each leaf's name.
+    """
     key = jax.random.key(key) if isinstance(key, int) else key
     return jax.tree_util.tree_map_with_path(
         lambda path, spec: _init_leaf(key, path_name(path), spec),
@@ -146,7 +151,8 @@ def count_params(config: Config) -> dict[str, int]:
 
 
 def unstack(params, config: Config):
-    """The same parameters with blocks as a list of one dict per layer and value_embeds as {layer: table}.
+    """The same parameters with blocks as a list of one dict per layer and value_embeds as {layer:
+    table}.
 
     Split, not indexed: its gradient is one concatenation rather than a padded sum per layer.
     """

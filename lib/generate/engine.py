@@ -1,8 +1,10 @@
-"""Decoding: tools in the loop, rows that come and go in one batch, and the whole of it in few dispatches.
+"""Decoding: tools in the loop, rows that come and go in one batch, and the whole of it in few
+dispatches.
 
-Everything here runs on an `Engine`: a fixed number of slots, each holding one row that is being written. A row's last prompt token
-is not prefilled but fed to the first decoding step, so that there is one place where tokens are chosen. `generate` and `stream` make
-`Engines` just for their prompts; a server keeps them and lets rows join and leave.
+Everything here runs on an `Engine`: a fixed number of slots, each holding one row that is being
+written. A row's last prompt token is not prefilled but fed to the first decoding step, so that
+there is one place where tokens are chosen. `generate` and `stream` make `Engines` just for their
+prompts; a server keeps them and lets rows join and leave.
 """
 
 import os
@@ -42,7 +44,8 @@ SMALL = 32 * 2**20  # bytes of weights up to which that pays: each side reads th
 
 
 class Token(NamedTuple):
-    """One new token. logprob is the model's own, before temperature and filters; `forced` ones came from a tool.
+    """One new token. logprob is the model's own, before temperature and filters; `forced` ones came
+    from a tool.
 
     top: the likeliest (id, logprob) pairs, as many as Sampling.logprobs asked for.
     """
@@ -53,7 +56,7 @@ class Token(NamedTuple):
     top: list[tuple[int, float]] = []
 
 
-# ---- what runs on the device -------------------------------------------------------------------------------------------
+# ---- what runs on the device ---------------------------------------------------------------------
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -66,7 +69,9 @@ def _set_rows(rows, slots_b, new):
 
 @partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(params, config: Config, cache, rows_b, tokens_bT, fresh):
-    """Feed tokens_bT (-1 behind the end of a row) to some rows of a cache, emptied before if `fresh`."""
+    """Feed tokens_bT (-1 behind the end of a row) to some rows of a cache, emptied before if
+    `fresh`.
+    """
     part = pick_rows(cache, rows_b)
     part = part._replace(
         length=jnp.where(fresh, 0, part.length), last=jnp.where(fresh, -1, part.last)
@@ -83,10 +88,12 @@ def _repeat(cache, source_B):
 
 @partial(jax.jit, static_argnames=("config", "pause"), donate_argnames=("cache", "rows"))
 def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int):
-    """Up to `count` tokens for every row that is alive, in one dispatch; over early when no row can go on.
+    """Up to `count` tokens for every row that is alive, in one dispatch; over early when no row can
+    go on.
 
-    forced_BC: ids that a row must take at step i instead of its own choice, or -1. A row that writes the token `pause` waits for the
-    next call. Returns (cache, rows, out): ids (B, C), -1 where a row wrote nothing, their logprobs, and alternatives (B, C, TOP).
+    forced_BC: ids that a row must take at step i instead of its own choice, or -1. A row that
+    writes the token `pause` waits for the next call. Returns (cache, rows, out): ids (B, C), -1
+    where a row wrote nothing, their logprobs, and alternatives (B, C, TOP).
     """
     B, C = forced_BC.shape
     out = dict(
@@ -127,11 +134,14 @@ def _decode(params, config: Config, cache, rows, forced_BC, count, *, pause: int
     return cache, rows, out
 
 
-# ---- what runs on the host ---------------------------------------------------------------------------------------------
+# ---- what runs on the host -----------------------------------------------------------------------
 
 
 class _Writer:
-    """The host's side of one row: tool calls, stop tokens and stop strings. `push` takes each token, `ready` are those let out."""
+    """The host's side of one row: tool calls, stop tokens and stop strings.
+
+    `push` takes each token, `ready` are those let out.
+    """
 
     def __init__(self, sampling: Sampling, tokenizer, tool):
         self.sampling, self.tokenizer, self.tool = sampling, tokenizer, tool
@@ -143,7 +153,9 @@ class _Writer:
         self.ready, self.made, self.finish = [], 0, None
 
     def push(self, token: Token):
-        """Take the row's next token; sets `finish` when it was the last, and runs the tool when it ends a call."""
+        """Take the row's next token; sets `finish` when it was the last, and runs the tool when it
+        ends a call.
+        """
         self.made += 1
         if token.forced:
             self.forced.pop(0)
@@ -176,7 +188,9 @@ class _Writer:
             self.call.append(id)
 
     def _let_out(self, token: Token):
-        """Find stop strings in the bytes of what the model wrote in one go, wherever they cross tokens."""
+        """Find stop strings in the bytes of what the model wrote in one go, wherever they cross
+        tokens.
+        """
         # not the model's own, within a call, which nobody hears, or no text
         silent = not self.stops or token.forced or self.call is not None
         if silent or token.id >= len(self.tokenizer.tokens):
@@ -204,14 +218,17 @@ class _Writer:
 
 
 class Engine:
-    """A batch of `slots` rows that are written together, each joining and leaving on its own (continuous batching).
+    """A batch of `slots` rows that are written together, each joining and leaving on its own
+    (continuous batching).
 
-    length: the most tokens a row may have, prompt and output together. tool(text) -> str | None answers what the model writes between
-    <|python_start|> and <|python_end|>; its result is forced back as <|output_start|>...<|output_end|>, None as nothing. What a row
-    writes depends on its prompt, its Sampling and the parameters, and not on the other rows, nor on speculation.
+    length: the most tokens a row may have, prompt and output together. tool(text) -> str | None
+    answers what the model writes between <|python_start|> and <|python_end|>; its result is forced
+    back as <|output_start|>...<|output_end|>, None as nothing. What a row writes depends on its
+    prompt, its Sampling and the parameters, and not on the other rows, nor on speculation.
 
-    speculate: tokens drafted ahead per forward (lib.generate.speculative), by draft=(params, config) of a smaller model or, without
-    one, from the row's own text; 4 is a good start, 0 is off.
+    speculate: tokens drafted ahead per forward (lib.generate.speculative), by draft=(params,
+    config) of a smaller model or, without one, from the row's own text; 4 is a good start, 0 is
+    off.
     """
 
     def __init__(
@@ -268,7 +285,10 @@ class Engine:
         return self.slots - len(self.writers)
 
     def add(self, prompt: list[int], sampling: Sampling) -> int:
-        """Let a row join: its slot. UserError if its prompt is empty, foreign or too long, or if no slot is free."""
+        """Let a row join: its slot.
+
+        UserError if its prompt is empty, foreign or too long, or if no slot is free.
+        """
         return self.add_many([prompt], [sampling])[0]
 
     def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
@@ -333,7 +353,9 @@ class Engine:
             raise UserError("stop strings need the tokenizer: pass tokenizer= too")
 
     def _fill(self, slots: list[int], prompts: list[list[int]]):
-        """Prefill rows from empty, PREFILL tokens at a time, in few shapes: bucketed numbers of rows and of tokens."""
+        """Prefill rows from empty, PREFILL tokens at a time, in few shapes: bucketed numbers of
+        rows and of tokens.
+        """
         rows, longest = bucket(len(slots)), max(map(len, prompts))
         width = min(PREFILL, bucket(longest, 16))
         tokens = np.full((rows, max(1, -(-longest // width)) * width), -1, np.int32)
@@ -347,10 +369,12 @@ class Engine:
             ]
 
     def step(self, count: int = CHUNK) -> dict[int, tuple[list[Token], str | None]]:
-        """Write about `count` tokens in every busy slot: {slot: (new tokens, None or why the row is finished)}.
+        """Write about `count` tokens in every busy slot: {slot: (new tokens, None or why the row is
+        finished)}.
 
-        "stop": a stop token or string, which is not among the tokens. "length": max_tokens, or the slot is full. A finished slot is
-        free again. Tokens may come later than they were made while they could be the beginning of a stop string.
+        "stop": a stop token or string, which is not among the tokens. "length": max_tokens, or the
+        slot is full. A finished slot is free again. Tokens may come later than they were made while
+        they could be the beginning of a stop string.
         """
         if not self.writers:
             return {}
@@ -430,11 +454,13 @@ class Engine:
 
 
 class Engines:
-    """A batch of `slots` rows like one `Engine`'s, on a CPU split between engines that run side by side, each in a thread of its own.
+    """A batch of `slots` rows like one `Engine`'s, on a CPU split between engines that run side by
+    side, each in a thread of its own.
 
-    XLA:CPU gains little from a second core on the short products of a small model: waking it takes as long as it saves. Halves of
-    the batch don't wait for each other until the chunk is written (LOG.md). `tool` may then be called by two threads at once.
-    sides: how many engines, if not by the device and the model.
+    XLA:CPU gains little from a second core on the short products of a small model: waking it takes
+    as long as it saves. Halves of the batch don't wait for each other until the chunk is written
+    (LOG.md). `tool` may then be called by two threads at once. sides: how many engines, if not by
+    the device and the model.
     """
 
     def __init__(
@@ -465,7 +491,9 @@ class Engines:
     accepted = property(lambda self: sum(part.accepted for part in self.parts))
 
     def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
-        """As `Engine.add_many`; the rows are dealt out evenly, and equal prompts are prefilled once by each engine."""
+        """As `Engine.add_many`; the rows are dealt out evenly, and equal prompts are prefilled once
+        by each engine.
+        """
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.parts[0].check(prompt, sampling)
         if len(prompts) > self.free:
@@ -507,7 +535,9 @@ class Engines:
 
 
 def sides_for(params, slots: int) -> int:
-    """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a CPU, otherwise one."""
+    """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a
+    CPU, otherwise one.
+    """
     weights = jax.tree.leaves([params["blocks"], params.get("head", params["embed"])])
     small = sum(a.nbytes for a in weights) <= SMALL and jax.default_backend() == "cpu"
     return (
@@ -518,12 +548,14 @@ def sides_for(params, slots: int) -> int:
 
 
 def bucket(n: int, least: int = 1) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: one compilation serves many sizes at the cost of a third at most."""
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: one compilation serves many sizes at the cost
+    of a third at most.
+    """
     power = 1 << (n - 1).bit_length()
     return max(least, power * 3 // 4 if n <= power * 3 // 4 else power)
 
 
-# ---- all at once -------------------------------------------------------------------------------------------------------
+# ---- all at once ---------------------------------------------------------------------------------
 
 
 def stream(
@@ -538,8 +570,9 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Generate after each prompt, yielding the new token ids of every row a few at a time.
 
-    prompts: token ids, at least one each; several lengths may be mixed. tokenizer, tool, speculate and draft are those of
-    `Engine`. Row b draws from sampling.seed + b, whatever else is in the batch; the same seed gives the same text.
+    prompts: token ids, at least one each; several lengths may be mixed. tokenizer, tool, speculate
+    and draft are those of `Engine`. Row b draws from sampling.seed + b, whatever else is in the
+    batch; the same seed gives the same text.
     """
     engine, slots = _started(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
     return _written(engine, slots, CHUNK)
@@ -567,7 +600,9 @@ def generate(
 
 
 def _started(params, config, prompts, sampling, tokenizer, tool, speculate, draft):
-    """Engines just large enough for these prompts, with all of them in it: (engines or None, slots)."""
+    """Engines just large enough for these prompts, with all of them in it: (engines or None,
+    slots).
+    """
     if not prompts:
         return None, []
     slots = bucket(len(prompts))

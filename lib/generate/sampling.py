@@ -1,4 +1,6 @@
-"""From logits to the next token: every row of a batch by its own settings, without sorting, the same whatever the batch."""
+"""From logits to the next token: every row of a batch by its own settings, without sorting, the
+same whatever the batch.
+"""
 
 from dataclasses import dataclass
 
@@ -16,9 +18,10 @@ TOP = 20  # alternatives reported with a token when a row asks for any
 class Sampling:
     """How one row is to be written. Changing any of it compiles nothing.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. A row ends after max_tokens, at a token in
-    `stop`, or before any of `stop_strings`, none of which is returned. logprobs: how many alternatives, TOP at most, to report
-    with each token. Raises UserError.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. A row ends
+    after max_tokens, at a token in `stop`, or before any of `stop_strings`, none of which is
+    returned. logprobs: how many alternatives, TOP at most, to report with each token. Raises
+    UserError.
     """
 
     max_tokens: int
@@ -54,7 +57,9 @@ class Sampling:
 
 
 def empty_rows(slots: int, vocab: int) -> dict:
-    """The state of `slots` rows, none alive: the token to feed next, counts made and left, settings, tokens seen."""
+    """The state of `slots` rows, none alive: the token to feed next, counts made and left,
+    settings, tokens seen.
+    """
     full = lambda value, *shape: jnp.full((slots, *shape), value)  # an array each: they are donated
     counts = {name: full(np.int32(0)) for name in ("token", "made", "left", "top_k")}
     flags = {name: full(False) for name in ("alive", "filtered", "top")}
@@ -98,7 +103,9 @@ def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:
 
 
 def argmax(x_BV):
-    """The first index of each row's maximum: twice a plain reduction, which XLA:CPU turns into vector code, unlike its argmax."""
+    """The first index of each row's maximum: twice a plain reduction, which XLA:CPU turns into
+    vector code, unlike its argmax.
+    """
     V = x_BV.shape[-1]
     return jnp.where(
         x_BV == x_BV.max(-1, keepdims=True), jnp.arange(V, dtype=jnp.int32), V - 1
@@ -106,9 +113,11 @@ def argmax(x_BV):
 
 
 def _least(p_BV, enough):
-    """Per row the largest t for which enough(p >= t), by bisection: floats from 0 to 1 are ordered as their bits are.
+    """Per row the largest t for which enough(p >= t), by bisection: floats from 0 to 1 are ordered
+    as their bits are.
 
-    Thirty passes over the vocabulary cost less than sorting it, and no k has to be known when compiling.
+    Thirty passes over the vocabulary cost less than sorting it, and no k has to be known when
+    compiling.
     """
 
     def halve(_, bounds):
@@ -128,7 +137,9 @@ def _least(p_BV, enough):
 
 
 def _filtered(x_BV, rows):
-    """The logits that top_k, then top_p, then min_p leave, -inf for the others; whatever ties with the last one kept stays too."""
+    """The logits that top_k, then top_p, then min_p leave, -inf for the others; whatever ties with
+    the last one kept stays too.
+    """
     p = jax.nn.softmax(x_BV, axis=-1)
     k = jnp.where(rows["top_k"] > 0, rows["top_k"], p.shape[-1])
     p = jnp.where(p >= _least(p, lambda keep: keep.sum(-1) >= k)[:, None], p, 0)
@@ -139,16 +150,20 @@ def _filtered(x_BV, rows):
 
 
 def penalized(logits_BV, rows):
-    """Logits, those of tokens that a row has seen made less: positive ones divided, negative ones multiplied (Keskar et al. 2019)."""
+    """Logits, those of tokens that a row has seen made less: positive ones divided, negative ones
+    multiplied (Keskar et al. 2019).
+    """
     by = jnp.where(rows["seen"], rows["penalty"][:, None], 1.0)
     return jnp.where(logits_BV > 0, logits_BV / by, logits_BV * by)
 
 
 def sample(logits_BV, rows):
-    """One token id per row: penalty, temperature, top_k, top_p (Holtzman et al. 2019), min_p, then a draw by the row's own key.
+    """One token id per row: penalty, temperature, top_k, top_p (Holtzman et al. 2019), min_p, then
+    a draw by the row's own key.
 
-    The key depends on the row's seed and on how many tokens it has made, on nothing else. The draw is the maximum of logits plus
-    Gumbel noise: a draft model that draws by the same noise mostly draws the same token (see lib.speculative).
+    The key depends on the row's seed and on how many tokens it has made, on nothing else. The draw
+    is the maximum of logits plus Gumbel noise: a draft model that draws by the same noise mostly
+    draws the same token (see lib.speculative).
     """
 
     def draw(x):
@@ -171,7 +186,9 @@ def sample(logits_BV, rows):
 
 
 def step_rows(rows, token_B, took_B, sampled_B):
-    """The state after the rows in took_B took token_B; those that chose it themselves (sampled_B) may stop at it."""
+    """The state after the rows in took_B took token_B; those that chose it themselves (sampled_B)
+    may stop at it.
+    """
     step_B = took_B.astype(jnp.int32)
     stopped_B = sampled_B & (token_B[:, None] == rows["stop"]).any(-1)
     hit_BV = jnp.arange(rows["seen"].shape[1]) == token_B[:, None]
@@ -185,7 +202,9 @@ def step_rows(rows, token_B, took_B, sampled_B):
 
 
 def top_alternatives(logits, lse, wanted):
-    """(ids, logprobs) of the TOP likeliest tokens, last axis TOP; zeros and -inf where not wanted or the vocabulary is smaller."""
+    """(ids, logprobs) of the TOP likeliest tokens, last axis TOP; zeros and -inf where not wanted
+    or the vocabulary is smaller.
+    """
     k = min(TOP, logits.shape[-1])
     pad = [(0, 0)] * (logits.ndim - 1) + [(0, TOP - k)]
 

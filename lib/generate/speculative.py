@@ -1,8 +1,10 @@
-"""Guess several tokens ahead, check them all in one forward: the same text, fewer passes over the weights.
+"""Guess several tokens ahead, check them all in one forward: the same text, fewer passes over the
+weights.
 
-Leviathan et al. (2023) keep the distribution by accepting and redrawing with matched probabilities. Here the model's own choice at
-every place is drawn as ever, by the noise that belongs to that place (lib.sampling), and a guess counts as right if it equals that
-choice. So what is written is what would have been written without guessing, token by token, at any temperature; and a draft model that
+Leviathan et al. (2023) keep the distribution by accepting and redrawing with matched probabilities.
+Here the model's own choice at every place is drawn as ever, by the noise that belongs to that place
+(lib.sampling), and a guess counts as right if it equals that choice. So what is written is what
+would have been written without guessing, token by token, at any temperature; and a draft model that
 draws by the same noise is right about as often as the matched probabilities would allow.
 """
 
@@ -18,10 +20,12 @@ from lib.model.cache import newest_token
 
 
 def look_up(history_BL, length_B, token_B, count: int):
-    """Guesses from a row's own text: what followed the last time its newest tokens stood there (prompt lookup; Saxena 2023).
+    """Guesses from a row's own text: what followed the last time its newest tokens stood there
+    (prompt lookup; Saxena 2023).
 
-    history_BL holds the row's tokens and length_B counts those before token_B, the newest. A match of the last three is preferred to
-    one of two or one, then the latest. (B, count); nonsense where nothing matches, which costs nothing but being wrong.
+    history_BL holds the row's tokens and length_B counts those before token_B, the newest. A match
+    of the last three is preferred to one of two or one, then the latest. (B, count); nonsense where
+    nothing matches, which costs nothing but being wrong.
     """
     B, L = history_BL.shape
     at = jnp.arange(L)
@@ -36,7 +40,9 @@ def look_up(history_BL, length_B, token_B, count: int):
 
 
 def _draft(params, config: Config, cache, rows, force_BT):
-    """A draft model's guesses for every row, each drawn as the row would draw, and its cache with all of them in it."""
+    """A draft model's guesses for every row, each drawn as the row would draw, and its cache with
+    all of them in it.
+    """
     guesses = []
     # once more than needed: should all be right, the cache must hold the last one too
     for force_B in force_BT.T:
@@ -73,10 +79,12 @@ def decode(
     pause: int,
     speculate: int,
 ):
-    """What lib.generate.engine's decoding loop does, with `speculate` tokens drafted per round: up to `count` tokens for every row alive.
+    """What lib.generate.engine's decoding loop does, with `speculate` tokens drafted per round: up
+    to `count` tokens for every row alive.
 
-    params, configs and caches are those of the model and, where there is one, of the draft model; without it rows["history"] holds the
-    tokens of each row and guesses come from there. Returns (caches, rows, out); out also counts tokens "drafted" and "accepted".
+    params, configs and caches are those of the model and, where there is one, of the draft model;
+    without it rows["history"] holds the tokens of each row and guesses come from there. Returns
+    (caches, rows, out); out also counts tokens "drafted" and "accepted".
     """
     B, C = forced_BC.shape
     G = speculate
@@ -114,7 +122,8 @@ def decode(
         logits_BTV, checked = model.forward(
             params[0], configs[0], jnp.where(active_B[:, None], tokens_BT, -1), caches[0]
         )
-        # what the row chooses at each place if all guesses before it are right: places are rows of a wider batch
+        # what the row chooses at each place if all guesses before it are right: places are rows of
+        # a wider batch
         V = logits_BTV.shape[-1]
         wide = {name: jnp.repeat(a, G + 1, axis=0) for name, a in rows.items() if name != "history"}
         guessed_BTV = jnp.cumsum(jax.nn.one_hot(tokens_BT, V, dtype=jnp.int8), axis=1) > 0
@@ -125,7 +134,8 @@ def decode(
         choice_BT = sample(logits_BTV.reshape(-1, V), wide).reshape(B, G + 1)
         choice_BT = jnp.where(force_BT >= 0, force_BT, choice_BT)
         right_B = jnp.cumprod(guess_BG == choice_BT[:, :G], axis=1).sum(axis=1)
-        # of the right ones, and the one after them, keep those up to a stop or pause and within what is left
+        # of the right ones, and the one after them, keep those up to a stop or pause and within
+        # what is left
         stop_BT = (force_BT < 0) & (choice_BT[..., None] == rows["stop"][:, None]).any(-1) | (
             choice_BT == pause
         )

@@ -22,8 +22,9 @@ GPT_CONFIG = (
 
 
 def config_from_nanochat(config: dict) -> Config:
-    """The Config of a nanochat model, from its GPTConfig as a dict; training fields keep their defaults as far as
-    they divide."""
+    """The Config of a nanochat model, from its GPTConfig as a dict; training fields keep their
+    defaults as far as they divide.
+    """
     for name in config:
         choose("nanochat config field", name, GPT_CONFIG)
     missing = [name for name in GPT_CONFIG if name not in config]
@@ -41,7 +42,9 @@ def config_from_nanochat(config: dict) -> Config:
 
 
 def _layout(config: Config) -> list[tuple]:
-    """(nanochat's name, its shape, path in our parameters, index into that stack, whether outputs by inputs)."""
+    """(nanochat's name, its shape, path in our parameters, index into that stack, whether outputs
+    by inputs).
+    """
     fixed = dict(
         mlp="relu2",
         mlp_dim=4 * config.n_embd,
@@ -116,7 +119,9 @@ def _numpy(array) -> np.ndarray:
 
 
 def from_nanochat(state_dict: dict, config: Config) -> dict:
-    """Our parameters from a nanochat state dict of numpy, torch or jax arrays, compiled ("_orig_mod.") or not."""
+    """Our parameters from a nanochat state dict of numpy, torch or jax arrays, compiled
+    ("_orig_mod.") or not.
+    """
     arrays = {name.removeprefix("_orig_mod."): array for name, array in state_dict.items()}
     layout = _layout(config)
     missing = {row[0] for row in layout} - set(arrays)

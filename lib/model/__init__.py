@@ -1,7 +1,9 @@
-"""The transformer: parameters and tokens become logits or a loss, the same code for training and for decoding.
+"""The transformer: parameters and tokens become logits or a loss, the same code for training and
+for decoding.
 
-`transformer.py` is the model, to be read in one sitting; beside it stand its attention (`attention.py`, and TPU kernels in
-`kernels.py`), its linear layer, its head with the loss, the cache that decoding reads, and int8 (`decoding.py`).
+`transformer.py` is the model, to be read in one sitting; beside it stand its attention
+(`attention.py`, and TPU kernels in `kernels.py`), its linear layer, its head with the loss, the
+cache that decoding reads, and int8 (`decoding.py`).
 """
 
 from lib.model.cache import Cache, init_cache

@@ -1,8 +1,9 @@
 """Causal attention with windows and grouped heads: four implementations of one function.
 
-Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training and prefill, where
-S = T. Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i - window <= j <= i; window None means all
-of the past. Query head n reads key/value head n // (N/K). Softmax is in float32 whatever the inputs are.
+Each entry of ATTENTION is `(q_BTNH, k_BSKH, v_BSKH, window=None, **options) -> o_BTNH` for training
+and prefill, where S = T. Scores are scaled by 1/sqrt(H) inside. A query at i sees keys j with i -
+window <= j <= i; window None means all of the past. Query head n reads key/value head n // (N/K).
+Softmax is in float32 whatever the inputs are.
 """
 
 import contextlib
@@ -22,12 +23,14 @@ from lib.model.kernels import MASKED, RESIDUAL_NAME, pallas, splash
 def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | None = None):
     """Attention in einsums, each block of queries against only the blocks of keys it can see.
 
-    block: positions per block, default an eighth of T but at least 128 (fastest on CPU at T = 512 and 2048).
+    block: positions per block, default an eighth of T but at least 128 (fastest on CPU at T = 512
+    and 2048).
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order. The queries of a group
-    # share their keys, so they are just more rows (R = T G, position by position) of the same matrices.
+    # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order.
+    # The queries of a group share their keys, so they are just more rows (R = T G, position by
+    # position) of the same matrices.
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
     o_BKRH = _blocked(
         q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), window, block or max(128, T // 8)
@@ -41,7 +44,9 @@ def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block):
 
 
 def _blocked_scores(q_BKRH, k_BKSH, window, block):
-    """For each block of queries: its rows and its keys, as slices, and all their scores, MASKED where not visible."""
+    """For each block of queries: its rows and its keys, as slices, and all their scores, MASKED
+    where not visible.
+    """
     T, H = k_BKSH.shape[2:]
     G = q_BKRH.shape[2] // T
     for start in range(0, T, block):
@@ -77,7 +82,9 @@ def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
 
 
 def _blocked_backward(window, block, residuals, do_BKRH):
-    """Recomputing the probabilities is faster on CPU than reading them back, and holds none of them."""
+    """Recomputing the probabilities is faster on CPU than reading them back, and holds none of
+    them.
+    """
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
     scale = 1 / math.sqrt(q_BKRH.shape[-1])
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
@@ -142,7 +149,9 @@ def _has_cudnn_flash(dtype) -> bool:
 
 
 def checked(name: str, attend):
-    """`attend` with its sizes checked when it is traced; a window that covers the whole sequence becomes None."""
+    """`attend` with its sizes checked when it is traced; a window that covers the whole sequence
+    becomes None.
+    """
 
     @functools.wraps(attend)
     def attend_checked(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, **options):

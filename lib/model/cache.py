@@ -1,4 +1,6 @@
-"""The cache that decoding reads: keys and values of each layer in rings as long as the layer's window."""
+"""The cache that decoding reads: keys and values of each layer in rings as long as the layer's
+window.
+"""
 
 import math
 from typing import NamedTuple
@@ -17,8 +19,8 @@ UNSEEN = (
 class Cache(NamedTuple):
     """What a batch of rows has read so far.
 
-    k, v: per layer (B K, S, H). Position p of a row lies in slot p mod S of its ring.
-    length: (B,) tokens that each row has read. last: (B,) the newest of them, -1 where there is none.
+    k, v: per layer (B K, S, H). Position p of a row lies in slot p mod S of its ring. length: (B,)
+    tokens that each row has read. last: (B,) the newest of them, -1 where there is none.
     """
 
     k: list
@@ -30,8 +32,9 @@ class Cache(NamedTuple):
 def init_cache(config: Config, batch: int, length: int, spare: int = 0) -> Cache:
     """An empty cache for `batch` rows of up to `length` tokens.
 
-    A layer's S is its window and a little more; `length` where that is less. A row may be cut back by up to `spare`
-    tokens (always, while it holds no more than S) by setting its `length` and `last`.
+    A layer's S is its window and a little more; `length` where that is less. A row may be cut back
+    by up to `spare` tokens (always, while it holds no more than S) by setting its `length` and
+    `last`.
     """
 
     def empty_rings():
@@ -63,7 +66,9 @@ def pick_rows(cache: Cache, rows_b) -> Cache:
 
 
 def put_rows(cache: Cache, rows_b, part: Cache) -> Cache:
-    """The cache with the given rows replaced by those of `part`; numbers beyond the last row are ignored."""
+    """The cache with the given rows replaced by those of `part`; numbers beyond the last row are
+    ignored.
+    """
     B, b = len(cache.length), len(rows_b)
 
     def put(a, new):
@@ -74,7 +79,9 @@ def put_rows(cache: Cache, rows_b, part: Cache) -> Cache:
 
 
 def advance(cache: Cache, k: list, v: list, tokens_BT, real_BT) -> Cache:
-    """The cache after tokens_BT (where real_BT; padding is behind) whose keys and values are in the new rings."""
+    """The cache after tokens_BT (where real_BT; padding is behind) whose keys and values are in the
+    new rings.
+    """
     new_B = real_BT.sum(axis=1, dtype=cache.length.dtype)
     return Cache(k, v, cache.length + new_B, newest_token(tokens_BT, new_B, cache.last))
 
@@ -90,7 +97,8 @@ def newest_token(tokens_BT, count_B, otherwise_B):
 
 
 def cached_attention(k_ring, v_ring, position_BT, length_B, window: int):
-    """What a block attends with while decoding: attend(q, k, v) -> (o, (k_ring, v_ring)) with the new ones written.
+    """What a block attends with while decoding: attend(q, k, v) -> (o, (k_ring, v_ring)) with the
+    new ones written.
 
     position_BT: of the queries, negative for padding. length_B: tokens in the rings before.
     """
@@ -121,7 +129,9 @@ def as_ring(new_BTKH, ring_XSH):
 
 
 def write_ring(ring_XSH, new_BTKH, position_BT, length_B):
-    """Put new keys or values at their positions (negative: nowhere) into a ring that holds `length` tokens."""
+    """Put new keys or values at their positions (negative: nowhere) into a ring that holds `length`
+    tokens.
+    """
     B, T, K, H = new_BTKH.shape
     S = ring_XSH.shape[1]
     new_BTKH = new_BTKH.astype(ring_XSH.dtype)
@@ -139,7 +149,9 @@ def write_ring(ring_XSH, new_BTKH, position_BT, length_B):
 
 
 def held_positions(length_B, S: int):
-    """(B, S): which position each slot of a ring holds once a row has `length` tokens; negative where it is empty."""
+    """(B, S): which position each slot of a ring holds once a row has `length` tokens; negative
+    where it is empty.
+    """
     last_B1 = length_B[:, None] - 1
     return last_B1 - (last_B1 - jnp.arange(S)) % S
 
@@ -147,8 +159,8 @@ def held_positions(length_B, S: int):
 def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int):
     """Attention of queries over keys at positions held_BS (negative: none), `window` back at most.
 
-    keys and values are lists of (B K, S, H), one behind the other in held_BS; they are not joined, to save copying a
-    cache.
+    keys and values are lists of (B K, S, H), one behind the other in held_BS; they are not joined,
+    to save copying a cache.
     """
     B, T, N, H = q_BTNH.shape
     K = keys[0].shape[0] // B

@@ -25,7 +25,8 @@ def cast_matrices(tree, dtype):
 
 
 def decoding_params(params, config: Config):
-    """The parameters as decoding reads them, to be made once: unstacked, matrices in the compute dtype.
+    """The parameters as decoding reads them, to be made once: unstacked, matrices in the compute
+    dtype.
 
     What is so already comes back as it is, not as a copy.
     """
@@ -49,10 +50,12 @@ def is_unstacked(params) -> bool:
 
 @partial(jax.jit, static_argnums=1)
 def quantized(params, config: Config):
-    """The parameters with every matrix of a block, and the head, in int8: for evaluation and decoding.
+    """The parameters with every matrix of a block, and the head, in int8: for evaluation and
+    decoding.
 
-    Weights only: activations keep their dtype, and so do tables that are looked up. A quarter of float32's bytes;
-    what that costs in quality and brings in speed is measured by `python -m benchmarks.decode`.
+    Weights only: activations keep their dtype, and so do tables that are looked up. A quarter of
+    float32's bytes; what that costs in quality and brings in speed is measured by `python -m
+    benchmarks.decode`.
     """
     params = unstack(params, config)
     blocks = []
@@ -63,7 +66,9 @@ def quantized(params, config: Config):
 
 
 def _int8(w, n_in: int) -> dict:
-    """A matrix as {"int8": (outputs..., inputs), "scale": (outputs,)}; its first n_in axes are inputs."""
+    """A matrix as {"int8": (outputs..., inputs), "scale": (outputs,)}; its first n_in axes are
+    inputs.
+    """
     outputs = w.shape[n_in:]
     w_OI = w.reshape(-1, math.prod(outputs)).T
     scale_O = jnp.maximum(jnp.abs(w_OI).max(axis=1), 1e-30) / 127

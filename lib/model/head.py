@@ -42,7 +42,9 @@ def _logits(x, head, config: Config):
 
 
 def losses_by_token(x_BTD, head, targets_BT, config: Config):
-    """Cross-entropy in nats of each token (B, T), 0 where the target is negative; not meant for gradients."""
+    """Cross-entropy in nats of each token (B, T), 0 where the target is negative; not meant for
+    gradients.
+    """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head if isinstance(head, dict) else head.astype(x_MCD.dtype)
     losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0], (x_MCD, t_MC))
@@ -51,7 +53,9 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def summed_loss(x_BTD, head_DV, targets_BT, config: Config):
-    """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a time."""
+    """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a
+    time.
+    """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head_DV.astype(x_MCD.dtype)
     sum_of = lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0].sum()
@@ -70,7 +74,9 @@ def _chunks(x_BTD, targets_BT, chunk: int):
 
 
 def _chunk_loss(x_CD, head, t_C, config: Config):
-    """Loss of each token of a chunk (C,), with what its gradient needs: logits and their log-sum-exp."""
+    """Loss of each token of a chunk (C,), with what its gradient needs: logits and their
+    log-sum-exp.
+    """
     logits_CV = _logits(x_CD, head, config)
     lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
     target_C1 = jnp.maximum(t_C, 0)[:, None]
@@ -79,7 +85,9 @@ def _chunk_loss(x_CD, head, t_C, config: Config):
 
 
 def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
-    """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale them."""
+    """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale
+    them.
+    """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head_DV.astype(x_MCD.dtype)
 

@@ -1,10 +1,11 @@
 """Causal attention as TPU kernels: jax's splash, and our own flash attention in Pallas.
 
-Both are opaque to the partitioner: over several devices, call them in `jax.shard_map` with `check_vma=False`.
+Both are opaque to the partitioner: over several devices, call them in `jax.shard_map` with
+`check_vma=False`.
 
-The one hidden state of lib.model is here: within `compiled_kernels()` kernels are traced for a real TPU although the
-default backend is a CPU. Everything that traces a model reads it (`forward`, `loss_fn`), and only a compilation for a
-device that isn't there sets it.
+The one hidden state of lib.model is here: within `compiled_kernels()` kernels are traced for a real
+TPU although the default backend is a CPU. Everything that traces a model reads it (`forward`,
+`loss_fn`), and only a compilation for a device that isn't there sets it.
 """
 
 import contextlib
@@ -37,7 +38,9 @@ _interpret = ContextVar("interpret", default=None)
 
 @contextlib.contextmanager
 def compiled_kernels():
-    """Within it, kernels are traced for a real TPU although the default backend is a CPU (see the top of the file)."""
+    """Within it, kernels are traced for a real TPU although the default backend is a CPU (see the
+    top of the file).
+    """
     token = _interpret.set(False)
     try:
         yield
@@ -116,9 +119,10 @@ def _splash_kernel(T, N, window, block, interpret):
 
 # ---- our own kernel ------------------------------------------------------------------------------
 #
-# Flash attention (Dao 2023) with windows and grouped heads. Scores are held transposed, keys down and queries across
-# (s_SQ), so that each query's maximum, sum and log-sum-exp is one lane of a row. Queries and keys share one block size;
-# a query block i sees key blocks i-reach .. i, and no other block is loaded or computed.
+# Flash attention (Dao 2023) with windows and grouped heads. Scores are held transposed, keys down
+# and queries across (s_SQ), so that each query's maximum, sum and log-sum-exp is one lane of a row.
+# Queries and keys share one block size; a query block i sees key blocks i-reach .. i, and no other
+# block is loaded or computed.
 
 
 def pallas(
@@ -130,7 +134,10 @@ def pallas(
     block: int = BLOCKS["pallas"],
     interpret: bool | None = None,
 ):
-    """Our own TPU flash attention. block: queries and keys per block, at most. A v4's 16 MiB hold T x H up to 2^18."""
+    """Our own TPU flash attention. block: queries and keys per block, at most.
+
+    A v4's 16 MiB hold T x H up to 2^18.
+    """
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     block = block_size("pallas", q_BTNH.shape[1], block)
     return _flash(q_BNTH, k_BKSH, v_BKSH, window, block, _use_interpreter(interpret)).swapaxes(1, 2)
@@ -246,7 +253,8 @@ def _forward_kernel(
     def add():
         s_SQ = _scores(q_ref[...], k_ref[...], i, j, window)
         top = jnp.maximum(max_ref[...], s_SQ.max(0, keepdims=True))
-        # a query without a visible key so far sums exp(0) = 1s; its first real key makes `shrink` 0, wiping them out
+        # a query without a visible key so far sums exp(0) = 1s; its first real key makes `shrink`
+        # 0, wiping them out
         p_SQ, shrink = jnp.exp(s_SQ - top), jnp.exp(max_ref[...] - top)
         sum_ref[...] = shrink * sum_ref[...] + p_SQ.sum(0, keepdims=True)
         acc_ref[...] = shrink * acc_ref[...] + _dot(v_ref[...], p_SQ.astype(v_ref.dtype), (0, 0))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 def linear(spec: str, x, w):
     """`jnp.einsum(spec, x, w)` for a weight in floats, or in int8 with a scale per output.
 
-    An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized` makes it.
+    An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized`
+    makes it.
     """
     if isinstance(w, dict):
         return _int8_linear(spec, x, w)
@@ -17,7 +18,9 @@ def linear(spec: str, x, w):
 
 
 def merge_heads(o_BTNH, wo):
-    """The attention's output projection (B, T, D); `wo` is (N, H, D), or (N H, D) where decoding merged it."""
+    """The attention's output projection (B, T, D); `wo` is (N, H, D), or (N H, D) where decoding
+    merged it.
+    """
     if isinstance(wo, dict) or wo.ndim == 3:
         return linear("BTNH,NHD->BTD", o_BTNH, wo)
     return linear("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), wo)
@@ -27,8 +30,9 @@ def merge_heads(o_BTNH, wo):
 def grad_barrier(tree):
     """Identity whose gradients must all be there before any of them is used.
 
-    Around a layer it makes backward finish the layer's weight gradients before it goes on to the layer below.
-    Left alone, XLA's TPU scheduler puts them off and keeps the wide activations of several layers alive for them.
+    Around a layer it makes backward finish the layer's weight gradients before it goes on to the
+    layer below. Left alone, XLA's TPU scheduler puts them off and keeps the wide activations of
+    several layers alive for them.
     """
     return tree
 
@@ -74,11 +78,13 @@ _float_linear.defvjp(_float_linear_forward, _float_linear_backward)
 def _int8_linear(spec: str, x, w):
     *outputs, inputs = w["int8"].shape
     x_MI, w_OI = x.reshape(-1, inputs), w["int8"].reshape(-1, inputs)
-    # the barrier keeps XLA from converting all weights once, before the decoding loop, and reading them wide
+    # the barrier keeps XLA from converting all weights once, before the decoding loop, and reading
+    # them wide
     x_MI, w_OI = jax.lax.optimization_barrier((x_MI, w_OI))
     w_OI = w_OI.astype(x.dtype)
     if len(x_MI) == 1:
-        # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the converted weight out
+        # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the
+        # converted weight out
         y_MO = (x_MI * w_OI).sum(-1, dtype=jnp.float32)[None]
     else:
         y_MO = x_MI @ w_OI.T

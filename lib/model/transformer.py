@@ -1,13 +1,15 @@
-"""The transformer, to be read beside the papers: one block, and one forward for training, prefill and decoding.
+"""The transformer, to be read beside the papers: one block, and one forward for training, prefill
+and decoding.
 
-A decoder-only GPT with rotary embeddings, grouped heads and windows. What departs from the textbook: queries and keys
-are normalised (`qk_norm`); each layer scales its input and mixes the embedding back in (`resid_scales`, `x0_scales`);
-the values of every other layer get an embedding of the token (`value_embeds`); each embedding is mixed with the one
-before it (`smear`); a share of the middle layer's output is subtracted before the head (`backout`).
+A decoder-only GPT with rotary embeddings, grouped heads and windows. What departs from the
+textbook: queries and keys are normalised (`qk_norm`); each layer scales its input and mixes the
+embedding back in (`resid_scales`, `x0_scales`); the values of every other layer get an embedding of
+the token (`value_embeds`); each embedding is mixed with the one before it (`smear`); a share of the
+middle layer's output is subtracted before the head (`backout`).
 
-Letters of a name are its axes: B batch, T position, D width, F mlp width, N query heads, K key/value heads, H head
-width, V vocabulary. `gather`, `enter`, `leave` and `own_part` do nothing on one device; over a mesh they are where the
-devices talk (lib.parallel).
+Letters of a name are its axes: B batch, T position, D width, F mlp width, N query heads, K
+key/value heads, H head width, V vocabulary. `gather`, `enter`, `leave` and `own_part` do nothing on
+one device; over a mesh they are where the devices talk (lib.parallel).
 """
 
 import math
@@ -27,8 +29,9 @@ from lib.model.linear import grad_barrier, linear, merge_heads
 from lib.parallel.layout import enter, gather, leave, own_part
 from lib.params import unstack
 
-# what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations, activations and the
-# attention's output projection (3 % of a step for a tenth of the memory), but no wide matrix product and no attention
+# what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations,
+# activations and the attention's output projection (3 % of a step for a tenth of the memory), but
+# no wide matrix product and no attention
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
@@ -36,14 +39,18 @@ SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
 def rms_norm(x):
-    """x / rms(x) over the last axis, without weights; eps is float32's machine epsilon, as PyTorch's is."""
+    """x / rms(x) over the last axis, without weights; eps is float32's machine epsilon, as
+    PyTorch's is.
+    """
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps)
     return (x32 * scale).astype(x.dtype)
 
 
 def rope_tables(positions, config: Config):
-    """(cos, sin with the sign of its half), each (*positions.shape, 1, H), in the compute dtype as nanochat has them."""
+    """(cos, sin with the sign of its half), each (*positions.shape, 1, H), in the compute dtype as
+    nanochat has them.
+    """
     half = config.head_dim // 2
     frequency = config.rope_base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
@@ -60,7 +67,9 @@ def rotate(x_BTNH, cos, sin):
 
 
 def full_attention(config: Config, window: int):
-    """What a block attends with over whole rows: attend(q, k, v) -> (o, None), by the configured implementation."""
+    """What a block attends with over whole rows: attend(q, k, v) -> (o, None), by the configured
+    implementation.
+    """
     implementation = ATTENTION[config.attention_name]
     visible = window if window < config.sequence_len else None
     options = {}
@@ -79,8 +88,9 @@ def full_attention(config: Config, window: int):
 def block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, attend):
     """One layer: (the residual stream after it, what `attend` kept).
 
-    w and ve_BTKH: the weights and value embeddings of this layer only. attend(q, k, v) -> (o, kept) is
-    `full_attention` in training and `cached_attention` in decoding: the block doesn't know which.
+    w and ve_BTKH: the weights and value embeddings of this layer only. attend(q, k, v) -> (o, kept)
+    is `full_attention` in training and `cached_attention` in decoding: the block doesn't know
+    which.
     """
     x_BTD, w = grad_barrier((x_BTD, w))
     w = {name: gather(f"blocks.{name}", a, stacked=True) for name, a in w.items()}
@@ -101,7 +111,9 @@ def block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, attend):
 
 
 def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
-    """Queries, keys and values of a normed stream, attended and projected back: (out (B, T, D), what was kept)."""
+    """Queries, keys and values of a normed stream, attended and projected back: (out (B, T, D),
+    what was kept).
+    """
     with jax.named_scope("qkv"):
         q_BTNH = checkpoint_name(linear("BTD,DNH->BTNH", h_BTD, w["wq"]), "q")
         k_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, w["wk"]), "k")
@@ -127,7 +139,9 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
 
 
 def mlp(h_BTD, w, config: Config):
-    """Two linear layers around an activation: squared ReLU, GELU, or SwiGLU with a third matrix as its gate."""
+    """Two linear layers around an activation: squared ReLU, GELU, or SwiGLU with a third matrix as
+    its gate.
+    """
     a_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, w["w_in"]), "mlp_in")
     if config.mlp == "relu2":
         a_BTF = jnp.square(jax.nn.relu(a_BTF))
@@ -145,7 +159,8 @@ def mlp(h_BTD, w, config: Config):
 def embed(params, config: Config, tokens_BT, last_B=None):
     """Normed token embeddings, each with a gated share of the one before it (`smear`).
 
-    last_B: the token before each row's first, where the rows are continued; -1, or None for all, where there is none.
+    last_B: the token before each row's first, where the rows are continued; -1, or None for all,
+    where there is none.
     """
     table_VD = gather("embed", params["embed"])
     look_up = lambda ids: rms_norm(table_VD[ids].astype(config.dtype))
@@ -168,9 +183,11 @@ def embed(params, config: Config, tokens_BT, last_B=None):
 
 
 def value_embeddings(params, tokens_BT, config: Config):
-    """The value embeddings of these tokens, (Lv, B, T, K, H) or {layer: (B, T, K, H)} as the tables are.
+    """The value embeddings of these tokens, (Lv, B, T, K, H) or {layer: (B, T, K, H)} as the tables
+    are.
 
-    Looked up before the layers, not within them: a scan over layers would copy a whole table for each.
+    Looked up before the layers, not within them: a scan over layers would copy a whole table for
+    each.
     """
     tables = params.get("value_embeds")
     if not config.value_embeds:
@@ -187,7 +204,9 @@ def value_embeddings(params, tokens_BT, config: Config):
 
 
 def group_size(config: Config) -> tuple[int, int]:
-    """(layers per scanned group, groups): the longest run of equal groups from layer 0; what is left is unrolled."""
+    """(layers per scanned group, groups): the longest run of equal groups from layer 0; what is
+    left is unrolled.
+    """
     period = math.lcm(len(config.window_pattern), 2 if config.value_embeds else 1)
     groups = config.n_layer // period
     # the last layer is always long, whatever the pattern says
@@ -232,7 +251,9 @@ def layers(x_BTD, params, tokens_BT, config: Config, rope):
 
 
 def scan_groups(x_BTD, middle_BTD, blocks, ve, config: Config, layer):
-    """The layers that come in equal groups, one group compiled and scanned: (x, the middle layer's output if it is here)."""
+    """The layers that come in equal groups, one group compiled and scanned: (x, the middle layer's
+    output if it is here).
+    """
     period, groups = group_size(config)
     value_layers = [i for i in config.value_layers if i < period]
     middle_group, middle = divmod(config.n_layer // 2, period)
@@ -268,7 +289,9 @@ def scan_groups(x_BTD, middle_BTD, blocks, ve, config: Config, layer):
 
 
 def hidden(params, config: Config, tokens_BT, cache: Cache | None = None):
-    """The final normed residual stream (B, T, D) that the head reads, and the cache with these tokens added."""
+    """The final normed residual stream (B, T, D) that the head reads, and the cache with these
+    tokens added.
+    """
     if cache is not None:
         return continued(params, config, tokens_BT, cache)
     with jax.named_scope("embed"):
@@ -322,9 +345,10 @@ def final_norm(x_BTD, middle_BTD, params, config: Config):
 def forward(params, config: Config, tokens_BT, cache: Cache | None = None):
     """Logits (B, T, V) in float32 after `tokens_BT`, and the updated cache (None without one).
 
-    Without a cache this is the training forward over whole rows. With one (see `init_cache`) the tokens continue each
-    row: many at once to prefill, one at a time to decode. Rows that get fewer are padded behind with -1, which adds
-    nothing to the cache and whose logits mean nothing. TPU kernels are compiled as `kernels.compiled_kernels` says.
+    Without a cache this is the training forward over whole rows. With one (see `init_cache`) the
+    tokens continue each row: many at once to prefill, one at a time to decode. Rows that get fewer
+    are padded behind with -1, which adds nothing to the cache and whose logits mean nothing. TPU
+    kernels are compiled as `kernels.compiled_kernels` says.
     """
     x_BTD, cache = hidden(params, config, tokens_BT, cache)
     return logits(params, config, x_BTD), cache
@@ -336,7 +360,8 @@ def forward(params, config: Config, tokens_BT, cache: Cache | None = None):
 def loss_sums(params, config: Config, tokens_BT, targets_BT):
     """(sum of losses, number of targets >= 0): what gradient accumulation adds up.
 
-    Traced for one device's share of a mesh, it sums over the share's rows and over its part of each row (tensor axis).
+    Traced for one device's share of a mesh, it sums over the share's rows and over its part of each
+    row (tensor axis).
     """
     x_BTD, _ = hidden(params, config, tokens_BT)
     with jax.named_scope("loss"):
@@ -347,12 +372,16 @@ def loss_sums(params, config: Config, tokens_BT, targets_BT):
 
 
 def loss_fn(params, config: Config, tokens_BT, targets_BT):
-    """Mean cross-entropy in nats over targets >= 0 (0 when there are none), and {"loss_sum", "count"}."""
+    """Mean cross-entropy in nats over targets >= 0 (0 when there are none), and {"loss_sum",
+    "count"}.
+    """
     total, count = loss_sums(params, config, tokens_BT, targets_BT)
     return total / jnp.maximum(count, 1), {"loss_sum": total, "count": count}
 
 
 def token_losses(params, config: Config, tokens_BT, targets_BT):
-    """Cross-entropy in nats per token (B, T) in float32, 0 where the target is negative; not meant for gradients."""
+    """Cross-entropy in nats per token (B, T) in float32, 0 where the target is negative; not meant
+    for gradients.
+    """
     x_BTD, _ = hidden(params, config, tokens_BT)
     return losses_by_token(x_BTD, head_matrix(params, config), targets_BT, config)
