@@ -19,8 +19,9 @@ UNSEEN = (
 class Cache(NamedTuple):
     """What a batch of rows has read so far.
 
-    k, v: per layer (B K, S, H). Position p of a row lies in slot p mod S of its ring. length: (B,)
-    tokens that each row has read. last: (B,) the newest of them, -1 where there is none.
+    k, v: per layer (B K, S, H). Position p of a row lies in slot p mod S of its ring.
+    length: (B,) tokens that each row has read.
+    last: (B,) the newest of them, -1 where there is none.
     """
 
     k: list
