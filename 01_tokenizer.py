@@ -14,6 +14,7 @@
 # # 01 · Train a tokenizer
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
 #
 # A language model reads numbers, not letters. The tokenizer decides which pieces of text become one number each: it
 # starts from the 256 bytes and keeps merging the pair of pieces that occurs most often (byte pair encoding) until the
@@ -54,7 +55,6 @@ setup()
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from lib import pictures
 from lib.data import documents, head
@@ -63,6 +63,7 @@ from lib.files import UserError, choose, update_json
 from lib.notebook import flags, secret
 from lib.pictures import show
 from lib.runs import open_run
+from lib.runtime import progress
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -154,7 +155,7 @@ elif pretrained:
     tokenizer = load_tokenizer(pretrained)
 else:
     seen = {"documents": 0, "characters": 0}
-    with tqdm(unit=" characters", unit_scale=True, desc="reading") as bar:
+    with progress(unit=" characters", unit_scale=True, desc="reading") as bar:
         texts = counted(documents(source, "train", shards=shards), seen, bar)
         tokenizer = Tokenizer.train(texts, vocab_size, max_chars, doc_cap, meta=seen)
     print(f"trained on {seen['documents']:,} documents, {seen['characters']:,} characters")

@@ -14,6 +14,7 @@
 # # 02 · Pretrain a GPT
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/02_train.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/02_train.ipynb)
 #
 # From random weights to a model of language, in raw JAX: parameters are a plain dict, the model is a function, the training
 # step is one compiled program.
@@ -22,7 +23,8 @@
 # loss and throughput, and samples of what the model writes.
 #
 # **Hardware and time:** the preset follows the device. Two CPU cores: some minutes (`cpu_demo`). One Colab TPU v5e or v6e, or
-# one GPU: hours; the plan below says what to expect before anything is spent.
+# one GPU: hours; the plan below says what to expect before anything is spent. In Colab this notebook asks for a TPU v5e-1, which
+# free accounts have too; a v6e-1 (Runtime > Change runtime type, paid) has 4.7 times its FLOP/s.
 
 # %% [markdown]
 # ## Set-up

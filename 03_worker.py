@@ -14,6 +14,7 @@
 # # 03 · Work on a sweep
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/03_worker.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/03_worker.ipynb)
 #
 # Makes this runtime a worker of a hyper-parameter search: it takes a trial, trains it exactly as `02_train` would, reports, takes
 # the next. Start as many workers as you like, on one machine or on many; any of them may vanish at any time, and its trial is
@@ -23,7 +24,8 @@
 # pictures and as CSV.
 #
 # **Hardware and time:** the plan below says, after timing one trial. Budget `small` is meant for two CPU cores and ten minutes,
-# `chip` for one TPU or GPU and about a day.
+# `chip` for one TPU or GPU and about a day. In Colab this notebook asks for a TPU v5e-1, which free accounts have too; a v6e-1
+# (Runtime > Change runtime type, paid) has 4.7 times its FLOP/s.
 
 # %% [markdown]
 # ## Set-up
@@ -48,7 +50,7 @@ except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
     sys.modules.pop("lib", None)  # another folder of that name
     from lib.notebook import setup
 
-setup()
+setup("sweeps")
 
 # %%
 import json

@@ -14,6 +14,7 @@
 # # 04 · Measure a model, teach it to chat, and talk to it
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 #
 # Loads a checkpoint of `02_train`, measures how well it predicts text that it never saw, and lets it continue yours. Then it is
 # fine-tuned on conversations, in two phases, asked held-out questions before and after each, and you can talk to it.
@@ -253,12 +254,6 @@ sampling = Sampling(max_tokens, temperature, top_k, top_p, seed=seed, stop=(toke
 new = generate(params, config, [prompt_ids] * num_samples, sampling)
 seconds = time.perf_counter() - clock
 completions = [prompt + tokenizer.decode(ids) for ids in new]
-for text in completions:
-    print(text, "\n" + "─" * 60)
-print(
-    f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new"
-)
-
 update_json(
     folder / "results.json",
     val_source=source,
@@ -268,6 +263,11 @@ update_json(
     gzip_bpb=packers["gzip_bpb"],
     xz_bpb=packers["xz_bpb"],
     samples=completions,
+)
+for text in completions:
+    print(text, "\n" + "─" * 60)
+print(
+    f"{sum(map(len, new))} tokens in {seconds:.1f} s, compilation included where the shape is new"
 )
 
 # %% [markdown]

@@ -16,16 +16,26 @@ except ImportError:
     sys.exit("jupytext and nbformat are missing: run bash run_tests.sh --setup-only first")
 if sys.argv[1:] not in ([], ["--check"]):
     sys.exit("usage: bash update_notebooks.sh [--check]")
-METADATA = {  # what makes Colab offer a TPU, and every front end a Python kernel
-    "accelerator": "TPU",
-    "colab": {"gpuType": "V6E1", "machine_shape": "hm", "provenance": [], "toc_visible": True},
+# What makes Colab offer the right machine: a TPU v5e-1, which free accounts have too, where models are trained; else the
+# one that is there. Every front end gets a Python kernel.
+TPU = {"accelerator": "TPU", "colab": {"gpuType": "V5E1"}}
+MACHINES = {"02_train": TPU, "03_worker": TPU, "05_rl": TPU}
+KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+
+
+def metadata(stem):
+    machine = MACHINES.get(stem, {})
+    colab = machine.get("colab", {}) | {"provenance": [], "toc_visible": True}
+    return machine | KERNEL | {"colab": colab}
+
+
 stale = []
 for source in sorted(Path().glob("0*.py")):
     notebook = jupytext.read(source, fmt="py:percent")
-    notebook.metadata, notebook.nbformat, notebook.nbformat_minor = METADATA, 4, 5
+    notebook.metadata, notebook.nbformat, notebook.nbformat_minor = metadata(source.stem), 4, 5
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:02d}"  # jupytext makes random ones
     nbformat.validate(notebook)

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Optional
 
@@ -28,19 +29,21 @@ def in_colab() -> bool:
     return runtime.host() == "colab"
 
 
-def setup():
+def setup(*extras: str):
     """Make this kernel, or this script, ready. Once, first of all, before anything imports jax.
 
-    In a notebook: install what is missing, and the libtpu that the installed jax names. Everywhere:
-    keep compiled programs in .cache/jax, where the next run finds them, and show of a UserError only
-    its sentence (a script exits with code 2 then). What is ready already takes no time.
+    In a notebook: install what is missing (extras: with these optional dependencies) and the libtpu
+    that the installed jax names. Everywhere: keep compiled programs in .cache/jax, where the next
+    run finds them, and show of a UserError only its sentence (a script then exits with code 2).
+    What is ready already takes no time.
     """
     _show_sentences()
     if in_notebook():
-        runtime.install_missing(ROOT / "pyproject.toml")
-    if runtime.host() or (in_notebook() and runtime.tpu_attached()):
-        runtime.mend_pair()
+        runtime.install_missing(ROOT / "pyproject.toml", extras)
+        if runtime.host() or runtime.tpu_attached():
+            runtime.mend_pair()
     runtime.quiet()
+    _keep_scratch_apart()
     _keep_compiled()
 
 
@@ -52,6 +55,15 @@ def _keep_compiled():
         jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _keep_scratch_apart():
+    """On Kaggle let .cache lead out of /kaggle/working, which is kept as the notebook's output."""
+    cache = ROOT / ".cache"
+    if runtime.host() == "kaggle" and not cache.exists():
+        scratch = Path(tempfile.gettempdir()) / "rawchat-cache"
+        scratch.mkdir(exist_ok=True)
+        cache.symlink_to(scratch)
 
 
 def _show_sentences():
@@ -241,15 +253,19 @@ def _kaggle_secret(name: str) -> str:
 SECRETS = {"colab": _colab_secret, "kaggle": _kaggle_secret}
 
 
-# ---- the device ------------------------------------------------------------------------------------------------------
+# ---- the device ----------------------------------------------------------------------------------
 
 
 def device_report() -> dict:
-    """Print what this runs on and return it: platform, kind, count, memory (bytes per device or of the machine),
-    flops (peak bfloat16 FLOP/s per device, None when unknown)."""
+    """Print what this runs on and return it.
+
+    platform, kind, count, memory (bytes per device, or of the machine), and flops (peak bfloat16
+    FLOP/s per device, None when unknown).
+    """
     import jax
 
-    device = jax.local_devices()[0]  # only one's own devices tell their memory
+    # only one's own devices tell their memory
+    device = jax.local_devices()[0]
     known = chip(device.device_kind)
     memory = (device.memory_stats() or {}).get("bytes_limit") or (
         known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -261,6 +277,10 @@ def device_report() -> dict:
         f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), {memory / 2**30:.1f} GiB, {peak}\n"
         f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} process(es)"
     )
+    if device.platform == "tpu" and runtime.kernel_fault():
+        print(runtime.fallback(runtime.kernel_fault()))
+    elif device.platform == "cpu" and runtime.host() and runtime.version("libtpu"):
+        print("note: no TPU is attached to this machine, so everything runs on its CPU")
     return dict(
         platform=device.platform,
         kind=device.device_kind,

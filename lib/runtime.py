@@ -9,6 +9,7 @@ Nothing here goes by a table of versions: the metadata of the installed packages
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import operator
 import os
 import re
@@ -43,6 +44,23 @@ def host() -> str:
     if "google.colab" in sys.modules:
         return "colab"
     return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
+
+
+def progress(**options):
+    """A progress bar of tqdm's with these options, fit for where it is shown.
+
+    In a notebook a widget, or text on stdout where widgets are not installed: stderr and tqdm's own
+    complaint about them look like errors there.
+    """
+    from tqdm import tqdm
+
+    if shell() is None:
+        return tqdm(**options)
+    if importlib.util.find_spec("ipywidgets") is None:
+        return tqdm(**options | dict(file=sys.stdout))
+    from tqdm.notebook import tqdm as widget
+
+    return widget(**options)
 
 
 def tpu_attached() -> bool:
@@ -175,11 +193,18 @@ def _reason(errors: str) -> str:
     return (lines or errors.strip().splitlines() or ["it did not say why"])[-1]
 
 
-def install_missing(pyproject: Path):
-    """Install what pyproject.toml asks for and is not there, without touching jax and numpy."""
+def install_missing(pyproject: Path, extras=()):
+    """Install what pyproject.toml asks for and is not there, without touching jax and numpy.
+
+    extras: names of its optional dependencies that are wanted too.
+    """
     import tomllib
 
-    lacking = missing(tomllib.loads(pyproject.read_text())["project"]["dependencies"])
+    project = tomllib.loads(pyproject.read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    lacking = missing(wanted)
     if not lacking:
         return
     print(f"installing {', '.join(requirement.name for requirement in lacking)} ...", flush=True)
@@ -287,8 +312,8 @@ def fallback(fault: str) -> str:
     mend = f"; python -m pip install '{named}' mends it" if named else ""
     return (
         f"note: libtpu {version('libtpu')} does not compile Pallas kernels of jax {version('jax')} "
-        f"({fault}), so attention=auto is jax: steps take twice as long or more, and up to 2.4 times "
-        f"the memory (attention=einsum: 1.2 times the time){mend}"
+        f"({fault}), so attention=auto is jax: steps take twice as long or more, and need up to 2.4 "
+        f"times the memory (attention=einsum: 1.2 times the time){mend}"
     )
 
 

@@ -136,6 +136,22 @@ def test_secret(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("place", ["colab", "kaggle"])
+def test_secrets_of_a_host_come_first(monkeypatch, capsys, place):
+    """Then the environment; a token is never printed."""
+    secrets = {"HF_TOKEN": "from the host"}
+    monkeypatch.setattr(notebook.runtime, "host", lambda: place)
+    monkeypatch.setitem(notebook.SECRETS, place, secrets.__getitem__)
+    monkeypatch.setenv("WANDB_API_KEY", "from outside")
+    assert notebook.secret("HF_TOKEN") == "from the host"
+    assert notebook.secret("WANDB_API_KEY") == "from outside"
+    assert capsys.readouterr().out.splitlines() == [
+        f"HF_TOKEN: from {place.title()}'s secrets",
+        f"WANDB_API_KEY: not in {place.title()}'s secrets (KeyError)",
+        "WANDB_API_KEY: from the environment",
+    ]
+
+
 @pytest.mark.parametrize(
     "error, code, says",
     [("UserError('do this')", 2, "Error: do this\n"), ("ValueError('a bug')", 1, "Traceback")],

@@ -81,6 +81,32 @@ def test_a_failing_pip_is_one_sentence(monkeypatch, complaint, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_extras_are_installed_where_they_are_asked_for(monkeypatch):
+    wanted = []
+    monkeypatch.setattr(runtime, "missing", lambda requirements: wanted.extend(requirements))
+    runtime.install_missing(ROOT / "pyproject.toml", ["sweeps"])
+    assert any(text.startswith("jax") for text in wanted)
+    assert any(text.startswith("optuna") for text in wanted)
+
+
+def test_a_progress_bar_in_a_kernel_without_widgets_is_text_on_stdout(monkeypatch, capsys):
+    with runtime.progress(total=2, desc="in a script") as bar:
+        bar.update(2)
+    shown = capsys.readouterr()
+    assert "in a script" in shown.err and shown.out == ""
+
+    monkeypatch.setattr(runtime, "shell", lambda: object())
+    find = runtime.importlib.util.find_spec
+    lost = {"ipywidgets": None}
+    monkeypatch.setattr(
+        runtime.importlib.util, "find_spec", lambda name: lost[name] if name in lost else find(name)
+    )
+    with runtime.progress(total=2, desc="in a kernel") as bar:
+        bar.update(2)
+    shown = capsys.readouterr()
+    assert "in a kernel" in shown.out and shown.err == ""
+
+
 # ---- the pair ------------------------------------------------------------------------------------
 
 

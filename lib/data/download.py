@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.files import UserError, first_line, read_json, replacing, sha256, write_json, writing
+from lib.runtime import progress
 
 CACHE = ".cache"
 # Attempts before a download is given up; a server that says that it is busy gets twice as many.
@@ -205,11 +206,9 @@ def fetch(url: str, path, digest: str = "", tries: int = 0):
 
 
 def _fetch_once(url: str, path: Path, digest: str):
-    from tqdm import tqdm
-
     with replacing(path) as part, urllib.request.urlopen(url, timeout=30) as response:
         length = response.headers["Content-Length"]
-        bar = tqdm(
+        bar = progress(
             total=int(length) if length else None,
             unit="B",
             unit_scale=True,

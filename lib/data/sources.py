@@ -23,6 +23,7 @@ import numpy as np
 from lib.data.download import CACHE, hub_file, tell
 from lib.data.readers import READERS
 from lib.files import UserError, choose, find_files, replacing, sha256
+from lib.runtime import progress
 
 SPLITS = ("train", "val")
 SHARD_BYTES = (
@@ -157,12 +158,10 @@ class Corpus(NamedTuple):
 
     def looks(self, cut: bool) -> list[Look]:
         """A look at every file, with a bar when that takes long."""
-        from tqdm import tqdm
-
         total = sum(path.stat().st_size for path in self.files)
         folder = Path(self.cache_dir, "looks")
         looks = []
-        with tqdm(
+        with progress(
             total=total,
             unit="B",
             unit_scale=True,

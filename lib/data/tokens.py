@@ -23,6 +23,7 @@ from lib.data.download import CACHE
 from lib.data.sources import Shard, digest_of, fetch_shard, find_shards, groups_of
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, replacing
+from lib.runtime import progress
 
 FORMAT = 1  # of token shards and cursors; raise it when either changes meaning
 
@@ -129,9 +130,9 @@ def _work(waiting: collections.deque[Job], spec: Path):
 
 def _show_waiting(jobs: list[Job], source: str):
     """Wait for the first shard, with a bar where that takes more than two seconds."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=len(jobs), unit=" shards", desc=f"tokenising {source}", delay=2, leave=False)
+    bar = progress(
+        total=len(jobs), unit=" shards", desc=f"tokenising {source}", delay=2, leave=False
+    )
     with bar:
         while not wait([jobs[0].done], timeout=0.5).done:
             bar.n = sum(job.done.done() for job in jobs)

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from lib.data.sources import documents
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.files import UserError, choose
+from lib.runtime import progress
 
 
 class Vocabulary(NamedTuple):
@@ -85,7 +84,7 @@ def _make(vocabulary: Vocabulary) -> Tokenizer:
             bar.update(used)
             yield text
 
-    with tqdm(unit=" characters", unit_scale=True, desc="reading") as bar:
+    with progress(unit=" characters", unit_scale=True, desc="reading") as bar:
         tokenizer = Tokenizer.train(
             counted(bar),
             vocabulary.vocab_size,

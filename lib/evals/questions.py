@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lib import model
+from lib import model, runtime
 from lib.config import Config
 from lib.evals import likelihood, stats, token_losses
 from lib.files import UserError, choose, write_json
@@ -567,7 +567,7 @@ def evaluate(
             continue
         items = [_mixed(item, seed) for item in loaded[name]] if shuffle else loaded[name]
         clock = time.perf_counter()
-        with tqdm(
+        with runtime.progress(
             total=len(items), desc=name, leave=False, disable=None if progress else True
         ) as bar:
             job = Job(

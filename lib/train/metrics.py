@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 
 from lib.files import UserError, choose, first_line, write_atomic
+from lib.runtime import progress
 
 MAX_PENDING = 100_000  # jsonl lines kept in memory while the disk is full
 
@@ -112,11 +113,11 @@ SHOWN = {
 
 def _console(run: Run):
     """A progress bar in a terminal or notebook; elsewhere (a log file) about fifty lines per run."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
     every, first, shown = max(1, run.total_steps // 50), None, {}
-    bar = tqdm(
+    bar = progress(
         total=run.total_steps,
         initial=run.resumed or 0,
         unit="step",

@@ -39,6 +39,26 @@ def test_addresses_agree():
         assert set(found) == {ours}, path.name
 
 
+def test_each_notebook_asks_for_the_machine_that_it_needs():
+    """Training for a TPU that free accounts have; the others for nothing."""
+    asked = {}
+    for source in NOTEBOOKS:
+        metadata = json.loads(source.with_suffix(".ipynb").read_text())["metadata"]
+        asked[source.stem[:2]] = metadata.get("accelerator"), metadata["colab"].get("gpuType")
+    tpu = ("TPU", "V5E1")
+    expected = {"01": (None, None), "02": tpu, "03": tpu, "04": (None, None), "05": tpu}
+    assert asked == {number: expected[number] for number in asked}
+
+
+def test_all_notebooks_begin_alike():
+    """The cell that gets the code is one cell; only what it installs may differ."""
+    first = set()
+    for source in NOTEBOOKS:
+        cell = source.read_text().split("# @title Get the code")[1].split("# %%")[0]
+        first.add(re.sub(r"setup\(.*\)", "setup()", cell))
+    assert len(first) == 1
+
+
 @each_notebook
 def test_choices_are_the_real_ones(source):
     for p in parameters(source.read_text()):
