@@ -10,19 +10,35 @@ from pathlib import Path
 import jax
 
 from lib import runtime
-from lib.files import UserError, choose, write_atomic
+from lib.files import UserError, choose, first_line, parse_json, write_atomic
 
 MLPS = ("relu2", "gelu", "swiglu")
 REMATS = ("none", "dots", "layer")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZER_NAMES = ("muon", "adamw")
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
+MAX_LAYERS = 10_000  # beyond it the program alone would take longer to write than anyone waits
 KERNEL_TILE = 128  # lanes of a TPU register: kernels work on whole tiles of the sequence
 # sequence_len x head_dim up to which our kernel's accumulators fit on chip (compiled for v5e, v5p,
 # v6e)
 WHOLE_HEAD = 2**21
 # leading channels of the residual stream that feed these gates
 SMEAR_CHANNELS, VALUE_GATE_CHANNELS = 24, 12
+# the fields that count something, of which there must be one at least
+COUNTS = (
+    "vocab_size",
+    "sequence_len",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "n_kv_head",
+    "head_dim",
+    "mlp_dim",
+    "loss_chunk",
+    "microbatch",
+    "total_batch_size",
+    "num_steps",
+)
 REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
 
 
@@ -35,29 +51,77 @@ def check_attention(
     n_kv_head: int,
     window: int | None = None,
 ):
-    """UserError when implementation `name` can't do these sizes, with the nearest that it can; else None."""
+    """UserError when implementation `name` can't do these sizes, with the nearest that it can."""
     choose("attention", name, ATTENTION_NAMES)
-    if n_head % n_kv_head:
-        good = max(k for k in range(1, n_kv_head + 1) if n_head % k == 0)
-        raise UserError(
-            f"n_kv_head={n_kv_head} does not divide n_head={n_head}: use n_kv_head={good}"
-        )
+    _check_groups(n_head, n_kv_head)
     if window is not None and window < 0:
         raise UserError(
             f"window={window} must be at least 0 (only itself), or None for all of the past"
         )
+    # our kernel keeps whole heads on chip, padded to whole tiles
+    padded_head = round_up(head_dim, KERNEL_TILE)
+    longest = WHOLE_HEAD // padded_head // KERNEL_TILE * KERNEL_TILE
     if name in ("splash", "pallas") and sequence_len % KERNEL_TILE:
-        good = max(1, round(sequence_len / KERNEL_TILE)) * KERNEL_TILE
+        good = nearest_multiple(sequence_len, KERNEL_TILE)
+        if name == "pallas":
+            good = min(good, longest)
         raise UserError(
-            f"attention={name} needs sequence_len to be a multiple of {KERNEL_TILE}, got {sequence_len}: "
-            f"use sequence_len={good}, or attention=einsum"
+            f"attention={name} needs sequence_len to be a multiple of {KERNEL_TILE}, "
+            f"got {sequence_len}: use sequence_len={good}, or attention=einsum"
         )
-    longest = WHOLE_HEAD // (-(-head_dim // KERNEL_TILE) * KERNEL_TILE)
     if name == "pallas" and sequence_len > longest:
         raise UserError(
             f"attention=pallas holds whole heads on chip, at most sequence_len={longest} at "
             f"head_dim={head_dim}, got {sequence_len}: use that, or attention=splash"
         )
+
+
+def _check_groups(n_head: int, n_kv_head: int):
+    """Each key/value head serves as many query heads as the others."""
+    if n_head % n_kv_head:
+        small = [k for k in range(1, math.isqrt(n_head) + 1) if n_head % k == 0]
+        divisors = small + [n_head // k for k in small]
+        good = max(k for k in divisors if k <= n_kv_head)
+        raise UserError(
+            f"n_kv_head={n_kv_head} does not divide n_head={n_head}: use n_kv_head={good}"
+        )
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The least multiple that is not below `size`."""
+    return -(-size // multiple) * multiple
+
+
+def nearest_multiple(size: int, multiple: int) -> int:
+    """The multiple nearest to `size`, at least one."""
+    return max(1, round(size / multiple)) * multiple
+
+
+def divisible_batch(config: "Config", ways: int, grow: bool = False) -> dict[str, int]:
+    """The change of microbatch and batch with which rows can be split over `ways` devices.
+
+    All conditions hold at once after it: the batch is whole microbatches, a microbatch whole rows
+    for each device. grow: the microbatch is for one device, and made larger for more of them.
+    Empty where nothing has to change.
+    """
+    rows = config.total_batch_size // config.sequence_len
+    if grow:
+        if rows % ways == 0:
+            return {}
+        row_unit = math.lcm(config.microbatch, ways)
+        unit = row_unit * config.sequence_len
+        return {"total_batch_size": nearest_multiple(config.total_batch_size, unit)}
+
+    if config.microbatch % ways == 0:
+        return {}
+    if rows % ways == 0:
+        # the batch may stay: a microbatch that divides it, near the one that was asked for
+        possible = [m for m in range(ways, rows + 1, ways) if rows % m == 0]
+        return {"microbatch": min(possible, key=lambda m: abs(m - config.microbatch))}
+    microbatch = round_up(config.microbatch, ways)
+    unit = microbatch * config.sequence_len
+    total = nearest_multiple(config.total_batch_size, unit)
+    return {"microbatch": microbatch, "total_batch_size": total}
 
 
 def _has_bfloat16() -> bool:
@@ -73,10 +137,11 @@ def _has_bfloat16() -> bool:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Config:
-    """Everything that shapes the model and its training. Changing a field recompiles; nothing else does.
+    """Everything that shapes the model and its training. Changing a field recompiles; nothing else
+    does.
 
-    Sizes are counts, `*_lr` are base rates before width and batch scaling, batch and horizon are in tokens.
-    Every bad combination raises UserError here, before anything is compiled.
+    Sizes are counts, `*_lr` are base rates before width and batch scaling, batch and horizon are in
+    tokens. Every bad combination raises UserError here, before anything is compiled.
     """
 
     # shape
@@ -137,68 +202,22 @@ class Config:
     seed: int = 42
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            v = getattr(self, f.name)
-            if f.type is float and isinstance(v, int) and not isinstance(v, bool):
-                object.__setattr__(self, f.name, float(v))
-            elif not isinstance(v, f.type) or (f.type is int and isinstance(v, bool)):
-                raise UserError(f"config field {f.name} must be {f.type.__name__}, got {v!r}")
-        for kind, options in dict(
-            mlp=MLPS, remat=REMATS, compute_dtype=DTYPES, optimizer=OPTIMIZER_NAMES
-        ).items():
-            choose(kind, getattr(self, kind), options)
-        for name in (
-            "vocab_size sequence_len n_layer n_embd n_head n_kv_head head_dim mlp_dim loss_chunk microbatch "
-            "total_batch_size num_steps"
-        ).split():
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"config field {name} must be at least 1, got {getattr(self, name)}"
-                )
-        if self.n_head % self.n_kv_head:
-            good = max(k for k in range(1, self.n_kv_head + 1) if self.n_head % k == 0)
-            raise UserError(
-                f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: use n_kv_head={good}"
-            )
-        if self.head_dim % 2:
-            raise UserError(
-                f"head_dim={self.head_dim} must be even for rotary embeddings: use {self.head_dim + 1}"
-            )
-        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
-            raise UserError(
-                f"window_pattern={self.window_pattern!r} must be letters S (short) and L (long), like SSSL"
-            )
-        least = max(SMEAR_CHANNELS * self.smear, VALUE_GATE_CHANNELS * self.value_embeds)
-        if self.n_embd < least:
-            raise UserError(
-                f"n_embd={self.n_embd} is below the {least} channels that the gates read: raise it, "
-                "or set smear=false and value_embeds=false"
-            )
-        row = self.microbatch * self.sequence_len
-        if self.total_batch_size % row:
-            near = max(1, round(self.total_batch_size / row)) * row
-            raise UserError(
-                f"total_batch_size={self.total_batch_size} tokens is not a multiple of microbatch x "
-                f"sequence_len = {row}: use total_batch_size={near}"
-            )
-        if self.attention_block % 128 or self.attention_block < 0:
-            raise UserError(
-                f"attention_block={self.attention_block} must be a multiple of 128, or 0 for the kernel's own choice: use 512 or 1024"
-            )
-        if self.attention != "auto":
-            check_attention(
-                self.attention,
-                sequence_len=self.sequence_len,
-                head_dim=self.head_dim,
-                n_head=self.n_head,
-                n_kv_head=self.n_kv_head,
-            )
+        _check_types(self)
+        _check_choices(self)
+        _check_counts(self)
+        _check_heads(self)
+        _check_windows(self)
+        _check_gates(self)
+        _check_batch(self)
+        _check_kernels(self)
 
-    # ---- derived -------------------------------------------------------------------------------------------------
+    # ---- derived ---------------------------------------------------------------------------------
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding tables: vocab_size rounded up to a multiple of 64; logits are cropped back."""
+        """Rows of the embedding tables: vocab_size rounded up to a multiple of 64; logits are
+        cropped back.
+        """
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -212,11 +231,9 @@ class Config:
     @property
     def value_layers(self) -> tuple[int, ...]:
         """The layers whose values get token embeddings: every other one, the last included."""
-        return (
-            tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)
-            if self.value_embeds
-            else ()
-        )
+        if not self.value_embeds:
+            return ()
+        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2))
 
     @property
     def batch_lr_scale(self) -> float:
@@ -233,9 +250,11 @@ class Config:
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per multiplying parameter plus 12 N H min(window, T) of attention per layer.
+        """Training FLOPs per token: 6 per multiplying parameter plus 12 N H min(window, T) of
+        attention per layer.
 
-        The convention of PaLM's appendix B with windows: scores within the window counted whole, causality not deducted.
+        The convention of PaLM's appendix B with windows: scores within the window counted whole,
+        causality not deducted.
         """
         scores = sum(
             12 * self.n_head * self.head_dim * min(w, self.sequence_len) for w in self.windows
@@ -249,7 +268,9 @@ class Config:
 
     @property
     def scaled_weight_decay(self) -> float:
-        """Matrix weight decay for this batch and horizon: 0.28 sqrt(B/2^19) D_ref/D with the default base."""
+        """Matrix weight decay for this batch and horizon: 0.28 sqrt(B/2^19) D_ref/D with the
+        default base.
+        """
         scale = self.reference_tokens / self.target_tokens if self.reference_tokens else 1.0
         return self.weight_decay * self.batch_lr_scale * scale
 
@@ -278,56 +299,54 @@ class Config:
         """Microbatches per optimizer step."""
         return self.total_batch_size // (self.microbatch * self.sequence_len)
 
-    # ---- one dial ------------------------------------------------------------------------------------------------
+    # ---- one dial --------------------------------------------------------------------------------
 
     @classmethod
     def from_depth(
         cls, depth: int, *, aspect_ratio: int = 64, target_flops: float = 0.0, **overrides
     ) -> "Config":
-        """All sizes, horizon, batch and decay from the number of layers; anything can be overridden by name.
+        """All sizes, horizon, batch and decay from the number of layers; anything can be overridden
+        by name.
 
-        Width is depth * aspect_ratio rounded up to whole heads. Horizon D = tokens_per_param * (block matrices + head),
-        or as many steps as `target_flops` buys. Batch = 2^round(log2(2^19 (D / D_12)^0.383)), D_12 being the same
-        rule at depth 12 (the reference's scaling rules; checked against its numbers at depths 4 to 26).
+        Width is depth * aspect_ratio rounded up to whole heads. Horizon D = tokens_per_param *
+        (block matrices + head), or as many steps as `target_flops` buys. Batch = 2^round(log2(2^19
+        (D / D_12)^0.383)), D_12 being the same rule at depth 12 (the reference's scaling rules;
+        checked against its numbers at depths 4 to 26).
         """
         if depth < 1:
             raise UserError(f"depth must be at least 1, got {depth}")
+        # one row a step, so that nothing but the shape can be wrong yet
         shape = _shape(depth, aspect_ratio, **_known(overrides))
-        probe = cls(
-            **shape | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
-        )
-        at_12 = _shape(12, aspect_ratio, **{k: v for k, v in overrides.items() if k not in _SIZES})
-        at_12 = cls(
-            **at_12 | dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
-        )
-        tokens, reference = probe.target_tokens, at_12.target_tokens
-        config = dict(shape, reference_tokens=float(reference))
+        one_row = dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
+        probe = cls(**shape | one_row)
+        # the rules are anchored at depth 12, with everything but its sizes as asked
+        others = {name: value for name, value in overrides.items() if name not in _SIZES}
+        at_12 = cls(**_shape(12, aspect_ratio, **others) | one_row)
+
+        config = dict(shape, reference_tokens=float(at_12.target_tokens))
         if "total_batch_size" not in overrides:
-            batch = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference) ** 0.383))
-            row = probe.sequence_len * overrides.get("microbatch", 1)
-            config["total_batch_size"] = (
-                batch if batch % row == 0 else max(1, round(batch / row)) * row
-            )
+            growth = probe.target_tokens / at_12.target_tokens
+            batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
+            unit = probe.sequence_len * overrides.get("microbatch", 1)
+            config["total_batch_size"] = nearest_multiple(batch, unit) if batch % unit else batch
         if "microbatch" not in overrides:
             rows = config["total_batch_size"] // probe.sequence_len
-            config["microbatch"] = (
-                max(b for b in range(1, min(rows, cls.microbatch) + 1) if rows % b == 0)
-                if rows
-                else 1
-            )
+            possible = [m for m in range(1, min(rows, cls.microbatch) + 1) if rows % m == 0]
+            config["microbatch"] = max(possible, default=1)
         if "num_steps" not in overrides:
             per_step = config["total_batch_size"]
-            config["num_steps"] = max(
-                1,
-                round(target_flops / (probe.flops_per_token * per_step))
-                if target_flops
-                else tokens // per_step,
-            )
+            if target_flops:
+                steps = round(target_flops / (probe.flops_per_token * per_step))
+            else:
+                steps = probe.target_tokens // per_step
+            config["num_steps"] = max(1, steps)
         return cls(**config)
 
     @classmethod
     def from_heads(cls, n_head: int, *, aspect_ratio: int = 64, **overrides) -> "Config":
-        """The same dial from the other side: n_embd = n_head * head_dim, depth = n_embd / aspect_ratio."""
+        """The same dial from the other side: n_embd = n_head * head_dim, depth = n_embd /
+        aspect_ratio.
+        """
         if n_head < 1:
             raise UserError(f"n_head must be at least 1, got {n_head}")
         width = n_head * overrides.get("head_dim", cls.head_dim)
@@ -341,7 +360,7 @@ class Config:
         """A named starting point from PRESETS, with overrides by field name."""
         return cls.from_depth(**dict(choose("preset", name, PRESETS)) | overrides)
 
-    # ---- files ---------------------------------------------------------------------------------------------------
+    # ---- files -----------------------------------------------------------------------------------
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -368,20 +387,115 @@ class Config:
         """Read what `save` wrote."""
         try:
             text = Path(path).read_text()
-            if str(path).endswith((".yaml", ".yml")):
-                import yaml
-
-                return cls.from_dict(yaml.safe_load(text))
-            return cls.from_dict(json.loads(text))
         except FileNotFoundError:
             raise UserError(
                 f"no config at {path}: give the path of a config.json or config.yaml"
             ) from None
-        except (ValueError, AttributeError, TypeError) as e:
-            raise UserError(
-                f"{path} is not a rawchat config ({e}): write one with Config.save"
-            ) from None
+        except ValueError as e:
+            raise _not_a_config(path, e) from None
+        if not str(path).endswith((".yaml", ".yml")):
+            return cls.from_dict(parse_json(text, path, cure="write one with Config.save"))
 
+        import yaml
+
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as e:
+            raise _not_a_config(path, e) from None
+
+
+def _not_a_config(path, error) -> UserError:
+    return UserError(
+        f"{path} is not a rawchat config ({first_line(error)}): write one with Config.save"
+    )
+
+
+# ---- checks: each says what is wrong in one sentence, with the nearest value that is right -------
+
+
+def _check_types(config: Config):
+    """Values have their field's type; a whole number does for a real one."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        is_bool = isinstance(value, bool)
+        if f.type is float and isinstance(value, int) and not is_bool:
+            object.__setattr__(config, f.name, float(value))
+        elif not isinstance(value, f.type) or (f.type is int and is_bool):
+            raise UserError(f"config field {f.name} must be {f.type.__name__}, got {value!r}")
+        elif f.type is float and not math.isfinite(value):
+            raise UserError(f"config field {f.name} must be a finite number, got {value}")
+
+
+def _check_choices(config: Config):
+    choose("mlp", config.mlp, MLPS)
+    choose("remat", config.remat, REMATS)
+    choose("compute_dtype", config.compute_dtype, DTYPES)
+    choose("optimizer", config.optimizer, OPTIMIZER_NAMES)
+
+
+def _check_counts(config: Config):
+    for name in COUNTS:
+        count = getattr(config, name)
+        if count < 1:
+            raise UserError(f"config field {name} must be at least 1, got {count}")
+    if config.n_layer > MAX_LAYERS:
+        raise UserError(f"n_layer={config.n_layer} is more than {MAX_LAYERS}: use fewer layers")
+
+
+def _check_heads(config: Config):
+    _check_groups(config.n_head, config.n_kv_head)
+    if config.head_dim % 2:
+        raise UserError(
+            f"head_dim={config.head_dim} must be even for rotary embeddings: "
+            f"use {config.head_dim + 1}"
+        )
+
+
+def _check_windows(config: Config):
+    pattern = config.window_pattern
+    if not pattern or set(pattern.upper()) - set("SL"):
+        raise UserError(
+            f"window_pattern={pattern!r} must be letters S (short) and L (long), like SSSL"
+        )
+
+
+def _check_gates(config: Config):
+    least = max(SMEAR_CHANNELS * config.smear, VALUE_GATE_CHANNELS * config.value_embeds)
+    if config.n_embd < least:
+        raise UserError(
+            f"n_embd={config.n_embd} is below the {least} channels that the gates read: raise it, "
+            "or set smear=false and value_embeds=false"
+        )
+
+
+def _check_batch(config: Config):
+    unit = config.microbatch * config.sequence_len
+    if config.total_batch_size % unit:
+        near = nearest_multiple(config.total_batch_size, unit)
+        raise UserError(
+            f"total_batch_size={config.total_batch_size} tokens is not a multiple of microbatch x "
+            f"sequence_len = {unit}: use total_batch_size={near}"
+        )
+
+
+def _check_kernels(config: Config):
+    block = config.attention_block
+    if block % KERNEL_TILE or block < 0:
+        raise UserError(
+            f"attention_block={block} must be a multiple of {KERNEL_TILE}, or 0 for the kernel's "
+            "own choice: use 512 or 1024"
+        )
+    if config.attention != "auto":
+        check_attention(
+            config.attention,
+            sequence_len=config.sequence_len,
+            head_dim=config.head_dim,
+            n_head=config.n_head,
+            n_kv_head=config.n_kv_head,
+        )
+
+
+# ---- fields --------------------------------------------------------------------------------------
 
 _SIZES = {
     "n_layer",
@@ -403,11 +517,14 @@ def _known(d: dict) -> dict:
 
 
 def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
-    """Field values for a depth: width in whole heads, as many kv heads as heads, mlp four times as wide."""
+    """Field values for a depth: width in whole heads, as many kv heads as heads, mlp four times as
+    wide.
+    """
     head_dim = overrides.get("head_dim", Config.head_dim)
     n_embd = overrides.get("n_embd", -(-depth * aspect_ratio // head_dim) * head_dim)
     n_head = overrides.get("n_head", max(1, n_embd // head_dim))
-    # SwiGLU has three matrices: two thirds of the hidden width keeps the parameter count (Shazeer 2020)
+    # SwiGLU has three matrices: two thirds of the hidden width keeps the parameter count (Shazeer
+    # 2020)
     mlp_dim = -(-n_embd * 8 // 3 // 128) * 128 if overrides.get("mlp") == "swiglu" else 4 * n_embd
     derived = dict(
         n_layer=depth,
@@ -433,7 +550,8 @@ _PLAIN = dict(
     optimizer="adamw",
 )
 PRESETS = {
-    # two laptop cores, minutes: narrow, short context, small vocabulary; rates for a run a hundred times shorter than usual
+    # two laptop cores, minutes: narrow, short context, small vocabulary; rates for a run a hundred
+    # times shorter than usual
     "cpu_demo": dict(
         depth=4,
         vocab_size=4096,
@@ -480,7 +598,8 @@ PRESETS = {
         depth=16, head_dim=256, n_kv_head=2, value_embeds=False, microbatch=4, loss_chunk=8192
     ),
     "gpu": dict(depth=12, microbatch=8, remat="dots"),
-    # what nanochat's parts are measured against: the plain recipes of GPT-2 and of Llama, in this house's frame
+    # what nanochat's parts are measured against: the plain recipes of GPT-2 and of Llama, in this
+    # house's frame
     "gpt2_like": dict(depth=12, mlp="gelu", tied_head=True, **_PLAIN),
     "llama_like": dict(depth=12, mlp="swiglu", n_kv_head=2, **_PLAIN),
     "nanochat_d12": dict(depth=12),

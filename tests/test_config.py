@@ -1,12 +1,15 @@
 """The dial against the reference's scaling rules, and the sentence that each bad value gets."""
 
 import math
+import re
 
+import jax
 import pytest
 
-from lib.config import PRESETS, Config
+from lib.config import PRESETS, Config, divisible_batch
 from lib.files import UserError
 from lib.params import count_params
+from lib.preflight.memory import choose_layout
 from tests.helpers.golden import load
 
 SCALING = load("scaling.json")
@@ -89,7 +92,7 @@ def test_files_round_trip(tmp_path, suffix):
     assert Config.load(tmp_path / f"config.{suffix}") == c
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{not json", '{"n_layers": 3}'])
+@pytest.mark.parametrize("text", ["", "[1]", "{not json", '{"n_layers": 3}', "[" * 100_000])
 def test_a_foreign_file_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError):
@@ -125,6 +128,17 @@ BAD = {
         "multiple of 128.*use sequence_len=1024",
     ),
     "too narrow for the gates": (lambda: Config(n_embd=16), "n_embd=16.*24 channels"),
+    "layers beyond count": (lambda: Config(n_layer=10**8), "n_layer=100000000.*10000"),
+    "a dial beyond count": (lambda: Config.from_depth(10**8), "n_layer=100000000.*10000"),
+    "heads beyond count": (
+        lambda: Config(n_head=10**9, n_kv_head=10**9 - 1),
+        "use n_kv_head=500000000",
+    ),
+    "not a number": (lambda: Config(matrix_lr=math.nan), "matrix_lr must be a finite number"),
+    "rows for a kernel that holds whole heads": (
+        lambda: Config(attention="pallas", sequence_len=16500, total_batch_size=66000),
+        "multiple of 128.*use sequence_len=16384",
+    ),
     "no depth": (lambda: Config.from_depth(0), "depth must be at least 1"),
     "no heads": (lambda: Config.from_heads(0), "n_head must be at least 1"),
 }
@@ -138,7 +152,40 @@ def test_bad_values_get_one_sentence(case):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("ways", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("grow", [False, True])
+def test_advice_for_several_devices_holds_at_once(ways, grow):
+    """Whatever the batch is, after one change nothing is left to complain about."""
+    for microbatch, accumulate in ((1, 1), (4, 2), (4, 3), (6, 5), (7, 1)):
+        rows = microbatch * accumulate
+        config = Config(sequence_len=64, microbatch=microbatch, total_batch_size=64 * rows)
+        changed = config.replace(**divisible_batch(config, ways, grow))
+        assert divisible_batch(changed, ways, grow) == {}
+        assert changed.total_batch_size // 64 % ways == 0
+        assert grow or changed.microbatch % ways == 0
+
+
+def test_advice_for_three_devices_is_the_least_change():
+    config = Config(sequence_len=64, microbatch=4, total_batch_size=512)
+    assert divisible_batch(config, 3, grow=True) == {"total_batch_size": 768}
+    assert divisible_batch(config, 3) == {"microbatch": 6, "total_batch_size": 384}
+    assert divisible_batch(config.replace(total_batch_size=768), 3) == {"microbatch": 3}
+
+
+@pytest.mark.parametrize("grow", [False, True])
+def test_taking_the_advice_of_a_mesh_leads_out_of_the_circle(grow):
+    config = Config(sequence_len=64, microbatch=4, total_batch_size=512)
+    with pytest.raises(UserError, match="cannot be split over 3 devices") as told:
+        choose_layout(config, "dp", {"data": 3}, grow=grow)
+    advice = re.findall(r"(\w+)=(\d+)", str(told.value).split(": use ")[1])
+    config = config.replace(**{name: int(value) for name, value in advice})
+    # what is left to say is that this machine has not so many
+    with pytest.raises(UserError, match="needs 3 devices"):
+        choose_layout(config, "dp", {"data": 3}, grow=grow)
+
+
 def test_a_config_is_static_and_hashable():
     assert hash(Config.from_depth(4)) == hash(Config.from_depth(4))
     assert Config.from_depth(4).replace(seed=1) != Config.from_depth(4)
+    assert jax.tree.leaves(Config.from_depth(4)) == [], "no leaf of a pytree: static under jit"
     assert math.isclose(Config(total_batch_size=2**17).batch_lr_scale, 0.5)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lib.config import Config
+from lib.config import Config, divisible_batch
 from lib.files import UserError, choose, first_line
 from lib.params import Spec, is_spec, named_specs, param_specs
 
@@ -118,9 +118,11 @@ def make_layout(
     layout = Layout(built, strategy)
     rows, tensor = layout.size(*BATCH), layout.size("tensor")
     if config.microbatch % rows:
+        change = divisible_batch(config, rows)
+        cure = " and ".join(f"{name}={value}" for name, value in change.items())
         raise UserError(
-            f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh axes {' and '.join(BATCH)}: "
-            f"use microbatch={-(-config.microbatch // rows) * rows}, or fewer devices there"
+            f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh "
+            f"axes {' and '.join(BATCH)}: use {cure}, or fewer devices there"
         )
     if config.n_kv_head % tensor or config.mlp_dim % tensor or config.sequence_len % tensor:
         raise UserError(

@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from lib.config import Config
+from lib.config import Config, divisible_batch
 from lib.files import UserError, choose
 from lib.parallel.layout import BATCH, MESH_AXIS, RULES, Layout, make_layout
 from lib.params import count_params
@@ -169,11 +169,12 @@ def _lay_out(config: Config, strategy: str, mesh, grow: bool) -> tuple[Config, L
     sizes = {MESH_AXIS[strategy]: jax.device_count()} if mesh is None else mesh
     ways = math.prod(sizes.get(axis, 1) for axis in BATCH)
     rows = config.total_batch_size // config.sequence_len
-    if ways > 0 and rows % ways:
+    change = divisible_batch(config, ways, grow) if ways > 0 else {}
+    if "total_batch_size" in change:
+        cure = " and ".join(f"{name}={value}" for name, value in change.items())
         raise UserError(
-            f"a batch of {rows} rows cannot be split over {ways} devices: use a total_batch_size "
-            f"that is a multiple of {ways * config.sequence_len}, or fewer devices on the mesh "
-            f"axes {' and '.join(BATCH)}"
+            f"a batch of {rows} rows cannot be split over {ways} devices: use {cure}, or fewer "
+            f"devices on the mesh axes {' and '.join(BATCH)}"
         )
     if grow and ways > 0:
         possible = [m for m in range(1, config.microbatch + 1) if rows % (m * ways) == 0]
