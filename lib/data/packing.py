@@ -201,9 +201,15 @@ def check_cursor(settings: dict, cursor: dict | None, what: str, advice: str):
     for name, value in settings.items():
         if cursor.get(name) != value:
             raise UserError(
-                f"cannot resume {what}: the cursor was made with {name} {cursor.get(name)!r},"
-                f" now it is {value!r}; {advice}"
+                f"cannot resume {what}: the cursor was made with {name} {_short(cursor.get(name))},"
+                f" now it is {_short(value)}; {advice}"
             )
+
+
+def _short(value) -> str:
+    """A setting for a message; of a long hash its beginning."""
+    text = repr(value)
+    return text if len(text) <= 20 else f"{text[:9]}…'"
 
 
 # ---- texts -------------------------------------------------------------------------------------

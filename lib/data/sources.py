@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import sysconfig
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ def _kept_look(path: Path, digest: str, cut: bool, folder: Path, tick) -> Look:
             look = Look(**{name: arrays[name] for name in Look._fields})
         if len(look.hashes) == len(look.sizes) == look.ends[-1, 1]:
             return look._replace(skipped=int(look.skipped))
-    except (OSError, ValueError, KeyError, IndexError, EOFError):
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
         pass  # missing, or damaged
     look = look_at(path, cut, tick)
     with replacing(kept) as tmp, open(tmp, "wb") as f:
@@ -190,27 +191,28 @@ def _corpus(paths: list[Path], where: str, cache_dir) -> Corpus:
 
 def _held_out(looks: list[Look], where: str) -> tuple[int, int]:
     """(longest, last_hash) of the documents to hold out: by rank of their hash, one twentieth of
-    the text.
+    the text, as near as whole documents come to it.
 
     At least one document, and never all. One that is itself more than the share is not taken while
     others are there.
     """
     hashes = np.concatenate([look.hashes for look in looks])
     sizes = np.concatenate([look.sizes for look in looks])
-    share = int(sizes.sum()) // VAL_SHARE
-    if np.unique(hashes).size < 2:
+    different = np.unique(hashes).size
+    if different < 2:
         raise UserError(
-            f"{where} holds {np.unique(hashes).size} different documents: it takes two, one for"
-            " validation"
+            f"{where} holds {different} different documents: it takes two, one for validation"
         )
+
+    share = int(sizes.sum()) // VAL_SHARE
     longest = share if (sizes <= share).any() else int(sizes.min())
     fitting = sizes <= longest
     ranked, which = np.unique(hashes[fitting], return_inverse=True)
-    weights = np.bincount(which, sizes[fitting])
-    count = int(np.searchsorted(weights.cumsum(), share, side="right"))
-    # Documents of one text may be more than all that fits: leave at least one for training.
-    most = ranked.size - (fitting.all())
-    return longest, int(ranked[min(max(count, 1), most) - 1])
+    behind = np.bincount(which, sizes[fitting]).cumsum()
+    count = int(np.abs(behind - share).argmin()) + 1
+    # Where all documents fit, one of them is left for training.
+    most = ranked.size - int(fitting.all())
+    return longest, int(ranked[min(count, most) - 1])
 
 
 def _local(split: str, corpus: Corpus) -> list[Shard]:

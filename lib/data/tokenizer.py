@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import rustbpe
 import tiktoken
 
-from lib.files import UserError, choose, write_atomic
+from lib.files import UserError, choose, local_path, parse_json, read_bytes, write_atomic
 
 # The GPT-4 split pattern, but digits in groups of at most two: a small vocabulary has better uses
 # than 1000 numbers.
@@ -181,28 +182,27 @@ class Tokenizer:
         """The inverse of `to_json`; UserError naming `where` if the text is anything else or was
         damaged.
         """
+        cure = "make a new one with 01_tokenizer.py"
+        data = parse_json(text, where, dict, cure)
         try:
-            data = json.loads(text)
-            tokens = tuple(
-                base64.b64decode(token, validate=True) for token, _ in data["mergeable_ranks"]
+            ranked = [
+                (base64.b64decode(token, validate=True), i) for token, i in data["mergeable_ranks"]
+            ]
+            tokenizer = cls(
+                data["pattern"], tuple(t for t, _ in ranked), dict(data.get("meta", {}))
             )
-            tokenizer = cls(data["pattern"], tokens, dict(data.get("meta", {})))
-            probe = "It's 12345 naïve\t 東京🙂!\r\n  \n x"
             sound = (
-                [rank for _, rank in data["mergeable_ranks"]] == list(range(len(tokens)))
-                and len(set(tokens)) == len(tokens)
-                and set(tokens) >= {bytes([b]) for b in range(256)}
+                [rank for _, rank in ranked] == list(range(len(ranked)))
+                and len(set(tokenizer.tokens)) == len(ranked)
+                and set(tokenizer.tokens) >= {bytes([b]) for b in range(256)}
                 and data["special_tokens"] == tokenizer.special
                 and data.get("fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
-                and tokenizer.decode(tokenizer.encode(probe)) == probe
+                and _reads_back(tokenizer)
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
-            raise UserError(
-                f"{where} is not a rawchat tokenizer or is damaged: make a new one with"
-                " 01_tokenizer.py"
-            )
+            raise UserError(f"{where} is not a rawchat tokenizer or is damaged: {cure}")
         return tokenizer
 
     def save(self, path):
@@ -214,15 +214,11 @@ class Tokenizer:
         """Read a saved tokenizer: a file, or a folder (such as a run's) that holds
         `tokenizer.json`.
         """
-        path = Path(path)
+        path = local_path(path)
         path = path / FILE if path.is_dir() else path
-        try:
-            text = path.read_bytes()
-        except OSError as e:
-            raise UserError(
-                f"no tokenizer to read at {path} ({e.strerror}): make one with 01_tokenizer.py"
-            ) from e
-        return cls.from_json(text, path)
+        if not path.exists():
+            raise UserError(f"no tokenizer to read at {path}: make one with 01_tokenizer.py")
+        return cls.from_json(read_bytes(path), path)
 
     def push_to_hub(self, repo: str, token: str | None = None, private: bool = True) -> str:
         """Upload `tokenizer.json` to a Hub model repository, made if missing; returns the
@@ -371,6 +367,34 @@ class Tokenizer:
     def _fenced(self, name: str, text: str) -> list[int]:
         start, end = self.special[f"<|{name}_start|>"], self.special[f"<|{name}_end|>"]
         return [start, *self.encode(text), end]
+
+
+# Texts that a sound tokenizer gives back, and gives back fast.
+PROBES = (
+    "It's 12345 naïve\t 東京🙂!\r\n  \n x",
+    "a" * 300 + "!",
+    " " * 300 + "1" * 300,
+    "aA1_-" * 60,
+)
+PROBE_SECONDS = 3
+
+
+def _reads_back(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer gives texts back within seconds, which a stranger's pattern may not."""
+    answers = []
+
+    def probe():
+        # A pattern that tiktoken cannot bear makes it panic, which is no Exception.
+        with contextlib.suppress(BaseException):
+            # One that matches nothing at all would make it panic too, and loudly.
+            if regex.match(tokenizer.pattern, "", timeout=1):
+                return
+            answers.append([tokenizer.decode(tokenizer.encode(text)) for text in PROBES])
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers == [list(PROBES)]
 
 
 def load_tokenizer(spec) -> Tokenizer:
