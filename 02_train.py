@@ -455,8 +455,8 @@ with (
                         tokenizer.token_bytes,
                         losses_of=token_losses,
                     )
-                    val_bpb = values["val_bpb"] = measured["bpb"]
-                    values["val_loss"] = measured["loss"]
+                    val_bpb = values["val_bpb"] = measured.bpb
+                    values["val_loss"] = measured.loss
                 if measure_core and (n % core_every == 0 or n == last):
                     values |= measure_core(sharding.whole(layout, state.params, config.dtype))
                 if n % every["sample"] == 0 or n == last:

@@ -61,8 +61,7 @@ from lib import data, evals, pictures
 from lib.chat import terminal as chat
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
-from lib.evals import contamination, core, kinds, stats
-from lib.evals import questions as chat_tasks
+from lib.evals import contamination, core, questions, records, stats
 from lib.files import UserError, choose, update_json
 from lib.generate import Engine, Sampling, generate
 from lib.interrupts import interruptible
@@ -182,7 +181,7 @@ auto = dict.fromkeys(
 )
 names = {"none": [], "auto": [*auto], "all": [*auto | known_tasks()]}.get(tasks, tasks.split())
 # found and read now, so that a wrong name, file or bundle stops the run before any compute
-asked = chat_tasks.find(names, known_tasks()) if names else {}
+asked = questions.find(names, known_tasks()) if names else {}
 bundle = None if core_bundle == "download" else core_bundle
 core_tasks = [] if core_bundle == "none" else core.load_bundle(bundle, limit=core_items or None)[0]
 choose("if_exists", if_exists, ("continue", "fresh", "stop"))
@@ -208,18 +207,16 @@ score = evals.bits_per_byte(params, config, batches, tokenizer.token_bytes)
 seconds = time.perf_counter() - clock
 packers = data.baselines(texts)
 print(
-    f"{score['bytes']:,} of {packers['bytes']:,} bytes in {len(texts)} documents of {source}, {seconds:.1f} s"
+    f"{score.bytes:,} of {packers['bytes']:,} bytes in {len(texts)} documents of {source}, {seconds:.1f} s"
 )
-print(
-    f"model    {score['bpb']:.4f} ± {score['stderr']:.4f} bits per byte (standard error over rows)"
-)
+print(f"model    {score.bpb:.4f} ± {score.stderr:.4f} bits per byte (standard error over rows)")
 print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 
 # %% [markdown]
 # By kind of text, each document now read from its own beginning:
 
 # %%
-by_kind = kinds.bits_by_kind(params, config, tokenizer, texts)
+by_kind = evals.bits_by_kind(params, config, tokenizer, texts)
 for name, bits in sorted(by_kind["kinds"].items(), key=lambda entry: -entry[1]["bytes"]):
     print(
         f"{name:14} {bits['bytes'] / by_kind['bytes']:6.1%} of the bytes  {bits['bpb']:.3f} ± {bits['stderr']:.3f} bits per byte"
@@ -257,9 +254,9 @@ completions = [prompt + tokenizer.decode(ids) for ids in new]
 update_json(
     folder / "results.json",
     val_source=source,
-    val_bpb=score["bpb"],
-    val_bpb_stderr=score["stderr"],
-    val_bytes=score["bytes"],
+    val_bpb=score.bpb,
+    val_bpb_stderr=score.stderr,
+    val_bytes=score.bytes,
     gzip_bpb=packers["gzip_bpb"],
     xz_bpb=packers["xz_bpb"],
     samples=completions,
@@ -298,27 +295,20 @@ for stage, found in chats.items():
 
 # %%
 # by stage: the tasks' entries, bits per byte, whose they are, all of it
-marks, bits_of, about, records = {}, {"base": by_kind}, {}, {}
+marks, bits_of, about, kept = {}, {"base": by_kind}, {}, {}
+asking = questions.Questions(
+    limit=task_items or None,
+    seed=seed,
+    batch=64,
+    max_tokens=min(512, config.sequence_len * 3 // 8),
+)
 
 
 def examine(stage, path, params):
     """Put the tasks to a model, and see how well it still foresees text; the record goes to evals/STAGE.json."""
-    found = (
-        chat_tasks.evaluate(
-            params,
-            config,
-            tokenizer,
-            names,
-            limit=task_items or None,
-            seed=seed,
-            batch=64,
-            max_tokens=min(512, config.sequence_len * 3 // 8),
-        )
-        if names
-        else {"tasks": {}}
-    )
+    found = questions.evaluate(params, config, tokenizer, names, asking) if names else {"tasks": {}}
     if stage not in bits_of:
-        bits_of[stage] = kinds.bits_by_kind(params, config, tokenizer, texts)
+        bits_of[stage] = evals.bits_by_kind(params, config, tokenizer, texts)
     if stage == "base" and core_tasks:
         measured = core.evaluate(
             core.scorer(params, config, tokenizer), tokenizer, bundle, limit=core_items or None
@@ -332,16 +322,16 @@ def examine(stage, path, params):
     }
     step = checkpoint.read_meta(path)["step"]
     about[stage] = dict(step=step, checkpoint=f"{STAGES[stage]}/step_{step:08d}", seed=seed)
-    records[stage] = chat_tasks.write(
+    kept[stage] = records.write(
         folder, stage, about[stage] | found | dict(bpb={source: bits_of[stage]})
     )
 
 
 # how many test items were in the pretraining text: they share so many words in a row with it (see lib/evals/contamination.py)
 test_texts = {
-    name: chat_tasks.texts_of(items)
+    name: questions.texts_of(items)
     for name, task in asked.items()
-    if isinstance(items := chat_tasks.items_or_reason(task, task_items or None), list)
+    if isinstance(items := questions.items_or_reason(task, task_items or None), list)
 }
 test_texts |= {f"core/{task.label}": core.texts_of(task) for task in core_tasks}
 trained_on = data.documents(meta["settings"]["source"], "train", shards=meta["settings"]["shards"])
@@ -525,9 +515,9 @@ if graded:
 # Which of these differences are more than chance? Each stage against the one before, on the same questions:
 
 # %%
-for before, after in itertools.pairwise(records):
-    for found in stats.compare(records[before], records[after], (before, after)).values():
-        print(found["sentence"])
+for before, after in itertools.pairwise(kept):
+    compared = stats.compare(kept[before], kept[after], (before, after))
+    print("\n".join(stats.told(compared)))
 
 # %% [markdown]
 # ## Results
@@ -589,7 +579,7 @@ said = [
     for asked, answer in zip(conversation[::2], conversation[1::2])
 ]
 if taught:
-    chat_tasks.write(folder, stage, about[stage] | dict(samples=said))
+    records.write(folder, stage, about[stage] | dict(samples=said))
 while live and (words := input("you    ").strip()):
     print("model  ", end="")
     talk(words)

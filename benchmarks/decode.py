@@ -329,10 +329,10 @@ def main(args: Args):
             name: evals.bits_per_byte(p, config, batches(), tokenizer.token_bytes)
             for name, p in (("exact", ready), ("int8", small))
         }
-        result["bits_per_byte"] = {name: b["bpb"] for name, b in bpb.items()}
-        exact, int8 = bpb["exact"]["bpb"], bpb["int8"]["bpb"]
+        result["bits_per_byte"] = {name: b.bpb for name, b in bpb.items()}
+        exact, int8 = bpb["exact"].bpb, bpb["int8"].bpb
         print(
-            f"bits per byte of {bpb['exact']['bytes']:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})"
+            f"bits per byte of {bpb['exact'].bytes:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})"
         )
     if args.json:
         write_json(args.json, result)

@@ -293,7 +293,7 @@ def surprise(tokenizer, ids: Sequence[int], bits: Sequence[float]):
 def bits_by_kind(by_stage: dict[str, dict]):
     """Bits per byte of each kind of text, with two standard errors.
 
-    by_stage: {stage: the answer of `evals.kinds.bits_by_kind`}.
+    by_stage: {stage: the answer of `evals.bits_by_kind`}.
     """
     sizes = {}
     for measured in by_stage.values():

@@ -1,21 +1,25 @@
-"""CORE, the base-model benchmark of DCLM (Li et al. 2024, arXiv 2406.11794): 22 tasks, rendered and decided as nanochat does."""
+"""CORE, DCLM's benchmark of base models: 22 tasks, rendered and decided as nanochat does.
+
+Li et al. 2024, arXiv 2406.11794.
+"""
 
 import csv
 import functools
 import hashlib
 import io
-import json
 import math
 import random
 import time
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.data import CACHE, fetch
-from lib.evals import evaluating, likelihood, stats
-from lib.files import UserError, choose, sha256, write_atomic
+from lib.evals import likelihood, stats
+from lib.evals.errors import evaluating
+from lib.files import UserError, choose, parse_json, sha256, write_atomic
 
 # where nanochat has it from
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -24,8 +28,11 @@ CONFIG, BASELINES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 
 
 @dataclass(frozen=True)
-class Task:
-    """One line of the bundle's list. items: dicts as in its file, each with an "id", the line's number; baseline: 0 to 1."""
+class CoreTask:
+    """One line of the bundle's list.
+
+    items: dicts as in its file, each with an "id", the line's number. baseline: 0 to 1.
+    """
 
     label: str
     kind: str
@@ -33,17 +40,17 @@ class Task:
     fewshot: int
     delimiter: str
     baseline: float
-    items: tuple
+    items: tuple[dict, ...]
 
 
 # ---- the bundle
 
 
 def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 3) -> Path:
-    """The bundle's zip in the cache, downloaded if need be (resuming what came before), its members' check sums verified.
+    """The bundle's zip in the cache, downloaded if need be, its members' check sums verified.
 
-    Nobody publishes the file's SHA-256: unless `expect` gives it, the one of the first download is written beside it and every later
-    use is compared with that.
+    A broken download is resumed. Nobody publishes the file's SHA-256: unless `expect` gives it, the
+    one of the first download is written beside it and every later use is compared with that.
     """
     path = Path(cache_dir, "eval_bundle.zip")
     note = path.with_name(path.name + ".sha256")
@@ -60,7 +67,7 @@ def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 
     return path
 
 
-def _check_zip(path):
+def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -70,49 +77,66 @@ def _check_zip(path):
         raise UserError(f"{bad} in {path} is damaged: delete {path} and run again")
 
 
-def _reader(path: Path) -> Callable[[str], str]:
-    """A function from a file's name in the bundle to its text; the bundle is a folder or a zip, maybe with one folder around it."""
-    if path.is_dir():
-        root = next((p for p in (path, path / "eval_bundle") if (p / CONFIG).is_file()), None)
-        names = lambda: [str(p.relative_to(root)) for p in root.rglob("*")]
-        read = lambda name: (root / name).read_text("utf-8")
-    elif zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        found = sorted(
-            (
-                n
-                for n in archive.namelist()
-                if n.split("/")[-1] == CONFIG and not n.startswith("__MACOSX")
-            ),
-            key=len,
-        )
-        root = found[0].removesuffix(CONFIG) if found else None
-        names = archive.namelist
-        read = lambda name: archive.read(root + name).decode("utf-8")
-    else:
-        raise UserError(
-            f"{path} is neither a folder nor a zip file: give the path of DCLM's eval_bundle, or none to download it"
-        )
-    if root is None:
-        raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
+class Bundle:
+    """Texts of the bundle by name: it is a folder or a zip, maybe with one folder around it.
 
-    def text(name):
-        try:
-            return read(name)
-        except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
-            has = "is unreadable" if any(n.endswith(name) for n in names()) else "is missing"
-            raise UserError(f"{name} {has} in {path}: fetch the bundle again") from e
-
-    return text
-
-
-def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[list[Task], str]:
-    """(tasks in the bundle's order, SHA-256 of what was read). path: of a folder or zip; None downloads.
-
-    Items are shuffled by SHUFFLE_SEED and then cut to `limit`, which changes few-shot draws too, as in nanochat.
+    `digest` goes over all that was read.
     """
-    import yaml
 
+    def __init__(self, path: Path):
+        self.path, self.digest = path, hashlib.sha256()
+        if path.is_dir():
+            self.names, self.read = _folder(path)
+        elif zipfile.is_zipfile(path):
+            self.names, self.read = _archive(path)
+        else:
+            raise UserError(
+                f"{path} is neither a folder nor a zip file: give the path of DCLM's eval_bundle, "
+                "or none to download it"
+            )
+
+    def text(self, name: str) -> str:
+        """One file; UserError if it is missing or unreadable."""
+        try:
+            text = self.read(name)
+        except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as e:
+            there = any(n.endswith(name) for n in self.names)
+            has = "is unreadable" if there else "is missing"
+            raise UserError(f"{name} {has} in {self.path}: fetch the bundle again") from e
+        self.digest.update(text.encode())
+        return text
+
+
+def _folder(path: Path) -> tuple[list[str], Callable[[str], str]]:
+    """(names of files, function that reads one) of a bundle that is a folder."""
+    for root in (path, path / "eval_bundle"):
+        if (root / CONFIG).is_file():
+            names = [str(p.relative_to(root)) for p in root.rglob("*")]
+            return names, functools.partial(_read_file, root)
+    raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
+
+
+def _read_file(root: Path, name: str) -> str:
+    return (root / name).read_text("utf-8")
+
+
+def _archive(path: Path) -> tuple[list[str], Callable[[str], str]]:
+    """(names of files, function that reads one) of a bundle that is a zip."""
+    archive = zipfile.ZipFile(path)
+    names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
+    lists = sorted((n for n in names if n.split("/")[-1] == CONFIG), key=len)
+    if not lists:
+        raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
+    root = lists[0].removesuffix(CONFIG)
+    return names, lambda name: archive.read(root + name).decode("utf-8")
+
+
+def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[list[CoreTask], str]:
+    """(tasks in the bundle's order, SHA-256 of what was read). path: of a folder or zip.
+
+    Without a path it is downloaded. Items are shuffled by SHUFFLE_SEED and then cut to `limit`,
+    which changes few-shot draws too, as in nanochat.
+    """
     if limit is not None and limit < 1:
         raise UserError(
             f"a limit of {limit} items leaves nothing to measure: take at least 1, or None for all"
@@ -120,84 +144,100 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
     path = Path(path or download(cache_dir)).expanduser()
     if not path.exists():
         raise UserError(
-            f"no CORE bundle at {path}: give DCLM's eval_bundle as a folder or zip, or no path to download it"
+            f"no CORE bundle at {path}: give DCLM's eval_bundle as a folder or zip, or no path to "
+            "download it"
         )
-    read, digest = _reader(path), hashlib.sha256()
-
-    def text(name):
-        found = read(name)
-        digest.update(found.encode())
-        return found
-
-    try:
-        listed = yaml.safe_load(text(CONFIG))["icl_tasks"]
-        chance = {
-            row["Eval Task"]: float(row["Random baseline"]) / 100
-            for row in csv.DictReader(io.StringIO(text(BASELINES)))
-            if row["Random baseline"]
-        }
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
-        raise UserError(
-            f"{CONFIG} or {BASELINES} in {path} is not as in DCLM's bundle ({str(e).splitlines()[0]})"
-        ) from e
+    bundle = Bundle(path)
+    entries, baselines = _list_of_tasks(bundle)
     tasks, files = [], {}
-    for entry in listed:
-        try:
-            label, kind, source = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-            fewshot, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
-        except (KeyError, TypeError, IndexError) as e:
-            raise UserError(
-                f"{CONFIG} in {path} has a task without {e}: it is not as in DCLM's bundle"
-            ) from e
-        choose(f"type of CORE task {label}", kind, KINDS)
-        if label not in chance:
+    for entry in entries:
+        label, kind, source, fewshot, delimiter = _entry(entry, path)
+        if label not in baselines:
             raise UserError(f"{BASELINES} in {path} has no random baseline for {label}")
         if source not in files:
-            # not splitlines, which also cuts at marks inside a text
-            lines = io.StringIO(text(f"{DATA}/{source}"))
-            files[source] = [_item(line, number, source) for number, line in enumerate(lines)]
+            files[source] = _items(bundle, source)
         items = files[source].copy()
         random.Random(SHUFFLE_SEED).shuffle(items)
-        items = items[:limit]
+        items = tuple(items[:limit])
         if len(items) <= fewshot:
             raise UserError(
-                f"CORE task {label} shows {fewshot} examples beside each item, and there are {len(items)} items: "
-                "raise the limit"
+                f"CORE task {label} shows {fewshot} examples beside each item, and there are "
+                f"{len(items)} items: raise the limit"
             )
-        tasks.append(Task(label, kind, source, fewshot, delimiter, chance[label], tuple(items)))
+        tasks.append(CoreTask(label, kind, source, fewshot, delimiter, baselines[label], items))
     if not tasks:
         raise UserError(f"{CONFIG} in {path} lists no tasks")
-    return tasks, digest.hexdigest()
+    return tasks, bundle.digest.hexdigest()
 
 
-def _item(line: str, number: int, source: str) -> dict:
-    with evaluating(source, number):
-        return {**json.loads(line.strip()), "id": str(number)}
+def _list_of_tasks(bundle: Bundle) -> tuple[list[dict], dict[str, float]]:
+    """(entries of the bundle's list, random baseline by label)."""
+    import yaml
+
+    try:
+        entries = yaml.safe_load(bundle.text(CONFIG))["icl_tasks"]
+        lines = list(csv.DictReader(io.StringIO(bundle.text(BASELINES))))
+        baselines = {
+            line["Eval Task"]: float(line["Random baseline"]) / 100
+            for line in lines
+            if line["Random baseline"]
+        }
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
+        raise UserError(
+            f"{CONFIG} or {BASELINES} in {bundle.path} is not as in DCLM's bundle "
+            f"({str(e).splitlines()[0]})"
+        ) from e
+    return entries, baselines
+
+
+def _entry(entry: dict, path: Path) -> tuple[str, str, str, int, str]:
+    """(label, kind, source, examples, delimiter) of one entry of the list."""
+    try:
+        label, kind, source = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
+        fewshot, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
+    except (KeyError, TypeError, IndexError) as e:
+        raise UserError(
+            f"{CONFIG} in {path} has a task without {e}: it is not as in DCLM's bundle"
+        ) from e
+    choose(f"type of CORE task {label}", kind, KINDS)
+    return label, kind, source, fewshot, delimiter
+
+
+def _items(bundle: Bundle, source: str) -> list[dict]:
+    """The items of one file, in its order."""
+    items = []
+    # not splitlines, which also cuts at marks inside a text
+    for number, line in enumerate(io.StringIO(bundle.text(f"{DATA}/{source}"))):
+        item = parse_json(line.strip(), f"{source} item {number}")
+        items.append({**item, "id": str(number)})
+    return items
 
 
 # ---- items -> prompts -> tokens
 
 
-def _render(query, answer, examples, delimiter):
+def _render(query: str, answer: str, examples, delimiter: str) -> str:
     """Solved examples with a blank line behind each, then the question."""
-    return "".join(f"{q}{delimiter}{a}\n\n" for q, a in examples) + f"{query}{delimiter}{answer}"
+    shown = "".join(f"{q}{delimiter}{a}\n\n" for q, a in examples)
+    return f"{shown}{query}{delimiter}{answer}"
 
 
-def _choice_prompts(item, examples, delimiter):
+def _choice_prompts(item: dict, examples: list[dict], delimiter: str) -> list[str]:
     shown = [(e["query"], e["choices"][e["gold"]]) for e in examples]
     return [_render(item["query"], choice, shown, delimiter) for choice in item["choices"]]
 
 
-def _schema_prompts(item, examples, delimiter):
+def _schema_prompts(item: dict, examples: list[dict], delimiter: str) -> list[str]:
     shown = [(e["context_options"][e["gold"]], e["continuation"]) for e in examples]
-    return [
-        _render(context, item["continuation"], shown, delimiter)
-        for context in item["context_options"]
-    ]
+    contexts = item["context_options"]
+    return [_render(context, item["continuation"], shown, delimiter) for context in contexts]
 
 
-def _language_prompts(item, examples, delimiter):
-    """Without and with the continuation. Without is stripped: a blank at its end would belong to the next token."""
+def _language_prompts(item: dict, examples: list[dict], delimiter: str) -> list[str]:
+    """Without and with the continuation.
+
+    Without is stripped: a blank at its end would belong to the next token.
+    """
     shown = [(e["context"].strip(), e["continuation"]) for e in examples]
     context = item["context"].strip()
     return [
@@ -206,7 +246,7 @@ def _language_prompts(item, examples, delimiter):
     ]
 
 
-def common_start(sequences) -> int:
+def common_start(sequences: Iterable[Sequence[int]]) -> int:
     """How many tokens all sequences begin with alike."""
     n = 0
     for tokens in zip(*sequences):
@@ -216,88 +256,109 @@ def common_start(sequences) -> int:
     return n
 
 
-def _choice_spans(tokens):
+def _choice_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
     """Options differ behind what they have in common; that much is scored."""
     start = common_start(tokens)
     return [(t, start) for t in tokens]
 
 
-def _schema_spans(tokens):
+def _schema_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
     """Beginnings differ; the end that all have in common is scored."""
     same = common_start([t[::-1] for t in tokens])
     return [(t, len(t) - same) for t in tokens]
 
 
-def _language_spans(tokens):
-    """The continuation is scored: from where the prompt without it ends, or from the first token that it changed."""
-    without, whole = tokens
-    return [(whole, common_start(tokens))] if len(whole) > common_start(tokens) else []
+def _language_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
+    """The continuation is scored: from where the prompt without it ends.
+
+    Or from the first token that it changed.
+    """
+    _, whole = tokens
+    start = common_start(tokens)
+    return [(whole, start)] if len(whole) > start else []
 
 
-def _least_loss(item, scores) -> bool:
-    """The option with the least mean loss is taken; one without any token of its own has none (NaN), as in nanochat."""
+def _least_loss(item: dict, scores: list[likelihood.Score]) -> bool:
+    """The option with the least mean loss is taken.
+
+    One without any token of its own has none (NaN), as in nanochat.
+    """
     losses = [mean_loss(s) for s in scores]
     return losses.index(min(losses)) == item["gold"]
 
 
-def mean_loss(score) -> float:
+def _greedy(item: dict, scores: list[likelihood.Score]) -> bool:
+    """Greedy decoding would write the continuation."""
+    return scores[0].greedy
+
+
+def mean_loss(score: likelihood.Score) -> float:
     """Nats per token."""
     return -score.logprob / score.tokens if score.tokens else math.nan
 
 
-# item type -> (prompts of an item, (tokens, start of what is scored) of each sequence, decision)
+class Kind(NamedTuple):
+    """How items of a type are put and decided.
+
+    prompts(item, examples, delimiter) -> texts. spans(tokens of each) -> (tokens, start of what is
+    scored) of each sequence. right(item, scores) -> whether the model has it right.
+    """
+
+    prompts: Callable
+    spans: Callable
+    right: Callable
+
+
 KINDS = {
-    "multiple_choice": (_choice_prompts, _choice_spans, _least_loss),
-    "schema": (_schema_prompts, _schema_spans, _least_loss),
-    "language_modeling": (
-        _language_prompts,
-        _language_spans,
-        lambda item, scores: scores[0].greedy,
-    ),
+    "multiple_choice": Kind(_choice_prompts, _choice_spans, _least_loss),
+    "schema": Kind(_schema_prompts, _schema_spans, _least_loss),
+    "language_modeling": Kind(_language_prompts, _language_spans, _greedy),
 }
 
 
-def examples_of(task: Task, index: int) -> list[dict]:
-    """The solved examples that item `index` is shown: drawn by FEWSHOT_SEED + index from all the others."""
+def examples_of(task: CoreTask, index: int) -> list[dict]:
+    """The solved examples that item `index` is shown.
+
+    Drawn by FEWSHOT_SEED + index from all the others.
+    """
     drawn = random.Random(FEWSHOT_SEED + index).sample(range(len(task.items) - 1), task.fewshot)
     return [task.items[i + (i >= index)] for i in drawn]
 
 
-def prompts_of(task: Task, index: int) -> list[str]:
+def prompts_of(task: CoreTask, index: int) -> list[str]:
     """The texts that item `index` is decided by."""
-    return KINDS[task.kind][0](task.items[index], examples_of(task, index), task.delimiter)
+    examples = examples_of(task, index)
+    return KINDS[task.kind].prompts(task.items[index], examples, task.delimiter)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A task with its requests for `likelihood.score`, made once.
 
-    spans: per item (first request, number of them). moved: items whose continuation changes the last token of its context under this
-    tokenizer, which nanochat refuses; they are scored from that token on.
+    spans: per item (first request, number of them). moved: items whose continuation changes the
+    last token of its context under this tokenizer, which nanochat refuses; they are scored from
+    that token on.
     """
 
-    task: Task
-    requests: list
-    spans: list
+    task: CoreTask
+    requests: list[tuple[list[int], list[list[int]]]]
+    spans: list[tuple[int, int]]
     moved: int
 
 
-def prepare(tokenizer, task: Task) -> Prepared:
+def prepare(tokenizer, task: CoreTask) -> Prepared:
     """Render and tokenise a task."""
     prompts, counts = [], []
     for index, item in enumerate(task.items):
-        with evaluating(task.label, item["id"]):
-            if "gold" in item and not 0 <= item["gold"] < len(
-                item.get("choices", item.get("context_options", ()))
-            ):
-                raise UserError(f"gold is {item['gold']}, outside its options")
+        with evaluating(f"{task.label} item {item['id']}"):
+            _check_gold(item)
             texts = prompts_of(task, index)
         prompts += texts
         counts.append(len(texts))
     tokens = tokenizer.encode_batch(prompts, bos=True)
     requests, spans, start, moved = [], [], 0, 0
     for item, count in zip(task.items, counts):
-        sequences = KINDS[task.kind][1](tokens[start : start + count])
+        sequences = KINDS[task.kind].spans(tokens[start : start + count])
         if not sequences:
             raise UserError(
                 f"{task.label} item {item['id']}: its continuation adds no token to its context"
@@ -309,21 +370,27 @@ def prepare(tokenizer, task: Task) -> Prepared:
     return Prepared(task, requests, spans, moved)
 
 
+def _check_gold(item: dict) -> None:
+    options = item.get("choices", item.get("context_options", ()))
+    if "gold" in item and not 0 <= item["gold"] < len(options):
+        raise UserError(f"gold is {item['gold']}, outside its options")
+
+
 # ---- the measurement
 
 
-def decide(prepared: Prepared, scores) -> dict:
-    """One task's entry of an evaluation record (accuracy with its binomial error, baselines, every item's outcome)."""
+def decide(prepared: Prepared, scores: list[list[likelihood.Score]]) -> dict:
+    """One task's entry of an evaluation record, with every item's outcome."""
     task, items, truncated = prepared.task, [], 0
     for item, (start, count) in zip(task.items, prepared.spans):
-        with evaluating(task.label, item["id"]):
-            mine = [s for one in scores[start : start + count] for s in one]
-            if not all(math.isfinite(s.logprob) for s in mine):
+        with evaluating(f"{task.label} item {item['id']}"):
+            own = [s for one in scores[start : start + count] for s in one]
+            if not all(math.isfinite(s.logprob) for s in own):
                 raise UserError("the model's likelihood is not a number: its weights are broken")
-            items.append({"id": item["id"], "correct": int(KINDS[task.kind][2](item, mine))})
-            truncated += any(s.cut for s in mine)
+            items.append({"id": item["id"], "correct": int(KINDS[task.kind].right(item, own))})
+            truncated += any(s.cut for s in own)
     answers = [item["gold"] if "gold" in item else item["continuation"] for item in task.items]
-    accuracy, stderr = stats.proportion([i["correct"] for i in items])
+    accuracy, stderr = stats.proportion([item["correct"] for item in items])
     return dict(
         kind="core",
         score=accuracy,
@@ -343,23 +410,40 @@ def decide(prepared: Prepared, scores) -> dict:
 
 
 def summary(tasks: dict[str, dict]) -> dict:
-    """The "core" part of a record from the entries of its tasks: the mean of centred scores and its error."""
+    """The "core" part of a record from the entries of its tasks.
+
+    The mean of centred scores and its error.
+    """
     score, stderr = stats.mean_centered(tasks)
-    short = {
-        label: dict(
-            accuracy=t["score"],
-            centered=t["centered"],
-            stderr=t["stderr"],
-            n=t["n"],
-            baseline=t["baseline"],
-        )
-        for label, t in tasks.items()
-    }
+    short = {}
+    for label, task in tasks.items():
+        kept = {key: task[key] for key in ("centered", "stderr", "n", "baseline")}
+        short[label] = dict(accuracy=task["score"], **kept)
     return dict(score=score, stderr=stderr, tasks=short)
 
 
+def headline(core: dict) -> str:
+    """The sum of a measurement in one line, from the "core" part of a record."""
+    tasks = len(core["tasks"])
+    part = ", of a part of the benchmark" if core.get("partial") else ""
+    return (
+        f"CORE {core['score']:.4f} ± {core['stderr']:.4f}, the mean of {tasks} centred scores "
+        f"(0 is chance, 1 perfect){part}"
+    )
+
+
+def line(label: str, entry: dict) -> str:
+    """One task's entry in a line."""
+    cut = f", {entry['truncated']} truncated" if entry["truncated"] else ""
+    return (
+        f"{label}: {100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f} % "
+        f"(random {100 * entry['baseline']:.1f} %), centred {entry['centered']:+.3f}, "
+        f"{entry['n']} items, {entry['per_second']:.1f}/s{cut}"
+    )
+
+
 def scorer(params, config, tokenizer, **options) -> Callable:
-    """requests -> scores, by a model: what `evaluate` and every other measurement by likelihood takes."""
+    """requests -> scores, by a model: what `evaluate` takes."""
     return functools.partial(likelihood.score, params, config, tokenizer, **options)
 
 
@@ -371,12 +455,13 @@ def evaluate(
     limit: int | None = None,
     only: Iterable[str] = (),
     cache_dir=CACHE,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], object] = print,
 ) -> dict:
-    """CORE of a model: {"core": summary, "tasks": {"core/LABEL": entry}}, as in an evaluation record.
+    """CORE of a model: {"core": summary, "tasks": {"core/LABEL": entry}}, as in a record.
 
-    score: see `scorer`. bundle: path of a folder or zip, None to download. limit: items per task. only: labels, all when empty.
-    report(line) is called after each task. UserError without a bundle; any failure names the task and the item, and nothing is scored.
+    score: see `scorer`. bundle: path of a folder or zip, None to download. limit: items per task.
+    only: labels, all when empty. report(line) is called after each task, and with the sum at the
+    end. UserError without a bundle; any failure names the task and the item, and nothing is scored.
     """
     tasks, digest = load_bundle(bundle, cache_dir, limit)
     only = [choose("CORE task", label, {t.label for t in tasks}) for label in only]
@@ -386,63 +471,53 @@ def evaluate(
             continue
         clock = time.perf_counter()
         prepared = prepare(tokenizer, task)
-        with evaluating(task.label, f"one of {len(task.items)}"):
+        with evaluating(f"{task.label} item one of {len(task.items)}"):
             scores = score(prepared.requests)
         entry = decide(prepared, scores)
         seconds = time.perf_counter() - clock
-        entries[task.label] = entry | dict(
-            seconds=seconds, per_second=entry["n"] / seconds, limit=limit
-        )
-        cut = f", {entry['truncated']} truncated" if entry["truncated"] else ""
-        report(
-            f"{task.label}: {100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f} % (random {100 * entry['baseline']:.1f} %), "
-            f"centred {entry['centered']:+.3f}, {entry['n']} items, {entry['n'] / seconds:.1f}/s{cut}"
-        )
+        entry |= dict(seconds=seconds, per_second=entry["n"] / seconds, limit=limit)
+        entries[task.label] = entry
+        report(line(task.label, entry))
     seconds = time.perf_counter() - begin
     core = summary(entries) | dict(
         seconds=seconds,
-        per_second=sum(e["n"] for e in entries.values()) / seconds,
+        per_second=sum(entry["n"] for entry in entries.values()) / seconds,
         limit=limit,
         bundle=digest,
         partial=bool(only) or limit is not None,
     )
+    report(headline(core))
     return {"core": core, "tasks": {f"core/{label}": entry for label, entry in entries.items()}}
 
 
 def during_training(
     config, tokenizer, bundle=None, *, limit: int = 50, cache_dir=CACHE, **options
 ) -> Callable:
-    """A function params -> {"core", "core_stderr", "core/LABEL": centred score} to call every so many steps.
+    """A function params -> {"core", "core_stderr", "core/LABEL": centred score}.
 
-    Everything is rendered and tokenised here, once; a call only reads the parameters. It has its own compiled programs, so that the
-    training step is not compiled again and the data's cursor does not move. options: of `likelihood.score`.
+    To call every so many steps: everything is rendered and tokenised here, once; a call only reads
+    the parameters. It has its own compiled programs, so that the training step is not compiled
+    again and the data's cursor does not move. options: of `likelihood.score`.
     """
     prepared = [prepare(tokenizer, task) for task in load_bundle(bundle, cache_dir, limit)[0]]
 
     def measure(params) -> dict[str, float]:
-        entries = {
-            p.task.label: decide(
-                p, likelihood.score(params, config, tokenizer, p.requests, **options)
-            )
-            for p in prepared
-        }
+        score = scorer(params, config, tokenizer, **options)
+        entries = {p.task.label: decide(p, score(p.requests)) for p in prepared}
         core = summary(entries)
-        return {
-            "core": core["score"],
-            "core_stderr": core["stderr"],
-            **{f"core/{label}": float(e["centered"]) for label, e in entries.items()},
-        }
+        centered = {f"core/{label}": float(e["centered"]) for label, e in entries.items()}
+        return {"core": core["score"], "core_stderr": core["stderr"], **centered}
 
     return measure
 
 
-def texts_of(task: Task) -> list[dict]:
-    """Items as {"id", "text"} with the question and its right answer, for `contamination.overlap`."""
+def texts_of(task: CoreTask) -> list[dict]:
+    """Items as {"id", "text"} with the question and its right answer, for `contamination`."""
+    return [{"id": item["id"], "text": _words(task.kind, item)} for item in task.items]
 
-    def text(item):
-        if task.kind == "multiple_choice":
-            return f"{item['query']} {item['choices'][item['gold']]}"
-        first = item["context_options"][item["gold"]] if task.kind == "schema" else item["context"]
-        return f"{first} {item['continuation']}"
 
-    return [{"id": item["id"], "text": text(item)} for item in task.items]
+def _words(kind: str, item: dict) -> str:
+    if kind == "multiple_choice":
+        return f"{item['query']} {item['choices'][item['gold']]}"
+    begin = item["context_options"][item["gold"]] if kind == "schema" else item["context"]
+    return f"{begin} {item['continuation']}"

@@ -1,24 +1,29 @@
-"""How sure: standard errors, baselines, pass@k, and whether a difference between two checkpoints is real."""
+"""How sure: standard errors, baselines, pass@k, and whether a difference is more than chance."""
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 # the chance of calling a difference real that is not, over all comparisons made at once (Holm 1979)
 CONFIDENT = 0.05
+SURE = 1.96  # standard errors on either side that hold 95 % of a normal distribution
 DRAWS = 10_000  # of a bootstrap or permutation test
 BATCH = 500  # of them held at a time
+EXACT = 1000  # pairs up to which whole numbers are summed
+GRADED = ("generate", "choice")  # kinds of task that ChatCORE is made of
 
 
 # ---- one score
 
 
 def proportion(correct: Sequence[float]) -> tuple[float, float]:
-    """(mean, standard error) of outcomes between 0 and 1; binomial for 0 and 1, and never 0 on a perfect score of few items.
+    """(mean, standard error) of outcomes between 0 and 1; binomial for 0 and 1.
 
-    With k of n right it is sqrt(p (1 - p) / n) at p = (k + 1/2) / (n + 1) where k is 0 or n, since p = k/n would claim certainty.
+    Never 0 on a perfect score of few items: with k of n right it is sqrt(p (1 - p) / n) at
+    p = (k + 1/2) / (n + 1) where k is 0 or n, since p = k/n would claim certainty.
     """
     values = np.asarray(correct, np.float64)
     if not values.size:
@@ -28,6 +33,19 @@ def proportion(correct: Sequence[float]) -> tuple[float, float]:
         p = (mean * n + 0.5) / (n + 1)
         return mean, math.sqrt(p * (1 - p) / n)
     return mean, float(values.std() / math.sqrt(n))
+
+
+def ratio(totals, sizes) -> tuple[float, float]:
+    """(sum of totals / sum of sizes, its standard error), items being independent draws.
+
+    The delta method for a ratio of means: a long item weighs more than a short one.
+    """
+    totals, sizes = np.asarray(totals, np.float64), np.asarray(sizes, np.float64)
+    n, size = len(totals), sizes.sum()
+    mean = totals.sum() / size
+    residual = totals - mean * sizes
+    error = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / size
+    return float(mean), float(error)
 
 
 def centered(score: float, baseline: float) -> float:
@@ -41,7 +59,10 @@ def majority(answers: Sequence) -> float:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased chance that at least one of k samples is right when `correct` of n were (Chen et al. 2021, equation 1)."""
+    """Unbiased chance that one of k samples is right when `correct` of n were.
+
+    Chen et al. 2021, equation 1.
+    """
     if not 0 <= correct <= n or not 1 <= k <= n:
         raise ValueError(
             f"pass@k needs 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}"
@@ -49,90 +70,118 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
-def bootstrap(values, statistic=np.mean, draws: int = DRAWS, seed: int = 0) -> float:
-    """Standard error of statistic(values), by resampling items with replacement. statistic takes axis=-1."""
+def bootstrap(values, statistic: Callable = np.mean, draws: int = DRAWS, seed: int = 0) -> float:
+    """Standard error of statistic(values), by resampling items with replacement.
+
+    statistic takes axis=-1.
+    """
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    found = [
-        statistic(
-            values[rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))], axis=-1
-        )
-        for i in range(0, draws, BATCH)
-    ]
-    return float(np.concatenate(found).std())
+    results = []
+    for i in range(0, draws, BATCH):
+        picks = rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))
+        results.append(statistic(values[picks], axis=-1))
+    return float(np.concatenate(results).std())
 
 
-def _pools(tasks: dict[str, dict]):
-    """Items of several tasks on the same questions belong together: {pool: (item ids, {label: (outcomes by id, scale)})}."""
-    pools = {}
+# ---- the mean of several scores
+
+
+def _questions(tasks: dict[str, dict]) -> list[dict[str, np.ndarray]]:
+    """Outcomes of tasks, {label: centred outcome per item}, those on the same questions together.
+
+    Such tasks are right and wrong together. They have one "source" and the same ids.
+    """
+    pools: dict[tuple, dict[str, np.ndarray]] = {}
     for label, task in tasks.items():
         outcome = {item["id"]: item["correct"] for item in task["items"]}
-        key = (task.get("source", label), tuple(sorted(outcome)))
-        pools.setdefault(key, {})[label] = np.array([outcome[i] for i in key[1]], np.float64) / (
-            1 - task["baseline"]
-        )
-    return pools
+        ids = tuple(sorted(outcome))
+        scale = 1 - task["baseline"]
+        outcomes = np.array([outcome[i] for i in ids], np.float64) / scale
+        pools.setdefault((task.get("source", label), ids), {})[label] = outcomes
+    return list(pools.values())
+
+
+def _own_variance(task: dict) -> float:
+    """The variance of a task's centred score by its own standard error."""
+    return (task["stderr"] / (1 - task["baseline"])) ** 2
 
 
 def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """(mean of the centred scores of tasks, as in a record; its standard error) for CORE and ChatCORE.
+    """(mean of the centred scores of tasks, its standard error) for CORE and ChatCORE.
 
-    The error comes from a bootstrap over items. Tasks that ask the same questions (one "source" with the same ids) are resampled
-    together, because they are right and wrong together. Tasks without items enter with their own standard error.
+    Tasks are entries of a record. The error comes from a bootstrap over items; tasks that ask the
+    same questions are resampled together. Tasks without items enter with their own standard error.
     """
     known = {label: t for label, t in tasks.items() if t.get("centered") is not None}
     if not known:
         return math.nan, math.nan
     score = float(np.mean([t["centered"] for t in known.values()]))
     rng, variance = np.random.default_rng(seed), 0.0
-    for outcomes in _pools({label: t for label, t in known.items() if t.get("items")}).values():
+    for outcomes in _questions({label: t for label, t in known.items() if t.get("items")}):
         total = sum(outcomes.values())
         if total.std() == 0:  # nothing to resample: all right or all wrong
-            variance += sum(
-                (known[label]["stderr"] / (1 - known[label]["baseline"])) ** 2 for label in outcomes
-            )
+            variance += sum(_own_variance(known[label]) for label in outcomes)
         elif len(outcomes) == 1:
             variance += total.var() / total.size
         else:
             variance += bootstrap(total, draws=draws, seed=int(rng.integers(1 << 31))) ** 2
-    variance += sum(
-        (t["stderr"] / (1 - t["baseline"])) ** 2 for t in known.values() if not t.get("items")
-    )
+    variance += sum(_own_variance(t) for t in known.values() if not t.get("items"))
     return score, math.sqrt(variance) / len(known)
 
 
 def chatcore(tasks: dict[str, dict]) -> dict | None:
-    """The "chatcore" part of a record: mean of the centred scores of its chat tasks, None where there are none."""
-    chat = {
-        label: t
-        for label, t in tasks.items()
-        if t.get("centered") is not None and t.get("kind") in ("generate", "choice")
-    }
-    if not chat:
+    """The "chatcore" part of a record: mean of the centred scores of its chat tasks.
+
+    None where there are none.
+    """
+    graded = {label: t for label, t in tasks.items() if t.get("kind") in GRADED}
+    graded = {label: t for label, t in graded.items() if t.get("centered") is not None}
+    if not graded:
         return None
-    score, stderr = mean_centered(chat)
-    return dict(score=score, stderr=stderr, tasks=sorted(chat))
+    score, stderr = mean_centered(graded)
+    return dict(score=score, stderr=stderr, tasks=sorted(graded))
 
 
-# ---- two checkpoints on the same items
+# ---- tests
+
+
+def log_choose(n: int, k: int) -> float:
+    """The logarithm of the number of ways to choose k of n."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact two-sided p-value of so many wins and losses if both were equally likely (McNemar's test on outcomes 0 and 1)."""
+    """Exact two-sided p-value of so many wins and losses if both were equally likely.
+
+    McNemar's test on outcomes 0 and 1.
+    """
     n, k = wins + losses, min(wins, losses)
     if n == 0:
         return 1.0
-    if n < 1000:  # whole numbers, no rounding
+    if n < EXACT:  # whole numbers, no rounding
         return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]
+    logs = [log_choose(n, i) - n * math.log(2) for i in range(k + 1)]
+    return min(1.0, 2 * _sum_of_logs(logs))
+
+
+def _sum_of_logs(logs: list[float]) -> float:
     top = max(logs)
-    return min(
-        1.0,
-        2 * math.exp(top + math.log(math.fsum(math.exp(x - top) for x in logs)) - n * math.log(2)),
-    )
+    return math.exp(top + math.log(math.fsum(math.exp(x - top) for x in logs)))
+
+
+def binomial_test(right: int, n: int, chance: float) -> float:
+    """Exact one-sided p-value of so many right answers of n, or more, by one who guesses."""
+    if right <= 0 or chance >= 1:
+        return 1.0
+    if chance <= 0:
+        return 0.0
+    yes, no = math.log(chance), math.log1p(-chance)
+    logs = [log_choose(n, i) + i * yes + (n - i) * no for i in range(right, n + 1)]
+    return min(1.0, _sum_of_logs(logs))
 
 
 def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
-    """Two-sided p-value of a mean difference of pairs, by flipping the sign of each pair at random."""
+    """Two-sided p-value of a mean difference of pairs, by flipping signs of pairs at random."""
     d, rng = np.asarray(differences, np.float64), np.random.default_rng(seed)
     d = d[d != 0]
     if not d.size:
@@ -144,156 +193,118 @@ def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
     return (1 + seen) / (1 + draws)
 
 
-def _normal(z: float) -> float:
+def normal_test(z: float) -> float:
+    """Two-sided p-value of a number of standard errors."""
     return math.erfc(abs(z) / math.sqrt(2))
 
 
-def _paired(a: dict, b: dict):
-    """Items of both by id: the ids, and the two lists of items; what only one side has is left out."""
-    one, two = ({item["id"]: item for item in side.get("items", ())} for side in (a, b))
-    ids = [i for i in one if i in two]
-    return ids, [one[i] for i in ids], [two[i] for i in ids]
+def adjusted(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values that count how many are looked at together (Holm 1979)."""
+    running, result = 0.0, {}
+    for rank, label in enumerate(sorted(p, key=lambda label: p[label])):
+        running = max(running, min(1.0, (len(p) - rank) * p[label]))
+        result[label] = running
+    return {label: result[label] for label in p}
 
 
-def _compare_task(a: dict, b: dict) -> dict | None:
-    """delta (b - a), stderr, p, n of one task of two records, from the items that both have."""
-    # other items were shown as examples
-    if a.get("kind") == "core" and a.get("limit") != b.get("limit"):
-        return None
-    ids, one, two = _paired(a, b)
-    if not ids:
-        return None
-    if all("correct" in item for item in one + two):
-        d = np.array([y["correct"] - x["correct"] for x, y in zip(one, two)], np.float64)
-        if set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
-            wins, losses = int((d > 0).sum()), int((d < 0).sum())
-            return dict(
-                delta=float(d.mean()),
-                stderr=_spread(d),
-                p=sign_test(wins, losses),
-                n=len(d),
-                wins=wins,
-                losses=losses,
-                test="exact sign test (McNemar)",
-                unit="points",
-                better="higher",
-            )
-        return dict(
-            delta=float(d.mean()),
-            stderr=_spread(d),
-            p=sign_flips(d),
-            n=len(d),
-            test="sign-flip permutation",
-            unit="points",
-            better="higher",
-        )
-    if not all("nats" in item for item in one + two):
-        return None
-    # against bytes where they are known, which do not depend on the tokenizer; else tokens, if both read the same ones
-    by = next(
-        (
-            by
-            for by in ("bytes", "tokens")
-            if all(x.get(by) == y.get(by) is not None for x, y in zip(one, two))
-        ),
-        None,
-    )
-    if by is None:
-        return None
-    size = sum(x[by] for x in one)
-    if not size:
-        return None
-    unit, scale = ("bits per byte", 1 / math.log(2)) if by == "bytes" else ("nats per token", 1.0)
-    d = np.array([y["nats"] - x["nats"] for x, y in zip(one, two)], np.float64) * scale
-    delta = float(d.sum() / size)
-    residual = d - delta * np.array([x[by] for x in one], np.float64)
-    stderr = math.sqrt((residual**2).sum() * len(d) / max(len(d) - 1, 1)) / size
-    return dict(
-        delta=delta,
-        stderr=stderr,
-        p=sign_flips(d),
-        n=len(d),
-        test="sign-flip permutation",
-        unit=unit,
-        better="lower",
-    )
+def above_guessing(tasks: dict[str, dict]) -> dict[str, float]:
+    """How likely one who guesses would score so well somewhere: {task: adjusted p-value}.
+
+    tasks: entries of a record, of which those with a baseline are looked at. Exact binomial tests,
+    adjusted for their number, so that a guesser is called better than that on any task in a
+    twentieth of the reports at most. Shares of ties are rounded down.
+    """
+    p = {}
+    for label, task in tasks.items():
+        if task.get("baseline") is None or not task.get("n"):
+            continue
+        # rounding of a mean must not take a point away
+        right = math.floor(task["score"] * task["n"] + 1e-6)
+        p[label] = binomial_test(right, task["n"], task["baseline"])
+    return adjusted(p)
 
 
-def _spread(d) -> float:
-    """Standard error of a mean of differences; the least that n items allow where all are equal."""
-    return (
-        float(max(d.std(), 1 / math.sqrt(len(d))) / math.sqrt(len(d)))
-        if d.std() == 0
-        else float(d.std() / math.sqrt(len(d)))
-    )
+# ---- two checkpoints on the same items
 
 
-def _compare_means(a: dict[str, dict], b: dict[str, dict]) -> dict | None:
-    """CORE or ChatCORE of two records: the mean over tasks of paired centred differences, signs flipped per question."""
-    both = {
-        label: _paired(a[label], b[label])
-        for label in a
-        if label in b and a[label].get("limit") == b[label].get("limit")
-    }
-    both = {
-        label: pairs
-        for label, pairs in both.items()
-        if pairs[0] and "correct" in pairs[1][0] and "correct" in pairs[2][0]
-    }
-    if not both:
-        return None
-    weights, delta = {}, 0.0
-    for label, (ids, one, two) in both.items():
-        scale = 1 / ((1 - a[label]["baseline"]) * len(ids) * len(both))
-        for i, x, y in zip(ids, one, two):
-            key = a[label].get("source", label), i  # one question, however many tasks ask it
-            weights[key] = weights.get(key, 0.0) + scale * (y["correct"] - x["correct"])
-            delta += scale * (y["correct"] - x["correct"])
-    sources = {}
-    for (source, _), value in weights.items():
-        sources.setdefault(source, []).append(value)
-    variance = sum(len(v) * np.var(v) for v in sources.values())
-    d = np.array(list(weights.values()))
-    return dict(
-        delta=float(delta),
-        stderr=math.sqrt(variance),
-        p=sign_flips(d),
-        n=len(d),
-        tasks=len(both),
-        test="sign-flip permutation",
-        unit="of the mean of centred scores",
-        better="higher",
-    )
+@dataclass(frozen=True)
+class Comparison:
+    """A difference between two records, b - a, and how sure it is.
+
+    n: pairs of items. better: whether a "higher" or "lower" score is. wins, losses: of items that
+    are right or wrong, how many b and a alone have right. p_adjusted: counts all comparisons made
+    at once. tasks: how many a mean is made of.
+    """
+
+    label: str
+    delta: float
+    stderr: float
+    p: float
+    n: int
+    test: str
+    unit: str
+    better: str
+    wins: int | None = None
+    losses: int | None = None
+    tasks: int | None = None
+    p_adjusted: float = 1.0
+    sentence: str = ""
+
+    @property
+    def real(self) -> bool:
+        """Whether the difference is more than chance, all comparisons considered."""
+        return self.p_adjusted < CONFIDENT
+
+    @property
+    def improved(self) -> bool:
+        """Whether b is better than a, by however little."""
+        return self.delta != 0 and (self.delta > 0) == (self.better == "higher")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The range that holds the true difference 19 times in 20."""
+        return self.delta - SURE * self.stderr, self.delta + SURE * self.stderr
 
 
 def compare(
     a: dict, b: dict, names: tuple[str, str] = ("the first", "the second")
-) -> dict[str, dict]:
-    """Is the difference between two evaluation records real? {task: {"delta", "stderr", "p", "p_adjusted", "n", "sentence", …}}.
+) -> dict[str, Comparison]:
+    """Is the difference between two evaluation records real? A `Comparison` per task.
 
-    delta is b - a on the items that both have (by id): points of accuracy as a fraction, bits per byte, or nats per token. p is that
-    of a two-sided paired test; p_adjusted counts how many tasks are compared at once (Holm), and decides what the sentence says.
-    Besides tasks there are "core", "chatcore" and "bpb/SOURCE" where both records have them. Tasks without common items, and
-    CORE tasks measured with other limits, are left out.
+    delta is b - a on the items that both have (by id): points of accuracy as a fraction, bits per
+    byte, or nats per token. p is that of a two-sided paired test; p_adjusted counts how many tasks
+    are compared at once (Holm), and decides what the sentence says. Besides tasks there are "core",
+    "chatcore" and "bpb/SOURCE" where both records have them. Tasks without common items, and CORE
+    tasks measured with other limits, are left out.
     """
-    found = {}
-    for label in a.get("tasks", {}):
+    candidates = []
+    for label, task in a.get("tasks", {}).items():
         if label in b.get("tasks", {}):
-            found[label] = _compare_task(a["tasks"][label], b["tasks"][label])
+            candidates.append(_compare_task(label, task, b["tasks"][label]))
     for name in ("core", "chatcore"):
         if a.get(name) and b.get(name):
-            found[name] = _compare_means(_members(a, name), _members(b, name))
-    for source in a.get("bpb", {}):
+            candidates.append(_compare_means(name, _members(a, name), _members(b, name)))
+    for source, bits in a.get("bpb", {}).items():
         if source in b.get("bpb", {}):
-            found[f"bpb/{source}"] = _compare_bits(a["bpb"][source], b["bpb"][source])
-    found = {label: entry for label, entry in found.items() if entry}
-    running = 0.0
-    for rank, label in enumerate(sorted(found, key=lambda label: found[label]["p"])):
-        running = max(running, min(1.0, (len(found) - rank) * found[label]["p"]))
-        found[label]["p_adjusted"] = running
-    for label, entry in found.items():
-        entry["sentence"] = _sentence(label, entry, names, len(found))
-    return found
+            candidates.append(_compare_bits(f"bpb/{source}", bits, b["bpb"][source]))
+    compared = {c.label: c for c in candidates if c}
+    sure = adjusted({label: c.p for label, c in compared.items()})
+    for label, p in sure.items():
+        entry = replace(compared[label], p_adjusted=p)
+        compared[label] = replace(entry, sentence=_sentence(entry, names, len(compared)))
+    return compared
+
+
+def differences(compared: Mapping[str, Comparison]) -> list[Comparison]:
+    """Comparisons for a picture and a table: the surest first, gains before losses.
+
+    Draw `delta` with its `interval` in its `unit`, and mark those that are `real`.
+    """
+
+    def order(c):
+        return not c.real, c.unit, -c.delta if c.better == "higher" else c.delta
+
+    return sorted(compared.values(), key=order)
 
 
 def _members(record: dict, name: str) -> dict[str, dict]:
@@ -304,16 +315,133 @@ def _members(record: dict, name: str) -> dict[str, dict]:
     return {label: tasks[label] for label in record[name]["tasks"] if label in tasks}
 
 
-def _compare_bits(a: dict, b: dict) -> dict:
-    """Bits per byte of two records: by documents where both kept them, else by their standard errors, as if texts were others."""
-    paired = _compare_task(a, b)
+def _paired(a: dict, b: dict) -> tuple[list[str], list[dict], list[dict]]:
+    """Ids that both entries have, and the items of each in that order."""
+    first = {item["id"]: item for item in a.get("items", ())}
+    second = {item["id"]: item for item in b.get("items", ())}
+    ids = [i for i in first if i in second]
+    return ids, [first[i] for i in ids], [second[i] for i in ids]
+
+
+def _compare_task(label: str, a: dict, b: dict) -> Comparison | None:
+    """One task of two records, from the items that both have; None where nothing is comparable."""
+    # other items were shown as examples
+    if a.get("kind") == "core" and a.get("limit") != b.get("limit"):
+        return None
+    ids, first, second = _paired(a, b)
+    if ids and all("correct" in item for item in first + second):
+        return _compare_outcomes(label, first, second)
+    if ids and all("nats" in item for item in first + second):
+        return _compare_nats(label, first, second)
+    return None
+
+
+def _compare_outcomes(label: str, first: list[dict], second: list[dict]) -> Comparison:
+    """Items that are right or wrong, or a share of right."""
+    pairs = zip(first, second)
+    d = np.array([y["correct"] - x["correct"] for x, y in pairs], np.float64)
+    comparison = Comparison(
+        label=label,
+        delta=float(d.mean()),
+        stderr=_spread(d),
+        p=1.0,
+        n=len(d),
+        test="sign-flip permutation",
+        unit="points",
+        better="higher",
+    )
+    if not set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
+        return replace(comparison, p=sign_flips(d))
+    wins, losses = int((d > 0).sum()), int((d < 0).sum())
+    return replace(
+        comparison,
+        p=sign_test(wins, losses),
+        wins=wins,
+        losses=losses,
+        test="exact sign test (McNemar)",
+    )
+
+
+def _compare_nats(label: str, first: list[dict], second: list[dict]) -> Comparison | None:
+    """Texts by the nats they cost, per byte, or per token where both read the same ones.
+
+    Bytes come first, where they are known: they do not depend on the tokenizer.
+    """
+    units = {"bytes": ("bits per byte", 1 / math.log(2)), "tokens": ("nats per token", 1.0)}
+    for key, (unit, scale) in units.items():
+        sizes = [item.get(key) for item in first]
+        same = sizes == [item.get(key) for item in second] and None not in sizes
+        if same and sum(sizes):
+            d = np.array([y["nats"] - x["nats"] for x, y in zip(first, second)]) * scale
+            delta, stderr = ratio(d, sizes)
+            return Comparison(
+                label=label,
+                delta=delta,
+                stderr=stderr,
+                p=sign_flips(d),
+                n=len(d),
+                test="sign-flip permutation",
+                unit=unit,
+                better="lower",
+            )
+    return None
+
+
+def _spread(d: np.ndarray) -> float:
+    """Standard error of a mean of differences; the least that n items allow where all are equal."""
+    spread = d.std() or 1 / math.sqrt(len(d))
+    return float(spread / math.sqrt(len(d)))
+
+
+def _compare_means(name: str, a: dict[str, dict], b: dict[str, dict]) -> Comparison | None:
+    """CORE or ChatCORE of two records: the mean over tasks of paired centred differences.
+
+    One question counts once, however many tasks ask it; its sign is flipped as a whole.
+    """
+    both = {}
+    for label in a:
+        if label in b and a[label].get("limit") == b[label].get("limit"):
+            _, first, second = _paired(a[label], b[label])
+            if first and "correct" in first[0] and "correct" in second[0]:
+                both[label] = first, second
+    if not both:
+        return None
+    sources: dict[str, dict[str, float]] = {}
+    for label, (first, second) in both.items():
+        scale = 1 / ((1 - a[label]["baseline"]) * len(first) * len(both))
+        weights = sources.setdefault(a[label].get("source", label), {})
+        for x, y in zip(first, second):
+            change = scale * (y["correct"] - x["correct"])
+            weights[x["id"]] = weights.get(x["id"], 0.0) + change
+    by_source = [np.array(list(weights.values())) for weights in sources.values()]
+    d = np.concatenate(by_source)
+    return Comparison(
+        label=name,
+        delta=float(d.sum()),
+        stderr=math.sqrt(sum(len(v) * v.var() for v in by_source)),
+        p=sign_flips(d),
+        n=len(d),
+        tasks=len(both),
+        test="sign-flip permutation",
+        unit="of the mean of centred scores",
+        better="higher",
+    )
+
+
+def _compare_bits(label: str, a: dict, b: dict) -> Comparison | None:
+    """Bits per byte of two records, by documents where both kept them.
+
+    Else by their standard errors, as if texts were others.
+    """
+    paired = _compare_task(label, a, b)
     if paired:
         return paired
     delta, stderr = b["bpb"] - a["bpb"], math.hypot(a["stderr"], b["stderr"])
-    return dict(
+    return Comparison(
+        label=label,
         delta=delta,
         stderr=stderr,
-        p=_normal(delta / stderr) if stderr else float(delta == 0),
+        p=normal_test(delta / stderr) if stderr else float(delta == 0),
         n=0,
         test="unpaired z-test, which overestimates the error",
         unit="bits per byte",
@@ -321,26 +449,54 @@ def _compare_bits(a: dict, b: dict) -> dict:
     )
 
 
-def _sentence(label: str, entry: dict, names, compared: int) -> str:
+# ---- in words
+
+
+def told(compared: Mapping[str, Comparison]) -> list[str]:
+    """The sentences that matter: what is real, the surest first, and one line for all the rest."""
+    surest = sorted(compared.values(), key=lambda c: c.p_adjusted)
+    sentences = [c.sentence for c in surest if c.real]
+    rest = [c.label for c in surest if not c.real]
+    if rest:
+        differences = "difference is" if len(rest) == 1 else "differences are"
+        sentences.append(f"{len(rest)} {differences} no more than chance: {', '.join(rest)}.")
+    return sentences
+
+
+def _amount(x: float, unit: str) -> str:
+    return f"{100 * x:.1f} points" if unit == "points" else f"{x:.4f} {unit}"
+
+
+def _chance(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+
+
+def _basis(c: Comparison, names: tuple[str, str]) -> str:
+    """What a comparison rests on."""
+    if c.wins is not None:
+        return f", {names[1]} alone right on {c.wins} and {names[0]} on {c.losses} of {c.n}"
+    things = "texts" if c.unit == "bits per byte" else "items"
+    return f" over {c.n} {things}" if c.n else ""
+
+
+def _sentence(c: Comparison, names: tuple[str, str], compared: int) -> str:
     """The answer in words."""
-    delta, stderr, p, sure = entry["delta"], entry["stderr"], entry["p"], entry["p_adjusted"]
-    amount = lambda x: (
-        f"{100 * x:.1f} points" if entry["unit"] == "points" else f"{x:.4f} {entry['unit']}"
+    basis = _basis(c, names)
+    if c.delta == 0:
+        return f"{c.label}: no difference{basis}."
+    word = "better" if c.improved else "worse"
+    head = (
+        f"{c.label}: {names[1]} is {word} by {_amount(abs(c.delta), c.unit)} "
+        f"(standard error {_amount(c.stderr, c.unit)}, {_chance(c.p)}{basis})"
     )
-    chance = lambda p: f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    votes = (
-        f", {names[1]} alone right on {entry['wins']} and {names[0]} on {entry['losses']} of {entry['n']}"
-        if "wins" in entry
-        else f" over {entry['n']} {'items' if entry['unit'] != 'bits per byte' else 'texts'}"
-        if entry["n"]
-        else ""
-    )
-    if delta == 0:
-        return f"{label}: no difference{votes}."
-    word = "better" if (delta > 0) == (entry["better"] == "higher") else "worse"
-    head = f"{label}: {names[1]} is {word} by {amount(abs(delta))} (standard error {amount(stderr)}, {chance(p)}{votes})"
-    if sure < CONFIDENT:
+    if c.real:
         return f"{head}: the difference is real."
-    if p < CONFIDENT:
-        return f"{head}: perhaps real, but of {compared} comparisons one looks like this by chance ({chance(sure)} for all of them)."
-    return f"{head}: not distinguishable from chance; with these items only a difference above {amount(1.96 * stderr)} would show."
+    if c.p < CONFIDENT:
+        return (
+            f"{head}: perhaps real, but of {compared} comparisons one looks like this by chance "
+            f"({_chance(c.p_adjusted)} for all of them)."
+        )
+    return (
+        f"{head}: not distinguishable from chance; with these items only a difference above "
+        f"{_amount(SURE * c.stderr, c.unit)} would show."
+    )

@@ -823,7 +823,7 @@ def _log_block(run: Run, compared: list[tuple[str, dict]]) -> str:
         if rows:
             lines += ["", *_md_table(heads, rows)]
     for pair, tasks in compared:
-        real = [c["sentence"] for c in tasks.values() if c["p_adjusted"] < stats.CONFIDENT]
+        real = [c.sentence for c in tasks.values() if c.real]
         lines += [
             "",
             f"{pair}, {len(real)} of {len(tasks)} differences are real.",
@@ -878,7 +878,7 @@ def sections(
                 ("head", pair),
                 (
                     "list",
-                    [c["sentence"] for c in sorted(tasks.values(), key=lambda c: c["p_adjusted"])],
+                    [c.sentence for c in sorted(tasks.values(), key=lambda c: c.p_adjusted)],
                 ),
             )
         ),

@@ -117,7 +117,7 @@ class Bench:
             tokens, config.microbatch, config.sequence_len, packing=settings["packing"], loop=False
         )
         score = evals.bits_per_byte(params, compile_key(config), rows, self.tokenizer.token_bytes)
-        return dict(val_bpb=score["bpb"], val_loss=score["loss"])
+        return dict(val_bpb=score.bpb, val_loss=score.loss)
 
 
 # ---- before any compute is spent ---------------------------------------------------------------------------------------------

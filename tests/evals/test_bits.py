@@ -1,4 +1,4 @@
-"""Bits per byte against the reference's numbers, by kind of text; overlap of test and training text."""
+"""Bits per byte against the reference's numbers, by kind of text; overlap with training text."""
 
 import base64
 import math
@@ -8,7 +8,7 @@ import pytest
 
 from lib import evals
 from lib.data.tokenizer import Tokenizer
-from lib.evals import contamination, kinds
+from lib.evals import bits, contamination
 from tests.helpers.golden import load, parity_model
 
 
@@ -18,10 +18,10 @@ def test_bits_per_byte_matches_the_reference(case):
     data, want = load("bpb.safetensors"), load("bpb.json")[case]
     batches = list(zip(data[f"{case}.inputs"], data[f"{case}.targets"]))
     got = evals.bits_per_byte(params, config, batches, data["token_bytes"])
-    assert got["bytes"] == want["total_bytes"]
-    assert got["bpb"] == pytest.approx(float(want["bpb"]), rel=1e-5) and got[
-        "nats"
-    ] == pytest.approx(want["total_nats"], rel=1e-5)
+    assert got.bytes == want["total_bytes"]
+    assert got.bpb == pytest.approx(float(want["bpb"]), rel=1e-5) and got.nats == pytest.approx(
+        want["total_nats"], rel=1e-5
+    )
     for (x, y), losses in zip(batches, data[f"{case}.losses"]):
         np.testing.assert_allclose(
             evals.token_losses(params, config, x, y), np.where(y >= 0, losses, 0), atol=5e-5
@@ -30,11 +30,14 @@ def test_bits_per_byte_matches_the_reference(case):
 
 def test_standard_error_covers_the_spread_of_resampled_rows():
     rng = np.random.default_rng(0)
-    bpb = lambda nats, size: nats.sum() / (math.log(2) * size.sum())
+
+    def bpb(nats, size):
+        return nats.sum() / (math.log(2) * size.sum())
+
     nats, size = rng.gamma(20, 1, 400), rng.integers(5, 15, 400)
     draws = [rng.integers(0, 400, 400) for _ in range(500)]
     spread = np.std([bpb(nats[d], size[d]) for d in draws])
-    assert evals.ratio_bits(nats, size)[1] == pytest.approx(spread, rel=0.15)
+    assert bits.ratio_bits(nats, size)[1] == pytest.approx(spread, rel=0.15)
 
 
 def test_only_so_many_batches_are_read():
@@ -46,9 +49,9 @@ def test_only_so_many_batches_are_read():
             yield data["val.inputs"][0], data["val.targets"][0], {}
 
     once = evals.bits_per_byte(params, config, endless(), data["token_bytes"], max_batches=1)
-    assert evals.bits_per_byte(params, config, endless(), data["token_bytes"], max_batches=3)[
-        "bpb"
-    ] == pytest.approx(once["bpb"])
+    assert evals.bits_per_byte(
+        params, config, endless(), data["token_bytes"], max_batches=3
+    ).bpb == pytest.approx(once.bpb)
 
 
 # ---- kinds of text
@@ -70,7 +73,7 @@ def labelled(text, spans):
 
 
 def test_python_is_split_into_its_kinds():
-    found = labelled(SOURCE, kinds.python_kinds(SOURCE))
+    found = labelled(SOURCE, bits.python_kinds(SOURCE))
     assert ('"""A module."""', "docstring") in found and ("# patterns", "comment") in found
     assert ('"""Two times it,\n    however large."""', "docstring") in found
     assert ('f"no {x} doc"', "string") in found and ('"ünï"', "string") in found
@@ -82,7 +85,7 @@ def test_python_is_split_into_its_kinds():
     )
     for bad in ("def (:\n  x", "x = '\n", "a\x00b\nc", "if x:\n\ty\n        z\n"):
         with pytest.raises((SyntaxError, ValueError)):
-            list(kinds.python_kinds(bad))
+            list(bits.python_kinds(bad))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +93,15 @@ def test_python_is_split_into_its_kinds():
     ["Not: python,\n3 lines of\n  prose_!", "one_line = 1", "def (:\n", "(" * 5000 + "\n", ""],
 )
 def test_what_is_not_python_is_split_by_characters(text):
-    assert labelled(text, kinds.automatic(text)) == labelled(text, kinds.plain_kinds(text))
-    assert {kind for _, _, kind in kinds.plain_kinds(text)} <= {"letters", "digits", "punctuation"}
+    assert labelled(text, bits.automatic(text)) == labelled(text, bits.plain_kinds(text))
+    assert {kind for _, _, kind in bits.plain_kinds(text)} <= {"letters", "digits", "punctuation"}
 
 
 def test_a_token_is_of_the_kind_of_its_first_mark():
     text = "é = 10  # ünï\n\n"
     pieces = ["é", " =", " 1", "0", "  #", " ü", "nï", "\n\n"]
     sizes = np.array([len(p.encode()) for p in pieces])
-    assert kinds.kinds_of(text, sizes, kinds.python_kinds(text)) == [
+    assert bits.kinds_of(text, sizes, bits.python_kinds(text)) == [
         "name",
         "operator",
         "number",
@@ -117,7 +120,7 @@ def test_kinds_add_up_to_the_whole_and_documents_give_its_error():
         data["pattern"], tuple(base64.b64decode(token) for token, _ in data["mergeable_ranks"])
     )
     texts = [SOURCE, "Plain words, 12 of them.\n", "", SOURCE.upper(), "half \ud800 a character"]
-    found = kinds.bits_by_kind(params, config, tokenizer, texts, batch_tokens=512)
+    found = evals.bits_by_kind(params, config, tokenizer, texts, batch_tokens=512)
     want = sum(len(text.encode("utf-8", "replace")) for text in texts)
     assert (
         found["bytes"]
@@ -137,7 +140,7 @@ def test_kinds_add_up_to_the_whole_and_documents_give_its_error():
     inputs[0, : len(ids) - 1] = ids[:-1]
     alone = evals.bits_per_byte(params, config, [(inputs, row)], tokenizer.token_bytes)
     # as by packed batches
-    assert found["items"][0]["nats"] == pytest.approx(alone["nats"], rel=1e-5)
+    assert found["items"][0]["nats"] == pytest.approx(alone.nats, rel=1e-5)
 
 
 # ---- contamination

@@ -1,4 +1,4 @@
-"""CORE against the reference's prompts, tokens, losses and decisions; and checks that the measurement measures."""
+"""CORE against the reference's prompts, tokens, losses and decisions; it does measure."""
 
 import base64
 import dataclasses
@@ -19,6 +19,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, core, likelihood, stats
 from lib.evals.likelihood import Score
 from lib.files import UserError
+from lib.model import forward
 from lib.train import step as train
 from tests.helpers.golden import load, parity_model
 
@@ -147,33 +148,31 @@ def test_the_record_says_how_sure_and_how_fast(measured):
 
 def made_up(kind, n=400, options=4, fewshot=2, seed=0):
     rng = random.Random(seed)
-    word = lambda: "".join(rng.choices("abcdefghij", k=5))
-    items = []
-    for i in range(n):
-        gold = rng.randrange(options)
-        items.append(
-            {
-                "multiple_choice": lambda: dict(
-                    query=f"{word()} {word()}", choices=[word() for _ in range(options)], gold=gold
-                ),
-                "schema": lambda: dict(
-                    context_options=[word() for _ in range(options)], continuation=word(), gold=gold
-                ),
-                "language_modeling": lambda: dict(
-                    context=f"{word()} {word()}", continuation=word()
-                ),
-            }[kind]()
-            | {"id": str(i)}
-        )
+
+    def word():
+        return "".join(rng.choices("abcdefghij", k=5))
+
+    def item(gold):
+        if kind == "multiple_choice":
+            query = f"{word()} {word()}"
+            return dict(query=query, choices=[word() for _ in range(options)], gold=gold)
+        if kind == "schema":
+            contexts = [word() for _ in range(options)]
+            return dict(context_options=contexts, continuation=word(), gold=gold)
+        return dict(context=f"{word()} {word()}", continuation=word())
+
+    items = [item(rng.randrange(options)) | {"id": str(i)} for i in range(n)]
     chance = 0.0 if kind == "language_modeling" else 1 / options
-    return core.Task(f"made_up_{kind}", kind, "made_up.jsonl", fewshot, " ", chance, tuple(items))
+    return core.CoreTask(
+        f"made_up_{kind}", kind, "made_up.jsonl", fewshot, " ", chance, tuple(items)
+    )
 
 
 each_kind = pytest.mark.parametrize("kind", list(core.KINDS))
 
 
 def answers(prepared, choose):
-    """Scores as from a model that finds option choose(item) of each item likeliest; None: all alike."""
+    """Scores of a model that finds option choose(item) of each item likeliest; None: all alike."""
     out = []
     for item, (start, count) in zip(prepared.task.items, prepared.spans):
         pick = choose(item)
@@ -189,7 +188,10 @@ def answers(prepared, choose):
 @each_kind
 def test_who_always_picks_gold_scores_100_and_who_avoids_it_0(kind, tokenizer):
     prepared = core.prepare(tokenizer, made_up(kind, n=60))
-    gold = lambda item: item.get("gold", 0)
+
+    def gold(item):
+        return item.get("gold", 0)
+
     right = core.decide(prepared, answers(prepared, gold))
     wrong = core.decide(prepared, answers(prepared, lambda item: (gold(item) + 1) % 4))
     assert (right["score"], right["centered"]) == (1, 1) and wrong["score"] == 0
@@ -253,9 +255,10 @@ def test_blanks_around_a_context_and_lines_of_a_file_move_nothing(
                 + "\r\n"
             )
         files[name] = text
-    requests = lambda folder: [
-        core.prepare(tokenizer, task).requests for task in core.load_bundle(folder)[0]
-    ]
+
+    def requests(folder):
+        return [core.prepare(tokenizer, task).requests for task in core.load_bundle(folder)[0]]
+
     assert requests(write(tmp_path, files)) == requests(bundle)
 
 
@@ -271,9 +274,10 @@ def test_a_line_separator_within_an_item_does_not_end_it(golden, tmp_path):
 def test_a_failing_item_stops_the_evaluation_and_is_named(t, tokenizer, bundle):
     (task, *_), _ = core.load_bundle(bundle)
     where = f"{task.label} item {task.items[3]['id']}: "
-    with_item = lambda item: dataclasses.replace(
-        task, items=(*task.items[:3], item, *task.items[4:])
-    )
+
+    def with_item(item):
+        return dataclasses.replace(task, items=(*task.items[:3], item, *task.items[4:]))
+
     without = {k: v for k, v in task.items[3].items() if k != "choices"}
     with pytest.raises(RuntimeError, match=f"^{where}KeyError"):
         core.prepare(tokenizer, with_item({k: v for k, v in task.items[3].items() if k != "query"}))
@@ -295,7 +299,7 @@ def test_a_failing_item_stops_the_evaluation_and_is_named(t, tokenizer, bundle):
 
 
 def test_an_option_without_tokens_of_its_own_is_decided_as_the_reference_does(tokenizer):
-    task = core.Task(
+    task = core.CoreTask(
         "x",
         "multiple_choice",
         "x",
@@ -315,7 +319,10 @@ def test_an_option_without_tokens_of_its_own_is_decided_as_the_reference_does(to
 
 def requests_of(n=24, seed=0, vocab=490):
     rng = random.Random(seed)
-    ids = lambda n: [rng.randrange(vocab) for _ in range(n)]
+
+    def ids(n):
+        return [rng.randrange(vocab) for _ in range(n)]
+
     few, out = ids(70), []
     for i in range(n):
         context = [few + ids(9), ids(30), few + ids(4), []][i % 4]
@@ -328,12 +335,12 @@ def requests_of(n=24, seed=0, vocab=490):
 @pytest.fixture(scope="module")
 def plain(t):
     config, params = t
-    forward = jax.jit(lambda tokens: likelihood.model.forward(params, config, tokens)[0])
+    logits_of = jax.jit(lambda tokens: forward(params, config, tokens)[0])
 
     def score(before, scored):
         row = np.zeros((1, config.sequence_len), np.int32)
         row[0, : len(before) + len(scored) - 1] = [*before, *scored[:-1]]
-        logits = np.asarray(forward(row), np.float64)[0, len(before) - 1 :][: len(scored)]
+        logits = np.asarray(logits_of(row), np.float64)[0, len(before) - 1 :][: len(scored)]
         lse = np.log(np.exp(logits).sum(-1))
         return float(sum(logits[i, x] - lse[i] for i, x in enumerate(scored))), bool(
             (logits.argmax(-1) == scored).all()
@@ -359,13 +366,18 @@ def test_scores_equal_a_plain_forward_whatever_shares_and_whatever_is_beside(t, 
         params, config, tokenizer, [requests[i] for i in order], batch_tokens=512
     )
     apart = likelihood.score(params, config, tokenizer, requests, batch_tokens=512, share=False)
-    flat = lambda scores: np.array([s.logprob for one in scores for s in one])
+
+    def flat(scores):
+        return np.array([s.logprob for one in scores for s in one])
+
     np.testing.assert_allclose(flat(shuffled), flat([together[i] for i in order]), atol=1e-4)
     np.testing.assert_allclose(flat(apart), flat(together), atol=1e-4)
 
 
 def test_a_beginning_is_read_once_for_all_that_share_it():
-    row = lambda ids: likelihood.Row(np.array(ids, ">i4").tobytes(), len(ids) - 1, [[1]], [None])
+    def row(ids):
+        return likelihood.Row(np.array(ids, ">i4").tobytes(), len(ids) - 1, [[1]], [None])
+
     few = list(range(100))
     questions = [few + [200 + q] * 20 for q in range(8)]
     rows = [row(q + [300 + o, 7, 8, 9]) for q in questions for o in range(4)] + [
@@ -548,7 +560,8 @@ def test_without_a_network_it_says_so(tmp_path):
         ({"core.yaml": "nothing: here"}, "not as in DCLM"),
         (
             {
-                "core.yaml": "icl_tasks: [{label: a, icl_task_type: riddle, dataset_uri: b, num_fewshot: [0]}]"
+                "core.yaml": "icl_tasks: [{label: a, icl_task_type: riddle, dataset_uri: b, "
+                "num_fewshot: [0]}]"
             },
             "unknown type of CORE task a 'riddle'",
         ),
@@ -557,7 +570,7 @@ def test_without_a_network_it_says_so(tmp_path):
             "no random baseline for syn_capitals_0shot",
         ),
         ({"eval_data/geo/syn_capitals.jsonl": None}, "syn_capitals.jsonl is missing"),
-        ({"eval_data/geo/syn_capitals.jsonl": "{\n"}, "syn_capitals.jsonl item 0: JSONDecodeError"),
+        ({"eval_data/geo/syn_capitals.jsonl": "{\n"}, "syn_capitals.jsonl item 0: not JSON"),
         ({"eval_data/geo/syn_capitals.jsonl": ""}, "there are 0 items"),
     ],
 )

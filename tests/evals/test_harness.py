@@ -1,4 +1,4 @@
-"""lib/evals/harness.py: lm_eval drives a checkpoint of ours, offline, with tasks of its own format, and agrees with our own scores."""
+"""lib/evals/harness.py: lm_eval drives a checkpoint of ours, offline, and agrees with us."""
 
 import json
 import math
@@ -14,9 +14,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lib import evals  # noqa: E402
 from lib.config import Config  # noqa: E402
 from lib.data import batches, tokens_of  # noqa: E402
+from lib.data.speech import said  # noqa: E402
 from lib.data.tokenizer import Tokenizer  # noqa: E402
-from lib.evals import harness  # noqa: E402
-from lib.evals import questions as chat  # noqa: E402
+from lib.evals import harness, questions  # noqa: E402
 from lib.files import UserError  # noqa: E402
 from lib.params import init_params  # noqa: E402
 from lib.tasks import Task  # noqa: E402
@@ -145,9 +145,9 @@ def test_choices_agree_with_our_own_scores(results, lm):
     ]
     m = lm.model
     known = {"choose": Task("likelihood", lambda split: items, 1 / 3)}
-    ours = chat.evaluate(m.params, m.config, m.tokenizer, ["choose"], known=known, progress=False)[
-        "tasks"
-    ]["choose"]
+    ours = questions.evaluate(
+        m.params, m.config, m.tokenizer, ["choose"], known=known, progress=False
+    )["tasks"]["choose"]
     theirs = sorted(results["samples"]["choose"], key=lambda sample: sample["doc_id"])
     assert len(theirs) == len(QUESTIONS)
     means = []
@@ -181,7 +181,7 @@ def test_rolling_gives_our_bits_per_byte(results, lm):
         )
     rows = batches(tokens_of(short[:1], TOKENIZER), 1, CONFIG.sequence_len, loop=False)
     ours = evals.bits_per_byte(m.params, m.config, rows, TOKENIZER.token_bytes)
-    assert -sums[0] / math.log(2) / len(short[0].encode()) == pytest.approx(ours["bpb"], rel=1e-5)
+    assert -sums[0] / math.log(2) / len(short[0].encode()) == pytest.approx(ours.bpb, rel=1e-5)
     every = ask(lm, "loglikelihood_rolling", *[(q["text"],) for q in QUESTIONS])
     size = sum(len(q["text"].encode()) for q in QUESTIONS)
     assert found["bits_per_byte,none"] == pytest.approx(-sum(every) / size / math.log(2), rel=1e-6)
@@ -210,14 +210,14 @@ def test_windows_are_those_of_lm_eval(lm):
 def test_generation_is_ours_and_stops(results, lm):
     m = lm.model
     for sample, q in zip(sorted(results["samples"]["write"], key=lambda s: s["doc_id"]), QUESTIONS):
-        prompt, said = [TOKENIZER.bos, *TOKENIZER.encode(q["question"])], sample["resps"][0][0]
+        prompt, answer = [TOKENIZER.bos, *TOKENIZER.encode(q["question"])], sample["resps"][0][0]
         ids = list(prompt)
         for _ in range(9):  # greedy, one plain forward at a time
             ids.append(
                 int(
                     np.argmax(
                         np.asarray(
-                            chat._next_logprobs(
+                            questions._next_logprobs(
                                 m.params,
                                 m.config,
                                 np.array([ids + [0] * (64 - len(ids))]),
@@ -227,11 +227,11 @@ def test_generation_is_ours_and_stops(results, lm):
                     )
                 )
             )
-        full = TOKENIZER.decode(list(ids[len(prompt) :]))
+        full = said(TOKENIZER, ids[len(prompt) :])
         stop = min((at for at in (full.find("e"), full.find(".")) if at >= 0), default=len(full))
         specials = [i for i, t in enumerate(ids[len(prompt) :]) if t in lm.stop]
-        assert said == full[:stop] or (specials and full.startswith(said))
-        assert "e" not in said and "." not in said
+        assert answer == full[:stop] or (specials and full.startswith(answer))
+        assert "e" not in answer and "." not in answer
 
 
 def test_sampling_repeats_and_long_contexts_are_cut_with_a_warning(lm):

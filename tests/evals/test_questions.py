@@ -1,4 +1,4 @@
-"""lib/evals/chat.py: whoever knows scores 100, whoever guesses the baseline; nothing that breaks is counted; records merge."""
+"""lib/evals/questions.py: who knows scores 100, who guesses the baseline; records merge."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ import pytest
 from lib import evals, model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.evals import questions as chat
+from lib.evals import questions, records
 from lib.evals.likelihood import Score
 from lib.files import UserError
 from lib.params import init_params
@@ -76,11 +76,13 @@ NAMES = [*embedded.TASKS, *hub.TASKS, "own"]
 
 def run(params, names, known, **kw):
     kw = dict(limit=LIMIT, max_tokens=4, batch=4, progress=False) | kw
-    return chat.evaluate(params, CONFIG, TOKENIZER, names, known=known, **kw)
+    own = {name: kw.pop(name) for name in ("answers", "progress") if name in kw}
+    settings = questions.Questions(**kw)
+    return questions.evaluate(params, CONFIG, TOKENIZER, names, settings, known=known, **own)
 
 
-def knowing(items) -> chat.Answers:
-    """Someone who has read the answers, and finds them by their words, not by their letter or place."""
+def knowing(items) -> questions.Answers:
+    """Someone who has read the answers, and finds them by their words, not by their letters."""
     continued = set()
     for item in items:
         if "choices" in item:
@@ -89,7 +91,9 @@ def knowing(items) -> chat.Answers:
                 if isinstance(item["context"], list)
                 else item["context"]
             )
-            before, after = chat.continuation_ids(TOKENIZER, context, item["choices"][item["gold"]])
+            before, after = questions.continuation_ids(
+                TOKENIZER, context, item["choices"][item["gold"]]
+            )
             continued.add((tuple(before), tuple(after)))
     said = {}
     for item in items:
@@ -110,7 +114,9 @@ def knowing(items) -> chat.Answers:
         return out
 
     def continuations(requests):
-        right = lambda before, after: (tuple(before), tuple(after)) in continued
+        def right(before, after):
+            return (tuple(before), tuple(after)) in continued
+
         return [
             [
                 Score(
@@ -129,7 +135,7 @@ def knowing(items) -> chat.Answers:
             yield i, None
             yield i, said[tuple(ids)]
 
-    return chat.Answers(
+    return questions.Answers(
         next_logprobs, continuations, lambda rows: [np.zeros(len(t)) for _, t in rows], texts
     )
 
@@ -174,7 +180,7 @@ def test_who_guesses_scores_the_baseline(uniform, known):
     assert record["chatcore"]["score"] == pytest.approx(0.0)
 
 
-# ---- how it is measured ----------------------------------------------------------------------------------------------
+# ---- how it is measured
 
 
 def letter_items(n=7):
@@ -227,24 +233,27 @@ def test_shuffling_moves_no_likelihood_and_a_trailing_blank_nothing(params, know
 
 
 def test_blanks_go_to_the_continuation():
-    pair = chat.continuation_ids(TOKENIZER, "the cat", " sat")
+    pair = questions.continuation_ids(TOKENIZER, "the cat", " sat")
     assert (
         pair
-        == chat.continuation_ids(TOKENIZER, "the cat ", "sat")
+        == questions.continuation_ids(TOKENIZER, "the cat ", "sat")
         == ([TOKENIZER.bos, *TOKENIZER.encode("the cat")], TOKENIZER.encode(" sat"))
     )
-    before, after = chat.continuation_ids(TOKENIZER, "the c", "at")  # a border inside a token
+    before, after = questions.continuation_ids(TOKENIZER, "the c", "at")  # a border inside a token
     assert TOKENIZER.decode(before[1:]) == "the c" and TOKENIZER.decode(after) == "at"
-    question = lambda space: TOKENIZER.render_for_completion(
-        choice_item("", "Which?" + space, ["a" + space, "b"], 0)["messages"]
-    )
+
+    def question(space):
+        return TOKENIZER.render_for_completion(
+            choice_item("", "Which?" + space, ["a" + space, "b"], 0)["messages"]
+        )
+
     assert question("") == question(" ") == question("\n")
 
 
 def test_every_token_of_a_text_is_a_target_once_with_half_a_row_before_it():
     for length, width in itertools.product((0, 1, 7, 8, 9, 40), (8, 9)):
         ids, seen = list(range(100, 100 + length)), []
-        for inputs, targets in chat._windows(ids, 1, width):
+        for inputs, targets in questions._windows(ids, 1, width):
             assert len(inputs) == len(targets) <= width and inputs[0] == 1
             new = [(i, t) for i, t in enumerate(targets) if t >= 0]
             assert all(inputs[i] == t - 1 for i, t in new if i) and (
@@ -324,7 +333,9 @@ def test_long_prompts_lose_their_oldest_tokens_and_are_counted(params):
     }
     found = run(params, list(items), table)["tasks"]
     assert {kind: entry["truncated"] for kind, entry in found.items()} == dict.fromkeys(items, 1)
-    assert chat._cut(list(range(10)), 4) == ([0, 7, 8, 9], True) and chat._cut([1, 2], 2) == (
+    assert questions._cut(list(range(10)), 4) == ([0, 7, 8, 9], True) and questions._cut(
+        [1, 2], 2
+    ) == (
         [1, 2],
         False,
     )
@@ -336,9 +347,12 @@ def test_written_answers_depend_on_item_and_seed_only(params):
         for k in range(1, 7)
     ]
     table = {"t": Task("generate", lambda split: items, grade=lambda item, text: "a" in text)}
-    ask = lambda **kw: run(
-        params, ["t"], table, **dict(limit=None, temperature=1.0, max_tokens=12) | kw
-    )["tasks"]["t"]["items"]
+
+    def ask(**kw):
+        return run(params, ["t"], table, **dict(limit=None, temperature=1.0, max_tokens=12) | kw)[
+            "tasks"
+        ]["t"]["items"]
+
     four = ask()
     assert ask(batch=2) == four != ask(seed=1) and ask(limit=3) == four[:3]
     assert len({item["text"] for item in four}) > 1
@@ -359,20 +373,20 @@ def test_samples_and_pass_at_k(params):
 
 
 def test_standard_errors_and_ties():
-    assert chat._ratio([2.0], [1]) == (pytest.approx(math.e**2), None)
+    assert questions._perplexity_of([2.0], [1]) == (pytest.approx(math.e**2), None)
     assert (
-        chat._credit([-1.0, -1.0 + 1e-7, -3.0], 0) == 0.5
-        and chat._credit([-1.0, -1.1], 0) == 1
-        and chat._credit([-1.0, -1.1], 1) == 0
+        questions._credit([-1.0, -1.0 + 1e-7, -3.0], 0) == 0.5
+        and questions._credit([-1.0, -1.1], 0) == 1
+        and questions._credit([-1.0, -1.1], 1) == 0
     )
     rng = np.random.default_rng(0)
     nats, units = rng.gamma(20, 1, 300), rng.integers(5, 15, 300)
     draws = [rng.integers(0, 300, 300) for _ in range(400)]
     spread = np.std([math.exp(nats[d].sum() / units[d].sum()) for d in draws])
-    assert chat._ratio(nats, units)[1] == pytest.approx(spread, rel=0.15)
+    assert questions._perplexity_of(nats, units)[1] == pytest.approx(spread, rel=0.15)
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+# ---- what goes wrong
 
 
 def failing(item, text):
@@ -464,7 +478,7 @@ def test_an_error_while_answering_names_the_items_at_work():
             None,
             ["t"],
             {"t": Task("generate", lambda split: items, grade=lambda item, text: True)},
-            answers=chat.Answers(None, None, None, texts),
+            answers=questions.Answers(None, None, None, texts),
         )
 
 
@@ -506,14 +520,15 @@ def test_without_a_network_the_rest_still_runs(params, tmp_path, monkeypatch, ca
 def test_a_file_of_ones_own_by_its_path(params, tmp_path):
     path = tmp_path / "pets.jsonl"
     path.write_text(
-        '{"context": "the", "choices": ["cat", "sat"], "answer": 0}\n{"context": "the", "choices": ["mat", "dog"], "answer": 1}'
+        '{"context": "the", "choices": ["cat", "sat"], "answer": 0}\n'
+        '{"context": "the", "choices": ["mat", "dog"], "answer": 1}'
     )
     record = run(params, [path], {})
     assert [item["id"] for item in record["tasks"]["pets"]["items"]] == ["pets/1", "pets/2"]
 
 
 def test_the_words_of_an_item_are_its_question_and_right_answer(known):
-    words = {name: chat.texts_of(known[name].items("test")[:1])[0]["text"] for name in ROWS}
+    words = {name: questions.texts_of(known[name].items("test")[:1])[0]["text"] for name in ROWS}
     assert (
         words["mmlu"] == "What is 2+2? 4"
         and words["piqa"] == "Question: Open a jar\nAnswer: Twist the lid."
@@ -527,7 +542,7 @@ def test_the_words_of_an_item_are_its_question_and_right_answer(known):
     ].startswith("= A Title =")
 
 
-# ---- records ---------------------------------------------------------------------------------------------------------
+# ---- records
 
 
 def entry(score, kind="choice", baseline=0.25):
@@ -549,14 +564,14 @@ def test_records_of_one_checkpoint_are_merged_and_of_another_replaced(tmp_path):
         bpb=dict(stdlib=dict(bpb=1.0)),
         samples=["old"],
     )
-    chat.write(tmp_path, "sft", first)
+    records.write(tmp_path, "sft", first)
     second = dict(
         step=5,
         checkpoint="sft/step_5",
         tasks=dict(a=entry(1.0), c=entry(0.25)),
         skipped=dict(b="no network"),
     )
-    merged = chat.write(tmp_path, "sft", second)
+    merged = records.write(tmp_path, "sft", second)
     assert merged == json.loads((tmp_path / "evals/sft.json").read_text())
     assert {name: e["score"] for name, e in merged["tasks"].items()} == dict(a=1.0, b=0.25, c=0.25)
     assert (
@@ -575,7 +590,7 @@ def test_records_of_one_checkpoint_are_merged_and_of_another_replaced(tmp_path):
         "b",
         "c",
     ]
-    third = chat.write(
+    third = records.write(
         tmp_path, "sft", dict(step=6, checkpoint="sft/step_6", tasks=dict(b=entry(0.5)))
     )
     assert (
@@ -586,7 +601,7 @@ def test_records_of_one_checkpoint_are_merged_and_of_another_replaced(tmp_path):
     )
     assert not list((tmp_path / "evals").glob(".*"))
     (tmp_path / "evals/sft.json").write_text("{")
-    with pytest.raises(UserError, match="sft.json is damaged"):
-        chat.write(tmp_path, "sft", third)
+    with pytest.raises(UserError, match="sft.json: not JSON.*evaluate again"):
+        records.write(tmp_path, "sft", third)
     with pytest.raises(UserError, match="unknown stage 'sfft'"):
-        chat.write(tmp_path, "sfft", third)
+        records.write(tmp_path, "sfft", third)

@@ -142,13 +142,13 @@ def test_a_real_difference_is_called_real_and_noise_is_not():
         {"tasks": {"x": task(better), "y": task(noise)}},
         ("base", "sft"),
     )
-    assert found["x"]["delta"] == pytest.approx(better.mean() - a.mean()) and found["x"]["p"] < 1e-6
+    assert found["x"].delta == pytest.approx(better.mean() - a.mean()) and found["x"].p < 1e-6
     assert (
-        found["x"]["sentence"].endswith("the difference is real.")
-        and "sft is better" in found["x"]["sentence"]
+        found["x"].sentence.endswith("the difference is real.")
+        and "sft is better" in found["x"].sentence
     )
-    assert found["y"]["p"] > 0.05 and "not distinguishable" in found["y"]["sentence"]
-    assert all(entry["sentence"].count("\n") == 0 for entry in found.values())
+    assert found["y"].p > 0.05 and "not distinguishable" in found["y"].sentence
+    assert all(entry.sentence.count("\n") == 0 for entry in found.values())
 
 
 def test_paired_test_sees_what_unpaired_errors_hide():
@@ -157,14 +157,14 @@ def test_paired_test_sees_what_unpaired_errors_hide():
     b[:40:2] = 1  # twenty more right, none less
     one, two = task(a), task(b)
     assert abs(two["score"] - one["score"]) < 2 * math.hypot(one["stderr"], two["stderr"])
-    assert stats.compare({"tasks": {"x": one}}, {"tasks": {"x": two}})["x"]["p"] < 1e-4
+    assert stats.compare({"tasks": {"x": one}}, {"tasks": {"x": two}})["x"].p < 1e-4
 
 
 def test_among_many_comparisons_one_lucky_task_is_not_real():
     same = {f"t{i}": task([1, 0] * 20) for i in range(20)}
     lucky = same | {"t0": task([1, 1] * 6 + [1, 0] * 14)}
     entry = stats.compare({"tasks": same}, {"tasks": lucky})["t0"]
-    assert entry["p"] < 0.05 < entry["p_adjusted"] and "perhaps real" in entry["sentence"]
+    assert entry.p < 0.05 < entry.p_adjusted and "perhaps real" in entry.sentence
 
 
 def test_items_are_matched_by_id_and_the_rest_left_out():
@@ -172,9 +172,9 @@ def test_items_are_matched_by_id_and_the_rest_left_out():
     b["items"] = b["items"][::-1] + [{"id": "new", "correct": 1}]
     found = stats.compare({"tasks": {"x": a, "only": a}}, {"tasks": {"x": b}})
     assert (
-        found["x"]["delta"] == 0
-        and found["x"]["n"] == 4
-        and "no difference" in found["x"]["sentence"]
+        found["x"].delta == 0
+        and found["x"].n == 4
+        and "no difference" in found["x"].sentence
         and "only" not in found
     )
     b["items"] = [{"id": "new", "correct": 1}]
@@ -202,19 +202,14 @@ def test_perplexities_and_bits_are_compared_by_document():
     a, b = perplexity(nats, size), perplexity(nats * 0.97, size)
     entry = stats.compare({"tasks": {"wiki": a}}, {"tasks": {"wiki": b}})["wiki"]
     assert (
-        entry["delta"] == pytest.approx(-0.03 * nats.sum() / size.sum() / math.log(2))
-        and entry["p"] < 0.001
+        entry.delta == pytest.approx(-0.03 * nats.sum() / size.sum() / math.log(2))
+        and entry.p < 0.001
     )
-    assert "is better" in entry["sentence"] and "bits per byte" in entry["sentence"]
+    assert "is better" in entry.sentence and "bits per byte" in entry.sentence
     bits = dict(bpb=1.0, stderr=0.01, bytes=1)
     far = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.2}}})["bpb/s"]
     near = stats.compare({"bpb": {"s": bits}}, {"bpb": {"s": bits | {"bpb": 1.01}}})["bpb/s"]
-    assert (
-        far["p"] < 1e-6
-        and "worse" in far["sentence"]
-        and near["p"] > 0.3
-        and "unpaired" in near["test"]
-    )
+    assert far.p < 1e-6 and "worse" in far.sentence and near.p > 0.3 and "unpaired" in near.test
 
 
 def test_core_as_a_whole_is_compared_over_all_items():
@@ -224,9 +219,12 @@ def test_core_as_a_whole_is_compared_over_all_items():
         k: task([i["correct"] or rng.random() < 0.2 for i in t["items"]], kind="core")
         for k, t in before.items()
     }
-    record = lambda tasks: {"tasks": tasks, "core": {"score": stats.mean_centered(tasks)[0]}}
+
+    def record(tasks):
+        return {"tasks": tasks, "core": {"score": stats.mean_centered(tasks)[0]}}
+
     entry = stats.compare(record(before), record(after))["core"]
-    assert entry["delta"] == pytest.approx(
+    assert entry.delta == pytest.approx(
         record(after)["core"]["score"] - record(before)["core"]["score"]
     )
-    assert entry["p"] < 0.001 and entry["tasks"] == 8 and entry["stderr"] > 0
+    assert entry.p < 0.001 and entry.tasks == 8 and entry.stderr > 0
