@@ -60,7 +60,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, model, pictures
+from lib import data, evals, model, pictures, report
 from lib.chips import Slice, chip
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
@@ -85,7 +85,6 @@ from lib.preflight.plan import Payment, compare, plan_text
 from lib.preflight.plan import plan as make_plan
 from lib.preflight.search import with_microbatch
 from lib.recipes import pick_preset
-from lib.report import page as report
 from lib.runs import STAGES, open_run, set_aside
 from lib.train import checkpoint
 from lib.train import step as train
@@ -564,6 +563,7 @@ results = dict(
     devices=device["count"],
     sharding=layout.strategy if layout else "none",
     plan=plan.to_dict(),
+    began=rows_logged[0]["time"],
     jax=jax.__version__,
     python=platform.python_version(),
     commit=report.commit_id(),

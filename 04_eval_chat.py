@@ -57,7 +57,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, pictures
+from lib import data, evals, pictures, report
 from lib.chat import terminal as chat
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
@@ -68,7 +68,6 @@ from lib.interrupts import interruptible
 from lib.notebook import device_report, flags
 from lib.params import count_params, templates
 from lib.pictures import show
-from lib.report import page as report
 from lib.runs import STAGES, open_run, results_table, set_aside
 from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
@@ -575,7 +574,7 @@ for words in filter(None, map(str.strip, say.split("|"))):
     print(f"you    {words}\nmodel  ", end="")
     talk(words)
 said = [
-    dict(prompt=asked["content"], text=chat.plain(answer["content"]))
+    dict(prompt=asked["content"], text=chat.plain(answer["content"]), parts=answer["content"])
     for asked, answer in zip(conversation[::2], conversation[1::2])
 ]
 if taught:

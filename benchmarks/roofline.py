@@ -56,7 +56,7 @@ def measured_chip(dtype, tries: int = 5):
 
 
 def pieces(config) -> dict:
-    """{component: (function, arguments, calls in a step)}; attention has an entry for each window."""
+    """{component: (function, arguments, calls in a step)}; attention: an entry for each window."""
     import jax
     import jax.numpy as jnp
     import numpy as np

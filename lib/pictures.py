@@ -7,6 +7,7 @@ Nothing here needs a display, and nothing touches pyplot's global state.
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from lib.files import replacing
 from lib.notebook import in_notebook
 from lib.train.metrics import column
 
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -180,7 +181,8 @@ def _text_grid(pieces: list[tuple[str, tuple]], columns: int = COLUMNS):
 
     # inches, inches, characters
     width, line_height, margin = 9.0, 0.22, 1.5
-    figure = Figure(figsize=(width, line_height * (len(rows) + 1)), layout="none")
+    figure = Figure(figsize=(width, line_height * (len(rows) + 1)))
+    figure.set_layout_engine("none")
     axis = figure.add_axes((0, 0, 1, 1))
     axis.imshow(
         backgrounds, aspect="auto", interpolation="nearest", extent=(0, columns, len(rows), 0)
@@ -189,7 +191,7 @@ def _text_grid(pieces: list[tuple[str, tuple]], columns: int = COLUMNS):
     axis.axis("off")
 
     # DejaVu Sans Mono is 0.602 of its size wide
-    style = dict(
+    style: dict[str, Any] = dict(
         size=width * 72 / (columns + 2 * margin) / 0.602,
         family="monospace",
         ha="center",
@@ -268,7 +270,7 @@ def _loss_curves(axis, rows, validation: str):
 # ---- 04: what a model finds hard, and what it learnt ---------------------------------------------
 
 
-def surprise_colour(bits: float) -> tuple[float, float, float]:
+def surprise_colour(bits: float) -> tuple[float, ...]:
     """Blue for an expected token (0 bits), paler towards 4 bits, then red for a surprise (16)."""
     colour, strength = ((0.2, 0.5, 1.0), 0.34 * (1 - bits / 4))
     if bits > 4:

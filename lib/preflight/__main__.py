@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -30,7 +30,7 @@ without it an estimate from shapes answers and says so. Answers are kept in .cac
 # are bfloat16, ours float32)
 PUBLISHED_TOKENS_PER_S = 477e3
 PUBLISHED_CHIP = "v6e-1"
-PUBLISHED = dict(
+PUBLISHED: dict[str, Any] = dict(
     n_layer=8,
     n_embd=1024,
     n_head=4,

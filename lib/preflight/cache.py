@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,7 +25,7 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def kept(folder: Path | None, question: list, answer: Callable | None = None):
+def kept(folder: Path | None, question: list, answer: Callable | None = None) -> Any:
     """What `answer()` says, or said when the same question was asked before, as JSON.
 
     Without `answer` None where the question is new. No folder: nothing is kept.

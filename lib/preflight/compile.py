@@ -252,6 +252,7 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
         return dict(rows=rows, fits=False, needed=compiled.needed)
 
     chip = chips.chip(device.device_kind)
+    assert chip is not None, "every TPU that libtpu describes is in the table"
     work = hlo.analyse(compiled.text, chip.matrix_unit).components
     step = roofline.bound(work, chip)["step"]
     return dict(

@@ -66,11 +66,12 @@ class Report:
         return fields
 
     @staticmethod
-    def from_dict(fields: dict) -> "Report":
+    def from_dict(fields: dict[str, Any]) -> "Report":
         """The report that `to_dict` wrote."""
-        bounds = {name: Bound(**bound) for name, bound in fields["bound"].items()}
         known = {f.name for f in dataclasses.fields(Report)}
-        return Report(**{k: v for k, v in fields.items() if k in known} | {"bound": bounds})
+        kept = {name: value for name, value in fields.items() if name in known}
+        kept["bound"] = {name: Bound(**bound) for name, bound in fields["bound"].items()}
+        return Report(**kept)
 
 
 def make_split(where: Slice, strategy: str, mesh: dict[str, int] | None = None) -> Split:

@@ -475,7 +475,7 @@ def _components(ops: dict[str, Op], inherited: str, program: Program) -> dict[st
     What the compiler added, such as copies, belongs to what reads it, else to what made it.
     """
     known = {op.name: _own_component(op, program) for op in ops.values()}
-    readers = {}
+    readers: dict[str, list[str]] = {}
     for op in ops.values():
         for operand in op.operands:
             readers.setdefault(operand, []).append(op.name)
@@ -487,7 +487,7 @@ def _components(ops: dict[str, Op], inherited: str, program: Program) -> dict[st
     for op in ops.values():
         if known[op.name] is None:
             known[op.name] = _first_known(op.operands, known) or inherited
-    return known
+    return {name: part or inherited for name, part in known.items()}
 
 
 def _first_known(names: Iterable[str], known: dict[str, str | None]) -> str | None:

@@ -114,7 +114,7 @@ def plan_text(plan: Plan) -> str:
 def _cost_line(plan: Plan) -> str:
     """What it costs, in the coin of the place, or why that is not known."""
     check = CHECK.format(date=plan.prices_of)
-    if plan.units is not None:
+    if plan.units is not None and plan.cost is not None:
         rate = f"at {plan.units_per_hour:.2f} an hour, about ${plan.cost:.2f}"
         return f"cost        {plan.units:.1f} of Colab's compute units {rate} ({check})"
     if plan.cost is not None:
@@ -145,10 +145,10 @@ def compare(
     if flops and seconds:
         reached = tokens * flops_per_token / seconds / flops
         parts.append(f"planned {plan.mfu:.0%} MFU, reached {reached:.1%}")
-    if plan.units is not None:
+    if plan.units is not None and plan.units_per_hour is not None:
         spent = hours * plan.units_per_hour
         parts.append(f"planned {plan.units:.1f} compute units, spent {spent:.1f} on them")
-    elif plan.cost is not None:
+    elif plan.cost is not None and plan.price_per_hour is not None:
         spent = hours * plan.price_per_hour
         parts.append(f"planned ${plan.cost:.2f}, spent ${spent:.2f} on them")
     return "; ".join(parts)

@@ -96,7 +96,7 @@ def add_kernels(
     components: dict[str, Work],
     kernels: dict[str, int],
     config: Config,
-    rows: int,
+    rows: float,
     matrix_unit: int,
     tensor: int = 1,
 ):

@@ -184,6 +184,7 @@ def verify_here(config: Config) -> Report:
     """What the compiler of the device at hand says of `config`, as `search` asks for it."""
     device = jax.local_devices()[0]
     chip = chips.chip(device.device_kind)
+    assert chip is not None, "a search needs a device that is in the table"
     where = Slice(device.device_kind, chip, "at hand", 1)
     there = (device.memory_stats() or {}).get("bytes_limit", int(chip.memory))
 

@@ -1,6 +1,7 @@
 """Which depths fit on which slices, as one table; and a search as a picture."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,9 +50,9 @@ def fits_table(
     return "\n".join([*lines, "", FOOTNOTE])
 
 
-def _cell(depth: int, where: Slice, cache: Path | None, fields: dict) -> str:
+def _cell(depth: int, where: Slice, cache: Path | None, fields: dict[str, Any]) -> str:
     """GiB of a depth on a slice, by strategy."""
-    usual = dict(microbatch=4 * where.chips, remat="dots")
+    usual: dict[str, Any] = dict(microbatch=4 * where.chips, remat="dots")
     config = for_tpu(Config.from_depth(depth, **usual | fields))
     strategies = ("dp", "zero", "fsdp") if where.chips > 1 else ("dp",)
 

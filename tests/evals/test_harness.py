@@ -336,9 +336,10 @@ def test_results_are_kept_for_the_report(folder, results):
         kept["config"]["step"] == 1
         and kept["results"]["choose"]["acc,none"] == results["results"]["choose"]["acc,none"]
     )
-    from lib.report import page as report
+    from lib import report
+    from lib.report.sections import harness_table
 
-    rows = report._harness_rows(report.read(folder))[1]
+    rows = harness_table(report.read(folder)).rows
     assert ["choose", "base", "acc"] in [row[:3] for row in rows] and all(
         row[-1] == str(len(QUESTIONS)) for row in rows
     )

@@ -1,4 +1,4 @@
-"""lib/report/: any part of a run gives a page, everything in it is escaped, and it says what the records say."""
+"""Any part of a run gives a page, all in it is escaped, and it says what the records say."""
 
 import html.parser
 import itertools
@@ -11,9 +11,13 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from lib import report
 from lib.config import Config
+from lib.evals.stats import Comparison
 from lib.files import UserError
-from lib.report import page as report
+from lib.report import charts, sections
+from lib.report.blocks import Own
+from lib.report.record import earlier_runs
 
 NASTY = "</pre><script>alert(1)</script> ``` | & \"'\x1b[31m\ud800 *x*"
 SHOWN = NASTY.replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
@@ -185,8 +189,8 @@ def test_a_tokenizer_alone_is_told_in_a_sentence(tmp_path):
     }
     sentence = report.verdict(report.read(put(tmp_path / "run", files)))
     assert sentence == (
-        "Only a tokenizer so far, one of 4,096 tokens that takes 3.37 bytes of held-out text per token; no model is trained "
-        "and none is measured."
+        "Only a tokenizer so far, one of 4,096 tokens that takes 3.37 bytes of held-out text per "
+        "token; no model is trained and none is measured."
     )
 
 
@@ -194,7 +198,7 @@ def test_a_tokenizer_alone_is_told_in_a_sentence(tmp_path):
     "files, words",
     [
         ({}, "nothing to report"),
-        ({"results.json": "{"}, "results.json is damaged"),
+        ({"results.json": "{"}, "results.json: not JSON"),
         ({"evals/sft.json": "[1]"}, "sft.json is damaged"),
         ({"metrics.jsonl": "x\n"}, "line 1"),
     ],
@@ -234,7 +238,7 @@ def test_what_files_say_stays_text(tmp_path):
 
 
 def test_dots_stand_where_the_scores_are():
-    chart = report.dots("task", {"base": entry(25), "sft": entry(80)}, [0.4])
+    chart = charts.dots("task", {"base": entry(25), "sft": entry(80)}, [0.4])
     svg = ElementTree.fromstring(chart.svg())
     at = [float(c.get("cx")[:-1]) for c in svg.iter("{http://www.w3.org/2000/svg}circle")]
     assert at == [25, 80]
@@ -256,26 +260,26 @@ def test_dots_stand_where_the_scores_are():
     )
     assert (random, majority) == (["25.00%"], ["30.00%"])
     assert "◇" in "".join(svg.itertext())
-    below = report.dots("CORE", {"base": entry(0, score=-0.02, baseline=0.0)})
+    below = charts.dots("CORE", {"base": entry(0, score=-0.02, baseline=0.0)})
     assert all(0 <= float(x) <= 100 for x in re.findall(r'c?x[12]?="([-\d.]+)%"', below.inner))
 
 
 def test_curves_survive_numbers_that_are_none():
     rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 2.0}]
-    (chart,) = report.curves(rows, "base")
+    (chart,) = charts.curves(rows, "base")
     assert (
         "2 values not finite" in chart.title
         and "nan" not in chart.inner
         and "inf" not in chart.inner
     )
-    assert report.curves([{"step": 1, "loss": math.nan}], "base") == []
-    many = report.curves([{"step": i, "loss": 1 / i} for i in range(1, 100_000)], "base")[0]
+    assert charts.curves([{"step": 1, "loss": math.nan}], "base") == []
+    many = charts.curves([{"step": i, "loss": 1 / i} for i in range(1, 100_000)], "base")[0]
     assert len(many.inner) < 20_000
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-0.02, 0.03), (8.1, 8.3), (1, 1e9), (0, 13_700)])
 def test_ticks_are_few_and_round(low, high):
-    ticks = report._ticks(low, high)
+    ticks = charts.ticks(low, high)
     assert 2 <= len(ticks) <= 6 and all(low <= t <= high for t in ticks)
     assert all(
         len(f"{t:.9g}".strip("-0").replace(".", "").replace("e+0", "").strip("0")) <= 3
@@ -283,50 +287,32 @@ def test_ticks_are_few_and_round(low, high):
     )
 
 
+def plan_rows(folder, files):
+    """The plan's table as {what: (planned, came out)}."""
+    table = sections.plan_table(report.read(put(folder, files)))
+    return {what: tuple(rest) for what, *rest in table.rows}
+
+
 def test_plan_beside_outcome_and_nothing_invented(tmp_path):
-    rows = {row[0]: row[1:] for row in report._plan(report.read(put(tmp_path / "a", FILES)))}
-    assert rows["tokens"] == ("163,840", "163,840") and rows["memory of a step"] == (
-        "not planned",
-        "0.50 GiB",
-    )
-    assert (
-        rows["time of training steps"] == ("not planned", "80 s") and "cost of training" not in rows
-    )
-    results = json.loads(FILES["results.json"]) | {
-        "plan": {
-            "tokens": 163840,
-            "hours": 0.5,
-            "memory_bytes": 2**30,
-            "cost": 1.2,
-            "price_per_hour": 9,
-        }
-    }
-    rows = {
-        row[0]: row[1:]
-        for row in report._plan(
-            report.read(put(tmp_path / "b", FILES | {"results.json": json.dumps(results)}))
-        )
-    }
-    assert rows["time of training steps"] == ("30.0 min", "80 s") and rows["memory of a step"] == (
-        "1.00 GiB",
-        "0.50 GiB",
-    )
+    rows = plan_rows(tmp_path / "a", FILES)
+    assert rows["tokens"] == ("163,840", "163,840")
+    assert rows["memory of a step"] == ("not planned", "0.50 GiB")
+    assert rows["time of training steps"] == ("not planned", "80 s")
+    assert "cost of training" not in rows
+
+    plan = dict(tokens=163840, hours=0.5, memory_bytes=2**30, cost=1.2, price_per_hour=9)
+    results = json.loads(FILES["results.json"]) | {"plan": plan}
+    rows = plan_rows(tmp_path / "b", FILES | {"results.json": json.dumps(results)})
+    assert rows["time of training steps"] == ("30.0 min", "80 s")
+    assert rows["memory of a step"] == ("1.00 GiB", "0.50 GiB")
+    # 80 seconds at nine dollars an hour
     assert rows["cost of training"] == ("$1.20", "$0.20")
-    assert (
-        report._plan(
-            report.read(
-                put(
-                    tmp_path / "c",
-                    {"tokenizer.json": "{}", "results.json": '{"bytes_per_token": 3}'},
-                )
-            )
-        )
-        == []
-    )
-    stopped = FILES | {"metrics.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS[:10])}
-    assert "training stopped at step 10 of 40" in report.verdict(
-        report.read(put(tmp_path / "d", stopped))
-    )
+
+    only_tokenizer = {"tokenizer.json": "{}", "results.json": '{"bytes_per_token": 3}'}
+    assert plan_rows(tmp_path / "c", only_tokenizer) == {}
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS[:10])
+    stopped = put(tmp_path / "d", FILES | {"metrics.jsonl": rows})
+    assert "training stopped at step 10 of 40" in report.verdict(report.read(stopped))
 
 
 def test_every_stage_has_its_curves_and_every_figure_its_text(tmp_path):
@@ -344,46 +330,106 @@ def test_every_stage_has_its_curves_and_every_figure_its_text(tmp_path):
     }
     run = put(tmp_path / "run", files)
     page = Page(report.write(run))
-    assert (
-        "Training: base" in page.text
-        and "Training: sft" in page.text
-        and (run / "plots/report_sft.svg").exists()
-    )
-    assert ["time of sft", "not planned", "80 s"] in [
-        list(row) for row in report._plan(report.read(run))
-    ]
-    rows = report._bits_rows(report.read(run))[1]
+    assert "Training: base" in page.text and "Training: sft" in page.text
+    assert (run / "plots/report_sft.svg").exists()
+    assert ["time of sft", "not planned", "80 s"] in sections.plan_table(report.read(run)).rows
+    rows = sections.bits_table(report.read(run)).rows
     assert [row[:2] for row in rows] == [
         ["tinystories", "all"],
         ["tinystories", "gzip -9"],
         ["tinystories", "xz -9"],
     ]
-    assert (
-        "1.200 bits per byte of unseen tinystories where xz" in page.text
-        and "1 of 100 (7 too short to tell)" in page.text
-    )
+    assert "1.200 bits per byte of unseen tinystories where xz" in page.text
+    assert "1 of 100 (7 too short to tell)" in page.text
+    # one headline, and why the others say something else
+    assert "1.1000 at the end of training and 1.1000 in results.json are the same" in page.text
 
 
-def test_differences_between_stages_are_told(tmp_path):
+def test_differences_between_stages_are_drawn_and_told(tmp_path):
+    tasks = {f"t{i}": entry(50) for i in range(5)}
     files = FILES | {
-        "evals/base.json": json.dumps(record("base", {"a": entry(20), "b": entry(50)})),
+        "evals/base.json": json.dumps(record("base", tasks | {"a": entry(20), "b": entry(80)})),
         "evals/sft.json": json.dumps(
-            record("sft", {"a": entry(90), "b": entry(50), "new": entry(10)})
+            record("sft", tasks | {"a": entry(90), "b": entry(30), "new": entry(10)})
         ),
     }
-    page = Page(report.write(put(tmp_path / "run", files)))
-    assert (
-        "From base to sft" in page.text
-        and "a: sft is better by 70.0 points" in page.text
-        and "b: no difference" in page.text
-    )
-    log = (tmp_path / "run/report.md").read_text().partition("## For the log")[2]
-    assert (
-        "1 of 2 differences are real" in log
-        and "the difference is real" in log
-        and "## 2026-11-21 · Run run" in log
-    )
-    assert "clearly better than guessing on 2 of 3 tasks (most on a: 90.0 %)" in page.text
+    run = put(tmp_path / "run", files)
+    page = Page(report.write(run))
+    assert "From base to sft" in page.text
+    assert "a: sft is better by 70.0 points" in page.text
+    assert "5 differences are no more than chance: t0, t1, t2, t3, t4." in page.text
+    assert (run / "plots/report_differences_sft.svg").exists()
+
+    ((pair, compared),) = sections.differences(report.read(run))
+    assert pair == ("base", "sft")
+    rows = {
+        row[0]: row[1:] for row in sections.differences_section([(pair, compared)]).blocks[3].rows
+    }
+    assert rows["a"][0] == "+70.0 points" and rows["a"][-1] == "yes"
+    assert rows["t0"][-1] == "may be chance"
+
+    log = (run / "report.md").read_text().partition("## For the log")[2]
+    assert "2 of 7 differences are real" in log and "the difference is real" in log
+    assert "## 2026-11-21 · Run run" in log
+
+
+def comparison(label, delta, stderr, p, unit="points", better="higher"):
+    return Comparison(label, delta, stderr, p, 100, "", unit, better, p_adjusted=p)
+
+
+def test_intervals_stand_where_the_differences_are():
+    compared = [
+        comparison("up", 0.10, 0.02, 0.001),
+        comparison("down", -0.10, 0.02, 0.001),
+        comparison("unsure", 0.02, 0.02, 0.3),
+        comparison("bpb/x", -0.2, 0.01, 0.001, "bits per byte", "lower"),
+    ]
+    points, bits = charts.intervals(compared, ("base", "sft"))
+    assert points.title == "sft less base, points (more is better)"
+    assert bits.title == "sft less base, bits per byte (less is better)"
+
+    svg = ElementTree.fromstring(points.svg())
+    space = "{http://www.w3.org/2000/svg}"
+    circles = [(c.get("class"), float(c.get("cx")[:-1])) for c in svg.iter(f"{space}circle")]
+    # the longest end, 13.92 points, stands at 1/1.08 of the half width
+    reach = 100 * (0.10 + 1.96 * 0.02) * 1.08
+    assert circles == [
+        ("better", pytest.approx(50 + 50 * 10 / reach, abs=0.01)),
+        ("worse", pytest.approx(50 - 50 * 10 / reach, abs=0.01)),
+        ("chance", pytest.approx(50 + 50 * 2 / reach, abs=0.01)),
+    ]
+    ends = [
+        (float(line.get("x1")[:-1]), float(line.get("x2")[:-1]))
+        for line in svg.iter(f"{space}line")
+        if line.get("class") == "chance"
+    ]
+    low, high = (50 + 50 * (2 + sign * 1.96 * 2) / reach for sign in (-1, 1))
+    assert ends == [(pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))]
+    text = "".join(svg.itertext())
+    assert "up +10.0" in text and "unsure +2.0 (may be chance)" in text
+    assert "bits per byte of x -0.2000" in "".join(ElementTree.fromstring(bits.svg()).itertext())
+    # fewer bits are better
+    assert 'class="better"' in bits.inner
+
+
+def test_a_guesser_is_not_called_better_than_guessing(tmp_path):
+    # one of eighteen tasks is two standard errors above chance, as happens
+    tasks = {f"t{i}": entry(25) for i in range(17)} | {"lucky": entry(34)}
+    files = FILES | {"evals/base.json": json.dumps(record("base", tasks))}
+    sentence = report.verdict(report.read(put(tmp_path / "a", files)))
+    assert "clearly better than guessing on none of 18 tasks" in sentence
+    # alone on the sheet as far above is another matter
+    tasks["sure"] = entry(60)
+    files = FILES | {"evals/base.json": json.dumps(record("base", tasks))}
+    sentence = report.verdict(report.read(put(tmp_path / "b", files)))
+    assert "on 1 of 19 tasks (most on sure: 60.0 %)" in sentence
+
+
+def test_core_is_in_the_headline(tmp_path):
+    core = {"score": 0.123, "stderr": 0.011, "tasks": {}}
+    files = FILES | {"evals/base.json": json.dumps(record("base", {}, core=core))}
+    sentence = report.verdict(report.read(put(tmp_path / "run", files)))
+    assert "CORE is 0.123 ± 0.011 after stage base" in sentence
 
 
 def test_published_figures_stand_beside_ones_own(tmp_path):
@@ -394,64 +440,113 @@ def test_published_figures_stand_beside_ones_own(tmp_path):
     }
     put(tmp_path / "other", {"evals/sft.json": json.dumps(record("sft", {"ARC-Easy": entry(33)}))})
     put(tmp_path / "broken", {"evals/sft.json": "{"})
-    run = put(
-        tmp_path / "run",
-        FILES | {"evals/base.json": json.dumps(record("base", {"arc_easy": entry(24)}, core=core))},
-    )
+    files = {"evals/base.json": json.dumps(record("base", {"arc_easy": entry(24)}, core=core))}
+    run = put(tmp_path / "run", FILES | files)
     page = Page(report.write(run))
-    heads, rows, sources = report._beside(report.read(run), *report._earlier(run)[:1])
-    table = {}
-    for first, *cells in rows:
-        if isinstance(first, report.Head):
-            table[first] = block = {}
-        else:
-            block[first] = dict(zip(heads[1:], cells))
-    assert (
-        table["CORE"]["GPT-2 1.6B"]["base"] == "25.65"
-        and table["CORE"]["this run"]["base"] == "1.0 ± 0.5"
-    )
-    assert (
-        table["arc_easy"]["run other"]["sft"].startswith("33.0 ±")
-        and table["arc_easy"]["this run"]["sft"] == "—"
-    )
-    assert any(cells["sft"] == "38.76" for cells in table["arc_easy"].values())
-    assert all(
-        any(who in source and len(source) > len(who) + 5 for source in sources)
-        for who in table["CORE"]
-        if who != "this run"
-    )
     assert "Run broken is left out" in page.text and "copa" in page.text
-    partial = record(
-        "base",
-        {},
-        core=core | {"partial": True},
-        chatcore={"score": 0.9, "stderr": 0.01, "tasks": ["arithmetic"]},
-    )
-    whole = record(
-        "sft",
-        {},
-        chatcore={
-            "score": 0.2,
-            "stderr": 0.01,
-            "tasks": ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"],
-        },
-    )
-    rows = report._beside(
-        report.read(put(tmp_path / "part", {"evals/base.json": json.dumps(partial)})), []
-    )[1]
-    assert "this run" in [
-        row[0]
-        for row in report._beside(
-            report.read(put(tmp_path / "all", {"evals/sft.json": json.dumps(whole)})), []
-        )[1]
+
+    beside = sections.beside_table(report.read(run), *earlier_runs(run)[:1])
+    table = {
+        (task, stage): dict(zip(beside.heads[2:], cells)) for task, stage, *cells in beside.rows
+    }
+    assert beside.heads[:3] == ["task", "stage", "this run"]
+    assert table["CORE", "base"]["GPT-2 1.6B"] == "25.65"
+    assert table["CORE", "base"]["this run"] == "1.0 ± 0.5"
+    assert isinstance(table["CORE", "base"]["this run"], Own)
+    assert table["arc_easy", "sft"]["run other"].startswith("33.0 ±")
+    assert table["arc_easy", "sft"]["nanochat d20, 8×H100, 3h51m"] == "38.76"
+    # our column is there where we have no figure too
+    assert table["GSM8K", "rl"]["this run"] == "—"
+
+
+def test_a_part_of_core_is_not_core_and_another_mean_not_chatcore(tmp_path):
+    core = {"score": 0.01, "stderr": 0.005, "tasks": {}, "partial": True}
+    whole = ["arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"]
+
+    def ours(name, **means):
+        evaluated = {"evals/sft.json": json.dumps(record("sft", {}, **means))}
+        table = sections.beside_table(report.read(put(tmp_path / name, evaluated)), [])
+        return {row[0] for row in table.rows if row[2] != "—"}
+
+    assert ours("part", core=core) == set()
+    mean = {"score": 0.2, "stderr": 0.01}
+    assert ours("other", chatcore=mean | {"tasks": ["arithmetic"]}) == set()
+    assert ours("whole", chatcore=mean | {"tasks": whole}) == {"ChatCORE"}
+
+
+def test_samples_keep_their_blanks_and_their_calls(tmp_path):
+    answer = [
+        {"type": "text", "text": "Let me see:"},
+        {"type": "python", "text": "37*85"},
+        {"type": "python_output", "text": "3145"},
+        {"type": "text", "text": "That is  3145."},
     ]
-    # a part of CORE is not CORE, and a mean over other tasks not ChatCORE
-    assert "this run" not in [row[0] for row in rows]
+    said = [dict(prompt="What is 37 times 85?", text="That is  3145.", parts=answer)]
+    continued = [dict(prompt="def f(n):\n", text="    return n\n")]
+    files = FILES | {
+        "evals/base.json": json.dumps(record("base", {}, samples=continued)),
+        "evals/sft.json": json.dumps(record("sft", {}, samples=said)),
+    }
+    run = put(tmp_path / "run", files)
+    page = Page(report.write(run))
+    assert "def f(n):\n    return n\n" in page.text
+    chat = "What is 37 times 85?\nLet me see: [37*85 = 3145] That is  3145."
+    assert chat in page.text and chat in (run / "report.md").read_text()
+    # what the calculator did has a colour
+    assert {("class", "call"), ("class", "answer")} <= set(page.attrs)
+
+
+def test_figures_of_an_earlier_training_are_not_shown_as_this_ones(tmp_path):
+    # measured in 2026, and the training that is in the folder began a day later
+    later = ROWS[0]["time"] + 10**9
+    rows = "".join(json.dumps(row | {"time": later + i}) + "\n" for i, row in enumerate(ROWS[:3]))
+    results = json.loads(FILES["results.json"]) | {"began": ROWS[0]["time"]}
+    files = FILES | {"metrics.jsonl": rows, "results.json": json.dumps(results)}
+    run = put(tmp_path / "run", files)
+    page = Page(report.write(run))
+    assert "bits per byte of unseen" not in page.text and "arc_easy" not in page.text
+    assert "results.json belongs to an earlier training" in page.text
+    assert "evals/base.json was measured before this training began" in page.text
+    # the tokenizer's figures stay
+    assert report.read(run).results == dict(vocab_size=4096, bytes_per_token=3.4)
+
+    # of the same training, all is there
+    same = FILES | {"results.json": json.dumps(results)}
+    assert report.read(put(tmp_path / "same", same)).results["val_bpb"] == 1.1
+
+
+@pytest.mark.parametrize("nothing", ["Infinity", "NaN", "null"])
+def test_no_held_out_text_is_said_and_not_drawn(tmp_path, nothing):
+    results = FILES["results.json"].replace('"val_bpb": 1.1', f'"val_bpb": {nothing}')
+    assert nothing in results
+    run = put(tmp_path / "run", FILES | {"results.json": results})
+    page = Page(report.write(run))
+    assert "there was no held-out text to measure on" in page.text
+    assert (
+        "inf" not in page.text.lower().split() and "bits per byte of unseen stdlib" not in page.text
+    )
+
+
+def test_every_table_has_headings_and_settings_have_labels(tmp_path):
+    run = report.read(put(tmp_path / "run", FILES))
+    for section in sections.sections(run):
+        for block in section.blocks:
+            if block.kind == "table":
+                assert all(block.heads), section.title
+    labels = dict(sections.configuration_section(run).blocks[0].pairs)
+    assert labels["layers"] == str(CONFIG["n_layer"]) and labels["parameters"] == "1,830,000"
+    # nothing is lost: the rest stands by its own name
+    rest = dict(sections.configuration_section(run).blocks[2].pairs)
+    assert len(labels) - 4 + len(rest) >= len(CONFIG) - len(sections.LABELS)
+    assert "n_layer" not in rest and "rope_base" in rest
 
 
 def test_writing_twice_gives_the_same_but_for_its_time(tmp_path):
     run = put(tmp_path / "run", FILES)
-    read = lambda: re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", "", report.write(run).read_text())
+
+    def read():
+        return re.sub(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", "", report.write(run).read_text())
+
     assert read() == read()
 
 
@@ -468,14 +563,17 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path):
             )
         )
     }
-    page = json.dumps(report.write(put(tmp_path / "run", files)).read_text()).replace("</", "<\\/")
+    html = report.write(put(tmp_path / "run", files)).read_text()
+    page = json.dumps(html).replace("</", "<\\/")
     measure = """for (const width of [320, 390, 1280]) {
         const frame = document.createElement('iframe'), size = s => s.getBoundingClientRect()
         frame.style = `border:0;width:${width}px;height:900px`
         frame.srcdoc = page
         frame.onload = () => { const d = frame.contentDocument
-            document.body.append(JSON.stringify({width, needs: d.documentElement.scrollWidth, charts:
-                [...d.querySelectorAll('.charts>div>svg')].map(s => [size(s).width, size(s).height])}), '\\n') }
+            const needs = d.documentElement.scrollWidth
+            document.body.append(JSON.stringify({width, needs, charts:
+                [...d.querySelectorAll('.charts>div>svg')]
+                    .map(s => [size(s).width, size(s).height])}), '\\n') }
         document.body.append(frame) }"""
     (tmp_path / "frames.html").write_text(f"<body><script>const page = {page};{measure}</script>")
     shown = subprocess.run(

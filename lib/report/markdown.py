@@ -1,0 +1,78 @@
+"""A report as Markdown, its charts in files beside it."""
+
+import re
+from collections.abc import Callable
+
+from lib.report.blocks import Own, Section, Table
+from lib.report.record import Run, verdict
+
+
+def markdown(run: Run, sections: list[Section]) -> str:
+    """The whole document."""
+    lines = [f"# {escaped(run.name)}", "", f"**{escaped(verdict(run))}**"]
+    for title, blocks in sections:
+        lines += ["", f"## {escaped(title)}"]
+        for block in blocks:
+            lines += ["", *WRITERS[block.kind](block)]
+    return clean("\n".join(lines).rstrip() + "\n")
+
+
+def clean(text: str) -> str:
+    """Without what a file of text cannot hold or show: control characters, halves of surrogates."""
+    text = text.replace("\r\n", "\n")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def escaped(text) -> str:
+    """One line of text in which no character means anything to Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]<|~&])", r"\\\1", " ".join(str(text).split()))
+
+
+def fenced(text: str, language: str = "text") -> list[str]:
+    """Lines of a code block, its fence longer than any in the text."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, 1 + longest)
+    return [f"{fence}{language}", text, fence]
+
+
+def table_lines(table: Table) -> list[str]:
+    """Lines of a table."""
+    lines = [_row(map(escaped, table.heads)), "|---" * len(table.heads) + "|"]
+    return lines + [_row(map(_cell, row)) for row in table.rows]
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(text: str) -> str:
+    return f"**{escaped(text)}**" if isinstance(text, Own) else escaped(text)
+
+
+def _pairs(block) -> list[str]:
+    return table_lines(Table(["setting", "value"], [list(pair) for pair in block.pairs]))
+
+
+def _charts(block) -> list[str]:
+    return [f"![{escaped(block.name)}](plots/report_{block.name}.svg)"]
+
+
+def _samples(block) -> list[str]:
+    lines = []
+    for who, pieces in block.samples:
+        text = "".join(piece.text for piece in pieces)
+        lines += [f"{who}:", "", *fenced(clean(text)), ""]
+    return lines
+
+
+# how each kind of block is written
+WRITERS: dict[str, Callable[..., list[str]]] = {
+    "heading": lambda block: [f"### {escaped(block.text)}"],
+    "text": lambda block: [escaped(block.text)],
+    "items": lambda block: [f"- {escaped(item)}" for item in block.items],
+    "pairs": _pairs,
+    "table": table_lines,
+    "charts": _charts,
+    "samples": _samples,
+    "code": lambda block: fenced(block.text, "markdown"),
+}

@@ -1,0 +1,672 @@
+"""What the report says: a run's record as sections of blocks, in the order of the page."""
+
+import datetime
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from lib.evals import stats
+from lib.evals.stats import Comparison
+from lib.report import charts, words
+from lib.report.blocks import (
+    Charts,
+    Code,
+    Heading,
+    Items,
+    Own,
+    Pairs,
+    Piece,
+    Sample,
+    Samples,
+    Section,
+    Table,
+    Text,
+    make_section,
+)
+from lib.report.record import (
+    REFERENCES,
+    Run,
+    is_mean,
+    key_of,
+    measured_source,
+    scores_of,
+    steps_done,
+    task_names,
+    text_bits,
+    verdict,
+)
+from lib.report.words import UNKNOWN, duration, gigabytes, is_share, percent, value
+from lib.runs import STAGES
+from lib.train.metrics import column
+
+# samples shown of each stage
+MOST_SAMPLES = 4
+
+# differences told in a sentence; the picture and the table have all of them
+MOST_SENTENCES = 3
+
+
+def sections(run: Run, earlier: Sequence[Run] = (), unread: Sequence[str] = ()) -> list[Section]:
+    """The sections of a report; only those that the run has something for.
+
+    earlier: other runs to compare with; unread: sentences on those that could not be read.
+    """
+    compared = differences(run)
+    everything = [
+        scores_section(run),
+        differences_section(compared),
+        beside_section(run, earlier, unread),
+        core_section(run),
+        make_section("By lm-evaluation-harness", harness_table(run)),
+        bits_section(run),
+        *training_sections(run),
+        make_section("Plan and outcome", plan_table(run)),
+        make_section("Samples", Samples(samples(run))),
+        make_section("How it was measured", measurement_table(run)),
+        make_section("Not measured", Items(not_measured(run))),
+        configuration_section(run),
+        make_section("Environment", Pairs(environment(run))),
+        make_section("For the log", Code(log_entry(run, compared))),
+    ]
+    return [section for section in everything if section.blocks]
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+def scores_section(run: Run) -> Section:
+    """Every task's score by stage, drawn and as a table."""
+    scores = {stage: scores_of(record) for stage, record in run.records.items()}
+    drawn = []
+    for name in task_names(run):
+        stages = {s: e[name] for s, e in scores.items() if name in e and is_share(e[name])}
+        if stages:
+            drawn.append(charts.dots(name, stages, published(name)))
+    legend = (
+        "Dots with 95 % ranges. Dotted line: random answers; dashed line: always the commonest "
+        "answer; ◇: published by others, see below."
+    )
+    units = (
+        "Percent right ± standard error (perplexities: lower is better). CORE and ChatCORE are "
+        "means of scores centred on guessing: 0 is chance, 100 perfect; of a part: over other "
+        "tasks than nanochat's."
+    )
+    return make_section(
+        "Scores",
+        Charts("scores", drawn),
+        Text(legend if drawn else ""),
+        scores_table(run),
+        Text(units if run.records else ""),
+    )
+
+
+def scores_table(run: Run) -> Table:
+    """Every task's score, a column for each stage."""
+    stages = list(run.records)
+    scores = {stage: scores_of(record) for stage, record in run.records.items()}
+    rows = []
+    for name in task_names(run):
+        entries = [scores[stage].get(name) for stage in stages]
+        latest = [entry for entry in entries if entry][-1]
+        rows.append(
+            [
+                name,
+                *map(words.score, entries),
+                percent(latest.get("baseline")),
+                percent(latest.get("majority")),
+                value(latest.get("n")),
+                latest.get("kind", ""),
+            ]
+        )
+    return Table(["task", *stages, "random", "majority", "items", "kind"], rows)
+
+
+def published(name: str) -> list[float]:
+    """Scores that others published of a task."""
+    scores = []
+    for _, _, metrics in REFERENCES:
+        for metric, by_stage in metrics.items():
+            if key_of(metric) == key_of(name):
+                scores += by_stage.values()
+    return scores
+
+
+def differences(run: Run) -> list[tuple[tuple[str, str], dict[str, Comparison]]]:
+    """((stage, the stage after it), their comparisons); CORE as a whole, not by its tasks."""
+    stages = list(run.records)
+    compared = []
+    for before, after in zip(stages, stages[1:]):
+        tasks = run.records[after].get("tasks", {})
+        found = stats.compare(run.records[before], run.records[after], (before, after))
+        whole = {
+            label: comparison
+            for label, comparison in found.items()
+            if tasks.get(label, {}).get("kind") != "core"
+        }
+        if whole:
+            compared.append(((before, after), whole))
+    return compared
+
+
+def differences_section(compared: list[tuple[tuple[str, str], dict[str, Comparison]]]) -> Section:
+    """Differences as a picture, the few that matter in sentences, all of them as a table."""
+    blocks = []
+    for (before, after), comparisons in compared:
+        ordered = stats.differences(comparisons)
+        drawn = charts.intervals(ordered, (before, after))
+        rows = [_difference_row(comparison) for comparison in ordered]
+        blocks += [
+            Heading(f"From {before} to {after}"),
+            Charts(f"differences_{after}", drawn, wide=True),
+            Items(_told(ordered)),
+            Table(["what", "difference", "95 % interval", "p, adjusted", "items", "real"], rows),
+        ]
+    legend = (
+        "Paired tests on the same items, with intervals of 95 %; filled dots are more than chance "
+        "when all comparisons are counted (Holm), hollow ones are not."
+    )
+    return make_section("Is the difference real?", *blocks, Text(legend if compared else ""))
+
+
+def _told(ordered: list[Comparison]) -> list[str]:
+    """The surest few in sentences, and one line for all that may be chance."""
+    sentences = [c.sentence for c in ordered if c.real][:MOST_SENTENCES]
+    rest = [words.comparison_label(c.label) for c in ordered if not c.real]
+    if rest:
+        these = "difference is" if len(rest) == 1 else "differences are"
+        sentences.append(f"{len(rest)} {these} no more than chance: {', '.join(rest)}.")
+    return sentences
+
+
+def _difference_row(c: Comparison) -> list[str]:
+    scale, spec = (100, "+.1f") if c.unit == "points" else (1, "+.4f")
+    low, high = (scale * end for end in c.interval)
+    return [
+        words.comparison_label(c.label),
+        f"{scale * c.delta:{spec}} {c.unit}",
+        f"{low:{spec}} to {high:{spec}}",
+        f"{c.p_adjusted:.2g}" if c.p_adjusted >= 1e-4 else "< 0.0001",
+        value(c.n or None),
+        "yes" if c.real else "may be chance",
+    ]
+
+
+# ---- beside others -------------------------------------------------------------------------------
+
+
+def beside_section(run: Run, earlier: Sequence[Run], unread: Sequence[str]) -> Section:
+    """This run's scores in a column beside those of other runs and published ones."""
+    if not run.records:
+        return Section("Beside others", [])
+    sources = [f"{who}: {source}." for who, source, _ in REFERENCES]
+    scale = (
+        "Percent; published figures come from other models, data and code: a scale to read one's "
+        "own by, not a contest."
+    )
+    table = beside_table(run, earlier)
+    return make_section("Beside others", table, Items([*unread, *sources]), Text(scale))
+
+
+def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
+    """A row for each metric and stage that others have a figure of, a column for each system."""
+    # {(key of the metric, stage): {system: cell}}, and how each metric is called first
+    cells, names = {}, {}
+
+    def put(metric: str, stage: str, system: str, cell: str):
+        key = key_of(metric)
+        names.setdefault(key, metric)
+        cells.setdefault((key, stage), {})[system] = cell
+
+    systems = ["this run"]
+    for other in [run, *earlier]:
+        system = "this run" if other is run else f"run {other.name}"
+        systems.append(system)
+        for stage, record in other.records.items():
+            for name, entry in scores_of(record).items():
+                put(name, stage, system, words.score(entry))
+    for system, _, metrics in REFERENCES:
+        systems.append(system)
+        for name, by_stage in metrics.items():
+            for stage, score in by_stage.items():
+                put(name, stage, system, f"{100 * score:.2f}")
+
+    # what only this run has stands in its own table
+    shown = {row: found for row, found in cells.items() if set(found) != {"this run"}}
+    order = list(STAGES)
+    keys = list(names)
+    rows = sorted(
+        shown,
+        key=lambda row: (not is_mean(names[row[0]]), keys.index(row[0]), order.index(row[1])),
+    )
+    used = [
+        system
+        for system in dict.fromkeys(systems)
+        if system == "this run" or any(system in found for found in shown.values())
+    ]
+    return Table(
+        ["task", "stage", *used],
+        [
+            [
+                names[key],
+                stage,
+                *(_cell(system, shown[key, stage].get(system, UNKNOWN)) for system in used),
+            ]
+            for key, stage in rows
+        ],
+    )
+
+
+def _cell(system: str, text: str) -> str:
+    return Own(text) if system == "this run" else text
+
+
+# ---- other measurements --------------------------------------------------------------------------
+
+
+def core_section(run: Run) -> Section:
+    """The tasks that CORE is made of."""
+    by_stage = {}
+    for stage, record in run.records.items():
+        tasks = (record.get("core") or {}).get("tasks")
+        if tasks:
+            by_stage[stage] = tasks
+    labels = {}
+    for tasks in by_stage.values():
+        labels |= tasks
+
+    rows = []
+    for label, entry in labels.items():
+        entries = [tasks.get(label, {}) for tasks in by_stage.values()]
+        cells = [words.with_error(e.get("accuracy"), e.get("stderr"), 100) for e in entries]
+        rows.append([label, *cells, percent(entry.get("baseline")), value(entry.get("n"))])
+    table = Table(["task", *by_stage, "random", "items"], rows)
+    return make_section("CORE, task by task", table)
+
+
+def harness_table(run: Run) -> Table:
+    """Metrics of lm-evaluation-harness as it names them, "acc,none" and so on."""
+    rows = []
+    for stage, found in run.harness.items():
+        samples_of = found.get("n-samples", {})
+        for task, metrics in found.get("results", {}).items():
+            items = value(samples_of.get(task, {}).get("effective"))
+            for name, figure in metrics.items():
+                metric, _, by = name.partition(",")
+                if not isinstance(figure, float) or metric.endswith("_stderr"):
+                    continue
+                error = metrics.get(f"{metric}_stderr,{by}")
+                error = error if isinstance(error, float) else None
+                rows.append(
+                    [task, stage, metric, words.with_error(figure, error, spec=".4f"), items]
+                )
+    return Table(["task", "stage", "metric", "value", "items"], rows)
+
+
+def bits_section(run: Run) -> Section:
+    """The headline bits per byte, by kind of text, and why other figures of the run differ."""
+    meaning = (
+        "How many bits a byte of unseen text costs, ± standard error: lower is better, whatever "
+        "the vocabulary."
+    )
+    return make_section(
+        "Bits per byte",
+        bits_table(run),
+        Text(meaning if text_bits(run) else ""),
+        Text(other_bits(run)),
+    )
+
+
+def bits_table(run: Run) -> Table:
+    """By text and kind, a column for each stage; and what file compressors need."""
+    by_source = text_bits(run)
+    stages = [s for s in STAGES if any(s in by_stage for by_stage in by_source.values())]
+    rows = []
+    for source, by_stage in by_source.items():
+        measured = [by_stage.get(stage, {}) for stage in stages]
+        rows.append([source, "all", *map(words.bits, measured), _size(measured)])
+        rows += _kind_rows(measured)
+    for key, label in (("gzip_bpb", "gzip -9"), ("xz_bpb", "xz -9")):
+        packed = run.results.get(key)
+        if rows and packed:
+            rest = [""] * (len(stages) - 1)
+            size = value(run.results.get("val_bytes"))
+            rows.append([measured_source(run), label, f"{packed:.4f}", *rest, size])
+    return Table(["text", "kind", *stages, "bytes"], rows)
+
+
+def _kind_rows(measured: list[dict]) -> list[list[str]]:
+    """Rows of the kinds of one text, where it has several."""
+    kinds = {}
+    for entry in measured:
+        kinds |= entry.get("kinds", {})
+    if len(kinds) < 2:
+        return []
+    rows = []
+    for kind in kinds:
+        cells = [entry.get("kinds", {}).get(kind, {}) for entry in measured]
+        rows.append(["", kind, *map(words.bits, cells), _size(cells)])
+    return rows
+
+
+def _size(measured: list[dict]) -> str:
+    return value(next((entry["bytes"] for entry in measured if entry.get("bytes")), None))
+
+
+def other_bits(run: Run) -> str:
+    """Why the curve of training and results.json say something else than the table; "" if not."""
+    headline = [m for by_stage in text_bits(run).values() for m in by_stage.values()]
+    if not run.records or not headline:
+        return ""
+    _, curve = column(run.curves.get("base", []), "val_bpb")
+    others = []
+    if curve and words.is_finite(curve[-1]):
+        others.append(f"{curve[-1]:.4f} at the end of training")
+    in_results = run.results.get("val_bpb")
+    if in_results is not None and in_results != headline[0].get("bpb"):
+        others.append(f"{in_results:.4f} in results.json")
+    if not others:
+        return ""
+    return (
+        f"The first line is this model's figure. {' and '.join(others).capitalize()} are the same "
+        "measure on another part of the text, in rows that hold pieces of several documents; the "
+        "table reads each document from its own beginning."
+    )
+
+
+def training_sections(run: Run) -> list[Section]:
+    """The curves of each stage."""
+    return [
+        make_section(f"Training: {stage}", Charts(stage, charts.curves(rows, stage)))
+        for stage, rows in run.curves.items()
+    ]
+
+
+# ---- plan and outcome ----------------------------------------------------------------------------
+
+
+def plan_table(run: Run) -> Table:
+    """What was planned beside what came out, of whatever is recorded."""
+    rows = [
+        _steps_row(run),
+        _tokens_row(run),
+        *_time_rows(run),
+        _memory_row(run),
+        _cost_row(run),
+    ]
+    known = [
+        [what, planned or "not planned", outcome or "not recorded"]
+        for what, planned, outcome in rows
+        if planned or outcome
+    ]
+    return Table(["what", "planned", "came out"], known)
+
+
+def _count(x) -> str | None:
+    return f"{x:,}" if x else None
+
+
+def _steps_row(run: Run) -> tuple:
+    done, asked = steps_done(run)
+    if not run.curves:
+        return "steps", None, None
+    return "steps", _count(asked), _count(done)
+
+
+def _tokens_row(run: Run) -> tuple:
+    done, asked = steps_done(run)
+    batch = run.config.get("total_batch_size", 0)
+    planned = run.results.get("plan", {}).get("tokens") or asked * batch
+    return "tokens", _count(planned), _count(done * batch)
+
+
+def _hours(run: Run) -> dict[str, float]:
+    """{stage: hours of its steps}."""
+    return {
+        stage: sum(filter(words.is_finite, column(rows, "step_time")[1])) / 3600
+        for stage, rows in run.curves.items()
+    }
+
+
+def _time_rows(run: Run) -> list[tuple]:
+    rows = []
+    planned = run.results.get("plan", {}).get("hours")
+    hours = {"base": 0.0} | _hours(run)
+    for stage, spent in hours.items():
+        what = "time of training steps" if stage == "base" else f"time of {stage}"
+        plan = duration(planned * 3600) if planned and stage == "base" else None
+        rows.append((what, plan, duration(spent * 3600) if spent else None))
+    return rows
+
+
+def _memory_row(run: Run) -> tuple:
+    planned = run.results.get("plan", {}).get("memory_bytes")
+    used = run.results.get("step_memory_bytes")
+    texts = [None if size is None else gigabytes(size) for size in (planned, used)]
+    return "memory of a step", *texts
+
+
+def _cost_row(run: Run) -> tuple:
+    plan = run.results.get("plan", {})
+    rate = plan.get("price_per_hour", run.results.get("price_per_hour"))
+    spent = _hours(run).get("base", 0)
+    cost = run.results.get("cost")
+    if cost is None and rate and spent:
+        cost = spent * rate
+    texts = [None if money is None else f"${money:.2f}" for money in (plan.get("cost"), cost)]
+    return "cost of training", *texts
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+def samples(run: Run) -> list[Sample]:
+    """What each stage wrote: its calls of tools too, where they were kept."""
+    shown = []
+    if "base" not in run.records or not run.records["base"].get("samples"):
+        for text in run.results.get("samples", [])[:MOST_SAMPLES]:
+            shown.append(Sample("base", [Piece("text", str(text))]))
+    for stage, record in run.records.items():
+        for entry in record.get("samples", [])[:MOST_SAMPLES]:
+            shown.append(Sample(stage, _pieces(stage, entry)))
+    return shown
+
+
+def _pieces(stage: str, entry: dict) -> list[Piece]:
+    """The prompt and what follows: an answer of a chat stands on a line of its own."""
+    prompt = entry.get("prompt", "")
+    pieces = [Piece("prompt", prompt)] if prompt else []
+    if prompt and stage != "base":
+        pieces.append(Piece("text", "\n"))
+    parts = entry.get("parts")
+    if not isinstance(parts, list):
+        return [*pieces, Piece("text", entry.get("text", ""))]
+    for part in parts:
+        kind = {"python": "call", "python_output": "answer"}.get(part.get("type"), "text")
+        text = {"call": " [{}", "answer": " = {}] ", "text": "{}"}[kind]
+        pieces.append(Piece(kind, text.format(part.get("text", ""))))
+    return pieces
+
+
+# ---- how and with what ---------------------------------------------------------------------------
+
+
+def measurement_table(run: Run) -> Table:
+    """On how many items, for how long, with what overlap each task was measured."""
+    rows = []
+    for stage, record in run.records.items():
+        for name, entry in record.get("tasks", {}).items():
+            seconds, speed = entry.get("seconds"), entry.get("per_second")
+            rows.append(
+                [
+                    stage,
+                    name,
+                    value(entry.get("n")),
+                    value(entry.get("limit")),
+                    value(entry.get("seed", record.get("seed"))),
+                    UNKNOWN if seconds is None else duration(seconds),
+                    UNKNOWN if speed is None else words.short(speed),
+                    value(entry.get("truncated")),
+                    _overlap(entry.get("contamination")),
+                ]
+            )
+    heads = ["stage", "task", "items", "limit", "seed", "time", "items/s", "cut prompts"]
+    return Table([*heads, "seen in training"], rows)
+
+
+def _overlap(contamination: dict | None) -> str:
+    if not contamination:
+        return UNKNOWN
+    text = f"{contamination['overlapping']} of {contamination['n']}"
+    if contamination.get("short"):
+        text += f" ({contamination['short']} too short to tell)"
+    return text
+
+
+def not_measured(run: Run) -> list[str]:
+    """What is missing, and why."""
+    stages_of = {}
+    for stage, record in run.records.items():
+        for task, why in record.get("skipped", {}).items():
+            stages_of.setdefault((task, why), []).append(stage)
+    skipped = [f"{task} ({', '.join(stages)}): {why}" for (task, why), stages in stages_of.items()]
+    return [*run.notes, *skipped]
+
+
+# settings of a model and a training that a reader looks for, in their own words
+LABELS = {
+    "n_layer": "layers",
+    "n_embd": "width",
+    "n_head": "query heads",
+    "n_kv_head": "key/value heads",
+    "head_dim": "head width",
+    "mlp": "mlp",
+    "mlp_dim": "mlp width",
+    "vocab_size": "vocabulary",
+    "sequence_len": "tokens in a row",
+    "window_pattern": "attention windows",
+    "total_batch_size": "tokens in a step",
+    "microbatch": "rows at once",
+    "num_steps": "steps planned",
+    "optimizer": "optimizer",
+    "matrix_lr": "rate of matrices",
+    "embedding_lr": "rate of embeddings",
+    "compute_dtype": "computed in",
+    "attention": "attention by",
+    "remat": "recomputed in backward",
+    "seed": "seed",
+}
+RESULT_LABELS = {
+    "preset": "preset",
+    "source": "trained on",
+    "params": "parameters",
+    "bytes_per_token": "bytes per token",
+    "devices": "devices",
+    "sharding": "shared by",
+    "compile_seconds": "seconds to compile",
+}
+
+
+def configuration_section(run: Run) -> Section:
+    """What a reader looks for by its label, then all other settings by the names they go by."""
+    pairs = [
+        (label, value(run.results[key]))
+        for key, label in RESULT_LABELS.items()
+        if run.results.get(key) is not None
+    ]
+    if "vocab_size" in run.results and "vocab_size" not in run.config:
+        pairs.append(("vocabulary", f"{run.results['vocab_size']:,}"))
+    for key, label in LABELS.items():
+        if key in run.config:
+            pairs.append((label, value(run.config[key])))
+    rest = [(key, value(x)) for key, x in run.config.items() if key not in LABELS]
+    names = Heading("Other settings, by the names that overrides take")
+    return make_section("Configuration", Pairs(pairs), *([names, Pairs(rest)] if rest else []))
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """Which machine, versions and checkpoints the figures come from."""
+    results = run.results
+    pairs = [
+        ("trained on", results.get("device")),
+        ("trained with jax", results.get("jax")),
+        ("trained with python", results.get("python")),
+        ("trained from commit", results.get("commit")),
+    ]
+    for stage, record in run.records.items():
+        pairs.append((f"{stage} measured", _measured_with(record)))
+    now = datetime.datetime.now(datetime.UTC)
+    written = f"{now:%Y-%m-%d %H:%M} UTC, python {platform.python_version()}, jax {jax.__version__}"
+    commit = commit_id()
+    if commit:
+        written += f", commit {commit}"
+    return [(name, str(text)) for name, text in [*pairs, ("report written", written)] if text]
+
+
+def _measured_with(record: dict) -> str:
+    parts = [
+        record.get("checkpoint"),
+        record.get("device"),
+        f"jax {record['jax']}" if "jax" in record else None,
+        f"seed {record['seed']}" if "seed" in record else None,
+        record.get("time"),
+    ]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def commit_id() -> str:
+    """The commit of this code, "-dirty" behind it if changed since; "" without git."""
+    if not shutil.which("git"):
+        return ""
+    describe = ["describe", "--always", "--dirty", "--exclude", "*"]
+    asked = subprocess.run(
+        ["git", "-C", Path(__file__).parent, *describe], capture_output=True, text=True
+    )
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
+# ---- for the log ---------------------------------------------------------------------------------
+
+
+def log_entry(run: Run, compared: list[tuple[tuple[str, str], dict[str, Comparison]]]) -> str:
+    """What belongs into a LOG: date, setting, outcome, the scores."""
+    from lib.report.markdown import table_lines
+
+    lines = [f"## {_last_day(run)} · Run {run.name}", "", verdict(run)]
+    setting = _setting(run)
+    if setting:
+        lines += ["", "; ".join(setting) + "."]
+    for table in (bits_table(run), scores_table(run)):
+        if table.rows:
+            lines += ["", *table_lines(table)]
+    for (before, after), comparisons in compared:
+        real = [c.sentence for c in comparisons.values() if c.real]
+        count = f"{len(real)} of {len(comparisons)} differences are real."
+        lines += ["", f"From {before} to {after}, {count}", *(f"- {s}" for s in real)]
+    return "\n".join(lines)
+
+
+def _setting(run: Run) -> list[str]:
+    """The model, the preset and the machine in a few words."""
+    config, results, parts = run.config, run.results, []
+    if "n_layer" in config:
+        shape = f"{config['n_layer']} layers × {config['n_embd']}"
+        parts.append(f"{shape}, vocabulary {config['vocab_size']:,}, {config['optimizer']}")
+    if "preset" in results:
+        parts.append(str(results["preset"]))
+    if "device" in results and "jax" in results:
+        parts.append(f"{results['device']}, jax {results['jax']}")
+    return parts
+
+
+def _last_day(run: Run) -> str:
+    """The day on which something was measured or trained last."""
+    days = [record["time"][:10] for record in run.records.values() if record.get("time")]
+    for rows in run.curves.values():
+        if rows and "time" in rows[-1]:
+            end = datetime.datetime.fromtimestamp(rows[-1]["time"], datetime.UTC)
+            days.append(f"{end:%Y-%m-%d}")
+    return max(days, default="undated")
