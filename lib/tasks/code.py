@@ -3,6 +3,9 @@ question.
 """
 
 import re
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
 
 from lib.sandbox import run_python
 
@@ -23,22 +26,66 @@ def humaneval(row: dict, id: str) -> dict:
     )
 
 
-def program_of(text: str) -> str:
-    """The code of an answer: its first fenced block, closed or not, else all of it."""
+class Block(NamedTuple):
+    """A block of code in an answer. language: the first word behind its fence, in lower case."""
+
+    language: str
+    code: str
+
+
+def code_blocks(text: str) -> list[Block]:
+    """The fenced blocks of a text as Markdown reads them, in order; the last may be left open.
+
+    Fences of backticks or tildes, in lists and quotations, and, unlike in Markdown, however far
+    they are indented.
+    """
+    # a fence far to the right would go on with the paragraph above it
+    text = re.sub(r"(?m)^(?=(?: {4}|\t)[ \t]*(?:```|~~~))", "\n", text)
+    # blocks that are code by their indentation alone are nothing that a model writes
+    tokens = MarkdownIt("commonmark").disable("code").parse(text)
+    blocks = []
+    for token in tokens:
+        if token.type == "fence":
+            words = token.info.lower().split()
+            blocks.append(Block(words[0] if words else "", token.content))
+    return blocks
+
+
+def defines(code: str, name: str) -> bool:
+    """Whether a program defines a function of that name."""
+    return re.search(rf"^(async )?def {re.escape(name)}\b", code, re.M) is not None
+
+
+def program_of(text: str, entry_point: str = "") -> str:
+    """The code of an answer: the block that defines the function asked for.
+
+    Else the first block that is of no other language than Python; without blocks all of it.
+    """
     text = re.sub(r"<\|\w+\|>", "", text)
-    fenced = re.search(r"```(?:[Pp]ython[3]?|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.S)
-    return fenced[1] if fenced else text
+    blocks = code_blocks(text)
+    if not blocks:
+        return text
+    if entry_point:
+        for block in blocks:
+            if defines(block.code, entry_point):
+                return block.code
+    for block in blocks:
+        if not block.language or block.language.startswith("py"):
+            return block.code
+    return blocks[0].code
 
 
 def grade_humaneval(item: dict, text: str) -> bool:
     """Whether the program passes the item's tests in the sandbox.
 
     The prompt stays in front of it whole, with its imports and helper functions: an answer that
-    defines the function asked for replaces the unfinished one, any other is taken for its body.
+    defines the function asked for replaces the unfinished one, any other is taken for its body. As
+    in the official check the program is not the main one, so that a main part, which may ask for
+    input or leave, does not run.
     """
-    code = program_of(text)
-    defines = re.search(rf"^(async )?def {re.escape(item['entry_point'])}\b", code, re.M)
+    code = program_of(text, item["entry_point"])
     program = item["prompt"] + code
-    if defines:
+    if defines(code, item["entry_point"]):
         program = item["prompt"].rstrip() + "\n    pass\n\n" + code
-    return run_python(f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n").ok
+    tested = f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n"
+    return run_python(tested, name="solution").ok
