@@ -108,8 +108,8 @@ def python_kinds(text: str) -> Iterator[Span]:
     """
     docstrings = _docstring_lines(text)
     begins = list(itertools.accumulate(map(len, io.StringIO(text)), initial=0))
-    opened = None  # the first token of a string that is made of several, as f-strings are
-    depth = 0
+    # where a string began that is made of several tokens, as f-strings are; how many are open
+    opened = depth = 0
     for token in _tokens(text):
         start = begins[token.start[0] - 1] + token.start[1]
         end = begins[token.end[0] - 1] + token.end[1]

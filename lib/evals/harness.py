@@ -9,7 +9,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lib.data.speech import said
 from lib.evals import likelihood, questions, records
@@ -259,7 +259,8 @@ def evaluate(
             "folder of its YAML as include_path"
         )
     batch_size = options.pop("batch_size", None) or 32
-    model = register()(run.name, stage, ckpt, str(run.parent), batch_size)
+    rawchat: Any = register()
+    model = rawchat(run.name, stage, ckpt, str(run.parent), batch_size)
     try:
         results = lm_eval.simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, **options

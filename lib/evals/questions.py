@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lib.config import Config
 from lib.data.speech import said
+from lib.data.tokenizer import Tokenizer
 from lib.evals import likelihood, stats
 from lib.evals.bits import token_losses
 from lib.evals.errors import evaluating, named
@@ -180,7 +181,7 @@ class Job:
     items: list[dict]
     ask: Answers
     config: Config
-    tokenizer: object
+    tokenizer: Tokenizer
     settings: Questions
     bar: tqdm
 
@@ -445,16 +446,22 @@ def _generate(job: Job) -> dict:
         dict(id=item["id"], correct=count / n, text=text[:TEXT_CHARS])
         for item, count, text in zip(job.items, counts, texts)
     ]
-    more = dict(max_tokens=max_tokens, temperature=settings.temperature, samples=n)
-    if n > 1:
-        more["pass_at"] = _pass_at(n, counts)
-    correct = [item["correct"] for item in items]
-    truncated = sum(cut for _, cut in prompts)
-    return _accuracy(job, correct, truncated=truncated, items=items, **more)
+    entry = _accuracy(
+        job,
+        [count / n for count in counts],
+        truncated=sum(cut for _, cut in prompts),
+        items=items,
+        max_tokens=max_tokens,
+        temperature=settings.temperature,
+        samples=n,
+    )
+    return entry | dict(pass_at=_pass_at(n, counts)) if n > 1 else entry
 
 
 def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[str], list[int]]:
     """(what was said in the first sample, how many samples were right) of each item."""
+    if job.task.grade is None:
+        raise UserError(f"task {job.name} has no way to grade what a model writes")
     texts, grades = [""] * len(job.items), [[] for _ in job.items]
     at_work = {}
     # a program's tests run while others are written
@@ -636,16 +643,16 @@ def evaluate(
     chosen = find(names, tasks() if known is None else known)
     # downloads side by side, and waiting for no network only once
     with ThreadPoolExecutor(8) as pool:
-        loaded = pool.map(lambda task: items_or_reason(task, questions.limit), chosen.values())
-        loaded = dict(zip(chosen, loaded))
-    skipped = {name: items for name, items in loaded.items() if isinstance(items, str)}
+        results = pool.map(lambda task: items_or_reason(task, questions.limit), chosen.values())
+        results = dict(zip(chosen, results))
+    skipped = {name: why for name, why in results.items() if isinstance(why, str)}
+    loaded = {name: items for name, items in results.items() if not isinstance(items, str)}
     if progress:
         for name, why in skipped.items():
             tqdm.write(f"{name:20} skipped: {why}")
     ask = answers or model_answers(params, config, tokenizer, questions.batch)
     entries = {}
-    for name in [name for name in chosen if name not in skipped]:
-        items = loaded[name]
+    for name, items in loaded.items():
         if questions.shuffle:
             items = [_mixed(item, questions.seed) for item in items]
         hidden_bar = None if progress else True
@@ -663,7 +670,8 @@ def evaluate(
 def _measured(job: Job) -> dict:
     """The entry of one task, with the time that it took."""
     clock = time.perf_counter()
-    entry = choose("kind of task", job.task.kind, KINDS)(job)
+    choose("kind of task", job.task.kind, KINDS)
+    entry = KINDS[job.task.kind](job)
     seconds = time.perf_counter() - clock
     return dict(
         kind=job.task.kind,

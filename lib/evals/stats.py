@@ -118,7 +118,7 @@ def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> t
     score = float(np.mean([t["centered"] for t in known.values()]))
     rng, variance = np.random.default_rng(seed), 0.0
     for outcomes in _questions({label: t for label, t in known.items() if t.get("items")}):
-        total = sum(outcomes.values())
+        total = np.sum(list(outcomes.values()), axis=0)
         if total.std() == 0:  # nothing to resample: all right or all wrong
             variance += sum(_own_variance(known[label]) for label in outcomes)
         elif len(outcomes) == 1:
@@ -212,7 +212,8 @@ def above_guessing(tasks: dict[str, dict]) -> dict[str, float]:
 
     tasks: entries of a record, of which those with a baseline are looked at. Exact binomial tests,
     adjusted for their number, so that a guesser is called better than that on any task in a
-    twentieth of the reports at most. Shares of ties are rounded down.
+    twentieth of the reports at most. Shares of ties are rounded down. Where guessing is never right
+    (an answer in one's own words) one lucky answer of all is allowed for.
     """
     p = {}
     for label, task in tasks.items():
@@ -220,7 +221,8 @@ def above_guessing(tasks: dict[str, dict]) -> dict[str, float]:
             continue
         # rounding of a mean must not take a point away
         right = math.floor(task["score"] * task["n"] + 1e-6)
-        p[label] = binomial_test(right, task["n"], task["baseline"])
+        chance = max(task["baseline"], 1 / task["n"])
+        p[label] = binomial_test(right, task["n"], chance)
     return adjusted(p)
 
 
@@ -369,9 +371,9 @@ def _compare_nats(label: str, first: list[dict], second: list[dict]) -> Comparis
     """
     units = {"bytes": ("bits per byte", 1 / math.log(2)), "tokens": ("nats per token", 1.0)}
     for key, (unit, scale) in units.items():
-        sizes = [item.get(key) for item in first]
-        same = sizes == [item.get(key) for item in second] and None not in sizes
-        if same and sum(sizes):
+        known = all(key in item for item in first + second)
+        sizes = [item[key] for item in first] if known else []
+        if sum(sizes) and sizes == [item[key] for item in second]:
             d = np.array([y["nats"] - x["nats"] for x, y in zip(first, second)]) * scale
             delta, stderr = ratio(d, sizes)
             return Comparison(

@@ -573,7 +573,8 @@ def run(order, status):
         e.__traceback__ = None  # frees what the frames hold
         word, detail, leave = "memory", "", "MemoryError"
     except BaseException as e:
-        e.__traceback__ = e.__traceback__.tb_next  # without this frame
+        frames = e.__traceback__
+        e.__traceback__ = frames and frames.tb_next  # without this one
         sys.__excepthook__(type(e), e, e.__traceback__)
         name = type(e).__name__
         word, detail, leave = "error", f"{name}: {e}" if str(e) else name, 1

@@ -239,9 +239,10 @@ def _start(stack: contextlib.ExitStack, order: dict, stdin: str):
         )
     finally:
         os.close(status_w)
-    stack.enter_context(process.stdout)
-    stack.enter_context(process.stderr)
-    return process, {"status": status, "stdout": process.stdout, "stderr": process.stderr}
+    pipes = {"status": status, "stdout": process.stdout, "stderr": process.stderr}
+    for pipe in (process.stdout, process.stderr):
+        stack.callback(lambda pipe=pipe: pipe and pipe.close())
+    return process, pipes
 
 
 def _end(process: subprocess.Popen) -> None:
