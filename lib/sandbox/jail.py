@@ -1,8 +1,8 @@
 """What runs in the child process of lib.sandbox: it walls itself in, then runs the program.
 
 A script of its own, importing next to nothing, because it starts once per program. What the walls
-keep out is told at `lib.sandbox.run_python`. Every function here raises OSError where the kernel
-refuses; the parent then does without that wall, for all programs alike.
+keep out is told in programs.py. Every function here raises OSError where the kernel refuses; the
+parent then does without that wall, for all programs alike.
 """
 
 import ctypes

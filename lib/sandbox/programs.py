@@ -1,4 +1,35 @@
-"""Running Python that nobody has read: in a process of its own, behind the walls of jail.py."""
+"""Running Python that nobody has read: in a process of its own, behind the walls of jail.py.
+
+What is kept out, by layer (`available()` says which this machine has; what the kernel refuses
+is left out for all programs):
+
+always       Environment scrubbed; own temporary folder, deleted afterwards (unless the caller
+             is killed); standard input never the caller's; descriptors, size of one file and
+             processor time limited; killed as a process group when time is up, when it prints
+             too much, and at its end. Linux: address space limited, capabilities dropped, dies
+             with its caller; run as root it becomes a user that nothing else belongs to, if
+             such a one can read Python.
+namespaces   (Linux, where root or users may make them) A file system of Python's library, the
+             shared libraries and four devices, read-only, and its own folder, in memory and
+             limited in size; no network devices; no other process to be seen or signalled; all
+             of its processes end with the first, and their number is limited.
+landlock     (Linux 5.13 and later) Opens only the same files; of others it can still learn
+             whether they exist. From 6.7 on no TCP, from 6.12 on no signals to others.
+seccomp      (Linux on x86_64 and aarch64) One process with threads: no other processes or
+             programs, so nothing can outlive it; no sockets but pairs of its own; no signals,
+             tracing, limits or priorities of other processes, and no descriptor that signals
+             them; no shared memory that stays; none of the kernel's administrative calls.
+
+With seccomp and one of the other two a program can't read the caller's files (/etc/passwd,
+keys) or environment, reach the network, touch other processes or leave anything behind. Not
+kept out even then: bugs in the kernel, timing and other side channels, a processor per thread
+and `memory` until time is up; and, without namespaces, filling the disk with many files until
+then. With seccomp alone it can read and write what you (or, as root, everybody) can. With no
+layer at all (macOS, old kernels) it runs with your rights: it can read and delete your files,
+use the network, signal your processes. There it can start no other process and on Linux no
+thread either, unless you are root; and on macOS its memory isn't limited. Only run what you
+trust like that.
+"""
 
 import contextlib
 import functools
@@ -84,36 +115,7 @@ def run_python(
     tests appended to it still can, as both share one interpreter; read ok as "an honest program is
     right". Raises UserError for senseless limits or a system that is neither Linux nor macOS, and
     OSError where a process can't be started or walled in; never because of what the program does.
-
-    What is kept out, by layer (`available()` says which this machine has; what the kernel refuses
-    is left out for all programs):
-
-    always       Environment scrubbed; own temporary folder, deleted afterwards (unless the caller
-                 is killed); standard input never the caller's; descriptors, size of one file and
-                 processor time limited; killed as a process group when time is up, when it prints
-                 too much, and at its end. Linux: address space limited, capabilities dropped, dies
-                 with its caller; run as root it becomes a user that nothing else belongs to, if
-                 such a one can read Python.
-    namespaces   (Linux, where root or users may make them) A file system of Python's library, the
-                 shared libraries and four devices, read-only, and its own folder, in memory and
-                 limited in size; no network devices; no other process to be seen or signalled; all
-                 of its processes end with the first, and their number is limited.
-    landlock     (Linux 5.13 and later) Opens only the same files; of others it can still learn
-                 whether they exist. From 6.7 on no TCP, from 6.12 on no signals to others.
-    seccomp      (Linux on x86_64 and aarch64) One process with threads: no other processes or
-                 programs, so nothing can outlive it; no sockets but pairs of its own; no signals,
-                 tracing, limits or priorities of other processes, and no descriptor that signals
-                 them; no shared memory that stays; none of the kernel's administrative calls.
-
-    With seccomp and one of the other two a program can't read the caller's files (/etc/passwd,
-    keys) or environment, reach the network, touch other processes or leave anything behind. Not
-    kept out even then: bugs in the kernel, timing and other side channels, a processor per thread
-    and `memory` until time is up; and, without namespaces, filling the disk with many files until
-    then. With seccomp alone it can read and write what you (or, as root, everybody) can. With no
-    layer at all (macOS, old kernels) it runs with your rights: it can read and delete your files,
-    use the network, signal your processes. There it can start no other process and on Linux no
-    thread either, unless you are root; and on macOS its memory isn't limited. Only run what you
-    trust like that.
+    What the walls keep out, and what they do not, stands at the top of this file.
     """
     limits = Limits(timeout, memory, output)
     _check(code, limits)

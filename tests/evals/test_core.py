@@ -110,9 +110,13 @@ def test_losses_and_decisions_are_the_reference_s(golden, measured, number):
 
 
 def test_results_are_the_reference_s(golden, t, tokenizer, bundle, measured):
-    cut = core.evaluate(
-        core.scorer(t[1], t[0], tokenizer), tokenizer, bundle, limit=4, report=lambda line: None
-    )
+    lines = []
+    scorer = core.scorer(t[1], t[0], tokenizer)
+    cut = core.evaluate(scorer, tokenizer, bundle, limit=4, report=lines.append)
+    # a line for each task, and the sum of them all
+    assert len(lines) == len(cut["tasks"]) + 1
+    assert lines[-1].startswith(f"CORE {cut['core']['score']:.4f} ± {cut['core']['stderr']:.4f}")
+    assert lines[-1].endswith("of a part of the benchmark")
     for got, want in ((measured[0], golden["results"]), (cut, golden["results_max_per_task_4"])):
         tasks = got["core"]["tasks"]
         assert {k: v["accuracy"] for k, v in tasks.items()} == pytest.approx(

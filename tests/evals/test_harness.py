@@ -329,6 +329,47 @@ def test_bad_requests_are_refused_before_the_model_runs(folder, lm):
         harness.evaluate(folder, ["gone"], include_path=folder / "tasks", defaults=False)
 
 
+def test_what_was_called_is_not_handed_to_lm_eval(lm, monkeypatch):
+    special = TOKENIZER.special
+    call = [special["<|python_start|>"], *TOKENIZER.encode("one"), special["<|python_end|>"]]
+    written = [*TOKENIZER.encode("the"), *call, *TOKENIZER.encode("cat")]
+
+    def texts(prompts, samplings):
+        # in another order than they were asked in
+        for i in reversed(range(len(prompts))):
+            yield i, None
+            yield i, written if i else TOKENIZER.encode("sat")
+
+    monkeypatch.setattr(lm, "answers", lm.answers._replace(texts=texts))
+    assert ask(lm, "generate_until", ("a", {}), ("b", {})) == ["sat", "the cat"]
+
+
+def test_a_second_measurement_adds_to_the_first(tmp_path, results):
+    def measured(names, **config):
+        """The results as if only some tasks had been measured, with these settings."""
+        parts = {
+            part: {name: results[part][name] for name in names if name in results[part]}
+            for part in harness.BY_TASK
+            if part in results
+        }
+        return results | parts | dict(config=results["config"] | config)
+
+    def kept(names, **config):
+        return json.loads(harness.write(tmp_path, measured(names, **config)).read_text())
+
+    first = kept(["choose", "write"], limit=None)
+    both = kept(["read", "choose"], limit=3)
+    assert set(both["results"]) == set(both["n-samples"]) == {"choose", "write", "read"}
+    assert both["results"]["write"] == first["results"]["write"]
+    assert {name: m["limit"] for name, m in both["measured"].items()} == dict(
+        choose=3, write=None, read=3
+    )
+    assert all(m["time"].endswith("Z") for m in both["measured"].values())
+    # of another checkpoint: nothing of the old one stays
+    other = kept(["read"], step=2)
+    assert set(other["results"]) == set(other["measured"]) == {"read"}
+
+
 def test_results_are_kept_for_the_report(folder, results):
     kept = json.loads(harness.write(folder, results).read_text())
     assert (folder / "evals" / "lm_eval_base.json").exists() and "samples" not in kept

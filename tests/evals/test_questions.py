@@ -366,10 +366,61 @@ def test_samples_and_pass_at_k(params):
     entry = run(params, ["t"], table, limit=None, temperature=1.0, samples=6)["tasks"]["t"]
     shares = [item["correct"] for item in entry["items"]]
     assert list(entry["pass_at"]) == ["1", "2", "5", "6"] and 0 < np.mean(shares) < 1
+    # samples of one item differ
+    assert any(0 < share < 1 for share in shares)
     assert entry["score"] == pytest.approx(np.mean(shares)) and entry["pass_at"]["1"][
         "score"
     ] == pytest.approx(np.mean(shares))
     assert entry["pass_at"]["6"]["score"] == pytest.approx(np.mean([share > 0 for share in shares]))
+
+
+def answering(*ids):
+    """Someone who always writes these ids, and remembers what was asked."""
+    asked = []
+
+    def texts(prompts, samplings):
+        asked.extend(samplings)
+        for i in range(len(prompts)):
+            yield i, None
+            yield i, list(ids)
+
+    return questions.Answers(None, None, None, texts), asked
+
+
+def test_every_sample_of_every_item_has_a_seed_of_its_own():
+    items = [dict(id=f"i{k}", messages=CHAT) for k in range(5)]
+    table = {"t": Task("generate", lambda split: items, grade=lambda item, text: True)}
+    seeds = []
+    for seed in (0, 1):
+        answers, asked = answering(TOKENIZER.bos)
+        run(None, ["t"], table, limit=5, temperature=1.0, samples=6, seed=seed, answers=answers)
+        seeds += [sampling.seed for sampling in asked]
+    assert len(seeds) == len(set(seeds)) == 60
+
+
+def test_what_was_called_is_not_what_was_said():
+    special = TOKENIZER.special
+    call = [special["<|python_start|>"], *TOKENIZER.encode("1 2"), special["<|python_end|>"]]
+    output = [special["<|output_start|>"], *TOKENIZER.encode("9"), special["<|output_end|>"]]
+    heard = []
+    items = [dict(id="i", messages=CHAT)]
+    grade = lambda item, text: heard.append(text) or "9" not in text  # noqa: E731
+    table = {"t": Task("generate", lambda split: items, grade=grade)}
+    answers, _ = answering(*TOKENIZER.encode("the"), *call, *output, *TOKENIZER.encode("cat"))
+    entry = run(None, ["t"], table, answers=answers)["tasks"]["t"]
+    assert heard == ["the cat"] and entry["score"] == 1.0
+    assert entry["items"] == [dict(id="i", correct=1.0, text="the cat")]
+
+
+def test_special_tokens_are_neither_text_nor_loss():
+    items = [dict(id="c", messages=CHAT)]
+    table = {"t": Task("perplexity", lambda split: items, None)}
+    ones = lambda rows: [np.where(np.array(t) >= 0, 1.0, 0.0) for _, t in rows]  # noqa: E731
+    answers = questions.Answers(None, None, ones, None)
+    entry = run(None, ["t"], table, answers=answers)["tasks"]["t"]
+    spoken = TOKENIZER.encode(CHAT[1]["content"])
+    assert entry["tokens"] == entry["nats"] == len(spoken)
+    assert entry["bytes"] == len(CHAT[1]["content"].encode())
 
 
 def test_standard_errors_and_ties():
@@ -590,6 +641,21 @@ def test_records_of_one_checkpoint_are_merged_and_of_another_replaced(tmp_path):
         "b",
         "c",
     ]
+    # another checkpoint at the same step
+    elsewhere = records.write(
+        tmp_path / "other", "sft", second | dict(checkpoint="sft/step_5", tasks=dict(z=entry(0.5)))
+    )
+    moved = records.write(
+        tmp_path / "other", "sft", second | dict(checkpoint="best/step_5", tasks=dict(y=entry(0.5)))
+    )
+    assert list(elsewhere["tasks"]) == ["z"] and list(moved["tasks"]) == ["y"]
+    # each task says when it was measured, one that was not measured again when it was before
+    assert all(e["time"].endswith("Z") for e in merged["tasks"].values())
+    early = records.write(
+        tmp_path / "dated", "sft", first | dict(tasks=dict(a=entry(0.5) | dict(time="long ago")))
+    )
+    late = records.write(tmp_path / "dated", "sft", second | dict(tasks=dict(b=entry(0.5))))
+    assert early["tasks"]["a"]["time"] == late["tasks"]["a"]["time"] == "long ago"
     third = records.write(
         tmp_path, "sft", dict(step=6, checkpoint="sft/step_6", tasks=dict(b=entry(0.5)))
     )

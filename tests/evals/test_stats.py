@@ -177,8 +177,94 @@ def test_items_are_matched_by_id_and_the_rest_left_out():
         and "no difference" in found["x"].sentence
         and "only" not in found
     )
+    # by their places half of the items would have changed
+    assert found["x"].wins == found["x"].losses == 0 and found["x"].p == 1
+    flipped = task([0, 0, 1, 1])
+    flipped["items"] = flipped["items"][::-1]
+    moved = stats.compare({"tasks": {"x": a}}, {"tasks": {"x": flipped}})["x"]
+    assert (moved.wins, moved.losses) == (2, 2)
     b["items"] = [{"id": "new", "correct": 1}]
     assert stats.compare({"tasks": {"x": a}}, {"tasks": {"x": b}}) == {}
+
+
+def test_texts_are_matched_by_id_too():
+    a, b = perplexity([10.0, 20.0, 30.0], [5, 10, 15]), perplexity([11.0, 21.0, 31.0], [5, 10, 15])
+    b["items"] = b["items"][1:] + b["items"][:1]
+    entry = stats.compare({"tasks": {"t": a}}, {"tasks": {"t": b}})["t"]
+    assert entry.delta == pytest.approx(3 / 30 / math.log(2)) and entry.n == 3
+
+
+def test_ratio_of_means_by_hand():
+    # 6 of 12; residuals 1 - 0.5 * 4 = -1, 2 - 0.5 * 4 = 0, 3 - 0.5 * 4 = 1
+    mean, error = stats.ratio([1, 2, 3], [4, 4, 4])
+    assert mean == 0.5 and error == pytest.approx(math.sqrt(2 * 3 / 2) / 12)
+    assert stats.ratio([3], [2]) == (1.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    "right, n, chance", [(9, 12, 0.5), (0, 5, 0.3), (5, 5, 0.2), (3, 20, 0.25)]
+)
+def test_binomial_test_is_the_exact_tail(right, n, chance):
+    tail = sum(math.comb(n, i) * chance**i * (1 - chance) ** (n - i) for i in range(right, n + 1))
+    assert stats.binomial_test(right, n, chance) == pytest.approx(min(1, tail))
+
+
+def test_adjusted_values_are_holms():
+    found = stats.adjusted({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert found == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert list(found) == ["a", "b", "c"] and stats.adjusted({}) == {}
+    assert stats.adjusted({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def guesses(rng, baselines, n=100):
+    """The entries of someone who guesses on tasks with these baselines."""
+    right = {f"t{i}": rng.binomial(n, chance) for i, chance in enumerate(baselines)}
+    return {
+        name: dict(score=int(k) / n, n=n, baseline=chance)
+        for (name, k), chance in zip(right.items(), baselines)
+    }
+
+
+def test_a_guesser_is_seldom_called_better_than_guessing():
+    rng = np.random.default_rng(7)
+    baselines = [0.25] * 9 + [0.5] * 6 + [0.2] * 3
+    called = 0
+    for _ in range(400):
+        chances = stats.above_guessing(guesses(rng, baselines))
+        called += any(p < stats.CONFIDENT for p in chances.values())
+    # a twentieth of 400, and three standard errors
+    assert called <= 20 + 3 * math.sqrt(19)
+
+
+def test_who_knows_is_called_better_than_guessing():
+    entries = guesses(np.random.default_rng(8), [0.25] * 18)
+    known = entries | {"known": dict(score=0.5, n=100, baseline=0.25)}
+    known |= {"words": dict(score=0.0, n=100, baseline=0.0), "p": dict(score=9.0, baseline=None)}
+    chances = stats.above_guessing(known)
+    assert chances["known"] < 1e-4 and chances["words"] == 1 and "p" not in chances
+    # the error bar alone would do here, for one of a hundred tasks
+    assert stats.above_guessing({"one": dict(score=0.35, n=100, baseline=0.25)})["one"] < 0.05
+    assert (
+        stats.above_guessing(known | {"one": dict(score=0.35, n=100, baseline=0.25)})["one"] > 0.05
+    )
+    # one lucky answer in one's own words is no skill, ten are
+    lucky = {k: dict(score=k / 100, n=100, baseline=0.0) for k in (1, 10)}
+    assert stats.above_guessing(lucky)[1] > 0.05 > stats.above_guessing(lucky)[10]
+
+
+def test_what_matters_is_told_and_drawn_first():
+    a = {"gain": task([0] * 40), "loss": task([1] * 40), "same": task([1, 0] * 20)}
+    b = {"gain": task([1] * 30 + [0] * 10), "loss": task([0] * 20 + [1] * 20)}
+    b["same"] = task([1, 0] * 19 + [0, 1])
+    found = stats.compare({"tasks": a}, {"tasks": b}, ("base", "sft"))
+    told = stats.told(found)
+    assert [sentence.split(":")[0] for sentence in told[:2]] == ["gain", "loss"]
+    assert told[2] == "1 difference is no more than chance: same." and len(told) == 3
+    assert [c.label for c in stats.differences(found)] == ["gain", "loss", "same"]
+    assert found["gain"].real and found["gain"].improved and not found["loss"].improved
+    low, high = found["gain"].interval
+    assert high - low == pytest.approx(2 * 1.96 * found["gain"].stderr)
+    assert (low + high) / 2 == pytest.approx(0.75)
 
 
 def test_core_of_other_limits_is_not_compared():
