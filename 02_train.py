@@ -60,7 +60,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, model, pictures, report
+from lib import data, evals, model, parallel, pictures, report
 from lib.chips import Slice, chip
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
@@ -76,7 +76,6 @@ from lib.notebook import (
     parse_steps,
     secret,
 )
-from lib.parallel import layout as sharding
 from lib.params import count_params, named_specs
 from lib.pictures import show
 from lib.preflight.estimate import estimate, report_text
@@ -185,7 +184,7 @@ asked = (
 )
 config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
 store = checkpoints or folder / "checkpoints"
-saved = sharding.from_first(
+saved = parallel.from_first(
     "checkpoint", lambda: (found := checkpoint.latest(store)) and str(found)
 )
 if push_to:
@@ -222,12 +221,12 @@ config, layout, why = choose_layout(
     config, strategy, mesh_sizes, memory=device["memory"], grow=grow
 )
 print(f"devices     {why}")
-ways = layout.size(*sharding.BATCH) if layout else 1  # how many devices share the rows
+ways = layout.size(*parallel.BATCH) if layout else 1  # how many devices share the rows
 # what a checkpoint remembers: the rows that one device took at a time, so that it goes on, is measured and fine-tuned on any number of them
 portable = config.replace(microbatch=config.microbatch // ways)
 settings = dict(source=source, packing=packing, shards=shards)
 places = dict(run=str(folder), checkpoints=str(store), tokenizer=tokenizer.fingerprint)
-sharding.check_same("settings", portable.to_dict() | settings | places)
+parallel.check_same("settings", portable.to_dict() | settings | places)
 # made now, so that a missing bundle stops the run before any compute
 measure_core = (
     core.during_training(config, tokenizer, core_bundle or None, limit=core_limit)
@@ -283,7 +282,7 @@ print(
 known = chip(device["kind"])
 if known:
     where = Slice(device["kind"], known, "at hand", device["count"] if layout else 1)
-    sizes = {axis: layout.size(axis) for axis in sharding.AXES} if layout else None
+    sizes = {axis: layout.size(axis) for axis in parallel.AXES} if layout else None
     print(report_text(estimate(config, where, layout.strategy if layout else "dp", sizes)))
 plan = make_plan(
     config,
@@ -327,7 +326,7 @@ def train_batches(cursor):
             cursor=cursor,
             seed=config.seed,
         ),
-        lambda batch: sharding.put_batch(layout, batch, whole=True),
+        lambda batch: parallel.put_batch(layout, batch, whole=True),
     )
 
 
@@ -401,7 +400,7 @@ samples, val_bpb, seconds, stopping = [], None, 0.0, False
 
 
 def write_samples(params):
-    params = sharding.whole(layout, params, config.dtype)
+    params = parallel.whole(layout, params, config.dtype)
     sampling = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=(tokenizer.bos,))
     new = generate(params, config, prompt_ids, sampling)
     return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
@@ -410,7 +409,7 @@ def write_samples(params):
 def pause(n):
     """Whether to look at the state after n steps."""
     global stopping
-    stopping = sharding.stop_together(n, signal.stop)
+    stopping = parallel.stop_together(n, signal.stop)
     return (
         stopping
         or n == last
@@ -457,7 +456,7 @@ with (
                     val_bpb = values["val_bpb"] = measured.bpb
                     values["val_loss"] = measured.loss
                 if measure_core and (n % core_every == 0 or n == last):
-                    values |= measure_core(sharding.whole(layout, state.params, config.dtype))
+                    values |= measure_core(parallel.whole(layout, state.params, config.dtype))
                 if n % every["sample"] == 0 or n == last:
                     samples = write_samples(state.params)
                     values["samples"] = "\n\n".join(samples)
@@ -487,7 +486,7 @@ with (
         raise UserError(
             f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})"
         ) from e
-sharding.from_each("end", int(state.step))  # until the last one has written
+parallel.from_each("end", int(state.step))  # until the last one has written
 if int(state.step) < config.num_steps:
     raise UserError(
         f"stopped at step {int(state.step)} and saved: run again with the same settings to go on"
@@ -500,9 +499,9 @@ if int(state.step) < config.num_steps:
 
 # %%
 back, _ = checkpoint.restore(checkpoint.latest(store), template)
-same = sharding.equal(back, state)
+same = parallel.equal(back, state)
 samples = samples or write_samples(state.params)
-params = sharding.whole(layout, state.params, config.dtype)
+params = parallel.whole(layout, state.params, config.dtype)
 if not first:
     raise SystemExit
 

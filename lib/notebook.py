@@ -80,13 +80,13 @@ def _show_sentences():
 
 
 def _excepthook(kind, error, trace):
-    from lib.parallel import layout as sharding
+    from lib import parallel
 
     if issubclass(kind, UserError):
         print(f"Error: {error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    sharding.end_all(error)
+    parallel.end_all(error)
     if issubclass(kind, UserError):
         raise SystemExit(2)
 
@@ -98,10 +98,10 @@ def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool
     """
     import jax
 
-    from lib.parallel import layout as sharding
+    from lib import parallel
 
     if coordinator:
-        sharding.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)
+        parallel.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)
     elif count > 1 or index > 0:
         raise UserError(
             f"process {index} of {count} does not know the others: give coordinator=host:port of process 0, or auto"

@@ -26,7 +26,7 @@ from lib.model.decoding import cast_matrices, is_unstacked
 from lib.model.head import head_matrix, logits, losses_by_token, summed_loss
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
 from lib.model.linear import grad_barrier, linear, merge_heads
-from lib.parallel.layout import enter, gather, leave, own_part
+from lib.parallel.collectives import enter, gather, leave, own_part
 from lib.params import unstack
 
 # what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations,

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from lib.config import Config
-from lib.parallel.layout import each_layer
+from lib.parallel.collectives import each_layer
 from lib.params import is_spec, param_specs, path_name
 
 # beta1, beta2 and weight decay of the groups that always get AdamW (nanochat's)

@@ -14,16 +14,8 @@ from jax.sharding import PartitionSpec as P
 from lib import model
 from lib.config import Config
 from lib.files import UserError
-from lib.parallel.layout import (
-    AXES,
-    BATCH,
-    Layout,
-    optimizer_on,
-    put_batch,
-    reduce_gradients,
-    share_of,
-    state_shardings,
-)
+from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
+from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
 from lib.params import is_spec, param_specs
 from lib.train.optim import compile_key, lr_multiplier, make_optimizer
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from lib import parallel
 from lib.config import Config
 from lib.files import UserError
-from lib.parallel import layout as sharding
 from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
@@ -175,7 +175,7 @@ def test_bad_layouts_in_one_sentence():
         ("fsdp", None, dict(n_embd=66), "axis embed of blocks.w_in has 66 entries"),
     ]:
         with pytest.raises(UserError, match=said):
-            sharding.make_layout(strategy, config.replace(**change), devices, mesh)
+            parallel.make_layout(strategy, config.replace(**change), devices, mesh)
 
 
 def test_missing_processes_are_named():
@@ -190,4 +190,4 @@ def test_missing_processes_are_named():
         )
     for arguments in (("nowhere", 2, 0), ("host:1", 2, 2), ("host:1", 0, 0)):
         with pytest.raises(UserError, match="host:port"):
-            sharding.start_hosts(*arguments)
+            parallel.start_hosts(*arguments)

@@ -2,6 +2,6 @@
 
 import sys
 
-from lib.parallel.layout import start_hosts
+from lib.parallel.hosts import start_hosts
 
 start_hosts(sys.argv[1], 3, int(sys.argv[2]), 4)

@@ -12,15 +12,15 @@ from collections import Counter
 import jax
 import numpy as np
 
+from lib import parallel
 from lib.config import Config
-from lib.parallel import layout as sharding
 from lib.train import checkpoint
 from lib.train import step as train
 
 asked = json.loads(sys.argv[1])
 if asked.get("hosts"):
     address, processes = asked["hosts"]
-    sharding.start_hosts(address, processes, int(sys.argv[2]), 60)
+    parallel.start_hosts(address, processes, int(sys.argv[2]), 60)
 config = Config(**asked["config"])
 rows = config.total_batch_size // config.sequence_len
 shape = (asked["steps"], rows, config.sequence_len + 1)
@@ -36,7 +36,7 @@ def compiled_text(step, layout):
 
 results = []
 for strategy, mesh in asked["layouts"]:
-    layout = sharding.make_layout(strategy, config, mesh=mesh) if strategy else None
+    layout = parallel.make_layout(strategy, config, mesh=mesh) if strategy else None
     state = train.init_state(config, layout)
     step = train.make_train_step(config, layout)
     if asked.get("restore"):
@@ -47,7 +47,7 @@ for strategy, mesh in asked["layouts"]:
         inputs, targets = tokens_BT[own, :-1], tokens_BT[own, 1:]
         targets = np.where(targets < 20, -1, targets)
         state, metrics = step(
-            state, sharding.put_batch(layout, inputs), sharding.put_batch(layout, targets)
+            state, parallel.put_batch(layout, inputs), parallel.put_batch(layout, targets)
         )
         losses.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     if asked.get("save"):
