@@ -182,9 +182,8 @@ class Tokenizer:
         """The inverse of `to_json`; UserError naming `where` if the text is anything else or was
         damaged.
         """
-        cure = "make a new one with 01_tokenizer.py"
-        data = parse_json(text, where, dict, cure)
         try:
+            data = parse_json(text, where)
             ranked = [
                 (base64.b64decode(token, validate=True), i) for token, i in data["mergeable_ranks"]
             ]
@@ -199,10 +198,13 @@ class Tokenizer:
                 and data.get("fingerprint", tokenizer.fingerprint) == tokenizer.fingerprint
                 and _reads_back(tokenizer)
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (UserError, ValueError, KeyError, TypeError, AttributeError):
             sound = False
         if not sound:
-            raise UserError(f"{where} is not a rawchat tokenizer or is damaged: {cure}")
+            raise UserError(
+                f"{where} is not a rawchat tokenizer or is damaged: make a new one with"
+                " 01_tokenizer.py"
+            )
         return tokenizer
 
     def save(self, path):

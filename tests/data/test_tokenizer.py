@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -274,6 +275,9 @@ DAMAGE = {
     ),
     "other special tokens": lambda t: file_of(t, special_tokens={"<|endoftext|>": 491}),
     "a broken pattern": lambda t: file_of(t, pattern="("),
+    "an empty pattern": lambda t: file_of(t, pattern=""),
+    "a pattern that goes back for ever": lambda t: file_of(t, pattern=r"(?:(?:a+)+)+!!|."),
+    "nested for ever": lambda t: "[" * 200_000,
     "a pattern that loses text": lambda t: file_of(t, pattern=r"\w+"),
     "a pattern that is no text": lambda t: file_of(t, pattern=5),
     "meta is no object": lambda t: file_of(t, meta=7),
@@ -288,6 +292,12 @@ def test_a_foreign_or_damaged_file_is_one_sentence(tokenizer, tmp_path, damage):
     with refused("tokenizer.json is not a rawchat tokenizer or is damaged") as e:
         Tokenizer.load(path)
     assert "\n" not in str(e.value)
+
+
+def test_a_pipe_in_place_of_a_tokenizer_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with refused("no ordinary file"):
+        Tokenizer.load(tmp_path)
 
 
 def test_missing_file_and_folder_without_tokenizer(tmp_path):

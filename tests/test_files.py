@@ -1,0 +1,107 @@
+"""lib/files.py: JSON that others can read, one reader, one way to read a path."""
+
+import json
+import os
+import shlex
+
+import pytest
+
+from lib import files
+from lib.files import UserError
+
+# ---- JSON
+
+
+def test_json_on_disk_holds_no_nan(tmp_path):
+    path = tmp_path / "results.json"
+    value = dict(a=float("nan"), b=[1.5, float("inf")], c=(-float("inf"), dict(d="NaN")))
+    files.write_json(path, value)
+    assert "NaN" not in path.read_text().replace('"NaN"', "") and "Infinity" not in path.read_text()
+    assert files.read_json(path) == dict(a=None, b=[1.5, None], c=[None, dict(d="NaN")])
+    files.update_json(path, e=float("inf"))
+    assert json.loads(path.read_text())["e"] is None
+
+
+def test_nan_of_older_runs_is_read_as_nothing(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text('{"val_bpb": Infinity, "loss": NaN}')
+    assert files.read_json(path) == dict(val_bpb=None, loss=None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"5", b"\xff\xfe\x00", b"\0" * 100, b"[" * 200_000, b'{"a":' * 200_000],
+)
+def test_damaged_json_is_one_sentence_with_a_cure(tmp_path, content):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    for read in (files.read_json, lambda path: files.update_json(path, a=1)):
+        with pytest.raises(UserError, match="results.json.*: delete it and run again") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in (
+        ("pipe", "no ordinary file"),
+        ("none", "No such file"),
+        (".", "ordinary"),
+    ):
+        for read in (files.read_json, files.read_text, files.read_bytes):
+            with pytest.raises(UserError, match=message):
+                read(tmp_path / path)
+
+
+# ---- paths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a hidden file, a linked folder, a loop, a dead link and a pipe."""
+    folder = tmp_path / "a"
+    (folder / "sub/.hidden").mkdir(parents=True)
+    for name in ("1.txt", "sub/2.txt", ".3.txt", "sub/.hidden/4.txt"):
+        (folder / name).write_text(name)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/5.txt").write_text("5")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub/loop").symlink_to(folder)
+    (folder / "dead.txt").symlink_to(tmp_path / "nothing")
+    os.mkfifo(folder / "pipe.txt")
+    return folder
+
+
+def names(paths, folder):
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def test_a_folder_is_read_through_links_and_without_what_is_hidden(folder):
+    assert names(files.find_files(folder), folder) == ["1.txt", "link/5.txt", "sub/2.txt"]
+    assert files.find_files(f"{folder}/") == files.find_files(folder)
+
+
+def test_globs_and_homes(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert names(files.find_files("~/a/*.txt"), folder) == ["1.txt"]
+    assert names(files.find_files("~/a/**/*.txt"), folder)[:2] == ["1.txt", "link/5.txt"]
+    assert files.find_files("~/a/1.txt") == [folder / "1.txt"]
+    assert files.find_files(folder / "pipe.txt") == files.find_files("~/none") == []
+    with pytest.raises(UserError, match="whose home"):
+        files.local_path("~nobody-of-that-name/x")
+
+
+def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path):
+    path = tmp_path / "My notes [2024].txt"
+    path.write_text("mine")
+    (tmp_path / "My notes 2.txt").write_text("another")
+    assert files.find_files(path) == [path]
+    path.unlink()
+    assert names(files.find_files(path), tmp_path) == ["My notes 2.txt"]
+
+
+def test_commands_are_printed_for_a_shell():
+    words = ["python", "03_worker.py", "--store", "My Drive/it's"]
+    assert shlex.split(files.quoted(*words)) == words
+    assert files.quoted("a", 1, 2.5) == "a 1 2.5"
