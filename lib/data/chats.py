@@ -54,9 +54,10 @@ def read_chats(path, skip_bad: bool = False) -> list[list[dict]]:
         chats.append(chat)
         silent += any(message["content"] in ("", []) for message in chat[1:])
     if bad:
-        tell(f"{path}: {len(bad):,} bad lines are left out, the first of them {bad[0]}")
+        lines = len(bad) + len(chats)
+        tell(f"{path}: {len(bad):,} of {lines:,} lines are bad and left out, the first: {bad[0]}")
     if silent:
-        tell(f"{path}: in {silent:,} conversations somebody says nothing at all")
+        tell(f"{path}: in {silent:,} of {len(chats):,} conversations a message is empty")
     if not chats:
         raise UserError(f'{path} has no conversations: write one {{"messages": […]}} per line')
     return chats

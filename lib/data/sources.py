@@ -156,6 +156,7 @@ class Corpus(NamedTuple):
     files: list[Path]
     digests: list[str]
     cache_dir: str | Path
+    named: bool  # one of SOURCES, not files of the user's own
 
     def looks(self, cut: bool) -> list[Look]:
         """A look at every file, with a bar when that takes long."""
@@ -175,7 +176,7 @@ class Corpus(NamedTuple):
         return looks
 
 
-def _corpus(paths: list[Path], where: str, cache_dir) -> Corpus:
+def _corpus(paths: list[Path], where: str, cache_dir, named: bool = False) -> Corpus:
     files = [path for path in paths if path.suffix.lower() in READERS]
     if not files:
         ask = f"none of the {len(paths)} files at" if paths else "no files in"
@@ -186,7 +187,8 @@ def _corpus(paths: list[Path], where: str, cache_dir) -> Corpus:
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
     pairs = sorted(zip(digests, files))
-    return Corpus(where, [path for _, path in pairs], [digest for digest, _ in pairs], cache_dir)
+    names, digests = [path for _, path in pairs], [digest for digest, _ in pairs]
+    return Corpus(where, names, digests, cache_dir, named)
 
 
 def _held_out(looks: list[Look], where: str) -> tuple[int, int]:
@@ -223,7 +225,7 @@ def _local(split: str, corpus: Corpus) -> list[Shard]:
         cut = True
         looks = corpus.looks(cut)
     skipped = sum(look.skipped for look in looks)
-    if skipped and split == "train":
+    if skipped and split == "train" and not corpus.named:
         tell(f"{corpus.where}: {skipped:,} documents without text are left out")
 
     longest, last_hash = _held_out(looks, corpus.where)
@@ -290,7 +292,7 @@ def _stdlib_corpus(tests: bool, cache_dir) -> Corpus:
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             if _is_code(path):
                 paths.append(path)
-    return _corpus(paths, f"the standard library ({root})", cache_dir)
+    return _corpus(paths, f"the standard library ({root})", cache_dir, named=True)
 
 
 def _is_code(path: Path) -> bool:

@@ -66,7 +66,7 @@ def call(expression: str, result) -> list[dict]:
     return [dict(type="python", text=expression), dict(type="python_output", text=str(result))]
 
 
-# ---- what was answered ----------------------------------------------------------------------------
+# ---- what was answered ---------------------------------------------------------------------------
 
 
 def same_number(item: dict, answer: str) -> bool:

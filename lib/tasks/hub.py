@@ -29,7 +29,7 @@ IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversa
 IDENTITY_HELD_OUT = 20  # of those one conversation in so many is for tests
 
 
-# ---- files -------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
@@ -202,7 +202,7 @@ def wikitext(row, id):
 # How WikiText's tokens are put together again, after quotes were paired.
 TOGETHER = (
     (r" @([-,.])@ ", r"\1"),
-    (r" ([,.;:!?%)\]}])", r"\1"),
+    (r"(?<!=) ([,.;:!?%)\]}])", r"\1"),
     (r"([(\[{$£]) ", r"\1"),
     (r" (n't|'(?:s|re|ve|ll|d|m|t)\b)", r"\1"),
     (r"(s) ' ", r"\1' "),

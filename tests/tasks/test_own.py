@@ -1,4 +1,4 @@
-"""lib/tasks/own.py: the files of GSM8K, HumanEval and chats as their makers publish them, given by path."""
+"""lib/tasks/own.py: GSM8K, HumanEval and chats as their makers publish them, given by path."""
 
 import gzip
 import json

@@ -57,6 +57,52 @@ def test_rows_of_the_hub_become_the_items_written_here(server, name):
     assert bool(task.items("train")) == ("train" in source.splits)
 
 
+# Where each task's data lies, written out here: repository, config, our splits -> theirs.
+PLACES = {
+    "smoltalk": ("HuggingFaceTB/smol-smoltalk", "default", dict(train="train", test="test")),
+    "mmlu": ("cais/mmlu", "all", dict(train="auxiliary_train", test="test")),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", dict(train="train", test="test")),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", dict(train="train", test="test")),
+    "gsm8k": ("openai/gsm8k", "main", dict(train="train", test="test")),
+    "humaneval": ("openai/openai_humaneval", "openai_humaneval", dict(test="test")),
+    "hellaswag": ("Rowan/hellaswag", "default", dict(train="train", test="validation")),
+    "piqa": ("baber/piqa", "default", dict(train="train", test="validation")),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", dict(train="train", test="validation")),
+    "lambada": ("EleutherAI/lambada_openai", "default", dict(test="test")),
+    "wikitext103": (
+        "Salesforce/wikitext",
+        "wikitext-103-raw-v1",
+        dict(train="train", test="test"),
+    ),
+}
+
+
+def test_tasks_are_measured_on_their_test_splits():
+    places = {name: (s.repo, s.config, s.splits) for name, s in hub.SOURCES.items()}
+    assert places == PLACES
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "piqa", "winogrande", "mmlu"])
+def test_the_split_that_is_asked_for_is_the_one_that_is_read(hub_server, tmp_path, name):
+    repo, config, splits = PLACES[name]
+    record = ROWS[name][0]
+    marked = {
+        "hellaswag": lambda split: record | dict(ctx_b=split),
+        "piqa": lambda split: record | dict(goal=split),
+        "winogrande": lambda split: record | dict(sentence=f"{split} _ is here."),
+        "mmlu": lambda split: record | dict(question=split),
+    }[name]
+    for theirs in splits.values():
+        body = parquet([marked(theirs)])
+        hub_server.put(repo, f"{config}/{theirs}/0000.parquet", body, PARQUET)
+    task = hub.make(cache_dir=tmp_path / "cache")[name]
+    for ours, theirs in splits.items():
+        (item,) = task.items(ours)
+        assert theirs.casefold() in str(item).casefold()
+        others = set(splits.values()) - {theirs}
+        assert not any(other in str(item).casefold() for other in others if other != "test")
+
+
 def test_chats_render_as_tokens_and_the_calculator_is_learnt_but_not_its_answers():
     tokenizer = Tokenizer.train(["the cat sat"], 270)
     for name, (_, item) in ROWS.items():
@@ -178,6 +224,28 @@ def test_identity_conversations_split_by_line(server, tmp_path):
     (tmp_path / "identity_conversations.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="line 1: expected a list of messages"):
         hub.make(root=tmp_path)["identity_conversations"].items("train")
+
+
+def test_a_formula_is_no_title_and_a_quote_may_begin_with_dots():
+    lines = [
+        " \n",
+        " = First = \n",
+        " \n",
+        " The constant is given by \n",
+        " = 1 k / s and a nominal k = \n",
+        " which is \n",
+        " = 2 = \n",
+        " \n",
+        " = = Part = = \n",
+        " \n",
+        " = ... Second = \n",
+        " \n",
+        ' " ... Later " is " a film " , said " he \n',
+    ]
+    first, second = hub.wikitext_articles([dict(text=line) for line in lines])
+    assert first["text"].startswith(" = First = \n") and "= 2 =" in first["text"]
+    text = '= ... Second =\n\n"... Later" is "a film", said " he\n'
+    assert hub.detokenised(second["text"]) == text
 
 
 # ---- grading -------------------------------------------------------------------------------------
