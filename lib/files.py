@@ -26,7 +26,7 @@ class UserError(Exception):
     """
 
 
-def choose(kind: str, name: str, options):
+def choose(kind: str, name: str, options) -> Any:
     """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain
     collection).
     """

@@ -144,7 +144,14 @@ class ChatFeed:
     are left out.
     """
 
-    counted = ("conversations", "truncated", "empty", "targets", "cells", "padding")
+    counted: tuple[str, ...] = (
+        "conversations",
+        "truncated",
+        "empty",
+        "targets",
+        "cells",
+        "padding",
+    )
 
     def __init__(
         self, chats: Chats, tokenizer: Tokenizer, settings: dict, cursor: dict, loop: bool
@@ -168,7 +175,7 @@ class ChatFeed:
                 self.epoch, self.index = self.epoch + 1, 0
             piece = self.piece(int(self.order(self.epoch)[self.index]))
             self.index += 1
-            if piece.learn[1:].any():
+            if piece.learn is not None and piece.learn[1:].any():
                 return [piece]
             self.counts["empty"] += 1
         raise UserError(
@@ -231,7 +238,7 @@ def chat_batches(  # noqa: PLR0913  (each is a setting of the cursor, and most h
     )
     check_cursor(settings, cursor, "the conversations", "restore that, or start the phase anew")
 
-    beginning = dict(epoch=1, index=0, waiting=[]) | dict.fromkeys(ChatFeed.counted, 0)
+    beginning: dict = dict(epoch=1, index=0, waiting=[]) | dict.fromkeys(ChatFeed.counted, 0)
     position = beginning | (cursor or {})
     feed = ChatFeed(chats, tokenizer, settings, position, loop)
     packer = Packer(feed, CHAT_PACKING[shuffle], sequence_len + 1, tokenizer.bos, buffer_size)

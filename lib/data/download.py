@@ -105,7 +105,7 @@ def refuse(what: str, error: Exception):
         raise UserError(f"cannot download {what}: the server answered {status}") from error
 
 
-def final_words(status: int | None, error: Exception) -> str:
+def final_words(status: int | None, error: BaseException) -> str:
     if status == 429:
         return (
             "the server still answers 429 (too many requests): wait some minutes and run again, or"
@@ -149,7 +149,7 @@ def hub_file(repo: str, name: str, revision: str = "main", tries: int = 0) -> Pa
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    place = dict(repo_id=repo, filename=name, repo_type="dataset", revision=revision)
+    place: Any = dict(repo_id=repo, filename=name, repo_type="dataset", revision=revision)
     cached = try_to_load_from_cache(**place)
     if isinstance(cached, str):
         return Path(cached)

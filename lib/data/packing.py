@@ -123,7 +123,10 @@ class Packer:
         return -self.by_length.pop(where)[1]
 
     def fill_row(self, row: np.ndarray, learn: np.ndarray) -> int:
-        """Fill a row and its mask of targets from the left; returns the number of tokens in it."""
+        """Fill a row from the left; returns the number of tokens in it.
+
+        learn: the row's mask of targets, true everywhere before, false behind the last token after.
+        """
         filled = 0
         while filled < self.width:
             self.top_up()
@@ -134,9 +137,9 @@ class Packer:
             piece = self.waiting[age]
             length = len(piece.ids)
             used = min(length, self.width - filled)
-            part = slice(filled, filled + used)
-            row[part] = piece.ids[:used]
-            learn[part] = True if piece.learn is None else piece.learn[:used]
+            row[filled : filled + used] = piece.ids if used == length else piece.ids[:used]
+            if piece.learn is not None:
+                learn[filled : filled + used] = piece.learn[:used]
             if self.packing.rest == "bos":
                 # The rest of a cut document carries a bos in place of the last token used.
                 self.counts["added"] += int(row[filled] != self.bos or used == 1)
@@ -150,6 +153,7 @@ class Packer:
                 self.counts["discarded"] += length - used
             else:
                 self.put_back(age, piece, used)
+        learn[filled:] = False
         return filled
 
     def put_back(self, age: int, piece: Piece, used: int):
@@ -181,7 +185,7 @@ def pack(packer: Packer, batch_size: int, settings: dict, waiting: list[int]) ->
         packer.add(piece)
     while True:
         rows = np.full((batch_size, packer.width), packer.bos, np.int32)
-        learn = np.zeros(rows.shape, bool)
+        learn = np.ones(rows.shape, bool)
         filled = [packer.fill_row(row, mask) for row, mask in zip(rows, learn)]
         if not learn.any():
             return
@@ -270,7 +274,7 @@ PACKING = {
 class TextFeed:
     """The pieces of one host's part of the corpus, shard after shard, epoch after epoch."""
 
-    counted = ("cells", "discarded", "padding", "added")
+    counted: tuple[str, ...] = ("cells", "discarded", "padding", "added")
 
     def __init__(self, tokens: Tokens, packing: Packing, settings: dict, cursor: dict, loop: bool):
         self.tokens, self.packing, self.settings, self.loop = tokens, packing, settings, loop
@@ -375,7 +379,9 @@ def batches(  # noqa: PLR0913  (each is a setting of the cursor, and most have a
     )
     check_cursor(settings, cursor, "the data", "restore that, or start a new run")
 
-    beginning = dict(epoch=1, shard=0, index=0, waiting=[]) | dict.fromkeys(TextFeed.counted, 0)
+    beginning: dict = dict(epoch=1, shard=0, index=0, waiting=[]) | dict.fromkeys(
+        TextFeed.counted, 0
+    )
     position = beginning | (cursor or {})
     feed = TextFeed(tokens, mode, settings, position, loop)
     packer = Packer(feed, mode, sequence_len + 1, tokens.bos, buffer_size)
@@ -422,9 +428,12 @@ def prefetch(iterator: Iterator[tuple], put: Callable, depth: int = 2) -> Iterat
     surface in their place.
     """
 
-    def step():
-        *arrays, cursor = next(iterator, (None,))
-        return arrays and (*put(tuple(arrays)), cursor)
+    def step() -> tuple | None:
+        item = next(iterator, None)
+        if item is None:
+            return None
+        *arrays, cursor = item
+        return (*put(tuple(arrays)), cursor)
 
     pool = ThreadPoolExecutor(1, "prefetch")
     try:

@@ -70,7 +70,7 @@ def lines_of(path, begin: int = 0, end: int | None = None) -> Iterator[tuple[str
     """
     position, number = begin, 0
     try:
-        opened = gzip.open if str(path).endswith(".gz") else open
+        opened: Any = gzip.open if str(path).endswith(".gz") else open
         with opened(regular(path), "rb") as lines:
             lines.seek(begin)
             for line in lines:

@@ -109,7 +109,7 @@ class Tokenizer:
                 if read == max_chars:
                     return
 
-        bpe = rustbpe.Tokenizer()
+        bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
         bpe.train_from_iterator(
             stream(), vocab_size - len(SPECIAL_TOKENS), buffer_size=512, pattern=PATTERN
         )
@@ -178,7 +178,7 @@ class Tokenizer:
         return json.dumps(data, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, where="this text") -> "Tokenizer":
+    def from_json(cls, text: str | bytes, where: object = "this text") -> "Tokenizer":
         """The inverse of `to_json`; UserError naming `where` if the text is anything else or was
         damaged.
         """
@@ -413,15 +413,15 @@ def turns(messages) -> Iterator[Turn]:
     A system's message joins the text of the first user message.
     """
 
-    def refuse(problem: str):
-        raise UserError(f"this chat cannot be rendered: {problem}")
+    def refusal(problem: str) -> UserError:
+        return UserError(f"this chat cannot be rendered: {problem}")
 
     if not messages:
-        refuse("it has no messages")
+        raise refusal("it has no messages")
     system, first = "", 0
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            refuse(f"message {i} is not an object with role and content")
+            raise refusal(f"message {i} is not an object with role and content")
         role, content = message["role"], message["content"]
 
         # Whose turn it is: the system's may come before all others.
@@ -429,25 +429,25 @@ def turns(messages) -> Iterator[Turn]:
         if role == "system" and i == 0:
             due, first = "system", 1
         if role != due:
-            refuse(f"message {i} has role {role!r} where {due!r} is due (they alternate)")
+            raise refusal(f"message {i} has role {role!r} where {due!r} is due (they alternate)")
 
         if role == "assistant":
             parts = _parts(content)
             if parts is None:
-                refuse(
+                raise refusal(
                     f"assistant message {i} holds neither text nor a list of {{type, text}} with"
                     f" types {PART_TYPES}"
                 )
             yield Turn(role, parts, message.get("weight", 1) != 0)
         elif not isinstance(content, str):
-            refuse(f"the content of {role} message {i} is not text")
+            raise refusal(f"the content of {role} message {i} is not text")
         elif role == "system":
             system = content + "\n\n"
         else:
             yield Turn(role, system + content)
             system = ""
     if len(messages) == first:
-        refuse("the system message has no user message after it")
+        raise refusal("the system message has no user message after it")
 
 
 def _parts(content) -> list[tuple[str, str]] | None:
@@ -485,10 +485,12 @@ def _hub_errors(failure: str):
         yield
     except Exception as e:
         status = getattr(getattr(e, "response", None), "status_code", None)
-        hint = {
+        hints = {
             401: "the token is missing or wrong, or there is no such repository",
             403: "the token may not do that",
             404: f"no such repository, or no {FILE} in it",
-        }.get(status, "check the repository's name and the network")
-        why = f"HTTP {status}" if status else type(e).__name__
+        }
+        hint, why = "check the repository's name and the network", type(e).__name__
+        if isinstance(status, int):
+            hint, why = hints.get(status, hint), f"HTTP {status}"
         raise UserError(f"{failure} on the Hugging Face Hub ({why}): {hint}") from e
