@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lib.config import Config
 from lib.model.linear import linear
-from lib.parallel.layout import gather
+from lib.parallel.collectives import gather
 
 
 def head_matrix(params, config: Config):

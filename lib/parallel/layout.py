@@ -13,14 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-<<<<<<< HEAD
 from lib.config import Config, divisible_batch
-from lib.files import UserError, choose, first_line
-=======
-from lib.config import Config
 from lib.files import UserError, choose
 from lib.parallel.hosts import from_each
->>>>>>> 1445ac1 (parallel: layout, collectives and hosts in files of their own)
 from lib.params import Spec, is_spec, named_specs, param_specs
 
 AXES = ("data", "fsdp", "tensor")
@@ -100,55 +95,11 @@ def make_layout(
     """
     choose("sharding strategy", strategy, RULES)
     devices = np.asarray(jax.devices() if devices is None else devices)
-<<<<<<< HEAD
-    mesh = {MESH_AXIS[strategy]: devices.size} if mesh is None else mesh
-    for axis in mesh:
-        choose("mesh axis", axis, AXES)
-    shape = [mesh.get(a, 1) for a in AXES]
-    if math.prod(shape) != devices.size or min(shape) < 1:
-        raise UserError(
-            f"a mesh of {' x '.join(f'{a}={n}' for a, n in mesh.items())} needs {math.prod(shape)} devices, and there are {devices.size}: "
-            "choose sizes whose product that is"
-        )
-    used = {over for over in RULES[strategy].values()} | {"data"}
-    for axis, n in mesh.items():
-        if n > 1 and axis not in used:
-            raise UserError(
-                f"strategy {strategy} splits nothing over the mesh axis {axis}={n}: use {' or '.join(sorted(used))}"
-            )
-    if devices.size == len(jax.devices()) and (devices == np.asarray(jax.devices())).all():
-        # knows the chips' neighbours
-        built = jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    else:
-        built = Mesh(devices.reshape(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    layout = Layout(built, strategy)
-    rows, tensor = layout.size(*BATCH), layout.size("tensor")
-    if config.microbatch % rows:
-        change = divisible_batch(config, rows)
-        cure = " and ".join(f"{name}={value}" for name, value in change.items())
-        raise UserError(
-            f"microbatch={config.microbatch} rows cannot be split over {rows} devices of the mesh "
-            f"axes {' and '.join(BATCH)}: use {cure}, or fewer devices there"
-        )
-    if config.n_kv_head % tensor or config.mlp_dim % tensor or config.sequence_len % tensor:
-        raise UserError(
-            f"the tensor axis of {tensor} devices must divide n_kv_head={config.n_kv_head}, mlp_dim={config.mlp_dim} and "
-            f"sequence_len={config.sequence_len}: use a smaller tensor axis, or more key/value heads"
-        )
-    for name, spec in named_specs(config):
-        for axis, n, over in zip(spec.axes, spec.shape, layout.partition(spec)):
-            if over and n % layout.size(over):
-                raise UserError(
-                    f"axis {axis} of {name} has {n} entries, which the {over} axis of {layout.size(over)} devices does not divide: "
-                    "use another mesh, or a size that it divides"
-                )
-=======
     sizes = {MESH_AXIS[strategy]: devices.size} if mesh is None else mesh
     _check_mesh(strategy, sizes, devices.size)
 
     layout = Layout(_mesh(devices, [sizes.get(axis, 1) for axis in AXES]), strategy)
     _check_config(layout, config)
->>>>>>> 1445ac1 (parallel: layout, collectives and hosts in files of their own)
     if jax.process_count() > 1 and devices.flat[0].platform == "cpu":
         _introduce(layout)
     return layout
@@ -186,10 +137,11 @@ def _check_config(layout: Layout, config: Config):
     """UserError where the devices do not divide the config's rows, heads, or a parameter's axis."""
     ways, tensor = layout.size(*BATCH), layout.size("tensor")
     if config.microbatch % ways:
+        change = divisible_batch(config, ways)
+        cure = " and ".join(f"{name}={value}" for name, value in change.items())
         raise UserError(
             f"microbatch={config.microbatch} rows cannot be split over {ways} devices of the mesh "
-            f"axes {' and '.join(BATCH)}: use microbatch={-(-config.microbatch // ways) * ways}, "
-            "or fewer devices there"
+            f"axes {' and '.join(BATCH)}: use {cure}, or fewer devices there"
         )
     if config.n_kv_head % tensor or config.mlp_dim % tensor or config.sequence_len % tensor:
         raise UserError(
