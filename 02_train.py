@@ -52,7 +52,6 @@ except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
 setup()
 
 # %%
-import json
 import math
 import platform
 import time
@@ -61,7 +60,6 @@ import jax
 import numpy as np
 
 from lib import data, evals, model, parallel, pictures, report
-from lib.chips import Slice, chip
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import core
@@ -78,13 +76,13 @@ from lib.notebook import (
 )
 from lib.params import count_params, named_specs
 from lib.pictures import show
-from lib.preflight.estimate import estimate, report_text
-from lib.preflight.memory import choose_layout, estimate_memory, parse_mesh, peak_bytes
-from lib.preflight.plan import Payment, compare, plan_text
-from lib.preflight.plan import plan as make_plan
+from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
+from lib.preflight.overview import print_overview
+from lib.preflight.plan import Payment, compare, epochs_text
 from lib.preflight.search import with_microbatch
 from lib.recipes import pick_preset
-from lib.runs import STAGES, open_run, set_aside
+from lib.runs import STAGES, open_run, results_table, set_aside
+from lib.runtime import host
 from lib.train import checkpoint
 from lib.train import step as train
 from lib.train.metrics import Metrics, column, read_jsonl, trace_window
@@ -250,22 +248,6 @@ if saved:
             "pass if_exists=fresh to start anew, or take another run name"
         )
 
-counts = count_params(config)
-flops = config.flops_per_token * config.total_batch_size * config.num_steps
-print("parameters  " + "  ".join(f"{name} {n:,}" for name, n in counts.items() if n))
-print(
-    f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads ({config.n_kv_head} kv) of {config.head_dim}, "
-    f"windows {config.window_pattern}, rows of {config.sequence_len} tokens, {config.dtype} on float32 masters"
-)
-print(f"attention   {config.attention_name}")
-print(
-    f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens "
-    f"({config.accumulate} x {config.microbatch} rows{f', {portable.microbatch} a device' if layout else ''}) "
-    f"= {config.num_steps * config.total_batch_size:,} tokens, "
-    f"{config.num_steps * config.total_batch_size / config.scaling_params:.1f} per parameter"
-)
-print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
-
 # %% [markdown]
 # ## Will it fit, how fast, what will it cost?
 #
@@ -273,27 +255,8 @@ print(f"compute     {flops:.3g} FLOPs, {config.flops_per_token:,} per token")
 # its compiler, which runs on any Linux machine.
 
 # %%
-memory = estimate_memory(config, layout)
-print(
-    "memory      "
-    + "  ".join(f"{name} {n / 2**30:.2f}" for name, n in memory.items())
-    + f"  = {sum(memory.values()) / 2**30:.2f} GiB estimated, {device['memory'] / 2**30:.1f} GiB there{' on each' if layout else ''}"
-)
-known = chip(device["kind"])
-if known:
-    where = Slice(device["kind"], known, "at hand", device["count"] if layout else 1)
-    sizes = {axis: layout.size(axis) for axis in parallel.AXES} if layout else None
-    print(report_text(estimate(config, where, layout.strategy if layout else "dp", sizes)))
-plan = make_plan(
-    config,
-    known,
-    device["count"],
-    pay=Payment(pay, price_per_hour),
-    memory=sum(memory.values()),
-)
-print(plan_text(plan))
-if not known:
-    print("time        known after the first steps: this device's peak is not in the table")
+payment = Payment(pay, price_per_hour).at(host())
+plan, memory = print_overview(config, layout, device, payment)
 
 # %% [markdown]
 # ## The data
@@ -306,6 +269,9 @@ train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
 validation = data.tokens_of(
     data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer
 )
+# as many tokens as the first shard has, times the shards
+plan = plan._replace(tokens_there=len(train_tokens) * len(train_tokens[0].ids))
+print(epochs_text(plan))
 rows = config.total_batch_size // config.sequence_len
 
 
@@ -507,6 +473,10 @@ if not first:
 
 # %% [markdown]
 # ## Curves
+#
+# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The training curve lies a little above
+# the validation one though that text is new: it also counts where a document ends, which nothing in the text foretells, and its
+# running mean remembers worse times.
 
 # %%
 rows_logged = read_jsonl(folder / "metrics.jsonl")
@@ -551,7 +521,7 @@ for what, good in checks.items():
 results = dict(
     preset=chosen,
     source=source,
-    params=counts["total"],
+    params=count_params(config)["total"],
     steps=config.num_steps,
     train_tokens=config.num_steps * config.total_batch_size,
     train_tokens_per_s=round(speed),
@@ -575,7 +545,7 @@ if done < config.num_steps:  # a finished run that is only looked at again keeps
         train_seconds=round(seconds, 1),
         packing_waste=data.waste(step.cursor),
     )
-results = update_json(folder / "results.json", **results)
+update_json(folder / "results.json", **results)
 print(
     compare(
         plan,
@@ -585,7 +555,7 @@ print(
         device["flops"] and device["flops"] * device["count"],
     )
 )
-print(json.dumps({k: v for k, v in results.items() if k != "samples"}, indent=1))
+print(results_table(folder))
 if push_to and int(state.step) > done:
     print(f"last checkpoint uploaded: {upload.result()}")
 

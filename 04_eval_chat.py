@@ -509,6 +509,7 @@ if graded:
         for stage_, found in marks.items()
     }
     show(pictures.scores(rated), folder / "plots" / "tasks.png")
+show(pictures.bits_by_kind(bits_of), folder / "plots" / "kinds.png")
 
 # %% [markdown]
 # Which of these differences are more than chance? Each stage against the one before, on the same questions:

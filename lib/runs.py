@@ -35,16 +35,38 @@ STAGES = {"base": "checkpoints", "mid": "mid", "sft": "sft", "rl": "rl"}
 # what stands in a run folder: the notebook that makes it
 MAKERS = {"tokenizer.json": "01_tokenizer", "checkpoints": "02_train"}
 
-# key of results.json: (label, format); other keys are printed as they are
+# key of results.json: (label, format); a key that is not here is printed as it is
 RESULTS = {
     "bytes_per_token": ("tokenizer compression, bytes/token", ".2f"),
+    "vocab_size": ("vocabulary, tokens", ",d"),
+    "tokenizer_s": ("tokenizer, seconds to train", ".1f"),
+    "preset": ("preset", "s"),
+    "source": ("trained on", "s"),
     "params": ("parameters", ",d"),
     "steps": ("steps", ",d"),
+    "train_tokens": ("training tokens", ",d"),
     "train_tokens_per_s": ("training tokens/s", ",.0f"),
+    "train_seconds": ("seconds of steps", ",.1f"),
+    "compile_seconds": ("seconds to compile", ",.1f"),
+    "step_memory_bytes": ("memory of a step, bytes", ",d"),
+    "train_loss": ("training loss, nats/token", ".4f"),
     "val_bpb": ("validation bits per byte", ".4f"),
+    "val_bpb_stderr": ("  its standard error", ".4f"),
     "gzip_bpb": ("  gzip -9 on the same bytes", ".4f"),
     "xz_bpb": ("  xz -9 on the same bytes", ".4f"),
+    "val_bytes": ("  those bytes", ",d"),
+    "val_source": ("  of", "s"),
+    "stage": ("stage reached", "s"),
+    "device": ("device", "s"),
+    "devices": ("devices", ",d"),
+    "sharding": ("shared by", "s"),
+    "jax": ("jax", "s"),
+    "python": ("python", "s"),
+    "commit": ("commit of the code", "s"),
 }
+
+# what is no figure for people
+HIDDEN = ("began",)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -130,7 +152,9 @@ def _choose_stage(run: Path, stage: str) -> str:
     """The stage asked for, or the furthest; UserError where the run does not have it."""
     trained = stages(run)
     if not trained:
-        raise UserError(f"no checkpoint in {run}: train one with 02_train.py --run {run.name} first")
+        raise UserError(
+            f"no checkpoint in {run}: train one with 02_train.py --run {run.name} first"
+        )
     if stage and choose("stage", stage, tuple(STAGES)) not in trained:
         raise UserError(
             f"{run} has no {stage} checkpoint, only {', '.join(trained)}: run that stage first"
@@ -175,7 +199,7 @@ def results_table(run) -> str:
         if results.get(key) is not None:
             table.append((label, format(results[key], spec)))
     for key, value in results.items():
-        if key not in RESULTS and isinstance(value, int | float | str):
+        if key not in RESULTS and key not in HIDDEN and isinstance(value, int | float | str):
             table.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
 
     width = max(len(label) for label, _ in table)

@@ -100,15 +100,19 @@ def plan_text(plan: Plan) -> str:
     """A plan as lines of text."""
     lines = [f"tokens      {plan.tokens:,} in {plan.steps:,} steps"]
     if plan.tokens_there is not None:
-        passes, warning = epochs(plan.tokens, plan.tokens_there)
-        lines.append(f"epochs      {passes:.2f} passes over {plan.tokens_there:,} tokens of text")
-        if warning:
-            lines.append(f"WARNING     {warning}")
+        lines.append(epochs_text(plan))
     if plan.hours is not None:
         assumed = f"if {plan.mfu:.0%} MFU is reached (assumed, not promised)"
         lines.append(f"time        {plan.hours:.2f} h {assumed}")
         lines.append(_cost_line(plan))
     return "\n".join(lines)
+
+
+def epochs_text(plan: Plan) -> str:
+    """How often the text is gone through, and a warning where that is too often."""
+    passes, warning = epochs(plan.tokens, plan.tokens_there or 0)
+    line = f"epochs      {passes:.2f} passes over {plan.tokens_there:,} tokens of text"
+    return f"{line}\nWARNING     {warning}" if warning else line
 
 
 def _cost_line(plan: Plan) -> str:
