@@ -1,125 +1,243 @@
-"""CORE by batches against an item-at-a-time loop: items per second of both, and whether they answer alike.
+"""CORE by batches against an item-at-a-time loop: items per second, and whether they agree.
 
 python -m benchmarks.evals --items 40 --json out.json
 """
 
-# (type, few-shot examples, options, words in a question, words in an answer): the mix of the real bundle's 22 tasks, roughly
+import json
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from lib import data
+from lib.config import Config
+from lib.data.tokenizer import Tokenizer
+from lib.evals import core
+from lib.evals.likelihood import Score
+from lib.files import write_json
+from lib.model import forward, init_params
+
+
+class Mix(NamedTuple):
+    """What a task of the bundle is like. question, answer: words in each."""
+
+    kind: str
+    fewshot: int
+    options: int
+    question: int
+    answer: int
+
+
+CHOICE, LANGUAGE, SCHEMA = "multiple_choice", "language_modeling", "schema"
+# The mix of the real bundle's 22 tasks, roughly.
 MIX = {
-    "hellaswag": ("multiple_choice", 10, 4, 40, 14),
-    "hellaswag_zeroshot": ("multiple_choice", 0, 4, 40, 14),
-    "jeopardy": ("language_modeling", 10, 1, 16, 2),
-    "qa_wikidata": ("language_modeling", 10, 1, 8, 2),
-    "arc_easy": ("multiple_choice", 10, 4, 20, 4),
-    "arc_challenge": ("multiple_choice", 10, 4, 22, 5),
-    "copa": ("multiple_choice", 0, 2, 8, 6),
-    "commonsense_qa": ("multiple_choice", 10, 5, 14, 2),
-    "piqa": ("multiple_choice", 10, 2, 10, 20),
-    "openbook_qa": ("multiple_choice", 0, 4, 11, 4),
-    "lambada": ("language_modeling", 0, 1, 75, 1),
-    "winograd": ("schema", 0, 2, 12, 6),
-    "winogrande": ("schema", 0, 2, 12, 7),
-    "dyck": ("language_modeling", 10, 1, 20, 2),
-    "lsat_ar": ("multiple_choice", 3, 5, 110, 12),
-    "cs_algorithms": ("language_modeling", 10, 1, 25, 2),
-    "operators": ("language_modeling", 10, 1, 12, 1),
-    "repeat_copy": ("language_modeling", 10, 1, 12, 8),
-    "squad": ("language_modeling", 10, 1, 120, 3),
-    "coqa": ("language_modeling", 0, 1, 250, 3),
-    "boolq": ("multiple_choice", 10, 2, 100, 1),
-    "language_identification": ("multiple_choice", 10, 11, 20, 1),
+    "hellaswag": Mix(CHOICE, 10, 4, 40, 14),
+    "hellaswag_zeroshot": Mix(CHOICE, 0, 4, 40, 14),
+    "jeopardy": Mix(LANGUAGE, 10, 1, 16, 2),
+    "qa_wikidata": Mix(LANGUAGE, 10, 1, 8, 2),
+    "arc_easy": Mix(CHOICE, 10, 4, 20, 4),
+    "arc_challenge": Mix(CHOICE, 10, 4, 22, 5),
+    "copa": Mix(CHOICE, 0, 2, 8, 6),
+    "commonsense_qa": Mix(CHOICE, 10, 5, 14, 2),
+    "piqa": Mix(CHOICE, 10, 2, 10, 20),
+    "openbook_qa": Mix(CHOICE, 0, 4, 11, 4),
+    "lambada": Mix(LANGUAGE, 0, 1, 75, 1),
+    "winograd": Mix(SCHEMA, 0, 2, 12, 6),
+    "winogrande": Mix(SCHEMA, 0, 2, 12, 7),
+    "dyck": Mix(LANGUAGE, 10, 1, 20, 2),
+    "lsat_ar": Mix(CHOICE, 3, 5, 110, 12),
+    "cs_algorithms": Mix(LANGUAGE, 10, 1, 25, 2),
+    "operators": Mix(LANGUAGE, 10, 1, 12, 1),
+    "repeat_copy": Mix(LANGUAGE, 10, 1, 12, 8),
+    "squad": Mix(LANGUAGE, 10, 1, 120, 3),
+    "coqa": Mix(LANGUAGE, 0, 1, 250, 3),
+    "boolq": Mix(CHOICE, 10, 2, 100, 1),
+    "language_identification": Mix(CHOICE, 10, 11, 20, 1),
 }
 
 
-def write_bundle(folder, items: int, words: list[str], seed: int = 0):
+# ---- a bundle and a model to measure
+
+
+def made_up_item(mix: Mix, say: Callable[[int], str], rng: random.Random) -> dict:
+    """An item of random words."""
+    if mix.kind == CHOICE:
+        query = say(mix.question)
+        choices = [say(mix.answer) for _ in range(mix.options)]
+        return dict(query=query, choices=choices, gold=rng.randrange(mix.options))
+    if mix.kind == SCHEMA:
+        start = say(mix.question)
+        contexts = [f"{start} {say(1)}" for _ in range(mix.options)]
+        gold = rng.randrange(mix.options)
+        return dict(context_options=contexts, continuation=say(mix.answer), gold=gold)
+    return dict(context=say(mix.question), continuation=say(mix.answer))
+
+
+def write_bundle(folder, items: int, words: list[str], seed: int = 0) -> None:
     """A bundle of the real one's layout and mix, of random words."""
-    import json
-    import random
-    from pathlib import Path
-
-    import yaml
-
     rng = random.Random(seed)
-    say = lambda n: " ".join(rng.choices(words, k=max(1, round(n * rng.uniform(0.6, 1.4)))))
-    folder, entries, rows = Path(folder), [], ["Eval Task,Random baseline"]
-    (folder / "eval_data").mkdir(parents=True, exist_ok=True)
-    for label, (kind, fewshot, options, question, answer) in MIX.items():
-        lines = []
-        for _ in range(items):
-            if kind == "multiple_choice":
-                item = dict(
-                    query=say(question),
-                    choices=[say(answer) for _ in range(options)],
-                    gold=rng.randrange(options),
-                )
-            elif kind == "schema":
-                start = say(question)
-                item = dict(
-                    context_options=[f"{start} {say(1)}" for _ in range(options)],
-                    continuation=say(answer),
-                    gold=rng.randrange(options),
-                )
-            else:
-                item = dict(context=say(question), continuation=say(answer))
-            lines.append(json.dumps(item))
-        (folder / "eval_data" / f"{label}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def say(n: int) -> str:
+        return " ".join(rng.choices(words, k=max(1, round(n * rng.uniform(0.6, 1.4)))))
+
+    folder = Path(folder)
+    (folder / core.DATA).mkdir(parents=True, exist_ok=True)
+    entries, baselines = [], ["Eval Task,Random baseline"]
+    for label, mix in MIX.items():
+        lines = [json.dumps(made_up_item(mix, say, rng)) for _ in range(items)]
+        (folder / core.DATA / f"{label}.jsonl").write_text("\n".join(lines) + "\n")
         entries.append(
             dict(
-                label=label, dataset_uri=f"{label}.jsonl", num_fewshot=[fewshot], icl_task_type=kind
+                label=label,
+                dataset_uri=f"{label}.jsonl",
+                num_fewshot=[mix.fewshot],
+                icl_task_type=mix.kind,
             )
         )
-        rows.append(f"{label},{100 / options if options > 1 else 0}")
-    (folder / "core.yaml").write_text(yaml.safe_dump(dict(icl_tasks=entries)))
-    (folder / "eval_meta_data.csv").write_text("\n".join(rows) + "\n")
+        baselines.append(f"{label},{100 / mix.options if mix.options > 1 else 0}")
+    (folder / core.CONFIG).write_text(yaml.safe_dump(dict(icl_tasks=entries)))
+    (folder / core.BASELINES).write_text("\n".join(baselines) + "\n")
 
 
-def one_at_a_time(params, config, tokenizer, longest: int):
-    """requests -> scores, an item's sequences in one forward pass with all logits, padded to a power of two so that it compiles seldom."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def random_model(sequence_len: int, n_layer: int, n_embd: int, vocab_size: int):
+    """(config, params) of a model with random weights, none of them zero."""
+    heads = max(1, n_embd // 64)
+    config = Config(
+        vocab_size=vocab_size,
+        sequence_len=sequence_len,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=heads,
+        n_kv_head=heads,
+        head_dim=64,
+        mlp_dim=4 * n_embd,
+        microbatch=1,
+        total_batch_size=sequence_len,
+    )
+    leaves, tree = jax.tree.flatten(init_params(jax.random.key(0), config))
+    # projections begin at zero: let all count
+    noisy = []
+    for i, leaf in enumerate(leaves):
+        noisy.append(leaf + 0.02 * jax.random.normal(jax.random.key(i), leaf.shape))
+    return config, jax.tree.unflatten(tree, noisy)
 
-    from lib import model
-    from lib.evals.likelihood import Score
+
+# ---- the plain way
+
+
+def one_at_a_time(params, config: Config, longest: int) -> Callable:
+    """(requests, how many each item has) -> scores, with one forward pass for each item.
+
+    It makes all logits, and pads to a power of two so that it compiles seldom.
+    """
 
     @jax.jit
     def losses(params, tokens_BT):
-        logits = model.forward(params, config, tokens_BT)[0]
-        logprob = jax.nn.log_softmax(logits[:, :-1])
-        return jnp.take_along_axis(logprob, tokens_BT[:, 1:, None], axis=-1)[..., 0], jnp.argmax(
-            logits[:, :-1], axis=-1
-        )
+        logits_BTV = forward(params, config, tokens_BT)[0][:, :-1]
+        logprob_BTV = jax.nn.log_softmax(logits_BTV)
+        targets = tokens_BT[:, 1:, None]
+        logprob_BT = jnp.take_along_axis(logprob_BTV, targets, axis=-1)[..., 0]
+        return logprob_BT, jnp.argmax(logits_BTV, axis=-1)
 
-    def score(requests, counts):
-        out, at = [], 0
+    def score_item(requests) -> list[list[Score]]:
+        sequences = [(list(c) + list(k), len(c)) for c, ks in requests for k in ks]
+        width = max(32, 1 << (max(min(len(ids), longest) for ids, _ in sequences) - 1).bit_length())
+        tokens = np.zeros((len(sequences), width), np.int32)
+        for row, (ids, _) in zip(tokens, sequences):
+            kept = ids[-longest:]
+            row[: len(kept)] = kept
+        logprob, best = map(np.asarray, losses(params, tokens))
+        scores = []
+        for i, (ids, start) in enumerate(sequences):
+            cut = max(0, len(ids) - longest)
+            span = slice(start - cut - 1, len(ids) - cut - 1)
+            greedy = bool((best[i, span] == tokens[i, 1:][span]).all())
+            scores.append([Score(float(logprob[i, span].sum()), len(ids) - start, greedy, cut)])
+        return scores
+
+    def score(requests, counts: list[int]) -> list[list[Score]]:
+        scores, start = [], 0
         for count in counts:
-            sequences = [
-                (list(c) + list(k), len(c)) for c, ks in requests[at : at + count] for k in ks
-            ]
-            sequences = [
-                (ids[-longest:], max(0, len(ids) - longest), start - max(0, len(ids) - longest))
-                for ids, start in sequences
-            ]
-            width = max(32, 1 << (max(len(ids) for ids, *_ in sequences) - 1).bit_length())
-            tokens = np.zeros((len(sequences), width), np.int32)
-            for row, (ids, *_) in zip(tokens, sequences):
-                row[: len(ids)] = ids
-            logprob, best = map(np.asarray, losses(params, tokens))
-            for row, lp, b, (ids, cut, start) in zip(tokens, logprob, best, sequences):
-                span = slice(start - 1, len(ids) - 1)
-                out.append(
-                    [
-                        Score(
-                            float(lp[span].sum()),
-                            len(ids) - start,
-                            bool((b[span] == row[1:][span]).all()),
-                            cut,
-                        )
-                    ]
-                )
-            at += count
-        return out
+            scores += score_item(requests[start : start + count])
+            start += count
+        return scores
 
     return score
+
+
+# ---- both, side by side
+
+
+class Timing(NamedTuple):
+    """One way on one task. first and seconds: of the first run, which compiles, and the second."""
+
+    first: float
+    seconds: float
+    cpu: float
+    decisions: list[int]
+
+
+def timed(prepared: core.Prepared, score: Callable) -> Timing:
+    """Score a task twice; the second run counts."""
+    runs = []
+    for _ in range(2):
+        clock, busy = time.perf_counter(), time.process_time()
+        scores = score(prepared.requests)
+        runs.append((time.perf_counter() - clock, time.process_time() - busy))
+    decisions = [item["correct"] for item in core.decide(prepared, scores)["items"]]
+    return Timing(runs[0][0], *runs[1], decisions)
+
+
+def compared(prepared: core.Prepared, batched: Timing, loop: Timing) -> dict:
+    """The line of the table for a task."""
+    n = len(prepared.spans)
+    return dict(
+        kind=prepared.task.kind,
+        fewshot=prepared.task.fewshot,
+        longest=max(len(c) + len(k) for c, ks in prepared.requests for k in ks),
+        items=n,
+        same=sum(a == b for a, b in zip(batched.decisions, loop.decisions)),
+        batched_per_s=n / batched.seconds,
+        loop_per_s=n / loop.seconds,
+        speed_up=loop.seconds / batched.seconds,
+        cpu_speed_up=loop.cpu / batched.cpu,
+    )
+
+
+def shown(label: str, row: dict) -> str:
+    """A task's line in words."""
+    return (
+        f"{label:24} {row['kind']:18} longest {row['longest']:5}  "
+        f"{row['loop_per_s']:8.1f} -> {row['batched_per_s']:8.1f} items/s  "
+        f"{row['speed_up']:5.1f}x ({row['cpu_speed_up']:.1f}x in CPU time)  "
+        f"same {row['same']}/{row['items']}"
+    )
+
+
+def total(n: int, batched: list[Timing], loop: list[Timing]) -> dict:
+    """The figures over all tasks."""
+    seconds = {"batched": batched, "loop": loop}
+    cpu = {name: sum(t.cpu for t in timings) for name, timings in seconds.items()}
+    first = {name: sum(t.first for t in timings) for name, timings in seconds.items()}
+    second = {name: sum(t.seconds for t in timings) for name, timings in seconds.items()}
+    return dict(
+        device=jax.devices()[0].device_kind,
+        items=n,
+        batched_per_s=n / second["batched"],
+        loop_per_s=n / second["loop"],
+        speed_up=second["loop"] / second["batched"],
+        cpu_seconds=cpu,
+        cpu_speed_up=cpu["loop"] / cpu["batched"],
+        first_run_seconds=first,
+    )
 
 
 def main(
@@ -131,7 +249,9 @@ def main(
     only: tuple[str, ...] = (),
     json: str = "",
 ) -> dict:
-    """Evaluate a random model on a made-up bundle of CORE's mix both ways; each runs twice and the second run counts.
+    """Evaluate a random model on a made-up bundle of CORE's mix both ways.
+
+    Each runs twice and the second run counts.
 
     Args:
         items: per task
@@ -142,103 +262,41 @@ def main(
         only: tasks to run, all of them when empty
         json: file to write the figures to
     """
-    import re
-    import tempfile
-    import time
-
-    import jax
-
-    from lib import data, model
-    from lib.config import Config
-    from lib.data.tokenizer import Tokenizer
-    from lib.evals import core
-    from lib.files import write_json
-
-    config = Config(
-        vocab_size=vocab_size,
-        sequence_len=sequence_len,
-        n_layer=n_layer,
-        n_embd=n_embd,
-        n_head=max(1, n_embd // 64),
-        n_kv_head=max(1, n_embd // 64),
-        head_dim=64,
-        mlp_dim=4 * n_embd,
-        microbatch=1,
-        total_batch_size=sequence_len,
-    )
-    params = model.init_params(jax.random.key(0), config)
-    noise = lambda i, p: p + 0.02 * jax.random.normal(jax.random.key(i), p.shape)
-    leaves, tree = jax.tree.flatten(params)
-    # projections begin at zero: let all count
-    params = jax.tree.unflatten(tree, [noise(i, p) for i, p in enumerate(leaves)])
+    config, params = random_model(sequence_len, n_layer, n_embd, vocab_size)
     texts = data.head(data.documents("stdlib", "val"), 500_000)
     tokenizer = Tokenizer.train(texts, vocab_size)
     words = re.findall(r"[a-z]{2,12}", " ".join(texts))[:20_000]
-    rows = {}
     with tempfile.TemporaryDirectory() as folder:
         write_bundle(folder, items, words)
         tasks, _ = core.load_bundle(folder)
-        clock = time.perf_counter()
-        prepared = [
-            core.prepare(tokenizer, task) for task in tasks if not only or task.label in only
-        ]
-        rendering = time.perf_counter() - clock
-    batched, loop = (
-        core.scorer(params, config, tokenizer),
-        one_at_a_time(params, config, tokenizer, sequence_len),
-    )
-    total, cpu = {"batched": [0.0, 0.0], "loop": [0.0, 0.0]}, {"batched": 0.0, "loop": 0.0}
+    tasks = [task for task in tasks if not only or task.label in only]
+
+    clock = time.perf_counter()
+    prepared = [core.prepare(tokenizer, task) for task in tasks]
+    rendering = time.perf_counter() - clock
+
+    score_batched = core.scorer(params, config, tokenizer)
+    score_one = one_at_a_time(params, config, sequence_len)
+    rows, batched, loop = {}, [], []
     for p in prepared:
         counts = [count for _, count in p.spans]
-        ways = {"batched": batched, "loop": lambda requests: loop(requests, counts)}
-        seconds, used, decisions = {}, {}, {}
-        for name, score in ways.items():
-            for run in range(2):
-                clock, busy = time.perf_counter(), time.process_time()
-                scores = score(p.requests)
-                seconds[name], used[name] = time.perf_counter() - clock, time.process_time() - busy
-                total[name][run] += seconds[name]
-            cpu[name] += used[name]
-            decisions[name] = [item["correct"] for item in core.decide(p, scores)["items"]]
-        longest = max(len(c) + len(k) for c, ks in p.requests for k in ks)
-        agree = sum(a == b for a, b in zip(*decisions.values()))
-        n = len(p.spans)
-        rows[p.task.label] = dict(
-            kind=p.task.kind,
-            fewshot=p.task.fewshot,
-            longest=longest,
-            items=n,
-            same=agree,
-            batched_per_s=n / seconds["batched"],
-            loop_per_s=n / seconds["loop"],
-            speed_up=seconds["loop"] / seconds["batched"],
-            cpu_speed_up=used["loop"] / used["batched"],
-        )
-        print(
-            f"{p.task.label:24} {p.task.kind:18} longest {longest:5}  {n / seconds['loop']:8.1f} -> {n / seconds['batched']:8.1f} items/s"
-            f"  {rows[p.task.label]['speed_up']:5.1f}x ({rows[p.task.label]['cpu_speed_up']:.1f}x in CPU time)  same {agree}/{n}"
-        )
+        batched.append(timed(p, score_batched))
+        loop.append(timed(p, lambda requests, counts=counts: score_one(requests, counts)))
+        rows[p.task.label] = compared(p, batched[-1], loop[-1])
+        print(shown(p.task.label, rows[p.task.label]))
+
     n = sum(len(p.spans) for p in prepared)
-    out = dict(
-        device=jax.devices()[0].device_kind,
-        items=n,
-        rendering_seconds=rendering,
-        tasks=rows,
-        batched_per_s=n / total["batched"][1],
-        loop_per_s=n / total["loop"][1],
-        speed_up=total["loop"][1] / total["batched"][1],
-        cpu_seconds=cpu,
-        cpu_speed_up=cpu["loop"] / cpu["batched"],
-        first_run_seconds={name: t[0] for name, t in total.items()},
-    )
+    figures = total(n, batched, loop) | dict(tasks=rows, rendering_seconds=rendering)
+    first = figures["first_run_seconds"]
     print(
-        f"all {n} items: {out['loop_per_s']:.1f} -> {out['batched_per_s']:.1f} items/s, {out['speed_up']:.1f}x "
-        f"({out['cpu_speed_up']:.1f}x in CPU time); first runs, compiling, {total['loop'][0]:.0f} s and {total['batched'][0]:.0f} s; "
+        f"all {n} items: {figures['loop_per_s']:.1f} -> {figures['batched_per_s']:.1f} items/s, "
+        f"{figures['speed_up']:.1f}x ({figures['cpu_speed_up']:.1f}x in CPU time); first runs, "
+        f"compiling, {first['loop']:.0f} s and {first['batched']:.0f} s; "
         f"rendering {rendering:.2f} s"
     )
     if json:
-        write_json(json, out)
-    return out
+        write_json(json, figures)
+    return figures
 
 
 if __name__ == "__main__":
