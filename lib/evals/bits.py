@@ -62,6 +62,7 @@ def bits_per_byte(
     UTF-8 bytes per token id, 0 for specials. Without any bytes bpb is inf. The rows are the
     independent draws of the standard error. losses_of: `token_losses`, or several devices'.
     """
+    # by rows, which the error is made of
     nats, sizes, tokens = [], [], 0
     for inputs_BT, targets_BT, *_ in itertools.islice(batches, max_batches):
         losses_BT = np.asarray(losses_of(params, config, inputs_BT, targets_BT), np.float64)
@@ -113,6 +114,7 @@ def python_kinds(text: str) -> Iterator[Span]:
     for token in _tokens(text):
         start = begins[token.start[0] - 1] + token.start[1]
         end = begins[token.end[0] - 1] + token.end[1]
+        # since Python 3.12 an f-string is several tokens; it counts as one string
         name = tokenize.tok_name[token.type]
         if name.endswith("STRING_START"):
             opened = start if depth == 0 else opened
@@ -184,12 +186,14 @@ def kinds_of(text: str, sizes, spans: Iterable[Span]) -> list[str]:
     place = np.arange(len(text) + 1)
     if not text.isascii():
         place = np.cumsum([0, *(len(c.encode()) for c in text)])
+    # the kind of each byte, as a number
     number_of_byte = np.zeros(len(raw) + 1, np.int16)
     for start, end, kind in spans:
         if kind not in names:
             names.append(kind)
         number_of_byte[place[start] : place[end]] = names.index(kind)
     inked = np.array([c not in b" \t\r\n\f\v" for c in raw] + [False])
+    # a token is of the kind of its first byte that is no white space
     ends = np.cumsum(sizes)
     kinds = []
     for begin, end in zip(ends - sizes, ends):
@@ -228,6 +232,7 @@ def bits_by_kind(
     for number, (text, tokens, logprob) in enumerate(zip(texts, ids, logprobs)):
         sizes, nats = tokenizer.token_bytes[tokens], -logprob.astype(np.float64)
         items.append(dict(id=str(number), nats=float(nats.sum()), bytes=int(sizes.sum())))
+        # nats and bytes of the document's tokens of each kind
         kind_of_token = np.array(kinds_of(text, sizes, spans_of(text)))
         for kind in np.unique(kind_of_token):
             mask = kind_of_token == kind

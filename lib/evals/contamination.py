@@ -34,6 +34,7 @@ class Index:
     def __init__(self, tasks: dict[str, list[dict]], n: int):
         self.owners: list[tuple[str, str]] = []  # (task, id) of each item that is looked for
         self.short = dict.fromkeys(tasks, 0)
+        # a number for every run of every item, with whose it is
         by_size: dict[int, list[tuple[int, np.ndarray]]] = {}
         for name, items in tasks.items():
             for item in items:
@@ -51,6 +52,7 @@ class Index:
         """Mark the items that share a run with a text."""
         words = _hashes(text)
         for size, (runs, owner) in self.tables.items():
+            # where in the table each of the text's runs would stand
             here = np.unique(_runs(words, size))
             first, last = np.searchsorted(runs, here, "left"), np.searchsorted(runs, here, "right")
             known = first < last
@@ -80,6 +82,7 @@ def overlap(texts: Iterable[str], tasks: dict[str, list[dict]], n: int = WORDS) 
     index = Index(tasks, n)
     for text in texts:
         index.look(text)
+    # what was hit, counted by task
     counts = {}
     for name, items in tasks.items():
         short = index.short[name]

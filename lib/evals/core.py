@@ -23,7 +23,9 @@ from lib.files import UserError, choose, parse_json, sha256, write_atomic
 
 # where nanochat has it from
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+# nanochat's: which examples are shown, and in what order the items are
 FEWSHOT_SEED, SHUFFLE_SEED = 1234, 1337
+# the bundle's list of tasks, what guessing scores, and its folder of items
 CONFIG, BASELINES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
 
 
@@ -56,6 +58,7 @@ def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 
     note = path.with_name(path.name + ".sha256")
     fetch(url, path, tries=tries)
     digest = sha256(path)
+    # what it should be, as told or as it was the first time
     want = expect or (note.read_text().strip() if note.exists() else "")
     if want and digest != want:
         raise UserError(
@@ -123,10 +126,12 @@ def _read_file(root: Path, name: str) -> str:
 def _archive(path: Path) -> tuple[list[str], Callable[[str], str]]:
     """(names of files, function that reads one) of a bundle that is a zip."""
     archive = zipfile.ZipFile(path)
+    # macOS adds a shadow of each file
     names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
     lists = sorted((n for n in names if n.split("/")[-1] == CONFIG), key=len)
     if not lists:
         raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
+    # the list nearest to the top
     root = lists[0].removesuffix(CONFIG)
     return names, lambda name: archive.read(root + name).decode("utf-8")
 
@@ -154,6 +159,7 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
         label, kind, source, fewshot, delimiter = _entry(entry, path)
         if label not in baselines:
             raise UserError(f"{BASELINES} in {path} has no random baseline for {label}")
+        # several tasks may ask the same items
         if source not in files:
             files[source] = _items(bundle, source)
         items = files[source].copy()
@@ -348,6 +354,7 @@ class Prepared:
 
 def prepare(tokenizer, task: CoreTask) -> Prepared:
     """Render and tokenise a task."""
+    # all prompts of a task are encoded in one go
     prompts, counts = [], []
     for index, item in enumerate(task.items):
         with evaluating(f"{task.label} item {item['id']}"):
@@ -356,6 +363,7 @@ def prepare(tokenizer, task: CoreTask) -> Prepared:
         prompts += texts
         counts.append(len(texts))
     tokens = tokenizer.encode_batch(prompts, bos=True)
+    # and taken apart again, item by item
     requests, spans, start, moved = [], [], 0, 0
     for item, count in zip(task.items, counts):
         sequences = KINDS[task.kind].spans(tokens[start : start + count])
@@ -389,6 +397,7 @@ def decide(prepared: Prepared, scores: list[list[likelihood.Score]]) -> dict:
                 raise UserError("the model's likelihood is not a number: its weights are broken")
             items.append({"id": item["id"], "correct": int(KINDS[task.kind].right(item, own))})
             truncated += any(s.cut for s in own)
+    # what always saying the same would score
     answers = [item["gold"] if "gold" in item else item["continuation"] for item in task.items]
     accuracy, stderr = stats.proportion([item["correct"] for item in items])
     return dict(
@@ -415,6 +424,7 @@ def summary(tasks: dict[str, dict]) -> dict:
     The mean of centred scores and its error.
     """
     score, stderr = stats.mean_centered(tasks)
+    # of each task without its items
     short = {}
     for label, task in tasks.items():
         kept = {key: task[key] for key in ("centered", "stderr", "n", "baseline")}

@@ -52,6 +52,7 @@ def context_ids(tokenizer, context: str) -> tuple[list[int], str]:
     """
     if not context.startswith(CHAT):
         return [tokenizer.bos], context
+    # what follows the chat is the beginning of an answer that the task wants
     messages, end = json.JSONDecoder().raw_decode(context, len(CHAT))
     ids = tokenizer.render_for_completion(messages)
     last = messages[-1]
@@ -74,6 +75,7 @@ def sampling(arguments: dict, stop: tuple[int, ...], seed: int, room: int) -> Sa
 
     UserError for an argument that we don't know.
     """
+    # taken out one by one, so that what is left is unknown
     given = dict(arguments)
     until = given.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
@@ -142,6 +144,7 @@ class Checkpoint:
 
     def loglikelihood(self, requests):
         """(log-probability, whether greedy decoding would write it) of each continuation."""
+        # continuations of one context are one request of ours
         m, by_context = self.model, {}
         for n, request in enumerate(requests):
             before, after = pair_ids(m.tokenizer, *request.args)
@@ -150,6 +153,7 @@ class Checkpoint:
             (list(before), [after for _, after in members])
             for before, members in by_context.items()
         ]
+        # back into the order of the requests
         answers = likelihood.score(m.params, m.config, m.tokenizer, asked)
         scores = {}
         for members, by_continuation in zip(by_context.values(), answers):
@@ -179,9 +183,11 @@ class Checkpoint:
     def _prompt(self, n: int, request) -> Prompt:
         context, arguments = request.args
         m = self.model
+        # each request draws from a seed of its own
         options = sampling(arguments, self.stop, self.seed + n, m.config.sequence_len // 2)
         ids, rest = context_ids(m.tokenizer, context)
         ids = [*ids, *m.tokenizer.encode(rest)]
+        # the oldest tokens go, but for bos
         most = m.config.sequence_len - options.max_tokens
         cut = len(ids) > most
         if cut:
@@ -286,6 +292,7 @@ def write(run, results: dict) -> Path:
 
     kept = {key: results[key] for key in (*BY_TASK, *WHOLE) if key in results}
     kept = json.loads(json.dumps(kept, default=handle_non_serializable))
+    # when and how each task was measured: its neighbours may be of another day
     config = kept["config"]
     settings = {key: config[key] for key in (*SETTINGS, "chat_template") if key in config}
     names = [*kept.get("results", {}), *kept.get("groups", {})]

@@ -24,15 +24,19 @@ from lib.model.cache import pick_rows
 # input tokens of a forward pass: on a CPU, activations that stay in its cache
 BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ELSEWHERE = 32768
-CACHE_BATCHES = 8  # tokens that the caches of a batch of ends may hold, in batches
-AHEAD = 2  # batches that the device is given before the first one's answers are waited for
+# tokens that the caches of a batch of ends may hold, in batches
+CACHE_BATCHES = 8
+# batches that the device is given before the first one's answers are waited for
+AHEAD = 2
 # a beginning is read apart where that leaves less than this part of the tokens to read
 SHARE_BELOW = 0.8
-SHORTEST = 8  # tokens of a beginning, below which it is not looked at
+# tokens of a beginning, below which it is not looked at
+SHORTEST = 8
 # how far a common beginning may fall behind its neighbours': within a question, among questions
 NEAR, FAR = 0.85, 0.5
-LEAST_LENGTH = 8  # tokens: lengths are padded to `bucket`s of at least this
-LEAST_ANSWERS = 64  # answers of a batch, which are padded too
+# tokens and answers of a batch are padded to `bucket`s of at least these
+LEAST_LENGTH = 8
+LEAST_ANSWERS = 64
 
 
 class Score(NamedTuple):
@@ -130,6 +134,7 @@ def _read(params, config: Config, x_BTD, places_2M, targets_MA):
 
     The logits are made a chunk of places at a time.
     """
+    # all places in chunks of one size, the last one padded
     M, A = targets_MA.shape
     chunk = min(config.loss_chunk, M)
     x_MD = x_BTD[places_2M[0], places_2M[1]]
@@ -211,6 +216,7 @@ def _batches(things, size: Callable, batch_tokens: int, most: int | None = None)
     pools = {}
     for thing in things:
         pools.setdefault(size(thing), []).append(thing)
+    # from short to long, handing on what does not fill a batch
     left = []
     for i, width in enumerate(sorted(pools)):
         pool = left + pools[width]
@@ -239,6 +245,7 @@ def _asked(rows: Sequence[Row], skips: Sequence[int]) -> tuple[np.ndarray, np.nd
     M = max(LEAST_ANSWERS, _power(sum(row.scored for row in rows)))
     A = _power(max(len(row.targets) for row in rows))
     places, targets = np.zeros((2, M), np.int32), np.full((M, A), -1, np.int32)
+    # each row takes the next `scored` answers
     begin = 0
     for i, (row, skip) in enumerate(zip(rows, skips)):
         part = slice(begin, begin + row.scored)
@@ -255,6 +262,7 @@ def _asked(rows: Sequence[Row], skips: Sequence[int]) -> tuple[np.ndarray, np.nd
 
 def _common(a: bytes, b: bytes) -> int:
     """Length in tokens of the common beginning of two keys."""
+    # four bytes a token
     n = min(len(a), len(b)) // 4
     differ = np.flatnonzero(np.frombuffer(a[: 4 * n], "i4") != np.frombuffer(b[: 4 * n], "i4"))
     return int(differ[0]) if differ.size else n
@@ -298,6 +306,7 @@ def _plan(rows, batch_tokens: int) -> list[tuple[int, list[Group]]]:
     batch has no use: groups must together, each set by itself.
     """
     groups = [Group(run, shared) for shared, run in _share(rows, NEAR, 1)]
+    # too little to gain: every row by itself
     if sum((len(g.rows) - 1) * g.shared for g in groups) < batch_tokens:
         groups = [Group([row]) for row in rows]
     sets, alone = [], []
@@ -328,6 +337,7 @@ class ForwardPasses(NamedTuple):
         if share:
             plan = _plan(rows, self.batch_tokens)
         for prefix, groups in plan:
+            # the beginning of a set is read once, into a cache of one row
             longest = max(row.length for group in groups for row in group.rows)
             slots = _length(longest, 16)
             start = self.begin(groups[0], prefix, slots) if prefix else None
@@ -380,6 +390,7 @@ class ForwardPasses(NamedTuple):
             return _length(group.shared - prefix)
 
         for B, part in _batches(groups, width, self.batch_tokens, self.most(slots)):
+            # what the rows of each group share goes into the cache
             widest = max(map(width, part))
             ids = _pad([group.key_ids[prefix:] for group in part], B, widest)
             tails = [Tail(i, row, g.shared) for i, g in enumerate(part) for row in g.rows]
@@ -390,6 +401,7 @@ class ForwardPasses(NamedTuple):
             else:
                 room = widest + end
                 cache = _begin(self.params, self.config, ids, slots=room)
+            # and then their ends, as many at a time as there is room for
             R = min(_power(len(tails)), _fit(self.batch_tokens, end), self.most(room))
             for begin in range(0, len(tails), R):
                 yield self.read_tails(cache, tails[begin : begin + R], R, end)
@@ -415,6 +427,7 @@ def _answers(batches, total: int, progress) -> Iterator[tuple]:
         if len(waiting) <= AHEAD or (oldest := waiting.popleft()) is None:
             continue
         rows, answers = oldest
+        # here the host waits for the device
         logprob, best = map(np.asarray, answers)
         begin = 0
         for row in rows:
@@ -486,6 +499,7 @@ def _logprobs(params, config: Config, pairs: Iterable, reading: Reading) -> list
             row = rows.setdefault((key, first), Row(key, first, [], []))
             row.targets.append(scored)
             row.owners.append((n, i))
+    # answers come in any order, and know where they belong
     passes = ForwardPasses(params, config, reading.batch_tokens)
     batches = passes.read(list(rows.values()), reading.share)
     total = sum(map(len, pieces))
@@ -525,6 +539,7 @@ def score(
     each batch with numbers of continuations.
     """
     reading = _reading(config, batch_tokens, max_tokens, None, share, progress)
+    # one pair per continuation; the rows that they share are found later
     pairs = [
         (list(context) or [tokenizer.bos], list(continuation))
         for context, continuations in requests

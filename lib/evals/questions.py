@@ -40,9 +40,13 @@ from lib.tasks.own import jsonl
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
 # faster
 LEAST_WIDTH = 128
-TIE = 1e-5  # nats: scores closer than this are equal, for rounding alone can move them so far
-TEXT_CHARS = 300  # of a generated text that the record keeps
-LARGEST = 700.0  # nats: beyond, the exponential has no room in a float
+# nats: scores closer than this are equal, for rounding alone can move them so far
+TIE = 1e-5
+# characters of a written answer that the record keeps
+TEXT_CHARS = 300
+# nats: beyond, the exponential has no room in a float
+LARGEST = 700.0
+# the k of pass@k that are told, as far as there are samples
 PASS_AT = (1, 2, 5, 10, 20, 50, 100)
 
 
@@ -123,6 +127,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
     """How a model of ours answers. batch: rows at once."""
 
     def next_logprobs(prompts):
+        # rows that fill up the batch are looked at nowhere
         last = [len(prompt) - 1 for prompt in prompts] + [0] * (batch - len(prompts))
         tokens = _padded(prompts, config, batch, 0)
         logprobs = _next_logprobs(params, config, tokens, np.array(last, np.int32))
@@ -138,6 +143,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
         return [row[: len(target)] for row, target in zip(losses_BT, targets)]
 
     def texts(prompts, samplings):
+        # one engine for the whole task, with room for its longest answer
         longest = max(len(p) + s.max_tokens for p, s in zip(prompts, samplings))
         slots = min(batch, bucket(len(prompts)))
         engine = Engines(params, config, slots, _width(longest), tokenizer, calculator)
@@ -149,6 +155,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 
 def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]:
     """What an engine writes after each prompt, as `Answers.texts` yields it."""
+    # prompts by number: those that wait, those in a slot, and what they have written
     waiting, busy = deque(range(len(prompts))), {}
     written = [[] for _ in prompts]
     # rows join in groups of one size: a prefill serves several, and is compiled once
@@ -159,6 +166,7 @@ def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]
             yield from ((i, None) for i in new)
             slots = engine.add_many([prompts[i] for i in new], [samplings[i] for i in new])
             busy |= dict(zip(slots, new))
+        # a chunk of tokens for every row
         for slot, (tokens, finish) in engine.step(LONG_CHUNK).items():
             if any(math.isnan(token.logprob) for token in tokens):
                 raise ValueError("the model's probabilities are no numbers")
@@ -234,6 +242,7 @@ def _credit(scores: list[float], gold: int) -> float:
     """
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"the model gives scores that are no numbers: {scores}")
+    # who cannot tell two options apart has half a point
     best = [i for i, score in enumerate(scores) if score >= max(scores) - TIE]
     return (gold in best) / len(best)
 
@@ -249,6 +258,7 @@ def _accuracy(job: Job, correct: list[float], options: list[int] | None = None, 
     """The entry of a task that is right or wrong. options: how many each item offered."""
     score, error = stats.proportion(correct)
     baseline, majority = job.task.baseline, None
+    # the chance of a guess, item by item: their numbers of options may differ
     if options and min(options) > 1:
         baseline = sum(1 / n for n in options) / len(options)
         majority = stats.majority([item["gold"] for item in job.items])
@@ -275,6 +285,7 @@ class Lettered(NamedTuple):
 
 
 def _lettered(job: Job, item: dict) -> Lettered:
+    # only the next token is looked at, so a letter must be one
     letters = [job.tokenizer.encode(letter) for letter in item["letters"]]
     if any(len(letter) != 1 for letter in letters) or not 0 <= item["gold"] < len(letters):
         raise UserError(
@@ -294,6 +305,7 @@ def _choice(job: Job) -> dict:
         logprobs = job.ask.next_logprobs([questions[i].ids for i in part])
         return [row[questions[i].letters].tolist() for i, row in zip(part, logprobs)]
 
+    # alike in length go together, so that little is padding
     lengths = [len(question.ids) for question in questions]
     by_item = job.in_batches(lengths, job.settings.batch, scores)
     correct = job.judge(by_item)
@@ -330,6 +342,7 @@ def continuation_ids(tokenizer, context: str, choice: str) -> tuple[list[int], l
     bare = context.rstrip(" \t")
     choice = context[len(bare) :] + choice
     before, whole = tokenizer.encode(bare), tokenizer.encode(bare + choice)
+    # in one piece, unless a token of the whole lies across the border
     joined = whole[: len(before)] == before
     after = whole[len(before) :] if joined else tokenizer.encode(choice)
     return [tokenizer.bos, *before], after
@@ -350,6 +363,7 @@ def _continued(job: Job, item: dict) -> Continued:
     # room for the longest choice, but half of the context at least is the context's
     context_len = job.config.sequence_len
     room = max(context_len // 2, context_len - max(len(after) for _, after in pairs))
+    # neighbours with the same context are one request
     requests, cut = [], False
     for before, after in pairs:
         before, was_cut = _cut(before, room)
@@ -380,6 +394,7 @@ def _likelihood(job: Job) -> dict:
     # many at a time: score() makes its own batches, and finds the longest first again
     lengths = [question.length for question in questions]
     by_item = job.in_batches(lengths, 16 * job.settings.batch, scores)
+    # the mean over its tokens, or a short choice would always win
     correct = job.judge([[s.logprob / s.tokens for s in item] for item in by_item])
     items = [dict(id=item["id"], correct=c) for item, c in zip(job.items, correct)]
     more = {}
@@ -427,6 +442,7 @@ class Drawing(NamedTuple):
 def _generate(job: Job) -> dict:
     """The model writes its own answers, with the calculator, and they are graded as they come."""
     settings, n = job.settings, job.settings.samples
+    # an answer may fill half of the context; the prompt has the rest
     max_tokens = min(settings.max_tokens, job.config.sequence_len // 2)
     room = job.config.sequence_len - max_tokens
     prompts = job.each(
@@ -435,6 +451,7 @@ def _generate(job: Job) -> dict:
     # as they come: lengths mixed, so that prefills have few shapes
     drawings = [Drawing(i, s) for i in range(len(prompts)) for s in range(n)]
     stop = stop_ids(job.tokenizer)
+    # every sample of every item has a seed of its own
     samplings = []
     for i, s in drawings:
         seed = _seed(settings.seed, job.items[i]["id"], s)
@@ -442,6 +459,7 @@ def _generate(job: Job) -> dict:
     job.bar.reset(len(drawings))
     written = job.ask.texts([prompts[i][0] for i, _ in drawings], samplings)
     texts, counts = _graded(job, drawings, written)
+    # of several samples, the share that was right and the text of the first
     items = [
         dict(id=item["id"], correct=count / n, text=text[:TEXT_CHARS])
         for item, count, text in zip(job.items, counts, texts)
@@ -472,14 +490,17 @@ def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[
             if number is None:
                 break
             i, sample = drawings[number]
+            # begun: an error from now on may be about this item
             if ids is None:
                 at_work[number] = job.items[i]
                 continue
             at_work.pop(number, None)
+            # what was called and calculated is not what was said
             text = said(job.tokenizer, ids)
             texts[i] = text if sample == 0 else texts[i]
             grades[i].append(pool.submit(job.task.grade, job.items[i], text))
             job.bar.update()
+        # a grader that failed raises here, with its item's name
         rest = iter(grades)
         counts = job.each(lambda item: sum(bool(grade.result()) for grade in next(rest)))
     return texts, counts
@@ -522,6 +543,7 @@ def _foreseen(job: Job, item: dict) -> Foreseen:
     if "text" in item:
         rows = _windows(tokenizer.encode(item["text"]), tokenizer.bos, width)
         return Foreseen(list(rows), False)
+    # of a chat only what the assistant says, as far as one row goes
     ids, mask = tokenizer.render_conversation(item["messages"], sys.maxsize)
     cut = len(ids) > width + 1
     ids, mask = ids[: width + 1], mask[: width + 1]
@@ -543,6 +565,7 @@ def _perplexity(job: Job) -> dict:
         lambda part: job.ask.losses([rows[i] for i in part]),
         owners,
     )
+    # rows add up to their items
     items = [dict(id=item["id"], nats=0.0, tokens=0, bytes=0) for item in job.items]
     for j, (_, targets), loss in zip(owners, rows, losses):
         targets = np.asarray(targets)
@@ -557,6 +580,7 @@ def _perplexity(job: Job) -> dict:
 
 def _foresight(job: Job, items: list[dict]) -> dict:
     """The entry of a task of texts from the sums of each."""
+    # words are known of data sets that count them
     units = [u for u in ("tokens", "bytes", "words") if all(u in item for item in items)]
     total = {name: sum(item[name] for item in items) for name in ("nats", *units)}
     if not all(total[unit] for unit in units):
@@ -564,6 +588,7 @@ def _foresight(job: Job, items: list[dict]) -> dict:
             f"task {job.name} has no text to measure within the model's context of "
             f"{job.config.sequence_len} tokens"
         )
+    # a broken model is no bad model: it is not scored
     for item in items:
         if not math.isfinite(item["nats"]):
             raise RuntimeError(f"task {job.name}, item {item['id']}: the loss is not finite")
@@ -650,6 +675,7 @@ def evaluate(
     if progress:
         for name, why in skipped.items():
             tqdm.write(f"{name:20} skipped: {why}")
+    # one task after the other
     ask = answers or model_answers(params, config, tokenizer, questions.batch)
     entries = {}
     for name, items in loaded.items():

@@ -35,6 +35,7 @@ def write(folder, stage: str, record: dict) -> dict:
     again; those of another checkpoint go. Each task's entry says when it was measured.
     """
     path = Path(folder, "evals", f"{choose('stage', stage, tuple(STAGES))}.json")
+    # nothing of another checkpoint may stand beside these
     old = read(path)
     if any(old.get(key) != record.get(key) for key in IDENTITY):
         old = {}
@@ -46,15 +47,18 @@ def write(folder, stage: str, record: dict) -> dict:
         device=jax.devices()[0].device_kind,
         jax=jax.__version__,
     )
+    # entries of the parts that merge, each task with its own date
     new_tasks = {name: dict(time=stamp) | entry for name, entry in record.get("tasks", {}).items()}
     for part in MERGED:
         if part in old or part in record:
             merged[part] = old.get(part, {}) | record.get(part, {})
     if new_tasks:
         merged["tasks"] |= new_tasks
+    # what could not be had before may be measured now
     missing = old.get("skipped", {}) | record.get("skipped", {})
     measured = merged.get("tasks", {})
     merged["skipped"] = {name: why for name, why in missing.items() if name not in measured}
+    # the mean is made anew of all that stands here
     if score := stats.chatcore(measured):
         merged["chatcore"] = score
     write_json(path, merged)

@@ -9,11 +9,15 @@ import numpy as np
 
 # the chance of calling a difference real that is not, over all comparisons made at once (Holm 1979)
 CONFIDENT = 0.05
-SURE = 1.96  # standard errors on either side that hold 95 % of a normal distribution
-DRAWS = 10_000  # of a bootstrap or permutation test
-BATCH = 500  # of them held at a time
-EXACT = 1000  # pairs up to which whole numbers are summed
-GRADED = ("generate", "choice")  # kinds of task that ChatCORE is made of
+# standard errors on either side that hold 95 % of a normal distribution
+SURE = 1.96
+# draws of a bootstrap or permutation test, and how many are held at a time
+DRAWS = 10_000
+BATCH = 500
+# pairs up to which a sign test sums whole numbers
+EXACT = 1000
+# kinds of task that ChatCORE is made of
+GRADED = ("generate", "choice")
 
 
 # ---- one score
@@ -29,6 +33,7 @@ def proportion(correct: Sequence[float]) -> tuple[float, float]:
     if not values.size:
         return math.nan, math.nan
     n, mean = values.size, float(values.mean())
+    # all right or all wrong: no spread is seen, and yet it is not certain
     if mean in (0.0, 1.0):
         p = (mean * n + 0.5) / (n + 1)
         return mean, math.sqrt(p * (1 - p) / n)
@@ -42,6 +47,7 @@ def ratio(totals, sizes) -> tuple[float, float]:
     """
     totals, sizes = np.asarray(totals, np.float64), np.asarray(sizes, np.float64)
     n, size = len(totals), sizes.sum()
+    # what an item has more than its size makes one expect
     mean = totals.sum() / size
     residual = totals - mean * sizes
     error = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / size
@@ -76,6 +82,7 @@ def bootstrap(values, statistic: Callable = np.mean, draws: int = DRAWS, seed: i
     statistic takes axis=-1.
     """
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    # a batch of resampled sets at a time
     results = []
     for i in range(0, draws, BATCH):
         picks = rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))
@@ -93,6 +100,7 @@ def _questions(tasks: dict[str, dict]) -> list[dict[str, np.ndarray]]:
     """
     pools: dict[tuple, dict[str, np.ndarray]] = {}
     for label, task in tasks.items():
+        # in one order, so that outcomes of two tasks can be added
         outcome = {item["id"]: item["correct"] for item in task["items"]}
         ids = tuple(sorted(outcome))
         scale = 1 - task["baseline"]
@@ -116,6 +124,7 @@ def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> t
     if not known:
         return math.nan, math.nan
     score = float(np.mean([t["centered"] for t in known.values()]))
+    # variances of independent sets of questions add up
     rng, variance = np.random.default_rng(seed), 0.0
     for outcomes in _questions({label: t for label, t in known.items() if t.get("items")}):
         total = np.sum(list(outcomes.values()), axis=0)
@@ -186,6 +195,7 @@ def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
     d = d[d != 0]
     if not d.size:
         return 1.0
+    # how often chance alone makes so large a sum; the draw that was made counts as one
     seen, limit = 0, abs(d.sum()) * (1 - 1e-9)
     for i in range(0, draws, BATCH):
         flips = rng.integers(0, 2, (min(BATCH, draws - i), d.size), np.int8) * 2.0 - 1
@@ -200,6 +210,7 @@ def normal_test(z: float) -> float:
 
 def adjusted(p: Mapping[str, float]) -> dict[str, float]:
     """p-values that count how many are looked at together (Holm 1979)."""
+    # the smallest is multiplied by their number, the next by one less, and none falls behind
     running, result = 0.0, {}
     for rank, label in enumerate(sorted(p, key=lambda label: p[label])):
         running = max(running, min(1.0, (len(p) - rank) * p[label]))
@@ -279,6 +290,7 @@ def compare(
     "chatcore" and "bpb/SOURCE" where both records have them. Tasks without common items, and CORE
     tasks measured with other limits, are left out.
     """
+    # each task, the two means, and bits per byte of each text
     candidates = []
     for label, task in a.get("tasks", {}).items():
         if label in b.get("tasks", {}):
@@ -290,6 +302,7 @@ def compare(
         if source in b.get("bpb", {}):
             candidates.append(_compare_bits(f"bpb/{source}", bits, b["bpb"][source]))
     compared = {c.label: c for c in candidates if c}
+    # only now is it known how many were compared
     sure = adjusted({label: c.p for label, c in compared.items()})
     for label, p in sure.items():
         entry = replace(compared[label], p_adjusted=p)
@@ -354,6 +367,7 @@ def _compare_outcomes(label: str, first: list[dict], second: list[dict]) -> Comp
     )
     if not set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
         return replace(comparison, p=sign_flips(d))
+    # right or wrong: the exact test of who alone has it right
     wins, losses = int((d > 0).sum()), int((d < 0).sum())
     return replace(
         comparison,
@@ -408,6 +422,7 @@ def _compare_means(name: str, a: dict[str, dict], b: dict[str, dict]) -> Compari
                 both[label] = first, second
     if not both:
         return None
+    # by source and question: what it adds to the difference of the means
     sources: dict[str, dict[str, float]] = {}
     for label, (first, second) in both.items():
         scale = 1 / ((1 - a[label]["baseline"]) * len(first) * len(both))
@@ -415,6 +430,7 @@ def _compare_means(name: str, a: dict[str, dict], b: dict[str, dict]) -> Compari
         for x, y in zip(first, second):
             change = scale * (y["correct"] - x["correct"])
             weights[x["id"]] = weights.get(x["id"], 0.0) + change
+    # sources are independent of each other
     by_source = [np.array(list(weights.values())) for weights in sources.values()]
     d = np.concatenate(by_source)
     return Comparison(
