@@ -45,7 +45,8 @@ class Span(NamedTuple):
 def target_bytes(targets, token_bytes) -> np.ndarray:
     """Bytes of text that each target stands for: 0 for ignored ones and for special tokens."""
     targets = np.asarray(targets)
-    return np.where(targets >= 0, np.asarray(token_bytes)[np.maximum(targets, 0)], 0)
+    sizes = np.asarray(token_bytes)[np.maximum(targets, 0)]
+    return np.where(targets >= 0, sizes, 0)
 
 
 def bits_per_byte(
@@ -231,7 +232,8 @@ def bits_by_kind(
     items, by_kind = [], {}
     for number, (text, tokens, logprob) in enumerate(zip(texts, ids, logprobs)):
         sizes, nats = tokenizer.token_bytes[tokens], -logprob.astype(np.float64)
-        items.append(dict(id=str(number), nats=float(nats.sum()), bytes=int(sizes.sum())))
+        item = dict(id=str(number), nats=float(nats.sum()), bytes=int(sizes.sum()))
+        items.append(item)
         # nats and bytes of the document's tokens of each kind
         kind_of_token = np.array(kinds_of(text, sizes, spans_of(text)))
         for kind in np.unique(kind_of_token):

@@ -16,7 +16,8 @@ def _hashes(text: str) -> np.ndarray:
 
     By Python's own hash: another one in every process, which does no harm here.
     """
-    return np.array([hash(word) for word in WORD.findall(text.lower())], np.int64).view(np.uint64)
+    words = WORD.findall(text.lower())
+    return np.array(list(map(hash, words)), np.int64).view(np.uint64)
 
 
 def _runs(words: np.ndarray, n: int) -> np.ndarray:
@@ -43,7 +44,8 @@ class Index:
                     self.short[name] += 1
                     continue
                 size = min(n, len(words))
-                by_size.setdefault(size, []).append((len(self.owners), _runs(words, size)))
+                entry = len(self.owners), _runs(words, size)
+                by_size.setdefault(size, []).append(entry)
                 self.owners.append((name, item["id"]))
         self.tables = {size: _table(entries) for size, entries in by_size.items()}
         self.hit = np.zeros(len(self.owners), bool)
@@ -62,8 +64,9 @@ class Index:
 
 def _table(entries: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(runs in order, whose each is) of items and their runs."""
-    runs = np.concatenate([runs for _, runs in entries])
-    owner = np.concatenate([np.full(len(runs), k, np.int32) for k, runs in entries])
+    items, by_item = zip(*entries)
+    runs = np.concatenate(by_item)
+    owner = np.repeat(np.array(items, np.int32), list(map(len, by_item)))
     order = np.argsort(runs, kind="stable")
     return runs[order], owner[order]
 

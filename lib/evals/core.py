@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lib.data import CACHE, fetch
 from lib.evals import likelihood, stats
 from lib.evals.errors import evaluating
-from lib.files import UserError, choose, parse_json, sha256, write_atomic
+from lib.files import UserError, choose, parse_json, read_text, sha256, write_atomic
 
 # where nanochat has it from
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -27,6 +27,8 @@ BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 FEWSHOT_SEED, SHUFFLE_SEED = 1234, 1337
 # the bundle's list of tasks, what guessing scores, and its folder of items
 CONFIG, BASELINES, DATA = "core.yaml", "eval_meta_data.csv", "eval_data"
+# (tokens, start of what is scored) of each sequence of an item
+Spans = list[tuple[list[int], int]]
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def _folder(path: Path) -> tuple[list[str], Callable[[str], str]]:
 
 
 def _read_file(root: Path, name: str) -> str:
-    return (root / name).read_text("utf-8")
+    if not (root / name).exists():
+        raise KeyError(name)
+    return read_text(root / name)
 
 
 def _archive(path: Path) -> tuple[list[str], Callable[[str], str]]:
@@ -262,19 +266,19 @@ def common_start(sequences: Iterable[Sequence[int]]) -> int:
     return n
 
 
-def _choice_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
+def _choice_spans(tokens: list[list[int]]) -> Spans:
     """Options differ behind what they have in common; that much is scored."""
     start = common_start(tokens)
     return [(t, start) for t in tokens]
 
 
-def _schema_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
+def _schema_spans(tokens: list[list[int]]) -> Spans:
     """Beginnings differ; the end that all have in common is scored."""
     same = common_start([t[::-1] for t in tokens])
     return [(t, len(t) - same) for t in tokens]
 
 
-def _language_spans(tokens: list[list[int]]) -> list[tuple[list[int], int]]:
+def _language_spans(tokens: list[list[int]]) -> Spans:
     """The continuation is scored: from where the prompt without it ends.
 
     Or from the first token that it changed.
@@ -327,7 +331,9 @@ def examples_of(task: CoreTask, index: int) -> list[dict]:
 
     Drawn by FEWSHOT_SEED + index from all the others.
     """
-    drawn = random.Random(FEWSHOT_SEED + index).sample(range(len(task.items) - 1), task.fewshot)
+    others = range(len(task.items) - 1)
+    drawn = random.Random(FEWSHOT_SEED + index).sample(others, task.fewshot)
+    # the item itself is left out
     return [task.items[i + (i >= index)] for i in drawn]
 
 
@@ -395,7 +401,8 @@ def decide(prepared: Prepared, scores: list[list[likelihood.Score]]) -> dict:
             own = [s for one in scores[start : start + count] for s in one]
             if not all(math.isfinite(s.logprob) for s in own):
                 raise UserError("the model's likelihood is not a number: its weights are broken")
-            items.append({"id": item["id"], "correct": int(KINDS[task.kind].right(item, own))})
+            right = KINDS[task.kind].right(item, own)
+            items.append(dict(id=item["id"], correct=int(right)))
             truncated += any(s.cut for s in own)
     # what always saying the same would score
     answers = [item["gold"] if "gold" in item else item["continuation"] for item in task.items]

@@ -149,7 +149,8 @@ def _read(params, config: Config, x_BTD, places_2M, targets_MA):
         logits_V = logits(params, config, x)
         top = logits_V.max(axis=-1, keepdims=True)
         picked = jnp.take_along_axis(logits_V, targets, axis=-1)
-        lse = top + jnp.log(jnp.exp(logits_V - top).sum(axis=-1, keepdims=True))
+        total = jnp.exp(logits_V - top).sum(axis=-1, keepdims=True)
+        lse = top + jnp.log(total)
         # argmax by plain reductions, which XLA:CPU vectorises: the first of the highest
         V = logits_V.shape[-1]
         best = jnp.where(logits_V == top, jnp.arange(V), V).min(axis=-1)
@@ -244,7 +245,8 @@ def _asked(rows: Sequence[Row], skips: Sequence[int]) -> tuple[np.ndarray, np.nd
     """
     M = max(LEAST_ANSWERS, _power(sum(row.scored for row in rows)))
     A = _power(max(len(row.targets) for row in rows))
-    places, targets = np.zeros((2, M), np.int32), np.full((M, A), -1, np.int32)
+    places = np.zeros((2, M), np.int32)
+    targets = np.full((M, A), -1, np.int32)
     # each row takes the next `scored` answers
     begin = 0
     for i, (row, skip) in enumerate(zip(rows, skips)):
@@ -264,7 +266,9 @@ def _common(a: bytes, b: bytes) -> int:
     """Length in tokens of the common beginning of two keys."""
     # four bytes a token
     n = min(len(a), len(b)) // 4
-    differ = np.flatnonzero(np.frombuffer(a[: 4 * n], "i4") != np.frombuffer(b[: 4 * n], "i4"))
+    ids_a = np.frombuffer(a[: 4 * n], "i4")
+    ids_b = np.frombuffer(b[: 4 * n], "i4")
+    differ = np.flatnonzero(ids_a != ids_b)
     return int(differ[0]) if differ.size else n
 
 
@@ -277,12 +281,15 @@ def _share(things, near: float, enough: int) -> list[tuple[int, list]]:
     than SHARE_BELOW of its tokens to read.
     """
     things = sorted(things, key=lambda t: (t.key, t.first))
-    pairs = zip(things, things[1:])
     # of each thing and the one before it, nothing at both ends
-    common = [0, *(min(a.first, b.first, _common(a.key, b.key)) for a, b in pairs), 0]
+    common = [0]
+    for a, b in zip(things, things[1:]):
+        common.append(min(a.first, b.first, _common(a.key, b.key)))
+    common.append(0)
     runs = []
     for i, thing in enumerate(things):
-        if i and common[i] >= SHORTEST and common[i] >= near * max(common[i - 1], common[i + 1]):
+        neighbours = max(common[i - 1], common[i + 1])
+        if i and common[i] >= max(SHORTEST, near * neighbours):
             shared, run = runs[-1]
             run.append(thing)
             runs[-1] = min(shared, common[i]), run
@@ -368,7 +375,8 @@ class ForwardPasses(NamedTuple):
             return min(tiles * tile, self.config.sequence_len)
 
         for B, part in _batches(rows, width, self.batch_tokens):
-            ids = _pad([row.ids for row in part], B, max(map(width, part)), fill=0)
+            widest = max(map(width, part))
+            ids = _pad([row.ids for row in part], B, widest, fill=0)
             asked = _asked(part, [0] * len(part))
             yield part, _whole(self.params, self.config, ids, *asked)
 
@@ -397,7 +405,8 @@ class ForwardPasses(NamedTuple):
             end = _length(max(tail.row.length - tail.skip for tail in tails))
             if prefix:
                 room = slots
-                cache = _extend(self.params, self.config, start, np.zeros(B, np.int32), ids)
+                copies = np.zeros(B, np.int32)
+                cache = _extend(self.params, self.config, start, copies, ids)
             else:
                 room = widest + end
                 cache = _begin(self.params, self.config, ids, slots=room)
@@ -495,7 +504,9 @@ def _logprobs(params, config: Config, pairs: Iterable, reading: Reading) -> list
         pieces.append([None] * len(windows))
         # equal sequences are read once, whatever is asked of them
         for i, (before, scored, _) in enumerate(windows):
-            key, first = np.array([*before, *scored[:-1]], ">i4").tobytes(), len(before) - 1
+            # the last scored token is never an input
+            key = np.array([*before, *scored[:-1]], ">i4").tobytes()
+            first = len(before) - 1
             row = rows.setdefault((key, first), Row(key, first, [], []))
             row.targets.append(scored)
             row.owners.append((n, i))
@@ -550,7 +561,8 @@ def score(
 
 
 def _score(logprobs: np.ndarray, greedy: np.ndarray, cut: int) -> Score:
-    return Score(float(logprobs.sum(dtype=np.float64)), len(logprobs), bool(greedy.all()), cut)
+    total = float(logprobs.sum(dtype=np.float64))
+    return Score(total, len(logprobs), bool(greedy.all()), cut)
 
 
 def rolling(

@@ -6,6 +6,7 @@ item's id, but for tasks whose data cannot be had, which are named.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import random
@@ -128,9 +129,10 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 
     def next_logprobs(prompts):
         # rows that fill up the batch are looked at nowhere
-        last = [len(prompt) - 1 for prompt in prompts] + [0] * (batch - len(prompts))
+        last = np.zeros(batch, np.int32)
+        last[: len(prompts)] = [len(prompt) - 1 for prompt in prompts]
         tokens = _padded(prompts, config, batch, 0)
-        logprobs = _next_logprobs(params, config, tokens, np.array(last, np.int32))
+        logprobs = _next_logprobs(params, config, tokens, last)
         return np.asarray(logprobs)[: len(prompts)]
 
     def losses(rows):
@@ -164,7 +166,8 @@ def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]
         while waiting and engine.free >= group:
             new = [waiting.popleft() for _ in range(min(group, len(waiting)))]
             yield from ((i, None) for i in new)
-            slots = engine.add_many([prompts[i] for i in new], [samplings[i] for i in new])
+            new_prompts = [prompts[i] for i in new]
+            slots = engine.add_many(new_prompts, [samplings[i] for i in new])
             busy |= dict(zip(slots, new))
         # a chunk of tokens for every row
         for slot, (tokens, finish) in engine.step(LONG_CHUNK).items():
@@ -221,6 +224,10 @@ class Job:
                     results[i] = result
             self.bar.update(len(part))
         return results
+
+    def outcomes(self, correct: list[float]) -> list[dict]:
+        """The items of the task's entry."""
+        return [dict(id=item["id"], correct=c) for item, c in zip(self.items, correct)]
 
     def judge(self, scores: list[list[float]]) -> list[float]:
         """The credit of each item for the scores of its options."""
@@ -287,7 +294,8 @@ class Lettered(NamedTuple):
 def _lettered(job: Job, item: dict) -> Lettered:
     # only the next token is looked at, so a letter must be one
     letters = [job.tokenizer.encode(letter) for letter in item["letters"]]
-    if any(len(letter) != 1 for letter in letters) or not 0 <= item["gold"] < len(letters):
+    single = all(len(letter) == 1 for letter in letters)
+    if not single or not 0 <= item["gold"] < len(letters):
         raise UserError(
             f"letters {item['letters']} must be one token each, and gold {item['gold']} the index "
             "of one"
@@ -302,14 +310,15 @@ def _choice(job: Job) -> dict:
     questions = job.each(partial(_lettered, job))
 
     def scores(part):
-        logprobs = job.ask.next_logprobs([questions[i].ids for i in part])
-        return [row[questions[i].letters].tolist() for i, row in zip(part, logprobs)]
+        asked = [questions[i] for i in part]
+        logprobs = job.ask.next_logprobs([question.ids for question in asked])
+        return [row[question.letters].tolist() for question, row in zip(asked, logprobs)]
 
     # alike in length go together, so that little is padding
     lengths = [len(question.ids) for question in questions]
     by_item = job.in_batches(lengths, job.settings.batch, scores)
     correct = job.judge(by_item)
-    items = [dict(id=item["id"], correct=c) for item, c in zip(job.items, correct)]
+    items = job.outcomes(correct)
     truncated = sum(question.cut for question in questions)
     return _accuracy(job, correct, list(map(len, by_item)), truncated=truncated, items=items)
 
@@ -356,7 +365,8 @@ def _continued(job: Job, item: dict) -> Continued:
         continuation_ids(job.tokenizer, context, choice)
         for context, choice in zip(contexts, choices, strict=True)
     ]
-    if not pairs or not all(after for _, after in pairs) or not 0 <= item["gold"] < len(pairs):
+    with_text = all(after for _, after in pairs)
+    if not with_text or not 0 <= item["gold"] < len(pairs):
         raise UserError(
             "a likelihood item needs choices with text, and gold must be the index of one"
         )
@@ -396,7 +406,7 @@ def _likelihood(job: Job) -> dict:
     by_item = job.in_batches(lengths, 16 * job.settings.batch, scores)
     # the mean over its tokens, or a short choice would always win
     correct = job.judge([[s.logprob / s.tokens for s in item] for item in by_item])
-    items = [dict(id=item["id"], correct=c) for item, c in zip(job.items, correct)]
+    items = job.outcomes(correct)
     more = {}
     if all(len(item) == 1 for item in by_item):
         correct, more = _one_continuation([item[0] for item in by_item], items)
@@ -423,7 +433,9 @@ def _seed(*of) -> int:
 
     So an item's text is the same whatever else is asked.
     """
-    return int(hashlib.sha256(" ".join(map(str, of)).encode()).hexdigest()[:8], 16)
+    purpose = " ".join(map(str, of))
+    digest = hashlib.sha256(purpose.encode()).hexdigest()
+    return int(digest[:8], 16)
 
 
 def stop_ids(tokenizer) -> tuple[int, ...]:
@@ -449,7 +461,8 @@ def _generate(job: Job) -> dict:
         lambda item: _cut(job.tokenizer.render_for_completion(item["messages"]), room)
     )
     # as they come: lengths mixed, so that prefills have few shapes
-    drawings = [Drawing(i, s) for i in range(len(prompts)) for s in range(n)]
+    numbers = itertools.product(range(len(prompts)), range(n))
+    drawings = [Drawing(i, s) for i, s in numbers]
     stop = stop_ids(job.tokenizer)
     # every sample of every item has a seed of its own
     samplings = []
@@ -498,7 +511,8 @@ def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[
             # what was called and calculated is not what was said
             text = said(job.tokenizer, ids)
             texts[i] = text if sample == 0 else texts[i]
-            grades[i].append(pool.submit(job.task.grade, job.items[i], text))
+            grade = pool.submit(job.task.grade, job.items[i], text)
+            grades[i].append(grade)
             job.bar.update()
         # a grader that failed raises here, with its item's name
         rest = iter(grades)
@@ -534,7 +548,9 @@ def _windows(ids: list[int], bos: int, width: int) -> Iterator[tuple[list[int], 
     while done < len(ids):
         start = max(0, done - width // 2)
         end = min(len(ids), start + width)
-        yield [bos, *ids[start : end - 1]], [-1] * (done - start) + ids[done:end]
+        # what was a target before is only read again
+        targets = [-1] * (done - start) + ids[done:end]
+        yield [bos, *ids[start : end - 1]], targets
         done = end
 
 
@@ -548,7 +564,8 @@ def _foreseen(job: Job, item: dict) -> Foreseen:
     cut = len(ids) > width + 1
     ids, mask = ids[: width + 1], mask[: width + 1]
     # special tokens are no text: neither they nor their loss count
-    learnt = np.array(mask[1:], bool) & (tokenizer.token_bytes[ids[1:]] > 0)
+    is_text = tokenizer.token_bytes[ids[1:]] > 0
+    learnt = np.array(mask[1:], bool) & is_text
     targets = np.where(learnt, ids[1:], -1).tolist()
     return Foreseen([(ids[:-1], targets)], cut)
 
@@ -566,7 +583,8 @@ def _perplexity(job: Job) -> dict:
         owners,
     )
     # rows add up to their items
-    items = [dict(id=item["id"], nats=0.0, tokens=0, bytes=0) for item in job.items]
+    none = dict(nats=0.0, tokens=0, bytes=0)
+    items = [dict(id=item["id"], **none) for item in job.items]
     for j, (_, targets), loss in zip(owners, rows, losses):
         targets = np.asarray(targets)
         real = targets >= 0
@@ -575,7 +593,8 @@ def _perplexity(job: Job) -> dict:
         items[j]["bytes"] += int(job.tokenizer.token_bytes[targets[real]].sum())
     for item, sums in zip(job.items, items):
         sums |= {"words": item["words"]} if "words" in item else {}
-    return _foresight(job, items) | dict(truncated=sum(t.cut for t in texts), items=items)
+    truncated = sum(text.cut for text in texts)
+    return dict(**_foresight(job, items), truncated=truncated, items=items)
 
 
 def _foresight(job: Job, items: list[dict]) -> dict:

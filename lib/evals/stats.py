@@ -50,7 +50,8 @@ def ratio(totals, sizes) -> tuple[float, float]:
     # what an item has more than its size makes one expect
     mean = totals.sum() / size
     residual = totals - mean * sizes
-    error = math.sqrt((residual**2).sum() * n / max(n - 1, 1)) / size
+    squares = (residual**2).sum()
+    error = math.sqrt(squares * n / max(n - 1, 1)) / size
     return float(mean), float(error)
 
 
@@ -73,7 +74,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
         raise ValueError(
             f"pass@k needs 0 <= correct <= n and 1 <= k <= n, got n={n}, correct={correct}, k={k}"
         )
-    return 1.0 - math.prod((n - correct - i) / (n - i) for i in range(k))
+    # the chance that k samples drawn without replacement are all wrong
+    wrong = n - correct
+    all_wrong = math.prod((wrong - i) / (n - i) for i in range(k))
+    return 1.0 - all_wrong
 
 
 def bootstrap(values, statistic: Callable = np.mean, draws: int = DRAWS, seed: int = 0) -> float:
@@ -85,7 +89,8 @@ def bootstrap(values, statistic: Callable = np.mean, draws: int = DRAWS, seed: i
     # a batch of resampled sets at a time
     results = []
     for i in range(0, draws, BATCH):
-        picks = rng.integers(0, len(values), (min(BATCH, draws - i), len(values)))
+        shape = min(BATCH, draws - i), len(values)
+        picks = rng.integers(0, len(values), shape)
         results.append(statistic(values[picks], axis=-1))
     return float(np.concatenate(results).std())
 
@@ -114,19 +119,25 @@ def _own_variance(task: dict) -> float:
     return (task["stderr"] / (1 - task["baseline"])) ** 2
 
 
+def _with_centered(tasks: dict[str, dict]) -> dict[str, dict]:
+    """The tasks that have a centred score."""
+    return {label: t for label, t in tasks.items() if t.get("centered") is not None}
+
+
 def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """(mean of the centred scores of tasks, its standard error) for CORE and ChatCORE.
 
     Tasks are entries of a record. The error comes from a bootstrap over items; tasks that ask the
     same questions are resampled together. Tasks without items enter with their own standard error.
     """
-    known = {label: t for label, t in tasks.items() if t.get("centered") is not None}
+    known = _with_centered(tasks)
     if not known:
         return math.nan, math.nan
     score = float(np.mean([t["centered"] for t in known.values()]))
+    with_items = {label: t for label, t in known.items() if t.get("items")}
     # variances of independent sets of questions add up
     rng, variance = np.random.default_rng(seed), 0.0
-    for outcomes in _questions({label: t for label, t in known.items() if t.get("items")}):
+    for outcomes in _questions(with_items):
         total = np.sum(list(outcomes.values()), axis=0)
         if total.std() == 0:  # nothing to resample: all right or all wrong
             variance += sum(_own_variance(known[label]) for label in outcomes)
@@ -134,7 +145,7 @@ def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> t
             variance += total.var() / total.size
         else:
             variance += bootstrap(total, draws=draws, seed=int(rng.integers(1 << 31))) ** 2
-    variance += sum(_own_variance(t) for t in known.values() if not t.get("items"))
+    variance += sum(_own_variance(t) for label, t in known.items() if label not in with_items)
     return score, math.sqrt(variance) / len(known)
 
 
@@ -143,8 +154,8 @@ def chatcore(tasks: dict[str, dict]) -> dict | None:
 
     None where there are none.
     """
-    graded = {label: t for label, t in tasks.items() if t.get("kind") in GRADED}
-    graded = {label: t for label, t in graded.items() if t.get("centered") is not None}
+    known = _with_centered(tasks)
+    graded = {label: t for label, t in known.items() if t.get("kind") in GRADED}
     if not graded:
         return None
     score, stderr = mean_centered(graded)
@@ -156,7 +167,9 @@ def chatcore(tasks: dict[str, dict]) -> dict | None:
 
 def log_choose(n: int, k: int) -> float:
     """The logarithm of the number of ways to choose k of n."""
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    # log n! is lgamma(n + 1)
+    both = math.lgamma(k + 1) + math.lgamma(n - k + 1)
+    return math.lgamma(n + 1) - both
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -167,15 +180,20 @@ def sign_test(wins: int, losses: int) -> float:
     n, k = wins + losses, min(wins, losses)
     if n == 0:
         return 1.0
-    if n < EXACT:  # whole numbers, no rounding
-        return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    logs = [log_choose(n, i) - n * math.log(2) for i in range(k + 1)]
-    return min(1.0, 2 * _sum_of_logs(logs))
+    if n < EXACT:
+        # whole numbers, no rounding
+        ways = sum(math.comb(n, i) for i in range(k + 1))
+        return min(1.0, 2 * ways / 2**n)
+    each = n * math.log(2)
+    tail = _sum_of_logs([log_choose(n, i) - each for i in range(k + 1)])
+    return min(1.0, 2 * tail)
 
 
 def _sum_of_logs(logs: list[float]) -> float:
+    """The sum of numbers that are given by their logarithms."""
     top = max(logs)
-    return math.exp(top + math.log(math.fsum(math.exp(x - top) for x in logs)))
+    relative = math.fsum(math.exp(x - top) for x in logs)
+    return math.exp(top + math.log(relative))
 
 
 def binomial_test(right: int, n: int, chance: float) -> float:
@@ -185,7 +203,9 @@ def binomial_test(right: int, n: int, chance: float) -> float:
     if chance <= 0:
         return 0.0
     yes, no = math.log(chance), math.log1p(-chance)
-    logs = [log_choose(n, i) + i * yes + (n - i) * no for i in range(right, n + 1)]
+    logs = []
+    for i in range(right, n + 1):
+        logs.append(log_choose(n, i) + i * yes + (n - i) * no)
     return min(1.0, _sum_of_logs(logs))
 
 
@@ -198,7 +218,8 @@ def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
     # how often chance alone makes so large a sum; the draw that was made counts as one
     seen, limit = 0, abs(d.sum()) * (1 - 1e-9)
     for i in range(0, draws, BATCH):
-        flips = rng.integers(0, 2, (min(BATCH, draws - i), d.size), np.int8) * 2.0 - 1
+        shape = min(BATCH, draws - i), d.size
+        flips = rng.integers(0, 2, shape, np.int8) * 2.0 - 1
         seen += int((np.abs(flips @ d) >= limit).sum())
     return (1 + seen) / (1 + draws)
 
@@ -353,8 +374,7 @@ def _compare_task(label: str, a: dict, b: dict) -> Comparison | None:
 
 def _compare_outcomes(label: str, first: list[dict], second: list[dict]) -> Comparison:
     """Items that are right or wrong, or a share of right."""
-    pairs = zip(first, second)
-    d = np.array([y["correct"] - x["correct"] for x, y in pairs], np.float64)
+    d = _differences(first, second, "correct")
     comparison = Comparison(
         label=label,
         delta=float(d.mean()),
@@ -368,7 +388,8 @@ def _compare_outcomes(label: str, first: list[dict], second: list[dict]) -> Comp
     if not set(np.unique(d)) <= {-1.0, 0.0, 1.0}:
         return replace(comparison, p=sign_flips(d))
     # right or wrong: the exact test of who alone has it right
-    wins, losses = int((d > 0).sum()), int((d < 0).sum())
+    wins = int((d > 0).sum())
+    losses = int((d < 0).sum())
     return replace(
         comparison,
         p=sign_test(wins, losses),
@@ -388,7 +409,7 @@ def _compare_nats(label: str, first: list[dict], second: list[dict]) -> Comparis
         known = all(key in item for item in first + second)
         sizes = [item[key] for item in first] if known else []
         if sum(sizes) and sizes == [item[key] for item in second]:
-            d = np.array([y["nats"] - x["nats"] for x, y in zip(first, second)]) * scale
+            d = _differences(first, second, "nats") * scale
             delta, stderr = ratio(d, sizes)
             return Comparison(
                 label=label,
@@ -401,6 +422,11 @@ def _compare_nats(label: str, first: list[dict], second: list[dict]) -> Comparis
                 better="lower",
             )
     return None
+
+
+def _differences(first: list[dict], second: list[dict], key: str) -> np.ndarray:
+    """What each pair of items differs by."""
+    return np.array([y[key] - x[key] for x, y in zip(first, second)], np.float64)
 
 
 def _spread(d: np.ndarray) -> float:
@@ -425,7 +451,7 @@ def _compare_means(name: str, a: dict[str, dict], b: dict[str, dict]) -> Compari
     # by source and question: what it adds to the difference of the means
     sources: dict[str, dict[str, float]] = {}
     for label, (first, second) in both.items():
-        scale = 1 / ((1 - a[label]["baseline"]) * len(first) * len(both))
+        scale = 1 / (len(first) * len(both) * (1 - a[label]["baseline"]))
         weights = sources.setdefault(a[label].get("source", label), {})
         for x, y in zip(first, second):
             change = scale * (y["correct"] - x["correct"])
@@ -454,7 +480,8 @@ def _compare_bits(label: str, a: dict, b: dict) -> Comparison | None:
     paired = _compare_task(label, a, b)
     if paired:
         return paired
-    delta, stderr = b["bpb"] - a["bpb"], math.hypot(a["stderr"], b["stderr"])
+    delta = b["bpb"] - a["bpb"]
+    stderr = math.hypot(a["stderr"], b["stderr"])
     return Comparison(
         label=label,
         delta=delta,

@@ -363,7 +363,8 @@ def none_of(i, denied):
 
 def filter_code(column, pid, metadata):
     """The filter for one processor (its column in the tables) and one process."""
-    code = [LOAD_ARCH, (EQUAL, 1, 0, list(AUDIT_ARCH.values())[column]), DENY, LOAD_NUMBER]
+    arch = list(AUDIT_ARCH.values())[column]
+    code = [LOAD_ARCH, (EQUAL, 1, 0, arch), DENY, LOAD_NUMBER]
     # numbers of the 32-bit kind
     code += [(ABOVE, 0, 1, 0x40000000), DENY]
     for numbers in (REFUSED | (METADATA if metadata else {})).values():
@@ -371,7 +372,8 @@ def filter_code(column, pid, metadata):
             code += for_call(numbers[column], [DENY])
     # its flags can't be seen from here; libc then uses clone
     code += for_call(CLONE3[column], [ABSENT])
-    code += for_call(CLONE[column], [argument(0), (TEST, 1, 0, CLONE_THREAD), DENY, ALLOW])
+    only_threads = [argument(0), (TEST, 1, 0, CLONE_THREAD), DENY, ALLOW]
+    code += for_call(CLONE[column], only_threads)
     # no process but this one
     code += for_call(KILL[column], one_of(0, [pid]))
     code += for_call(TGKILL[column], one_of(0, [pid]))
@@ -549,7 +551,8 @@ def run(order, status):
     nonce = order["nonce"]
 
     def tell(word, detail=""):
-        os.write(status, json.dumps([nonce, word, detail[:500]]).encode() + b"\n")
+        line = json.dumps([nonce, word, detail[:500]])
+        os.write(status, line.encode() + b"\n")
 
     def failed(layer, error):
         tell("wall", f"{layer}: {error}")
