@@ -31,6 +31,11 @@ def test_calls_and_results_are_not_said():
     assert said(TOKENIZER, ids) == spoken(parts) == "So: That is 3145."
 
 
+def test_what_follows_a_call_without_a_result_is_said():
+    ids = [*fenced("python", "import os"), *TOKENIZER.encode("No.")]
+    assert said(TOKENIZER, ids) == "No."
+
+
 def test_parts_are_the_inverse_of_rendering():
     parts = [
         {"type": "text", "text": "naïve 東京"},

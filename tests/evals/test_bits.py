@@ -40,6 +40,19 @@ def test_standard_error_covers_the_spread_of_resampled_rows():
     assert bits.ratio_bits(nats, size)[1] == pytest.approx(spread, rel=0.15)
 
 
+def test_bits_of_a_batch_by_hand():
+    token_bytes = np.array([1, 2, 0, 4])
+    targets = np.array([[0, 1, -1], [3, 2, 0]])
+    losses = np.array([[1.0, 2.0, 64.0], [4.0, 32.0, 0.5]])
+    batches = [(np.zeros((2, 3), int), targets)]
+    found = bits.bits_per_byte(None, None, batches, token_bytes, losses_of=lambda *_: losses)
+    # what is ignored and the special token, which has no bytes, count for nothing
+    assert found.nats == 1 + 2 + 4 + 0.5 and found.bytes == 1 + 2 + 4 + 1
+    assert found.bpb == pytest.approx(7.5 / 8 / math.log(2)) and found.loss == 7.5 / 4
+    nothing = bits.bits_per_byte(None, None, [], token_bytes, losses_of=None)
+    assert nothing.bytes == 0 and math.isinf(nothing.bpb)
+
+
 def test_only_so_many_batches_are_read():
     config, params = parity_model("T")
     data = load("bpb.safetensors")

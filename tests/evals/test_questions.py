@@ -208,6 +208,18 @@ def test_letters_are_those_of_a_forward_of_each_prompt_alone(params):
     )
 
 
+def test_shuffling_draws_an_order_for_each_item_and_seed():
+    items = letter_items(30)
+
+    def golds(seed):
+        return [questions._mixed(item, seed)["gold"] for item in items]
+
+    assert golds(0) == golds(0) != golds(1)
+    # by the seed alone, every item's options would change places alike
+    moved = {(item["gold"], gold) for item, gold in zip(items, golds(0))}
+    assert len(moved) > 6
+
+
 def test_shuffling_moves_no_likelihood_and_a_trailing_blank_nothing(params, known):
     names = ["code_completion", "hellaswag", "winogrande"]
     plain, turned = (

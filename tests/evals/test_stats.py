@@ -78,6 +78,8 @@ def test_sign_flips_are_calibrated_and_see_a_shift():
     assert np.mean(np.array(p) < 0.1) == pytest.approx(0.1, abs=0.06)
     assert stats.sign_flips(rng.normal(1, 1, 40)) < 0.001
     assert stats.sign_flips(np.zeros(10)) == 1
+    # no draw is so extreme: the one that was made counts all the same
+    assert stats.sign_flips(np.ones(60), draws=100) == pytest.approx(1 / 101)
 
 
 def task(correct, **more):
@@ -185,6 +187,11 @@ def test_items_are_matched_by_id_and_the_rest_left_out():
     assert (moved.wins, moved.losses) == (2, 2)
     b["items"] = [{"id": "new", "correct": 1}]
     assert stats.compare({"tasks": {"x": a}}, {"tasks": {"x": b}}) == {}
+
+
+def test_a_difference_that_all_items_have_is_not_certain():
+    entry = stats.compare({"tasks": {"x": task([0] * 25)}}, {"tasks": {"x": task([1] * 25)}})["x"]
+    assert entry.delta == 1 and entry.stderr == pytest.approx(1 / 25) and entry.wins == 25
 
 
 def test_texts_are_matched_by_id_too():

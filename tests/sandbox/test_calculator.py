@@ -171,5 +171,12 @@ def test_calculator_is_quick_and_never_raises(expression):
     assert time.process_time() - began < 0.5
 
 
+def test_bounds_of_depth_and_size():
+    assert calculator("-" * 48 + "1") == "1" and calculator("-" * 52 + "1") is None
+    assert calculator("10**1200", wide=True) == "1" + "0" * 1200
+    assert calculator("10**1200*10**100", wide=True) is None
+    assert calculator("1/10**1200/10**100", wide=True) is None
+
+
 def test_calculator_refuses_what_is_no_text():
     assert calculator(None) is None and calculator(b"1+1") is None and calculator(12) is None
