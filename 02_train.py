@@ -78,7 +78,7 @@ from lib.params import count_params, named_specs
 from lib.pictures import show
 from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
 from lib.preflight.overview import print_overview
-from lib.preflight.plan import Payment, compare, epochs_text
+from lib.preflight.plan import Payment, compare, count_tokens, epochs_text
 from lib.preflight.search import with_microbatch
 from lib.recipes import pick_preset
 from lib.runs import STAGES, open_run, results_table, set_aside
@@ -269,8 +269,7 @@ train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
 validation = data.tokens_of(
     data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer
 )
-# as many tokens as the first shard has, times the shards
-plan = plan._replace(tokens_there=len(train_tokens) * len(train_tokens[0].ids))
+plan = plan._replace(tokens_there=count_tokens(train_tokens))
 print(epochs_text(plan))
 rows = config.total_batch_size // config.sequence_len
 

@@ -6,6 +6,7 @@ from lib import chips
 from lib.chips import Chip
 from lib.config import Config
 from lib.data.packing import epochs
+from lib.data.tokens import Tokens
 
 # share of a chip's FLOPs assumed where nobody has measured:
 # what a healthy single-chip run of this size reaches
@@ -106,6 +107,16 @@ def plan_text(plan: Plan) -> str:
         lines.append(f"time        {plan.hours:.2f} h {assumed}")
         lines.append(_cost_line(plan))
     return "\n".join(lines)
+
+
+def count_tokens(tokens: Tokens, shards: int = 4) -> int:
+    """How many tokens a text has; of more than `shards` shards, as if all were like the first ones.
+
+    It waits until those are tokenised, and no more of them.
+    """
+    first = range(min(shards, len(tokens)))
+    counted = sum(len(tokens[i].ids) for i in first)
+    return counted * len(tokens) // len(first)
 
 
 def epochs_text(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lib.evals.stats import SURE, Comparison
 from lib.pictures import running_mean
-from lib.report.words import comparison_label, is_finite, short
+from lib.report.words import comparison_label, is_finite, short, unit_label
 from lib.runs import STAGES
 from lib.train.metrics import column
 
@@ -313,35 +313,48 @@ def intervals(compared: list[Comparison], names: tuple[str, str]) -> list[Chart]
 
 
 def _intervals(compared: list[Comparison], unit: str, names: tuple[str, str]) -> Chart:
+    """The differences of one unit below each other, zero in the middle."""
     scale = 100 if unit == "points" else 1
-    ends = [scale * end for c in compared for end in c.interval]
-    reach = max(map(abs, ends)) * 1.08 or 1
+    ends = [abs(scale * end) for c in compared for end in c.interval]
+    reach = max(ends) * 1.08 or 1
     tall = DIFFERENCE_ROW * len(compared)
 
     def x(value: float) -> float:
         return 50 + 50 * value / reach
 
+    # the axis
     parts = []
     for tick in ticks(-reach, reach):
         parts.append(_line("grid", x(tick), x(tick), 0, tall))
-        anchor = "middle" if 4 < x(tick) < 96 else "start" if tick < 0 else "end"
         sign = "+" if tick > 0 else ""
-        parts.append(_text(x(tick), tall + 13, f"{sign}{short(tick)}", anchor))
+        parts.append(_text(x(tick), tall + 13, f"{sign}{short(tick)}", _anchor(x(tick))))
     parts.append(_line("zero", 50, 50, 0, tall))
 
-    for i, c in enumerate(compared):
-        y = DIFFERENCE_ROW * i + 24
-        low, high = (scale * end for end in c.interval)
-        kind = "chance"
-        if c.real:
-            kind = "better" if c.improved else "worse"
-        spec = "+.1f" if unit == "points" else "+.4f"
-        title = f"{comparison_label(c.label)} {scale * c.delta:{spec}}"
-        if not c.real:
-            title += " (may be chance)"
-        parts.append(_text(0, y - 11, title, "start", "value"))
-        parts.append(_line(kind, x(low), x(high), y, y, ' stroke-width="2.5" opacity=".6"'))
-        parts.append(_circle(kind, x(scale * c.delta), y, 4.5))
+    # the differences
+    for i, comparison in enumerate(compared):
+        parts += _interval(comparison, DIFFERENCE_ROW * i + 24, scale, x)
     better = "more is better" if compared[0].better == "higher" else "less is better"
-    title = f"{names[1]} less {names[0]}, {unit} ({better})"
+    title = f"{names[1]} less {names[0]}, {unit_label(unit)} ({better})"
     return Chart(title, "".join(parts), tall + AXIS)
+
+
+def _anchor(x: float) -> str:
+    """On which side of its place a number of the axis is written: at the edges inside."""
+    if x < 4:
+        return "start"
+    return "end" if x > 96 else "middle"
+
+
+def _interval(c: Comparison, y: float, scale: float, x) -> list[str]:
+    """A difference: what it is about, above its interval and its dot."""
+    spec = "+.1f" if c.unit == "points" else "+.4f"
+    title = f"{comparison_label(c.label)} {scale * c.delta:{spec}}"
+    kind = "better" if c.improved else "worse"
+    if not c.real:
+        title, kind = f"{title} (may be chance)", "chance"
+    low, high = (x(scale * end) for end in c.interval)
+    return [
+        _text(0, y - 11, title, "start", "value"),
+        _line(kind, low, high, y, y, ' stroke-width="2.5" opacity=".6"'),
+        _circle(kind, x(scale * c.delta), y, 4.5),
+    ]

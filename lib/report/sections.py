@@ -46,6 +46,9 @@ from lib.train.metrics import column
 # samples shown of each stage
 MOST_SAMPLES = 4
 
+# units written behind each figure
+SHORT_UNITS = ("points", "bits per byte", "nats per token")
+
 # differences told in a sentence; the picture and the table have all of them
 MOST_SENTENCES = 3
 
@@ -187,7 +190,7 @@ def _difference_row(c: Comparison) -> list[str]:
     low, high = (scale * end for end in c.interval)
     return [
         words.comparison_label(c.label),
-        f"{scale * c.delta:{spec}} {c.unit}",
+        f"{scale * c.delta:{spec}}" + (f" {c.unit}" if c.unit in SHORT_UNITS else ""),
         f"{low:{spec}} to {high:{spec}}",
         f"{c.p_adjusted:.2g}" if c.p_adjusted >= 1e-4 else "< 0.0001",
         value(c.n or None),
@@ -213,7 +216,7 @@ def beside_section(run: Run, earlier: Sequence[Run], unread: Sequence[str]) -> S
 
 def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
     """A row for each metric and stage that others have a figure of, a column for each system."""
-    # {(key of the metric, stage): {system: cell}}, and how each metric is called first
+    # {(key of the metric, stage): {system: cell}}, and how each metric was called first
     cells, names = {}, {}
 
     def put(metric: str, stage: str, system: str, cell: str):
@@ -221,6 +224,7 @@ def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
         names.setdefault(key, metric)
         cells.setdefault((key, stage), {})[system] = cell
 
+    # ours, and those beside it
     systems = ["this run"]
     for other in [run, *earlier]:
         system = "this run" if other is run else f"run {other.name}"
@@ -228,6 +232,7 @@ def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
         for stage, record in other.records.items():
             for name, entry in scores_of(record).items():
                 put(name, stage, system, words.score(entry))
+    # published ones
     for system, _, metrics in REFERENCES:
         systems.append(system)
         for name, by_stage in metrics.items():
@@ -242,6 +247,7 @@ def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
         shown,
         key=lambda row: (not is_mean(names[row[0]]), keys.index(row[0]), order.index(row[1])),
     )
+    # a column for every system that has a figure, and always for ours
     used = [
         system
         for system in dict.fromkeys(systems)
@@ -278,6 +284,7 @@ def core_section(run: Run) -> Section:
     for tasks in by_stage.values():
         labels |= tasks
 
+    # a row for each task, by the first stage's baseline
     rows = []
     for label, entry in labels.items():
         entries = [tasks.get(label, {}) for tasks in by_stage.values()]
@@ -295,6 +302,7 @@ def harness_table(run: Run) -> Table:
         for task, metrics in found.get("results", {}).items():
             items = value(samples_of.get(task, {}).get("effective"))
             for name, figure in metrics.items():
+                # "acc,none" and its error "acc_stderr,none"
                 metric, _, by = name.partition(",")
                 if not isinstance(figure, float) or metric.endswith("_stderr"):
                     continue
@@ -329,6 +337,7 @@ def bits_table(run: Run) -> Table:
         measured = [by_stage.get(stage, {}) for stage in stages]
         rows.append([source, "all", *map(words.bits, measured), _size(measured)])
         rows += _kind_rows(measured)
+    # what file compressors need for the very same bytes
     for key, label in (("gzip_bpb", "gzip -9"), ("xz_bpb", "xz -9")):
         packed = run.results.get(key)
         if rows and packed:
@@ -361,6 +370,7 @@ def other_bits(run: Run) -> str:
     headline = [m for by_stage in text_bits(run).values() for m in by_stage.values()]
     if not run.records or not headline:
         return ""
+    # other figures of the same model
     _, curve = column(run.curves.get("base", []), "val_bpb")
     others = []
     if curve and words.is_finite(curve[-1]):
@@ -371,9 +381,9 @@ def other_bits(run: Run) -> str:
     if not others:
         return ""
     return (
-        f"The first line is this model's figure. {' and '.join(others).capitalize()} are the same "
-        "measure on another part of the text, in rows that hold pieces of several documents; the "
-        "table reads each document from its own beginning."
+        f"The first line is this model's figure: it reads each document from its own beginning. "
+        f"{' and '.join(others)} come from rows that hold pieces of several documents, while "
+        "training on less text: close to it, and not to be set beside it."
     )
 
 
@@ -451,6 +461,7 @@ def _memory_row(run: Run) -> tuple:
 
 def _cost_row(run: Run) -> tuple:
     plan = run.results.get("plan", {})
+    # what was spent follows from the time where nobody has written it down
     rate = plan.get("price_per_hour", run.results.get("price_per_hour"))
     spent = _hours(run).get("base", 0)
     cost = run.results.get("cost")
@@ -465,6 +476,7 @@ def _cost_row(run: Run) -> tuple:
 
 def samples(run: Run) -> list[Sample]:
     """What each stage wrote: its calls of tools too, where they were kept."""
+    # what 02 or 04 wrote, unless the record of the stage has samples
     shown = []
     if "base" not in run.records or not run.records["base"].get("samples"):
         for text in run.results.get("samples", [])[:MOST_SAMPLES]:
@@ -484,6 +496,7 @@ def _pieces(stage: str, entry: dict) -> list[Piece]:
     parts = entry.get("parts")
     if not isinstance(parts, list):
         return [*pieces, Piece("text", entry.get("text", ""))]
+    # calls in brackets, with what the tool answered
     for part in parts:
         kind = {"python": "call", "python_output": "answer"}.get(part.get("type"), "text")
         text = {"call": " [{}", "answer": " = {}] ", "text": "{}"}[kind]
@@ -598,6 +611,7 @@ def environment(run: Run) -> list[tuple[str, str]]:
     ]
     for stage, record in run.records.items():
         pairs.append((f"{stage} measured", _measured_with(record)))
+    # and this page itself
     now = datetime.datetime.now(datetime.UTC)
     written = f"{now:%Y-%m-%d %H:%M} UTC, python {platform.python_version()}, jax {jax.__version__}"
     commit = commit_id()

@@ -76,6 +76,13 @@ def is_finite(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
+def unit_label(unit: str) -> str:
+    """A comparison's unit as a heading says it."""
+    if unit == "of the mean of centred scores":
+        return "mean of centred scores, from 0 for guessing to 1"
+    return unit
+
+
 def comparison_label(label: str) -> str:
     """What a comparison is about: its key in words."""
     means = {"core": "CORE", "chatcore": "ChatCORE"}

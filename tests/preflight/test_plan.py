@@ -1,11 +1,13 @@
 """A plan's tokens, epochs, hours and money add up, and what is not known is said."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lib import chips
 from lib.config import Config
 from lib.files import UserError
-from lib.preflight.plan import Payment, compare, plan, plan_text
+from lib.preflight.plan import Payment, compare, count_tokens, plan, plan_text
 
 CONFIG = Config.preset("cpu_demo", num_steps=1000, total_batch_size=4096)
 TOKENS = 1000 * 4096
@@ -74,6 +76,24 @@ def test_more_than_four_epochs_are_warned_of(there, epochs, warns):
     text = plan_text(made)
     assert f"{epochs:.2f} passes over {there:,} tokens of text" in text
     assert ("WARNING" in text) == warns
+
+
+def test_tokens_are_counted_in_few_shards_and_estimated_in_many():
+    lengths = [100, 50, 90, 60, 1000, 1000]
+    waited = []
+
+    def shard(i):
+        waited.append(i)
+        return SimpleNamespace(ids=range(lengths[i]))
+
+    class Text(list):
+        def __getitem__(self, i):
+            return shard(i)
+
+    assert count_tokens(Text(range(2))) == 150
+    # of six, as if all were like the first four
+    assert count_tokens(Text(range(6))) == 300 * 6 // 4
+    assert max(waited) == 3
 
 
 def test_what_came_of_it():

@@ -342,7 +342,7 @@ def test_every_stage_has_its_curves_and_every_figure_its_text(tmp_path):
     assert "1.200 bits per byte of unseen tinystories where xz" in page.text
     assert "1 of 100 (7 too short to tell)" in page.text
     # one headline, and why the others say something else
-    assert "1.1000 at the end of training and 1.1000 in results.json are the same" in page.text
+    assert "1.1000 at the end of training and 1.1000 in results.json come from rows" in page.text
 
 
 def test_differences_between_stages_are_drawn_and_told(tmp_path):
