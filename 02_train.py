@@ -231,8 +231,12 @@ measure_core = (
     if core_every
     else None
 )
+if saved or first:
+    data.check_text(folder, source, shards, resumed=bool(saved))
 if saved:
     meta = checkpoint.read_meta(saved)
+    # the text is known by its content, however its path is spelt
+    meta["settings"]["source"] = source
     now = portable.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}
     then = (
         Config.from_dict(meta["config"]).to_dict()

@@ -23,7 +23,15 @@ import numpy as np
 
 from lib.data.download import CACHE, hub_file, tell
 from lib.data.readers import READERS
-from lib.files import UserError, choose, find_files, replacing, sha256
+from lib.files import (
+    UserError,
+    choose,
+    find_files,
+    read_json,
+    replacing,
+    sha256,
+    write_json,
+)
 from lib.runtime import progress
 
 SPLITS = ("train", "val")
@@ -35,6 +43,8 @@ VAL_SHARE = 20  # one in so many bytes of text is held out, chosen by the hash o
 FEW_DOCUMENTS = 100
 # What a look at a file finds is kept for files of at least so many bytes.
 KEPT_BYTES = 1 << 20
+# What a run folder remembers its text by.
+MANIFEST = "text.json"
 
 
 @dataclass(frozen=True)
@@ -459,6 +469,22 @@ def _listed(what: str, names: Iterable[str], most: int = 3) -> str:
         return ""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{what}: {', '.join(names[:most])}{more}"
+
+
+def check_text(folder, source: str, shards: int, resumed: bool, cache_dir=CACHE):
+    """Refuse to go on in a run folder with other text than before, and name what differs.
+
+    The text is known by its files' content, so that another spelling of their path, or another
+    place, is the same. When the run is not `resumed`, what it reads is remembered.
+    """
+    path = Path(folder, MANIFEST)
+    now = manifest(source, shards, cache_dir)
+    if not resumed:
+        write_json(path, now)
+    elif path.exists():
+        told = changes(read_json(path), now)
+        if told:
+            raise UserError(f"{folder}: {told} (if_exists=fresh, or another run)")
 
 
 # ---- some of a text, and what packs it ---------------------------------------------------------

@@ -234,6 +234,19 @@ def test_what_changed_is_told_by_name(tmp_path):
     assert "removed: 4.txt" in told and "changed: 3.txt" in told and "start afresh" in told
 
 
+def test_a_run_goes_on_with_the_same_text_alone(tmp_path):
+    run, source = tmp_path / "run", write_corpus(tmp_path / "texts", "texts", ["a", "b", "c"])
+    run.mkdir()
+    data.check_text(run, source, 8, resumed=True)  # of a run that remembers none
+    data.check_text(run, source, 8, resumed=False)
+    data.check_text(run, source + "/*.txt", 8, resumed=True)
+    (tmp_path / "texts/3.txt").write_text("d")
+    with pytest.raises(UserError, match="added: 3.txt.*if_exists=fresh"):
+        data.check_text(run, source, 8, resumed=True)
+    data.check_text(run, source, 8, resumed=False)
+    data.check_text(run, source, 8, resumed=True)
+
+
 def test_another_python_is_told(monkeypatch):
     new = data.manifest("stdlib")
     assert data.changes(new, new) == ""

@@ -407,5 +407,6 @@ def test_the_benchmark_runs_as_a_file_too(tmp_path):
     subprocess.run([sys.executable, script, *args], check=True, capture_output=True, cwd=tmp_path)
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["vocab_size"] == 300 and min(row.values()) > 0
-    code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import tokenize; tokenize.TokenError"
+    place = f"sys.path.insert(0, {str(script.parent)!r})"
+    code = f"import sys; {place}; import tokenize; tokenize.TokenError"
     subprocess.run([sys.executable, "-c", code], check=True)
