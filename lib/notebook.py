@@ -114,6 +114,10 @@ def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
+# a line of a form: its name, its value, its choices and the rest of Colab's annotation
+PARAM = re.compile(r"(\w+) = (.+?) *# ?@param *(\[.*?\])? *(\{.*\})?")
+
+
 class Param(NamedTuple):
     name: str
     value: object
@@ -122,47 +126,49 @@ class Param(NamedTuple):
 
 
 def parameters(source: str) -> list[Param]:
-    """The variables of the one cell tagged `parameters` in a notebook's percent-format source.
+    """The variables of the cells tagged `parameters` in a notebook's percent-format source.
 
-    Each is `name = literal  # @param …` on one line, the annotation being Colab's: a list of choices (open-ended with
-    allow-input), a {type:"…"}, or both. Comment lines right above it (`# @markdown …` shows in Colab too) are its help.
+    Each is `name = literal  # @param …` on one line, the annotation being Colab's: a list of
+    choices (open-ended with allow-input), a {type:"…"}, or both. Comment lines right above it
+    (`# @markdown …` shows in Colab too) are its help. A second cell may hold what few people change.
     """
-    cells = [
-        c
-        for c in re.split(r"(?m)^(?=# %%)", source)
-        if re.match(r'# %%.*tags=\[.*"parameters".*\]', c)
-    ]
-    if len(cells) != 1:
-        raise ValueError(f"a notebook has one cell tagged parameters, this one has {len(cells)}")
-    params, about = [], []
-    for line in cells[0].splitlines()[1:]:
-        if comment := re.match(r"# (?:@markdown )?(?!@)(.+)", line):
-            about.append(comment[1].strip())
+    cells = re.split(r"(?m)^(?=# %%)", source)
+    forms = [cell for cell in cells if re.match(r'# %%.*tags=\[.*"parameters".*\]', cell)]
+    if not forms:
+        raise ValueError("a notebook has a cell tagged parameters, this one has none")
+
+    params, comments = [], []
+    for line in "".join(forms).splitlines():
+        if comment := re.match(r"# (?:@markdown )?(?![@%])(.+)", line):
+            comments.append(comment[1].strip())
             continue
-        if match := re.match(r"(\w+) = (.+?) *# ?@param *(\[.*?\])? *(\{.*\})?", line):
-            name, value, choices, form = match.groups(default="")
-            value, choices = ast.literal_eval(value), tuple(ast.literal_eval(choices or "[]"))
-            kind = re.search(r"type: *[\"'](\w+)", form)
-            if choices and "allow-input" in form:
-                about.append(f"({', '.join(str(c) for c in choices if c != '')}, or your own)")
-            hint = (
-                Literal[choices]
-                if choices and "allow-input" not in form
-                else (
-                    {"integer": int, "number": float, "boolean": bool}.get(
-                        kind and kind[1], str if value is None else type(value)
-                    )
-                )
-            )
-            params.append(
-                Param(name, value, Optional[hint] if value is None else hint, " ".join(about))
-            )
+        if match := PARAM.match(line):
+            params.append(_param(*match.groups(default=""), comments))
         elif line.strip() and not line.startswith("#"):
             raise ValueError(
                 f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}"
             )
-        about = []
+        comments = []
     return params
+
+
+def _param(name: str, literal: str, choices: str, form: str, comments: list[str]) -> Param:
+    """A parameter from the parts of its line and the comments above it."""
+    value = ast.literal_eval(literal)
+    options = tuple(ast.literal_eval(choices or "[]"))
+    named = [str(option) for option in options if option != ""]
+    kind = re.search(r"type: *[\"'](\w+)", form)
+    types = {"integer": int, "number": float, "boolean": bool}
+
+    if options and "allow-input" not in form:
+        hint = Literal[options]
+    elif kind and kind[1] in types:
+        hint = types[kind[1]]
+    else:
+        hint = str if value is None else type(value)
+    if options and "allow-input" in form:
+        comments = [*comments, f"({', '.join(named)}, or your own)"]
+    return Param(name, value, Optional[hint] if value is None else hint, " ".join(comments))
 
 
 def flags(namespace: dict, args: list[str] | None = None) -> dict:

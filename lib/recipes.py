@@ -48,6 +48,34 @@ def pick_preset(device: dict) -> Choice:
     return Choice("gpu", "one GPU with 16 GB or more")
 
 
+class Text(NamedTuple):
+    """What a tokenizer is trained on where its user left that open."""
+
+    source: str
+    vocab_size: int
+    why: str
+
+
+def for_tokenizer(preset: str, source: str, vocab_size: int, device: dict, hosted: bool) -> Text:
+    """Text and size of the vocabulary for the model that a preset of 02 will train.
+
+    source "" and vocab_size 0 are left open; preset "auto" takes the device's. hosted: in Colab or
+    Kaggle, where this notebook asks for a CPU and 02, in a tab of its own, for a TPU.
+    """
+    why = "asked for"
+    if preset == "auto" and hosted and device["platform"] == "cpu":
+        preset, why = "colab_free_v5e", "what 02 will train on the TPU that it asks for"
+    elif preset == "auto":
+        preset, why = pick_preset(device)
+    vocab_size = vocab_size or Config.preset(preset).vocab_size
+    sentence = f"for preset {preset} ({why}): {vocab_size:,} ids"
+    if source:
+        return Text(source, vocab_size, f"{sentence}, from {source}")
+    needs_hub = TEXTS.get(preset, TEXT_OF_THE_REST) != "stdlib"
+    source, why = pick_text(preset, online=needs_hub and hub_is_reachable())
+    return Text(source, vocab_size, f"{sentence}, from {source} ({why})")
+
+
 def pick_text(preset: str, online: bool) -> Choice:
     """The source of text for a preset; the embedded one where the Hub is out of reach."""
     source = TEXTS.get(preset, TEXT_OF_THE_REST)

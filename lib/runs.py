@@ -5,6 +5,7 @@ Notebooks, chat, server, measurements and reports open a run and load its model 
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import jax
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.files import UserError, choose, set_aside, writing
+from lib.home import Mirror, open_home, pull
 from lib.params import templates
 from lib.train import checkpoint
 
@@ -21,6 +23,7 @@ __all__ = [
     "Model",
     "RESULTS",
     "STAGES",
+    "enter",
     "load_model",
     "newest_run",
     "open_run",
@@ -105,6 +108,19 @@ def newest_run(runs_dir="runs", holding: str = "config.json") -> Path:
 def stages(run) -> list[str]:
     """Those of STAGES that have a usable checkpoint in the run folder, in the order of training."""
     return [stage for stage, name in STAGES.items() if checkpoint.latest(Path(run) / name)]
+
+
+def enter(
+    home: str, name: str, needs: str = "", token: Callable[[], str | None] = lambda: None
+) -> tuple[Path, Mirror]:
+    """(the folder of a run, what sends it home), where `home` names where runs live: `lib.home`.
+
+    What another machine left at home is brought first. `needs` and an empty name: as in `open_run`.
+    """
+    place = open_home(home, token)
+    name = pull(place, name, token)
+    folder = open_run(name, needs, place.runs_dir)
+    return folder, Mirror(place, folder, token)
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------

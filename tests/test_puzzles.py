@@ -1,0 +1,45 @@
+"""lib/puzzles.py: right solutions pass, wrong and unfinished ones are told, and nothing stops."""
+
+import math
+
+import pytest
+
+from lib.puzzles import PUZZLES, check
+
+
+def merge(word, pair):
+    pieces, i = [], 0
+    while i < len(word):
+        if word[i : i + 2] == pair:
+            pieces.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            pieces.append(word[i])
+            i += 1
+    return tuple(pieces)
+
+
+def mask(t, s, window):
+    return s <= t and (window is None or t - s <= window)
+
+
+def bits(losses, sizes):
+    nats = sum(loss for loss, size in zip(losses, sizes) if size)
+    return nats / math.log(2) / sum(sizes)
+
+
+SOLUTIONS = {"merge": merge, "mask": mask, "bits": bits}
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+def test_a_solution_is_right_and_a_stub_is_not(name, capsys):
+    assert check(name, SOLUTIONS[name])
+    assert not check(name, lambda *_: None)
+    assert not check(name, lambda: None)
+    said = capsys.readouterr().out
+    assert "right: all" in said and "and should give" in said and "TypeError" in said
+
+
+def test_a_pair_that_overlaps_itself_is_joined_from_the_left():
+    wrong = lambda word, pair: merge(word[::-1], pair[::-1])[::-1]  # noqa: E731
+    assert not check("merge", wrong)
