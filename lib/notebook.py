@@ -149,6 +149,10 @@ def parameters(source: str) -> list[Param]:
                 f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}"
             )
         comments = []
+    names = [param.name for param in params]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the parameter {name} stands twice in the forms of this notebook")
     return params
 
 

@@ -82,8 +82,8 @@ def test_a_notebook_parses_nothing():
 @pytest.mark.parametrize(
     "source, says",
     [
-        (SOURCE.replace('tags=["parameters"]', ""), "has 0"),
-        (SOURCE + SOURCE, "has 2"),
+        (SOURCE.replace('tags=["parameters"]', ""), "has none"),
+        (SOURCE + SOURCE, "stands twice"),
         (SOURCE.replace("log = False  # @param", "log = False  #"), "log = False"),
     ],
 )

@@ -68,7 +68,7 @@ def read_by(tokenizer: Tokenizer) -> str:
 
 
 def _check_settings(path: Path, before: dict, now: dict):
-    changed = sorted(name for name in before | now if before.get(name) != now.get(name))
+    changed = [name for name in now | before if before.get(name) != now.get(name)]
     if changed:
         raise UserError(
             f"{path} was made with other settings ({', '.join(changed)}): choose another run, "
@@ -148,6 +148,8 @@ def first_merges(tokenizer: Tokenizer, texts: list[str], most: int = 20) -> list
     for token in tokenizer.tokens[256 : 256 + most]:
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
         cuts = [cut for cut in cuts if known.issuperset(cut)]
+        if not cuts:  # a vocabulary that was not made by merging pairs
+            continue
         counts = Counter()
         for word, n in pieces.items():
             for pair in zip(word, word[1:]):
