@@ -34,7 +34,8 @@ def setup(*extras: str):
 
     In a notebook: install what is missing (extras: with these optional dependencies) and the libtpu
     that the installed jax names. Everywhere: keep compiled programs in .cache/jax, where the next
-    run finds them, and show of a UserError only its sentence (a script then exits with code 2).
+    run finds them, and show of a UserError only its sentence (a script then exits with code 2), of
+    Ctrl-C in a script one line (code 130).
     What is ready already takes no time.
     """
     _show_sentences()
@@ -79,16 +80,26 @@ def _show_sentences():
     shell.set_custom_exc((UserError,), show_sentence)
 
 
+# what a shell expects of a program that Ctrl-C has ended
+INTERRUPTED = 130
+
+
 def _excepthook(kind, error, trace):
+    """Show a script's last error: bad input and Ctrl-C in a sentence, all else with its traceback."""
     from lib import parallel
 
+    code = None
     if issubclass(kind, UserError):
         print(f"Error: {error}", file=sys.stderr)
+        code = 2
+    elif issubclass(kind, KeyboardInterrupt):
+        print("\nstopped: run it again to go on from what was saved", file=sys.stderr)
+        code = INTERRUPTED
     else:
         sys.__excepthook__(kind, error, trace)
     parallel.end_all(error)
-    if issubclass(kind, UserError):
-        raise SystemExit(2)
+    if code is not None:
+        raise SystemExit(code)
 
 
 def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool:

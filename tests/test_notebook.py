@@ -154,7 +154,11 @@ def test_secrets_of_a_host_come_first(monkeypatch, capsys, place):
 
 @pytest.mark.parametrize(
     "error, code, says",
-    [("UserError('do this')", 2, "Error: do this\n"), ("ValueError('a bug')", 1, "Traceback")],
+    [
+        ("UserError('do this')", 2, "Error: do this\n"),
+        ("ValueError('a bug')", 1, "Traceback"),
+        ("KeyboardInterrupt", 130, "\nstopped: run it again to go on from what was saved\n"),
+    ],
 )
 def test_user_errors_print_one_sentence(error, code, says):
     program = (
