@@ -143,3 +143,75 @@ def test_types_are_counted_in_bytes_where_they_lie():
     assert hlo.size("(bf16[2,3]{1,0}, f32[4]{0:S(1)}, s4[8]{0})") == 12 + 16 + 4
     assert hlo.hbm("(bf16[2,3]{1,0}, f32[4]{0:S(1)}, s4[8]{0})") == 12 + 4
     assert hlo.size("f32[]") == 4
+
+
+def program(entry: str, others: str = "") -> hlo.Analysis:
+    """What a program of these lines does on four devices."""
+    return hlo.analyse(f"{others}\nENTRY %main (a: f32[8]) -> f32[8] {{\n{entry}\n}}\n", devices=4)
+
+
+def test_a_loop_in_a_loop_runs_as_often_as_both_together():
+    tuple_ = "(s32[], f32[8,16]{1,0}, f32[16,4]{1,0})"
+    count = 'backend_config={"known_trip_count":{"n":"%d"}}'
+    inner = f"""%inner (p: {tuple_}) -> {tuple_} {{
+  %p = {tuple_} parameter(0)
+  %l = f32[8,16]{{1,0}} get-tuple-element(%p), index=1
+  %r = f32[16,4]{{1,0}} get-tuple-element(%p), index=2
+  %d = f32[8,4]{{1,0}} dot(%l, %r), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, metadata={{op_name="jit(f)/mlp/dot"}}
+  ROOT %t = {tuple_} tuple(%p, %l, %r)
+}}
+
+%outer (q: {tuple_}) -> {tuple_} {{
+  %q = {tuple_} parameter(0)
+  ROOT %w = {tuple_} while(%q), condition=%none, body=%inner, {count % 5}
+}}
+"""
+    entry = f"""  %a = {tuple_} parameter(0)
+  ROOT %x = {tuple_} while(%a), condition=%none, body=%outer, {count % 3}"""
+    assert program(entry, inner).components["mlp"].flops == 3 * 5 * 2 * 8 * 16 * 4
+
+
+def test_what_is_changed_in_place_counts_with_what_is_changed():
+    # 4 of 1,000 rows of 8 float32 numbers: read and written
+    lines = """  %a = f32[1000,8]{1,0} parameter(0)
+  %piece = f32[4,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %put = f32[1000,8]{1,0} dynamic-update-slice(%a, %piece, %i, %i), metadata={op_name="jit(f)/mlp/put"}"""
+    assert program(lines).components["mlp"].bytes == 2 * 4 * 8 * 4
+
+    # and one that cuts: the cut is read and written
+    lines = """  %a = f32[1000,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %cut = f32[4,8]{1,0} dynamic-slice(%a, %i, %i), metadata={op_name="jit(f)/mlp/cut"}"""
+    assert program(lines).components["mlp"].bytes == 2 * 4 * 8 * 4
+
+
+def test_a_scatter_reads_and_writes_what_it_adds_to():
+    fused = """%added (p: f32[1000,8], i: s32[4], u: f32[4,8]) -> f32[1000,8] {
+  %p = f32[1000,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %u = f32[4,8]{1,0} parameter(2)
+  ROOT %s = f32[1000,8]{1,0} scatter(%p, %i, %u), to_apply=%sum
+}
+"""
+    lines = """  %a = f32[1000,8]{1,0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  %c = f32[4,8]{1,0} parameter(2)
+  ROOT %f = f32[1000,8]{1,0} fusion(%a, %b, %c), kind=kLoop, calls=%added, metadata={op_name="jit(f)/embed/add"}"""
+    # four rows there and back, the rows that are added, and where
+    expected = 2 * 4 * 8 * 4 + 4 * 8 * 4 + 4 * 4
+    assert program(lines, fused).components["embedding"].bytes == expected
+
+
+def test_a_sum_fused_with_its_cut_is_a_reduce_scatter():
+    fused = """%all-reduce-scatter.1 (p: f32[100]) -> f32[25] {
+  %p = f32[100]{0} parameter(0)
+  %sum = f32[100]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %cut = f32[25]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={25}
+}
+"""
+    lines = """  %a = f32[100]{0} parameter(0)
+  ROOT %f = f32[25]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1"""
+    (collective,) = program(lines, fused).collectives
+    assert (collective.kind, collective.bytes) == ("reduce-scatter", 400 * 3 / 4)

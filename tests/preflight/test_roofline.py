@@ -74,6 +74,40 @@ def test_weights_are_read_anew_for_each_microbatch():
     assert work[1]["other"].bytes == parameters and work[0]["other"].bytes == 0
 
 
+def test_a_kernel_by_hand():
+    # one head of 128, a row of 256 in blocks of 128: three pairs of blocks under the diagonal
+    config = Config(**SMALL | dict(attention_block=128))
+    product = 2 * 3 * 128 * 128 * 128
+    forward = roofline.kernel_work(config, "splash_mha_fwd", 128)
+    backward = roofline.kernel_work(config, "splash_mha_dkv", 128)
+    # scores and values; backward the scores again and the gradients of all four
+    assert forward.flops == 2 * product and backward.flops == 5 * product
+    # keys and values of a third block are read again, two bytes a number
+    assert forward.bytes == 2 * 128 * 128 * 2
+
+
+def test_the_head_is_read_for_each_chunk():
+    one = Config(**SMALL | dict(loss_chunk=1024))
+    four = one.replace(loss_chunk=256)
+    work = [roofline.account(config).components["head+loss"] for config in (one, four)]
+    assert work[0].flops == work[1].flops == 6 * 2048 * 128 * 512
+    # of two microbatches of 1,024 tokens: eight chunks instead of two, each reads the head twice in
+    # bfloat16 and adds to a float32 gradient
+    assert work[1].bytes - work[0].bytes == 6 * 128 * 512 * (2 * 2 + 8)
+
+
+def test_adam_moves_28_bytes_a_parameter_and_zero_shares_them():
+    config = Config(**SMALL)
+    moved = 28 * roofline.count_params(config)["total"]
+    for strategy, split, share in [
+        ("dp", Split(data=4), 1),
+        ("zero", Split(data=4), 4),
+        ("fsdp", Split(fsdp=4), 4),
+    ]:
+        work = roofline.account(config, split=split, strategy=strategy)
+        assert work.components["optimizer"].bytes == pytest.approx(moved / share)
+
+
 @pytest.mark.parametrize(
     "strategy, split, sent",
     [
@@ -134,6 +168,9 @@ def test_splitting_shares_memory_and_talks():
     assert dp.memory["parameters"] == parameters == 8 * fsdp.memory["parameters"]
     assert dp.memory["optimizer"] == pytest.approx(8 * zero.memory["optimizer"], rel=1e-4)
     assert dp.memory["activations"] < one.memory["activations"] / 2
+
+    # zero gathers the new parameters beside the old ones
+    assert zero.memory["gradients"] == dp.memory["gradients"] + parameters
 
     # eight chips make a step of the same batch in less time, at an eighth of the MFU per second
     speed = config.total_batch_size / dp.bound["step"].seconds
