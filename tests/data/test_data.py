@@ -662,6 +662,35 @@ def test_truncated_cache_is_made_anew(tmp_path, tokenizer, inline, keep):
     assert decode(start(), tokenizer) == texts and path.read_bytes() == whole and len(inline) == 2
 
 
+@pytest.mark.parametrize("harm", ["zeros", "a bit", "tail of another kind", "deep tail"])
+def test_a_cache_whose_content_changed_is_made_anew(tmp_path, tokenizer, inline, harm):
+    source = corpus(tmp_path / "texts")
+    start = partial(data.open_tokens, source, "train", tokenizer, cache_dir=tmp_path / "cache")
+    texts = decode(start(), tokenizer)
+    (path,) = (tmp_path / "cache/tokens").glob("*.npy")
+    whole = path.read_bytes()
+    begin = whole.rindex(b'{"groups"')
+    damaged = {
+        "zeros": whole[:200] + bytes(64) + whole[264:],
+        "a bit": whole[:300] + bytes([whole[300] ^ 1]) + whole[301:],
+        "tail of another kind": whole[:begin] + b"[1, 2]",
+        "deep tail": whole[:begin] + b"[" * 200_000,
+    }[harm]
+    path.write_bytes(damaged)
+    assert decode(start(), tokenizer) == texts and path.read_bytes() == whole and len(inline) == 2
+
+
+def test_a_long_wait_for_the_first_shard_shows_a_bar(tmp_path, tokenizer, monkeypatch, capsys):
+    def slow(shard, spec, out):
+        time.sleep(3)
+        token_files._tokenise(shard, spec, out)
+
+    monkeypatch.setattr(token_files, "_tokenise_apart", slow)
+    source = corpus(tmp_path / "texts")
+    data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / "cache")
+    assert "tokenising" in capsys.readouterr().err
+
+
 def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "SHARD_BYTES", 400)
     go = threading.Event()
