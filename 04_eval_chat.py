@@ -115,6 +115,8 @@ sft_epochs = 1.0  # @param {type:"number"}
 mid_lr = 1.0  # @param {type:"number"}
 # @markdown Learning rates of the second phase, likewise
 sft_lr = 0.3  # @param {type:"number"}
+# @markdown Lines of a .jsonl file that hold no chat: refuse the file, or skip and count them
+bad_lines = "refuse"  # @param ["refuse", "skip"]
 # @markdown Optimizer state of a phase: fresh, or warm, which goes on with the moments of the stage before
 optimizer_state = "fresh"  # @param ["fresh", "warm"]
 # @markdown When a phase was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
@@ -273,8 +275,8 @@ print(
 # to write itself.
 
 # %%
-chats = {stage: sft.open_mixture(mixture, "train") for stage, mixture in taught.items()}
-held_out = {stage: sft.open_mixture(mixture, "val") for stage, mixture in taught.items()}
+chats = {stage: sft.open_mixture(mixture, "train", bad_lines) for stage, mixture in taught.items()}
+held_out = {stage: sft.open_mixture(mixture, "val", bad_lines) for stage, mixture in taught.items()}
 for stage, found in chats.items():
     # one that uses the calculator
     shown = next(

@@ -87,7 +87,7 @@ def parse_mixture(text: str) -> dict[str, float]:
             f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with epochs above 0"
         )
     for name in mixture:
-        if not name.endswith(".jsonl") and name not in tasks():
+        if not name.endswith((".jsonl", ".jsonl.gz")) and name not in tasks():
             known = ", ".join([*MIXTURES, *tasks()])
             raise UserError(
                 f"unknown source {name!r} in the mixture: it is neither a .jsonl file nor one of {known}"
@@ -95,9 +95,9 @@ def parse_mixture(text: str) -> dict[str, float]:
     return mixture
 
 
-def _source(name: str) -> list[list[dict] | str]:
-    if name.endswith(".jsonl"):
-        return read_chats(name)
+def _source(name: str, bad_lines: str) -> list[list[dict] | str]:
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return read_chats(name, skip_bad=bad_lines == "skip")
     chats = [item.get("messages") or item.get("text") for item in items_of(name, "train")]
     if not all(
         chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats
@@ -108,18 +108,19 @@ def _source(name: str) -> list[list[dict] | str]:
     return chats
 
 
-def open_mixture(mixture: dict[str, float], split: str) -> Chats:
+def open_mixture(mixture: dict[str, float], split: str, bad_lines: str = "refuse") -> Chats:
     """The conversations of one side of a mixture, "train" or "val".
 
     They are the sources' training conversations, divided by the hash of their content; val has each
-    once, whatever the epochs.
+    once, whatever the epochs. bad_lines: of files of chats, "refuse" or "skip" (and count).
     """
     choose("split", split, ("train", "val"))
+    choose("bad_lines", bad_lines, ("refuse", "skip"))
     messages, source, digest = [], [], hashlib.sha256()
     for name, epochs in mixture.items():
         found = {
             hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest(): chat
-            for chat in _source(name)
+            for chat in _source(name, bad_lines)
         }
         held_out = {mark for mark in found if int.from_bytes(mark[:4], "big") % VAL_EVERY == 0} or {
             min(found)

@@ -332,6 +332,17 @@ def test_a_bad_line_is_named(tmp_path, line, says):
         data.read_chats(path)
 
 
+def test_bad_lines_of_a_mixture_are_skipped_on_request(tmp_path):
+    lines = [chat(f"q{i}", f"a{i}") for i in range(10)]
+    path = write(tmp_path / "chats.jsonl", *lines, "{")
+    with pytest.raises(UserError, match="line 11"):
+        sft.open_mixture({path: 1.0}, "train")
+    sides = [sft.open_mixture({path: 1.0}, split, "skip") for split in ("train", "val")]
+    assert sum(map(len, sides)) == 10
+    with pytest.raises(UserError, match="unknown bad_lines"):
+        sft.open_mixture({path: 1.0}, "train", "ignore")
+
+
 def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(UserError, match="no conversations"):
         data.read_chats(write(tmp_path / "a.jsonl", "", ""))
