@@ -81,6 +81,7 @@ def whole_ticks(axis):
 
 def running_mean(values: Sequence[float], share: int = 30) -> list[float]:
     """Each value's mean with its neighbours on both sides, together a `share`-th of all values."""
+    # sums up to each value, so that a mean is a difference of two
     half = len(values) // (2 * share)
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
     centers = np.arange(len(values))
@@ -97,6 +98,7 @@ def running_mean(values: Sequence[float], share: int = 30) -> list[float]:
 @styled
 def compression(bytes_per_token: dict[str, dict[str, float]]):
     """Bars of bytes per token: {kind of text: {tokenizer: bytes per token}}, ours first."""
+    # all bars of a kind share a place
     kinds = list(bytes_per_token)
     names = list(bytes_per_token[kinds[0]])
     height = 0.8 / len(names)
@@ -109,6 +111,7 @@ def compression(bytes_per_token: dict[str, dict[str, float]]):
         bars = axis.barh(places, values, 0.92 * height, color=colour, label=name)
         axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
 
+    # the first kind on top
     axis.set_yticks(range(len(kinds)), kinds)
     axis.invert_yaxis()
     axis.set(xlabel="bytes per token (more is better)")
@@ -170,6 +173,7 @@ def _text_grid(pieces: list[tuple[str, tuple]], columns: int = COLUMNS):
     """Draw (text, background colour) pieces on a grid of characters; `\\n` ends a row."""
     from matplotlib.figure import Figure
 
+    # every character's background, one pixel each, white where there is none
     rows, colours = _fill_rows(pieces, columns)
     backgrounds = np.ones((len(rows), columns, 3))
     for row, line in enumerate(colours):
@@ -219,6 +223,7 @@ def _fill_rows(pieces, columns: int) -> tuple[list[str], list[list]]:
         colours.append([])
 
     for text, colour in pieces:
+        # what has no shape of its own gets one
         text = text.replace("\r\n", "\n").replace("\t", "→   ").replace("\n", "↵")
         # a piece is not cut in two unless it is longer than a row
         if len(rows[-1]) + len(text.rstrip("↵")) > columns:
@@ -240,15 +245,18 @@ def _fill_rows(pieces, columns: int) -> tuple[list[str], list[list]]:
 @styled
 def training_curves(rows: list[dict]):
     """Loss, learning rate and throughput over the steps of a metrics.jsonl."""
+    # what it is judged by
     figure, axes = subplots(1, 3, size=(4.6, 3.2))
     _loss_curves(axes[0], rows, "validation (per token of text)")
     axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
 
+    # what it was driven by
     axes[1].plot(*column(rows, "lr"), color="C2")
     axes[1].set(
         title="learning rate", xlabel="step", ylabel="times each group's base rate", ylim=(0, None)
     )
 
+    # how fast it went
     axes[2].plot(*column(rows, "tokens_per_s"), color="C3", linewidth=0.8)
     axes[2].set(title="throughput", xlabel="step", ylabel="tokens/s", ylim=(0, None))
     for axis in axes:
@@ -280,6 +288,7 @@ def surprise_colour(bits: float) -> tuple[float, ...]:
 
 def surprise(tokenizer, ids: Sequence[int], bits: Sequence[float]):
     """A text whose tokens are coloured by the bits that each cost, under a key of the colours."""
+    # the key, a patch for each level
     white = (1.0, 1.0, 1.0)
     pieces = [("bits a token cost:", white)]
     for level in (0, 1, 2, 3, 4, 6, 8, 12, 16):
@@ -287,6 +296,7 @@ def surprise(tokenizer, ids: Sequence[int], bits: Sequence[float]):
     pieces.append((f"   {np.mean(bits):.2f} on average", white))
 
     rows = [(tokenizer.decode([i]), surprise_colour(float(cost))) for i, cost in zip(ids, bits)]
+    # then the text itself
     empty_row = (" " * COLUMNS, white)
     return _text_grid([*pieces, empty_row, *rows])
 
@@ -297,6 +307,7 @@ def bits_by_kind(by_stage: dict[str, dict]):
 
     by_stage: {stage: the answer of `evals.bits_by_kind`}.
     """
+    # the kinds with most bytes on top
     sizes = {}
     for measured in by_stage.values():
         for kind, entry in measured["kinds"].items():
@@ -355,6 +366,7 @@ def scores(marks: dict[str, dict[str, dict]]):
 
     A dark line across a task's bars is what guessing gets.
     """
+    # tasks in the order in which they were first asked
     tasks = []
     for entries in marks.values():
         tasks += [name for name in entries if name not in tasks]

@@ -54,6 +54,7 @@ def tpu_devices(topology: str) -> list:
         )
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # only after the environment is set
     from jax.experimental import topologies
 
     options: dict[str, Any] = {}
@@ -221,6 +222,7 @@ def compile_step(config: Config, where) -> Compiled:
     `config` names its attention and compute dtype (auto would look at the machine at hand). The
     device's memory running out is a UserError.
     """
+    # what takes most is what to change
     compiled = compile_lowered(lower_step(config, where))
     if compiled.needed is not None:
         largest = [f"{n / GIB:.2f} GiB for {what}" for n, what in compiled.buffers[:3]]
@@ -238,6 +240,7 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
     """
     from lib import model
 
+    # weights as decoding holds them, caches, and one token a row
     params = state_template(config).params
     params = jax.eval_shape(lambda p: model.decoding_params(p, config), params)
     cache = jax.eval_shape(lambda: model.init_cache(config, rows, length))
@@ -251,6 +254,7 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
     if compiled.needed is not None:
         return dict(rows=rows, fits=False, needed=compiled.needed)
 
+    # the least time of what was compiled
     chip = chips.chip(device.device_kind)
     assert chip is not None, "every TPU that libtpu describes is in the table"
     work = hlo.analyse(compiled.text, chip.matrix_unit).components
@@ -308,6 +312,7 @@ def question(
 def _inspect(
     config: Config, where: Slice, strategy: str, mesh: dict[str, int] | None, decode: int
 ) -> Report:
+    # the step, and if asked for the decoding of a token
     devices = tpu_devices(where.topology)
     layout = make_layout(strategy, config, devices, mesh) if len(devices) > 1 else None
     split = Split(*map(layout.size, Split._fields)) if layout else Split()
@@ -316,6 +321,7 @@ def _inspect(
     if decode and where.chips == 1:
         decoding = compile_decode(config, devices[0], decode, config.sequence_len)
 
+    # its work, with what the kernels do added
     unit = where.chip.matrix_unit
     analysis = hlo.analyse(compiled.text, unit, where.chips)
     rows = config.microbatch // split.rows
@@ -346,8 +352,10 @@ def _memory_by_part(
     config: Config, layout: Layout | None, compiled: Compiled
 ) -> tuple[dict[str, int], int]:
     """(bytes on one device by part, their sum); the rest is gradients, then activations."""
+    # what is held from step to step
     state = state_template(config, layout)
     parameters, optimizer = held_bytes(state.params), held_bytes(state.opt_state)
+    # the compiler counts state as arguments, unless it failed: then only temporaries
     if compiled.needed is None:
         peak = compiled.peak
     else:

@@ -92,6 +92,7 @@ def estimate(
     (benchmarks/preflight.py): too low where large.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
+    # memory, then work
     split = make_split(where, strategy, mesh)
     memory = _memory_of_share(config, split, strategy)
     work = roofline.account(config, where.chip.matrix_unit, split, strategy)
@@ -110,10 +111,12 @@ def estimate(
 
 def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, int]:
     """Bytes by part on one device."""
+    # the step of one device, as if it were alone
     rows = max(1, config.microbatch // split.rows)
     batch = rows * config.sequence_len * config.accumulate
     one = estimate_memory(config.replace(microbatch=rows, total_batch_size=batch))
 
+    # which then holds only its share of the state
     parts = split.fsdp * split.tensor
     replicas = 1 if strategy == "dp" else split.data
     # zero gathers the new parameters beside the old ones
@@ -159,6 +162,7 @@ def report_text(report: Report) -> str:
     lines = [_where_line(report), _source_line(report), *_memory_lines(report), ""]
     lines += _bound_lines(report)
 
+    # all of it in one line
     step = report.bound["step"]
     speed = f"{report.tokens_per_s:,.0f} tokens/s, {report.mfu:.1%} MFU"
     lines.append(f"at best     {speed}; {step.binds} takes longest")

@@ -75,6 +75,7 @@ def kernel_work(config: Config, kernel: str, matrix_unit: int = 1) -> Work:
     values (backward: queries and their gradients) for every block adds to reading each operand
     once.
     """
+    # pairs of blocks that the mask leaves, as the mean over layers
     length, heads, width = config.sequence_len, config.n_head, config.head_dim
     block = block_size(config.attention_name, length, config.attention_block)
     pairs = sum(visits(length, w, block) for w in config.windows) / config.n_layer
@@ -187,6 +188,7 @@ def _add_attention(work: Work, config: Config, split: Split, matrix_unit: int):
 
 def _add_mlp(work: Work, config: Config, split: Split):
     """The two or three wide products of all layers."""
+    # two or three products of the width and the mlp's own
     layers, width, wide = config.n_layer, config.n_embd, config.mlp_dim
     tokens, tensor, again = _tokens(config, split), split.tensor, RECOMPUTED[config.remat]
     weights = (3 if config.mlp == "swiglu" else 2) * width * wide
@@ -234,6 +236,7 @@ def _add_optimizer(work: Work, config: Config, split: Split, strategy: str):
 
 def polar_work(shape: tuple[int, int], itemsize: int) -> float:
     """FLOPs to orthogonalise one matrix, as Muon does."""
+    # five iterations on the smaller side's square, in float32 on a reduced matrix where it is long
     short, long = sorted(shape)
     if itemsize == 4 and long >= 2 * short:
         return 2 * short * short * long * 2 + 5 * 2 * 3 * short**3 + 4 * 2 * short**3
@@ -244,6 +247,7 @@ def _sent(config: Config, split: Split, strategy: str) -> float:
     """Bytes that each device sends in a step, as a ring needs."""
     if split.devices == 1:
         return 0.0
+    # every strategy sums gradients over its replicas
     count = count_params(config)["total"]
     gradients = 4 * count / split.tensor
     summed = sent_bytes("all-reduce", gradients, split.data)
@@ -271,6 +275,7 @@ def bound(components: dict[str, Work], chip: Chip, sent: float = 0.0) -> dict[st
     sent: bytes that a device sends over the network. Components follow one another; within one,
     compute, memory and network overlap fully.
     """
+    # each component waits for what takes it longest
     bounds = {}
     for name, work in components.items():
         times = {"compute": work.busy / chip.flops, "memory": work.bytes / chip.bandwidth}
@@ -280,6 +285,7 @@ def bound(components: dict[str, Work], chip: Chip, sent: float = 0.0) -> dict[st
         seconds = times[binds]
         bounds[name] = Bound(seconds, binds if seconds else "", work.flops, work.bytes)
 
+    # and the step for all of them, one after the other
     slowest = max(bounds, key=lambda name: bounds[name].seconds)
     bounds["step"] = Bound(
         seconds=sum(b.seconds for b in bounds.values()),

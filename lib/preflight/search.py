@@ -73,6 +73,7 @@ def candidates(config: Config, rows: int = 1, vary: Iterable[str] = SEARCHED) ->
 
     rows: devices that share the rows; a microbatch is a multiple of it.
     """
+    # a field that must stay has one option
     options = _options(config, rows)
     for name in SEARCHED:
         if name not in vary:
@@ -91,6 +92,7 @@ def candidates(config: Config, rows: int = 1, vary: Iterable[str] = SEARCHED) ->
 
 def _options(config: Config, rows: int) -> dict[str, list]:
     """What each searched field may be."""
+    # rows of a whole batch, which a microbatch must divide
     length = config.sequence_len
     batch = config.total_batch_size // length
     microbatches = [rows * 2**i for i in range(9)]
@@ -101,6 +103,7 @@ def _options(config: Config, rows: int) -> dict[str, list]:
         "remat": list(REMATS),
         "loss_chunk": list(LOSS_CHUNKS),
     }
+    # kernels come in two kinds, and work in blocks that divide a row
     if config.attention_name in roofline.KERNELS:
         options["attention"] = list(roofline.KERNELS)
         options["attention_block"] = [b for b in BLOCKS if b <= length and length % b == 0]
@@ -126,6 +129,7 @@ def search(
     config = config if config.attention == "jax" else for_tpu(config)
 
     def answer():
+        # all of them from shapes, then the best few by the compiler
         rows = _ranked(config, where, strategy, mesh, vary, margin)
         fitting = [row for row in rows if row.fits]
         if verify is None:
@@ -148,6 +152,7 @@ def _ranked(
     margin: float,
 ) -> list[Candidate]:
     """All candidates, those that fit first, then the fastest, then the smallest."""
+    # devices that share the rows
     shards = 1 if strategy == "tp" else where.chips
     if mesh is not None:
         shards = mesh.get("data", 1) * mesh.get("fsdp", 1)
@@ -188,6 +193,7 @@ def verify_here(config: Config) -> Report:
     where = Slice(device.device_kind, chip, "at hand", 1)
     there = (device.memory_stats() or {}).get("bytes_limit", int(chip.memory))
 
+    # a program that does not fit says how much it would need
     compiled = compile_lowered(lower_step(config, device))
     peak = compiled.needed if compiled.program is None else peak_bytes(compiled.program)
     return dataclasses.replace(estimate(config, where), peak=peak, available=there)
@@ -208,6 +214,7 @@ def with_microbatch(
         if not asked.isdigit():
             raise UserError(f"microbatch={asked!r} must be preset, auto or a number of rows")
         return config.replace(microbatch=int(asked))
+    # a run that goes on must not change how it computes
     if before:
         return config.replace(**{name: before[name] for name in SEARCHED if name in before})
 
@@ -221,6 +228,7 @@ def with_microbatch(
         vary = [name for name in vary if not name.startswith("attention")]
         config = config.replace(attention=config.attention_name, compute_dtype=config.dtype.name)
 
+    # each candidate that fits by estimate is compiled here, until one does
     where = Slice(device["kind"], chip, "at hand", 1)
     answer = search(config, where, verify=verify_here, vary=tuple(vary))
     print(search_text(answer, 6))
@@ -246,6 +254,7 @@ def search_text(search: Search, show: int = 15) -> str:
         needs = f"{row.loss_chunk:10} {row.peak / GIB:7.2f} {fits:>5}"
         lines.append(f"{how} {needs} {1e3 * row.seconds:12.2f} {row.mfu:7.1%}")
 
+    # what came of it
     fitting = sum(row.fits for row in search.rows)
     lines.append(f"{len(search.rows)} searched, {fitting} fit; memory and time from shapes")
     for row in search.checked:

@@ -39,10 +39,12 @@ def fits_table(
     """
     slices = [tpu_slice(name) for name in names]
     heads = [f"{s.name}: {s.chips} x {s.chip.usable / GIB:.1f}" for s in slices]
+    # the heads
     lines = [
         f"| depth | parameters | {' | '.join(heads)} |",
         "|---" * (len(names) + 2) + "|",
     ]
+    # a row for each depth
     for depth in depths:
         cells = [_cell(depth, where, cache, fields) for where in slices]
         millions = count_params(Config.from_depth(depth, **fields))["total"] / 1e6
@@ -56,6 +58,7 @@ def _cell(depth: int, where: Slice, cache: Path | None, fields: dict[str, Any]) 
     config = for_tpu(Config.from_depth(depth, **usual | fields))
     strategies = ("dp", "zero", "fsdp") if where.chips > 1 else ("dp",)
 
+    # a compiled answer goes before an estimate
     parts = []
     for strategy in strategies:
         compiled = kept(cache, question(config, where, strategy))
@@ -82,6 +85,7 @@ def heat_map(search: Search):
         if np.isnan(milliseconds[cell]):
             milliseconds[cell], fits[cell] = 1e3 * row.seconds, row.fits
 
+    # one square for each, with its number
     figure, axis = subplots(size=(1.2 + 0.9 * len(microbatches), 2.6))
     image = axis.imshow(milliseconds, aspect="auto", cmap="viridis_r")
     for (i, j), value in np.ndenumerate(milliseconds):
@@ -92,6 +96,7 @@ def heat_map(search: Search):
             text, colour = "does\nnot fit", "red"
         axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
 
+    # what the squares stand for
     axis.set_xticks(range(len(microbatches)), microbatches)
     axis.set_yticks(range(len(REMATS)), REMATS)
     axis.set(

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lib.config import Config
+from lib.preflight import cache
 from lib.preflight.cache import has_libtpu, kept
 from lib.preflight.estimate import Report, report_text
 from lib.preflight.memory import estimate_memory
@@ -179,3 +181,27 @@ def test_answers_are_kept_by_question(tmp_path):
     for path in tmp_path.iterdir():
         path.write_text("{")
     assert kept(tmp_path, ["a", 1], lambda: 5) == 5
+
+
+def test_other_code_and_other_versions_are_asked_anew(tmp_path, monkeypatch):
+    library = tmp_path / "lib"
+    (library / "model").mkdir(parents=True)
+    (library / "report").mkdir()
+    monkeypatch.setattr(cache, "ROOT", tmp_path)
+
+    def is_new():
+        answers = []
+        kept(tmp_path / "answers", ["a"], lambda: answers.append(1) or 1)
+        return bool(answers)
+
+    assert is_new() and not is_new()
+    # what the step is made of
+    (library / "model" / "head.py").write_text("x = 1")
+    assert is_new() and not is_new()
+    (library / "config.py").write_text("x = 1")
+    assert is_new()
+    # and what it is not
+    (library / "report" / "page.py").write_text("x = 1")
+    assert not is_new()
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    assert is_new()
