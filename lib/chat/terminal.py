@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.data.speech import KINDS, joint, spoken
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, write_json, writing
 from lib.generate import Engine, Sampling, Token
@@ -23,13 +24,6 @@ from lib.runs import Model, load_model, open_run
 
 # ---- any chat ----------------------------------------------------------------------------------------------------------
 
-KINDS = {  # special token: what kind of part begins after it
-    "<|python_start|>": "python",
-    "<|python_end|>": "text",
-    "<|output_start|>": "python_output",
-    "<|output_end|>": "text",
-}
-
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end an answer: all special ones but those around tool calls, which have no place inside a turn."""
@@ -37,12 +31,21 @@ def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 class Piece(NamedTuple):
-    """A bit more of an answer: `text` of part number `index`, of kind text, python or python_output, made of `tokens`."""
+    """A bit more of an answer: `text` of part number `index`, made of `tokens`.
+
+    kind: text, python or python_output. joint: what stands before it where calls are not shown, so that words are not glued.
+    """
 
     index: int
     kind: str
     text: str
     tokens: list[Token]
+    joint: str = ""
+
+    @property
+    def said(self) -> str:
+        """What a listener hears of it."""
+        return self.joint + self.text if self.kind == "text" else ""
 
 
 class Reader:
@@ -75,7 +78,9 @@ class Reader:
             self.waiting.append(token)
             if not (text := self.decoder.decode(self.tokens[token.id])):
                 continue
+            between = ""
             if not self.open:
+                between = self._joint(text)
                 self.parts.append({"type": self.kind, "text": ""})
                 self.open = True
             self.parts[-1]["text"] += text
@@ -85,18 +90,21 @@ class Reader:
                     text=pieces[-1].text + text, tokens=pieces[-1].tokens + self.waiting
                 )
             else:
-                pieces.append(Piece(index, self.kind, text, self.waiting))
+                pieces.append(Piece(index, self.kind, text, self.waiting, between))
             self.waiting = []
         return pieces
 
+    def _joint(self, text: str) -> str:
+        """What stands before the first text behind a hidden call, as `speech.spoken` has it."""
+        behind_a_call = self.parts and self.parts[-1]["type"] != "text"
+        if self.kind != "text" or not behind_a_call:
+            return ""
+        before = [part["text"] for part in self.parts if part["type"] == "text"]
+        return joint(before[-1], text) if before else ""
 
-def plain(content: str | list[dict]) -> str:
-    """A message's text without tool calls."""
-    return (
-        content
-        if isinstance(content, str)
-        else "".join(part["text"] for part in content if part["type"] == "text")
-    )
+
+# A message's text without tool calls.
+plain = spoken
 
 
 def compact(parts: list[dict]) -> str | list[dict]:
@@ -289,7 +297,9 @@ class Talk:
                     piece.kind
                 ]
                 print((self._close(last) if piece.kind != "python_output" else "") + mark, end="")
-            print(UNPRINTABLE.sub("", piece.text), end="", flush=True)
+            # calls that are shown stand between the words themselves
+            text = piece.text if self.tools else piece.said
+            print(UNPRINTABLE.sub("", text), end="", flush=True)
         return piece
 
     def _close(self, last: Piece | None) -> str:

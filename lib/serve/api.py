@@ -741,7 +741,7 @@ class Answers:
                     yield ": waiting\n\n"
                     continue
                 i, pieces, reason = item
-                text = "".join(piece.text for piece in pieces if piece.kind == "text")
+                text = "".join(piece.said for piece in pieces)
                 tokens = [t for piece in pieces if piece.kind == "text" for t in piece.tokens]
                 if self.kind == "chat" and pieces:
                     delta = {"content": text} if text else {}

@@ -2,8 +2,10 @@
 
 import pytest
 
+from lib.chat.terminal import Reader
 from lib.data.speech import joint, parts_of, pieces, said, spoken
 from lib.data.tokenizer import Tokenizer
+from lib.generate import Token
 
 TOKENIZER = Tokenizer.train(["what is 37 times 85? That is 3145. naïve 東京 " * 9], 285)
 SPECIAL = TOKENIZER.special
@@ -74,6 +76,20 @@ def test_words_beside_a_hidden_call_are_not_glued(before, after, between):
     content = [{"type": "text", "text": before}, *call, {"type": "text", "text": after}]
     assert joint(before, after) == between
     assert spoken(content) == before + between + after == "".join(pieces(content))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+@pytest.mark.parametrize("before, after", [("s t r", "The"), ("is", "12"), ("=", "12"), ("", "x")])
+def test_a_stream_adds_up_to_what_was_said(before, after, at_once):
+    calls = [*fenced("python", "1+1"), *fenced("output", "2")]
+    ids = [*TOKENIZER.encode(before), *calls, *TOKENIZER.encode(after), *calls]
+    ids += TOKENIZER.encode("and é.")
+    reader, heard = Reader(TOKENIZER), ""
+    for start in range(0, len(ids), at_once):
+        tokens = [Token(id, 0.0) for id in ids[start : start + at_once]]
+        heard += "".join(piece.said for piece in reader.read(tokens))
+    assert reader.parts == parts_of(TOKENIZER, ids)
+    assert heard == spoken(reader.parts) == said(TOKENIZER, ids)
 
 
 def test_text_without_a_call_stays_as_it_is():
