@@ -96,3 +96,11 @@ def test_surprise_goes_from_blue_through_white_to_red():
 def test_the_last_bar_holds_all_longer_tokens():
     axis = pictures.token_lengths([1, 21, 40], [1, 1, 1, 2]).axes[0]
     assert [bar.get_height() for bar in axis.patches][-1] == pytest.approx(200 / 3)
+
+
+def test_ranges_of_bits_are_two_standard_errors_on_each_side():
+    axis = DRAWN["bits_by_kind"]().axes[0]
+    ((left, right),) = [
+        segment[:, 0] for bars in axis.containers for segment in bars[2][0].get_segments()
+    ]
+    assert (left, right) == pytest.approx((1.2 - 2 * 0.1, 1.2 + 2 * 0.1))

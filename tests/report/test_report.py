@@ -4,6 +4,7 @@ import html.parser
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -15,9 +16,9 @@ from lib import report
 from lib.config import Config
 from lib.evals.stats import Comparison
 from lib.files import UserError
-from lib.report import charts, sections
+from lib.report import charts, sections, words
 from lib.report.blocks import Own
-from lib.report.record import earlier_runs
+from lib.report.record import EARLIER, earlier_runs
 
 NASTY = "</pre><script>alert(1)</script> ``` | & \"'\x1b[31m\ud800 *x*"
 SHOWN = NASTY.replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
@@ -264,6 +265,53 @@ def test_dots_stand_where_the_scores_are():
     assert all(0 <= float(x) <= 100 for x in re.findall(r'c?x[12]?="([-\d.]+)%"', below.inner))
 
 
+def test_a_falling_loss_falls_and_many_points_become_means():
+    rows = [{"step": 1, "loss": 8.0}, {"step": 2, "loss": 2.0}]
+    (chart,) = charts.curves(rows, "base")
+    (line,) = re.findall(r'points="([^"]+)"', chart.inner)
+    (left, top), (right, bottom) = (map(float, point.split(",")) for point in line.split(" "))
+    assert left < right and top < bottom
+
+    # 600 rows are 300 points, each the mean of two
+    rows = [{"step": i, "loss": float(i % 2)} for i in range(1, 601)]
+    points, dropped = charts._points(rows, "loss")
+    assert points.values == [0.5] * 300 and points.steps[:2] == [2, 4] and dropped == 0
+
+
+def test_what_is_a_share_and_what_is_not():
+    assert words.score(entry(50, n=100)).startswith("50.0 ±")
+    perplexity = entry(0, kind="perplexity", score=116.2, stderr=5.5)
+    assert words.score(perplexity) == "116 ± 5.5"
+    assert not words.is_share(perplexity)
+    assert words.score(None) == "—"
+
+
+def test_the_newest_of_other_runs_are_shown(tmp_path):
+    for i in range(EARLIER + 2):
+        run = put(tmp_path / f"r{i}", {"evals/sft.json": json.dumps(record("sft", {}))})
+        os.utime(run / "evals/sft.json", (i, i))
+    ours = put(tmp_path / "ours", FILES)
+    runs, unread = earlier_runs(ours)
+    assert [run.name for run in runs] == [f"r{i}" for i in range(EARLIER + 1, 1, -1)]
+    assert unread == []
+
+
+def test_the_headline_is_the_base_models_and_core_is_compared_as_a_whole(tmp_path):
+    def bits(bpb):
+        return {"stdlib": {"bpb": bpb, "stderr": 0.01, "bytes": 900, "kinds": {}}}
+
+    core = {"score": 0.1, "stderr": 0.01, "tasks": {}}
+    tasks = {"copa": entry(60, kind="core"), "own": entry(30)}
+    files = FILES | {
+        "evals/base.json": json.dumps(record("base", tasks, bpb=bits(1.25), core=core)),
+        "evals/sft.json": json.dumps(record("sft", tasks, bpb=bits(1.75), core=core)),
+    }
+    run = report.read(put(tmp_path / "run", files))
+    assert "1.250 bits per byte of unseen stdlib" in report.verdict(run)
+    ((_, compared),) = sections.differences(run)
+    assert set(compared) == {"own", "core", "bpb/stdlib"}
+
+
 def test_curves_survive_numbers_that_are_none():
     rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 2.0}]
     (chart,) = charts.curves(rows, "base")
@@ -469,6 +517,10 @@ def test_a_part_of_core_is_not_core_and_another_mean_not_chatcore(tmp_path):
         return {row[0] for row in table.rows if row[2] != "—"}
 
     assert ours("part", core=core) == set()
+    assert ours("all", core=core | {"partial": False}) == set()  # published for base alone
+    part = report.read(tmp_path / "part")
+    assert "CORE of a part is 0.010" in report.verdict(part)
+    assert "CORE is 0.010" in report.verdict(report.read(tmp_path / "all"))
     mean = {"score": 0.2, "stderr": 0.01}
     assert ours("other", chatcore=mean | {"tasks": ["arithmetic"]}) == set()
     assert ours("whole", chatcore=mean | {"tasks": whole}) == {"ChatCORE"}
