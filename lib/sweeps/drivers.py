@@ -1,30 +1,34 @@
-"""Who says what to train next, hears how it goes and says when to stop: `Local` (the journal's folder), `Wandb` (a server).
+"""Who says what to train next, hears how it goes and says when to stop: the journal's folder, or a
+wandb server.
 
 Both keep the journal, so that tables, pictures and resuming work the same way, and both have
-    take(count, stop)            trials to train now, [] when the sweep is over or stop() (waits while others may lose theirs)
-    report(trial, step, values)  a validation, the sweep's metric among its values: "" to go on, "pruned" or "lost" to stop
-    poll(trial)                  the same question without news; cheap enough for every step
+    take(count, stop)            trials to train now; [] when the sweep is over or stop() says so
+    report(trial, step, values)  a validation: "" to go on, "pruned" or "lost" to stop
+    saved(trial, step)           a checkpoint, from which whoever takes the trial over goes on
+    poll(trial)                  what report asks, without news; cheap enough for every step
     end(trial, state, …)         done, pruned or failed
-    free(trial), drop(trial)     given back for whoever comes next; left to the worker that has it now
+    free(trial), drop(trial)     given back for anyone; left to the worker that has it now
     close()                      leave nothing open
 """
 
-import base64
 import json
 import math
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import zlib
 
 from lib.files import UserError, first_line
 from lib.sweeps import space
+from lib.sweeps.hyperband import should_stop
 from lib.sweeps.journal import BEAT, ENDS, TRIES, Journal, Trial
+from lib.sweeps.server import AGENT, HEARTBEAT, Server
+from lib.sweeps.suggest import ask
 
 # why a trial of wandb's ended that has the assignment of an earlier one
 NOT_AGAIN = "not trained again"
 POLL = 2.0  # seconds between looks at the folder while all that is left is in others' hands
+HOPELESS = (
+    f"its worker died {TRIES} times without getting any further, most often for lack of memory"
+)
 
 
 class Local:
@@ -39,41 +43,43 @@ class Local:
             with self.book.deciding():
                 taken = self._take(count)
                 trials = self.book.trials()
-            mine = {
-                t.id: t for t in trials if t.worker == self.book.worker and t.state == "running"
-            }
+            running = [t for t in trials if t.state == "running"]
+
             # without working locks another worker may have been first: its claim holds then
             if taken:
-                if got := [mine[id] for id in taken if id in mine]:
+                own = {t.id: t for t in running if t.worker == self.book.worker}
+                if got := [own[id] for id in taken if id in own]:
                     return got
                 continue
-            others = [t for t in trials if t.state == "running"]
-            if not others:
+
+            if not running:
                 return []
             if not waiting:
+                workers = {t.worker for t in running}
                 self.say(
-                    f"nothing left to begin; waiting for {len(others)} trial(s) of {len({t.worker for t in others})} other "
+                    f"nothing left to begin; waiting for {len(running)} trial(s) of "
+                    f"{len(workers)} other "
+                    ""
                     "worker(s), to take over what is lost (interrupt to leave)"
                 )
                 waiting = True
             time.sleep(POLL)
         return []
 
-    def _take(self, count) -> list[str]:
+    def _take(self, count: int) -> list[str]:
+        """The ids of up to `count` trials that were claimed: lost ones first, then new ones."""
         trials, taken = self.book.trials(), []
         for t in trials:
-            if t.state == "lost" and len(taken) < count:
-                if t.tries - t.freed >= TRIES:
-                    self.book.end(
-                        t.id,
-                        "failed",
-                        reason=f"its worker died {TRIES} times, most often for lack of memory",
-                    )
-                else:
-                    taken.append(self.book.claim(t.assignment, t.tries + 1, t.id))
+            if t.state != "lost" or len(taken) == count:
+                continue
+            if t.hopeless:
+                self.book.end(t.id, "failed", reason=HOPELESS)
+            else:
+                taken.append(self.book.claim(t.assignment, t.tries + 1, t.id))
+
         while len(taken) < count and len(trials) < space.limit(self.spec):
             # the seed needs no luck between workers: a draw depends on the number of trials too
-            assignment = space.ask(self.spec, trials, zlib.crc32(space.key(self.spec).encode()))
+            assignment = ask(self.spec, trials, zlib.crc32(space.key(self.spec).encode()))
             if assignment is None:
                 break
             taken.append(self.book.claim(assignment))
@@ -86,7 +92,10 @@ class Local:
         now = next(t for t in trials if t.id == trial.id)
         if now.worker != self.book.worker or now.state != "running":
             return "lost"
-        return "pruned" if space.should_stop(self.spec, trials, now) else ""
+        return "pruned" if should_stop(self.spec, trials, now) else ""
+
+    def saved(self, trial: Trial, step: int):
+        self.book.saved(trial.id, step)
 
     def poll(self, trial: Trial) -> str:
         return ""
@@ -104,198 +113,52 @@ class Local:
         """Nothing is held outside the journal."""
 
 
-# ---- wandb -----------------------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """The five GraphQL calls that a sweep needs, over plain HTTP: no threads, nothing that outlives a call.
-
-    wandb.agent would run each trial in a thread and stop it by an exception thrown into it, which JAX code may meet anywhere;
-    it also gives up after three failures in a minute. Its protocol is simple, so we speak it ourselves.
-    """
-
-    def __init__(self, url: str, key: str, tries: int = 5, pause: float = 2.0):
-        self.url, self.key, self.tries, self.pause = url.rstrip("/"), key, tries, pause
-
-    def page(self, path) -> str:
-        """The address at which people look at a sweep."""
-        entity, project, sweep = map(urllib.parse.quote, path)
-        return (
-            f"{self.url.replace('//api.wandb.ai', '//wandb.ai')}/{entity}/{project}/sweeps/{sweep}"
-        )
-
-    def __call__(self, query: str, **variables) -> dict:
-        body = json.dumps(dict(query=query, variables=variables)).encode()
-        login = base64.b64encode(f"api:{self.key}".encode()).decode()
-        for attempt in range(self.tries):
-            request = urllib.request.Request(
-                f"{self.url}/graphql",
-                body,
-                {"Content-Type": "application/json", "Authorization": f"Basic {login}"},
-            )
-            try:
-                with urllib.request.urlopen(request, timeout=60) as response:
-                    answer = json.load(response)
-                if answer.get("errors"):
-                    raise UserError(
-                        f"wandb refused: {answer['errors'][0].get('message', answer['errors'][0])}"
-                    )
-                return answer["data"]
-            except urllib.error.HTTPError as e:
-                problem = f"{e.code} {e.reason}"
-                if e.code in (401, 403):
-                    raise UserError(
-                        "wandb does not accept the key: run `wandb login`, or set the secret WANDB_API_KEY"
-                    ) from e
-                if e.code == 404:
-                    raise UserError(
-                        "wandb does not know this sweep: check its id, ENTITY/PROJECT/ID"
-                    ) from e
-                if e.code < 500 and e.code != 429:
-                    said = e.read(2000).decode("utf-8", "replace")
-                    raise UserError(f"wandb refused ({problem}): {said[:300]}") from e
-            except (OSError, ValueError) as e:  # URLError, time-outs, a proxy's HTML page
-                problem = first_line(getattr(e, "reason", e))
-            if attempt + 1 < self.tries:
-                time.sleep(self.pause * 2**attempt)
-        raise UserError(
-            f"wandb at {self.url} cannot be reached ({problem}): check the network and run again, nothing is lost"
-        )
-
-
-_CREATE = """mutation UpsertSweep($config: String, $description: String, $entityName: String, $projectName: String) {
-  upsertSweep(input: {config: $config, description: $description, entityName: $entityName, projectName: $projectName}) {
-    sweep { name project { name entity { name } } } } }"""
-_SWEEP = """query Sweep($entity: String, $project: String, $sweep: String!) {
-  project(name: $project, entityName: $entity) { sweep(sweepName: $sweep) { name state config } } }"""
-_AGENT = """mutation CreateAgent($host: String!, $projectName: String, $entityName: String, $sweep: String!) {
-  createAgent(input: {host: $host, projectName: $projectName, entityName: $entityName, sweep: $sweep}) { agent { id } } }"""
-_HEARTBEAT = """mutation Heartbeat($id: ID!, $metrics: JSONString, $runState: JSONString) {
-  agentHeartbeat(input: {id: $id, metrics: $metrics, runState: $runState}) { agent { id } commands } }"""
-_RUNS = """query SweepRuns($entity: String, $project: String, $sweep: String!, $after: String) {
-  project(name: $project, entityName: $entity) { sweep(sweepName: $sweep) { runs(first: 100, after: $after) {
-    edges { node { name state config summaryMetrics history(samples: 500) } } pageInfo { hasNextPage endCursor } } } } }"""
-
-
-def create_sweep(
-    server: Server, spec: dict, entity: str | None, project: str
-) -> tuple[str, str, str]:
-    """Make `spec` a sweep on the server; returns (entity, project, id)."""
-    config = {k: v for k, v in spec.items() if k not in ("entity", "project")}
-    made = server(
-        _CREATE,
-        config=json.dumps(config),
-        description=spec.get("description"),
-        entityName=entity or None,
-        projectName=project,
-    )["upsertSweep"]["sweep"]
-    return made["project"]["entity"]["name"], made["project"]["name"], made["name"]
-
-
-def parse_path(text: str) -> tuple[str, str, str]:
-    """(entity, project, id) of "ENTITY/PROJECT/ID"."""
-    parts = text.strip("/").split("/")
-    if len(parts) != 3 or not all(parts):
-        raise UserError(
-            f"{text!r} is not a wandb sweep: write ENTITY/PROJECT/ID, as its page and the first worker say"
-        )
-    return tuple(parts)
-
-
-def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:
-    """The checked sweep behind (entity, project, id)."""
-    import yaml
-
-    entity, project, id = path
-    found = (server(_SWEEP, entity=entity, project=project, sweep=id).get("project") or {}).get(
-        "sweep"
-    )
-    if not found:
-        raise UserError(f"wandb knows no sweep {'/'.join(path)}: check entity, project and id")
-    return space.check(
-        {k: v for k, v in yaml.safe_load(found["config"]).items() if k in space.KEYS}
-    )
+# ---- wandb ---------------------------------------------------------------------------------------
 
 
 class Wandb:
     """A worker of a wandb sweep, inside this process.
 
-    start_run(trial id, assignment, stop) begins the wandb run that belongs to a trial and returns (log(step, {name: value}),
-    finish(exit code)); stop() may be called from any thread when the server wants the run stopped. Every run is marked
-    preemptible, so that the server gives it out again (same id, same assignment) when its machine vanishes.
+    start_run(trial id, assignment, stop) begins the wandb run that belongs to a trial and returns
+    (log(step, {name: value}), finish(exit code)); stop() may be called from any thread when the
+    server wants the run stopped. Every run is marked preemptible, so that the server gives it out
+    again (same id, same assignment) when its machine vanishes.
     """
 
     def __init__(
-        self,
-        book: Journal,
-        spec: dict,
-        server: Server,
-        path,
-        start_run,
-        say=print,
-        poll: float = 5.0,
+        self, book: Journal, spec: dict, server: Server, path, start_run, *, say=print, poll=5.0
     ):
-        self.book, self.spec, self.server, self.path, self.say, self.poll_seconds = (
-            book,
-            spec,
-            server,
-            path,
-            say,
-            poll,
-        )
-        self.start_run, self.runs, self.stopped, self.fresh, self.beaten = (
-            start_run,
-            {},
-            set(),
-            [],
-            0.0,
-        )
-        entity, project, id = path
-        self.agent = server(
-            _AGENT, host=book.worker, projectName=project, entityName=entity, sweep=id
-        )["createAgent"]["agent"]["id"]
+        self.book, self.spec, self.server, self.path = book, spec, server, path
+        self.start_run, self.say, self.poll_seconds = start_run, say, poll
+        self.runs = {}  # {trial id: (log, finish)} of what is being trained here
+        self.stopped = set()  # ids that the server wants stopped
+        self.given = []  # commands of the server that wait for their turn
+        self.beaten = 0.0  # when the server last heard of us
+        entity, project, sweep = path
+        made = server(AGENT, host=book.worker, projectName=project, entityName=entity, sweep=sweep)
+        self.agent = made["createAgent"]["agent"]["id"]
 
     def _beat(self) -> bool:
         """Tell the server what runs here, take its orders; False when it says exit."""
         state = json.dumps({id: True for id in self.runs})
-        answer = self.server(_HEARTBEAT, id=self.agent, metrics="{}", runState=state)[
-            "agentHeartbeat"
-        ]["commands"]
-        for command in json.loads(answer or "[]"):
-            if command.get("type") == "stop":
+        answer = self.server(HEARTBEAT, id=self.agent, metrics="{}", runState=state)
+        for command in json.loads(answer["agentHeartbeat"]["commands"] or "[]"):
+            kind = command.get("type")
+            if kind == "stop":
                 self.stopped.add(command["run_id"])
-            elif command.get("type") == "exit":
+            elif kind == "exit":
                 return False
-            elif command.get("type") in ("run", "resume"):
-                self.fresh.append(command)
+            elif kind in ("run", "resume"):
+                self.given.append(command)
         return True
 
     def take(self, count: int = 1, stop=lambda: False) -> list[Trial]:
-        # what a worker on this folder left unfinished: no need to wait until the server notices
-        with self.book.deciding():
-            known = self.book.trials()
-            lost = [t for t in known if t.state == "lost"][:count]
-            taken = [
-                got
-                for t in lost
-                if (got := self._begin(t.id, space.constants(self.spec) | t.assignment)) is not None
-            ]
+        taken = self._take_lost(count)
         waiting = False
         while not taken and not stop():
-            if not self.fresh and not self._beat():
+            if not self.given and not self._beat():
                 return []
-            while self.fresh and len(taken) < count:
-                command = self.fresh.pop(0)
-                args = {
-                    k: entry["value"]
-                    for k, entry in (command.get("args") or {}).items()
-                    if not k.startswith("_")
-                }
-                with self.book.deciding():
-                    if (
-                        got := self._begin(command["run_id"], space.constants(self.spec) | args)
-                    ) is not None:
-                        taken.append(got)
+            taken = self._take_given(count)
             if not taken:
                 if not waiting:
                     self.say("waiting for the server to give out a trial (interrupt to leave)")
@@ -303,68 +166,84 @@ class Wandb:
                 time.sleep(self.poll_seconds)
         return taken
 
+    def _take_lost(self, count: int) -> list[Trial]:
+        """What a worker on this folder left unfinished:
+
+        no need to wait until the server notices.
+        """
+        constants = space.constants(self.spec)
+        with self.book.deciding():
+            lost = [t for t in self.book.trials() if t.state == "lost"][:count]
+            begun = [self._begin(t.id, constants | t.assignment) for t in lost]
+        return [trial for trial in begun if trial is not None]
+
+    def _take_given(self, count: int) -> list[Trial]:
+        """What the server has given out."""
+        taken = []
+        while self.given and len(taken) < count:
+            command = self.given.pop(0)
+            given = command.get("args") or {}
+            args = {k: entry["value"] for k, entry in given.items() if not k.startswith("_")}
+            with self.book.deciding():
+                trial = self._begin(command["run_id"], space.constants(self.spec) | args)
+            if trial is not None:
+                taken.append(trial)
+        return taken
+
     def _begin(self, id: str, full: dict) -> Trial | None:
-        known = self.book.trials()
-        before = next((t for t in known if t.id == id), None)
-        assignment = (
-            before.assignment
-            if before
-            else {name: full[name] for name in space.varied(self.spec) if name in full}
-        )
-        ended = (
-            before
-            if before and before.state in ENDS
-            else next(
-                (
-                    t
-                    for t in known
-                    if space.key(t.assignment) == space.key(assignment) and t.state == "done"
-                ),
-                None,
-            )
-        )
+        """Claim a run of the server's and begin it there; None where there is nothing to train."""
+        trials = self.book.trials()
+        before = next((t for t in trials if t.id == id), None)
         if before and before.state == "running":
             self.say(f"{id} is being trained by {before.worker}: left to it")
             return None
+
+        names = space.varied(self.spec)
+        assignment = {name: full[name] for name in names if name in full}
+        if before:
+            assignment = before.assignment
         log, finish = self.start_run(id, full, lambda: self.stopped.add(id))
-        # trained before, but the server was not told, or asks twice: tell it, and train nothing
+        ended = _ended(trials, before, assignment)
         if ended is not None:
-            for step, value in ended.reports.items():
-                log(step, {self.spec["metric"]["name"]: value})
-            if ended.state != "done":
-                log(None, {ended.state: ended.reason or True})
-            finish(1 if ended.state == "failed" else 0)
-            if ended.id != id:
-                self.book.claim(assignment, 1, id)
-                self.book.end(
-                    id,
-                    "done",
-                    ended.value,
-                    f"{NOT_AGAIN}: the assignment of {ended.id}",
-                    ended.curve,
-                    **ended.facts,
-                )
-            self.say(
-                f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported without training again"
-            )
+            self._tell_again(id, assignment, ended, log, finish)
             return None
-        if before and before.tries - before.freed >= TRIES:
-            self.book.end(
-                id, "failed", reason=f"its worker died {TRIES} times, most often for lack of memory"
-            )
-            log(None, {"failed": f"its worker died {TRIES} times"})
+        if before and before.hopeless:
+            self.book.end(id, "failed", reason=HOPELESS)
+            log(None, {"failed": HOPELESS})
             finish(1)
             return None
+
         self.book.claim(assignment, before.tries + 1 if before else 1, id)
         self.runs[id] = (log, finish)
         self.stopped.discard(id)
         return next(t for t in self.book.trials() if t.id == id)
 
+    def _tell_again(self, id: str, assignment: dict, ended: Trial, log, finish):
+        """Tell a result that the server missed, or asks for twice; train nothing."""
+        for step, value in ended.reports.items():
+            log(step, {self.spec["metric"]["name"]: value})
+        if ended.state != "done":
+            log(None, {ended.state: ended.reason or True})
+        finish(1 if ended.state == "failed" else 0)
+        if ended.id != id:
+            reason = f"{NOT_AGAIN}: the assignment of {ended.id}"
+            self.book.claim(assignment, 1, id)
+            self.book.end(id, "done", ended.value, reason, ended.curve, **ended.facts)
+        self.say(
+            f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported "
+            "without training "
+            "again"
+        )
+
     def report(self, trial: Trial, step: int, values: dict) -> str:
         self.book.report(trial.id, step, values[self.spec["metric"]["name"]])
-        self.runs[trial.id][0](step, values)
+        log, _ = self.runs[trial.id]
+        log(step, values)
         self.beaten = 0.0
         return self.poll(trial)
+
+    def saved(self, trial: Trial, step: int):
+        self.book.saved(trial.id, step)
 
     def poll(self, trial: Trial) -> str:
         if time.monotonic() - self.beaten > BEAT:
@@ -382,21 +261,39 @@ class Wandb:
         numbers = {
             k: v for k, v in facts.items() if isinstance(v, int | float) and math.isfinite(v)
         }
-        log(None, numbers | ({state: reason or True} if state != "done" else {}))
+        if state != "done":
+            numbers[state] = reason or True
+        log(None, numbers)
         self.book.end(trial.id, state, value, reason, curve, **facts)
         finish(1 if state == "failed" else 0)
 
     def free(self, trial: Trial):
         self.book.free(trial.id)
-        # with mark_preempting this puts the run back into the server's queue
-        self.runs.pop(trial.id)[1](255)
+        self._leave(trial.id)
 
     def drop(self, trial: Trial):
-        self.runs.pop(trial.id)[1](255)
+        self._leave(trial.id)
 
     def close(self):
         for id in list(self.runs):
-            self.runs.pop(id)[1](255)
+            self._leave(id)
+
+    def _leave(self, id: str):
+        """Put the run back into the server's queue: it was marked preemptible."""
+        _, finish = self.runs.pop(id)
+        finish(255)
+
+
+def _ended(trials: list[Trial], before: Trial | None, assignment: dict) -> Trial | None:
+    """The trial that has answered this assignment already:
+
+    the run itself, or another that finished.
+    """
+    if before and before.state in ENDS:
+        return before
+    key = space.key(assignment)
+    same = (t for t in trials if t.state == "done" and space.key(t.assignment) == key)
+    return next(same, None)
 
 
 def wandb_runs(path):
@@ -426,7 +323,8 @@ def wandb_runs(path):
             )
         except Exception as e:
             raise UserError(
-                f"wandb cannot start a run ({first_line(e)}): run `wandb login` and check the network"
+                f"wandb cannot start a run ({first_line(e)}): run `wandb login` and check the "
+                "network"
             ) from e
         run.mark_preempting()
         run.define_metric("*", step_metric="step")
@@ -440,81 +338,3 @@ def wandb_runs(path):
         return log, lambda code: run.finish(exit_code=code)
 
     return start_run
-
-
-def wandb_login() -> Server:
-    """The server and key that the installed wandb is set to (WANDB_BASE_URL, `wandb login`, WANDB_API_KEY)."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "sweeps on wandb need a package: pip install wandb; driver=local needs none"
-        ) from None
-    try:
-        wandb.login()
-        api = wandb.Api()
-        key, url = api.api_key, api.settings["base_url"]
-    except Exception as e:
-        raise UserError(
-            f"wandb does not let us in ({first_line(e)}): run `wandb login`, or set the secret WANDB_API_KEY"
-        ) from e
-    if not key:
-        raise UserError(
-            "wandb has no key here: run `wandb login`, set the secret WANDB_API_KEY, or use driver=local"
-        )
-    return Server(url, key)
-
-
-def fetch_runs(server: Server, path, spec: dict) -> list[Trial]:
-    """All runs of a wandb sweep, this worker's and everyone's, as trials."""
-    entity, project, sweep = path
-    found, after = [], None
-    while True:
-        page = server(_RUNS, entity=entity, project=project, sweep=sweep, after=after)["project"][
-            "sweep"
-        ]["runs"]
-        found += [edge["node"] for edge in page["edges"]]
-        after = page["pageInfo"]["endCursor"]
-        if not page["pageInfo"]["hasNextPage"]:
-            break
-    metric, out = spec["metric"]["name"], []
-    states = {
-        "finished": "done",
-        "running": "running",
-        "killed": "pruned",
-        "stopped": "pruned",
-        "preempted": "lost",
-        "preempting": "running",
-        "pending": "lost",
-        "crashed": "lost",
-    }
-    for node in reversed(found):
-        config = {
-            k: v["value"]
-            for k, v in json.loads(node["config"] or "{}").items()
-            if isinstance(v, dict) and "value" in v
-        }
-        summary = json.loads(node["summaryMetrics"] or "{}")
-        rows = [
-            json.loads(row) if isinstance(row, str) else row for row in node.get("history") or []
-        ]
-        reports = {
-            int(row.get("step", row.get("_step", i))): float(row[metric])
-            for i, row in enumerate(rows)
-            if metric in row
-        }
-        state = "pruned" if summary.get("pruned") else states.get(node["state"], "failed")
-        out.append(
-            Trial(
-                node["name"],
-                len(out),
-                {k: config.get(k) for k in space.varied(spec)},
-                state,
-                "wandb",
-                value=float(summary[metric]) if state == "done" and metric in summary else None,
-                reason=str(summary.get("failed", "")),
-                reports=reports,
-                facts={k: v for k, v in summary.items() if isinstance(v, int | float)},
-            )
-        )
-    return out

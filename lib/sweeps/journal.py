@@ -5,15 +5,17 @@
     journal/WORKER.lock  locked while the worker lives
     lock                 held while a worker decides what it takes
 
-Because no two write to one file, a folder that is merely synchronised (Drive) loses nothing. Where locks work (a disk, NFS) two
-workers never take the same trial. Where they don't, both may, when they choose within the time the folder needs to synchronise:
-then the earlier claim holds, the other worker finds out at its next report and leaves the trial, and only one result ever counts.
+Because no two write to one file, a folder that is merely synchronised (Drive) loses nothing. Where
+locks work (a disk, NFS) two workers never take the same trial. Where they don't, both may, when
+they choose within the time the folder needs to synchronise: then the earlier claim holds, the other
+worker finds out at its next report and leaves the trial, and only one result ever counts.
 """
 
 import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -30,7 +32,8 @@ FORMAT = 1
 # seconds without a sign of life after which a worker on another machine counts as dead
 LEASE = 150.0
 BEAT = 20.0  # seconds between signs of life
-TRIES = 3  # workers that may die on one trial before it counts as failed
+# workers that may die one after another on a trial that gets no further: then it counts as failed
+TRIES = 3
 ENDS = ("done", "pruned", "failed")
 
 
@@ -38,40 +41,58 @@ ENDS = ("done", "pruned", "failed")
 class Trial:
     """One assignment and what became of it.
 
-    state: running, lost (its worker died or gave it back: to be taken again), done, pruned or failed. `assignment` holds the
-    varied parameters, `reports` {step: metric}, `facts` numbers about the run, `tries` how often it was
-    begun, `freed` how often of these it was given back rather than lost with its worker, `curve` (step, training loss) pairs.
+    state: running, lost (its worker died or gave it back: to be taken again), done, pruned or
+    failed.
     """
 
     id: str
     number: int
-    assignment: dict
+    assignment: dict  # the varied parameters
     state: str = "running"
     worker: str = ""
-    tries: int = 1
-    freed: int = 0
+    tries: int = 1  # how often it was begun
+    deaths: int = 0  # workers that died on it, one after another, without getting it any further
+    reached: int = 0  # the furthest step that any of them came to
     begun: float = 0.0
     ended: float | None = None
     value: float | None = None
     reason: str = ""
-    reports: dict = field(default_factory=dict)
-    curve: list = field(default_factory=list)
-    facts: dict = field(default_factory=dict)
+    reports: dict = field(default_factory=dict)  # {step: metric}
+    curve: list = field(default_factory=list)  # (step, training loss) pairs
+    facts: dict = field(default_factory=dict)  # numbers about the run
+    came_from: int = 0  # how far it had come when its present worker took it
+
+    @property
+    def scored(self) -> bool:
+        """Whether it finished with a number that can be compared."""
+        return self.state == "done" and self.value is not None and math.isfinite(self.value)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so many workers died on it in vain that it is not tried again."""
+        return self.deaths >= TRIES
+
+    def lose(self):
+        """Its worker died: that counts against it only where it came no further."""
+        self.deaths = 0 if self.reached > self.came_from else self.deaths + 1
+        self.state = "lost"
 
 
 def create(folder, spec: dict) -> dict:
-    """Make the sweep's folder, or check that what is there is this sweep; returns the sweep as stored."""
+    """Make the sweep's folder, or check that what is there is this sweep; returns the sweep as
+    stored.
+    """
     folder = Path(folder)
     with writing(folder):
         (folder / "journal").mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
     if path.exists():
-        there = read(folder)
-        if there != spec:
+        stored = read(folder)
+        if stored != spec:
             raise UserError(
                 f"{folder} holds another sweep: take another folder, or join that one by its id"
             )
-        return there
+        return stored
     write_json(path, dict(format=FORMAT, sweep=spec))
     return spec
 
@@ -79,16 +100,17 @@ def create(folder, spec: dict) -> dict:
 def read(folder) -> dict:
     """The checked sweep in a folder."""
     path = Path(folder) / "sweep.json"
+    if not path.is_file():
+        raise UserError(
+            f"no sweep in {folder}: start one, or give the id and place that the first worker "
+            "printed"
+        )
     try:
         record = json.loads(path.read_text())
         if record["format"] != FORMAT:
             raise UserError(f"{path} is of format {record['format']}, this version reads {FORMAT}")
         return space.check(record["sweep"])
-    except FileNotFoundError:
-        raise UserError(
-            f"no sweep in {folder}: start one, or give the id and place that the first worker printed"
-        ) from None
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(
             f"{path} is damaged ({e}): restore it, or start the sweep in another folder"
         ) from None
@@ -97,7 +119,8 @@ def read(folder) -> dict:
 def host() -> str:
     """This machine since it was started: the scope within which file locks say who is alive."""
     with contextlib.suppress(OSError):
-        return f"{socket.gethostname()}:{Path('/proc/sys/kernel/random/boot_id').read_text().strip()[:8]}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}:{boot[:8]}"
     return socket.gethostname()
 
 
@@ -114,8 +137,20 @@ def _flock(file, wait: bool) -> bool | None:
         return None
 
 
+def _open_lock(path: Path):
+    """A lock file, open. Nothing is ever written to it, and a link in its place is not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise UserError(f"{path} is not a plain file: remove it, then run again") from None
+    return os.fdopen(descriptor, "r+b", buffering=0)
+
+
 class Journal:
-    """A worker's place in a sweep's folder; a context manager. Everything it writes is on disk when the call returns.
+    """A worker's place in a sweep's folder; a context manager. Everything it writes is on disk when
+    the call returns.
 
     While it is open a thread gives signs of life. `lease`, `beat`: seconds, see LEASE and BEAT.
     """
@@ -127,7 +162,7 @@ class Journal:
         self.path = self.folder / "journal" / f"{self.worker}.jsonl"
         self._lock, self._stop, self._seq = threading.Lock(), threading.Event(), 0
         with writing(self.path):
-            self._alive = open(self.path.with_suffix(".lock"), "w")
+            self._alive = _open_lock(self.path.with_suffix(".lock"))
         _flock(self._alive, wait=False)
         self.write("worker", host=host())
         self._thread = threading.Thread(target=self._beats, daemon=True, name="sweep-heartbeat")
@@ -143,8 +178,8 @@ class Journal:
         """Append one event."""
         with self._lock, writing(self.path):
             self._seq += 1
-            row = dict(e=what, t=time.time(), n=self._seq) | entries
-            data = json.dumps(row).encode() + b"\n"
+            event = dict(e=what, t=time.time(), n=self._seq) | entries
+            data = json.dumps(_plain(event), allow_nan=False).encode() + b"\n"
             # opened anew each time: a synchronised folder uploads what is closed
             with open(self.path, "ab", buffering=0) as f:
                 size = f.tell()
@@ -159,7 +194,7 @@ class Journal:
     @contextlib.contextmanager
     def deciding(self):
         """While this is held, no other worker on a file system with locks takes anything."""
-        with writing(self.folder), open(self.folder / "lock", "w") as f:
+        with writing(self.folder), _open_lock(self.folder / "lock") as f:
             _flock(f, wait=True)
             yield
 
@@ -176,7 +211,7 @@ class Journal:
     def __exit__(self, *exc):
         self.close()
 
-    # ---- the state ---------------------------------------------------------------------------------------------------
+    # ---- the state -------------------------------------------------------------------------------
 
     def trials(self) -> list[Trial]:
         """All trials by age, from everything that is in the journals now."""
@@ -189,12 +224,20 @@ class Journal:
         return id
 
     def report(self, id: str, step: int, value: float):
+        """Tell of a validation."""
         self.write("report", id=id, step=step, value=value)
+
+    def saved(self, id: str, step: int):
+        """Tell of a checkpoint: whoever takes the trial over begins there."""
+        self.write("saved", id=id, step=step)
 
     def end(
         self, id: str, state: str, value: float | None = None, reason: str = "", curve=(), **facts
     ):
-        """The last word on a trial: done, pruned or failed. curve: (step, training loss) pairs to draw."""
+        """Say the last word on a trial:
+
+        done, pruned or failed. curve: (step, training loss) pairs to draw.
+        """
         assert state in ENDS, state
         self.write(
             "end", id=id, state=state, value=value, reason=reason, curve=list(curve), facts=facts
@@ -205,22 +248,63 @@ class Journal:
         self.write("free", id=id)
 
 
+def _plain(x):
+    """`x` with null for numbers that JSON has no name for."""
+    if isinstance(x, dict):
+        return {name: _plain(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return x
+
+
+# ---- reading what all workers wrote --------------------------------------------------------------
+
+# what each kind of event must hold beside its name (e), time (t) and number (n)
+NUMBER = int | float | None
+EVENTS = {
+    "worker": dict(host=str),
+    "claim": dict(id=str, a=dict, tries=int),
+    "report": dict(id=str, step=int, value=NUMBER),
+    "saved": dict(id=str, step=int),
+    "end": dict(id=str, state=str, value=NUMBER, reason=str, curve=list, facts=dict),
+    "free": dict(id=str),
+}
+
+
+def _is_event(e) -> bool:
+    if not isinstance(e, dict) or not isinstance(e.get("e"), str):
+        return False
+    needed = EVENTS.get(e["e"], {}) | dict(t=int | float, n=int)
+    if not all(name in e and isinstance(e[name], kind) for name, kind in needed.items()):
+        return False
+    if e["e"] == "end" and e["state"] not in ENDS:
+        return False
+    pairs = all(isinstance(point, list) and len(point) == 2 for point in e.get("curve", ()))
+    return pairs and math.isfinite(e["t"])
+
+
 def _events(folder):
-    """(worker, its events) of every journal. A last line without its end was cut by a crash, or is being written or
-    synchronised right now: it counts as not there."""
+    """(worker, its events) of every journal.
+
+    A last line without its end was cut by a crash, or is being written or synchronised right now:
+    it counts as not there.
+    """
     for path in sorted((Path(folder) / "journal").glob("*.jsonl")):
-        events = []
-        try:
-            lines = path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:  # a folder that is being synchronised
+        if not path.is_file():  # gone while the folder is synchronised, or never a journal
             continue
-        for number, line in enumerate(lines, 1):
+        events = []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
             if not line.endswith(b"\n"):
                 break
             try:
-                events.append(json.loads(line))
-            except ValueError:
-                raise UserError(f"{path} line {number} is not an event: remove that line") from None
+                event = json.loads(line)
+            except (ValueError, RecursionError):
+                event = None
+            if not _is_event(event):
+                raise UserError(f"{path} line {number} is not an event: remove that line")
+            events.append(event)
         yield path.stem, events
 
 
@@ -230,65 +314,84 @@ def _dead(folder, worker: str, events: list, lease: float, me: str) -> bool:
         return False
     if events[0].get("host") == host():
         try:
-            with open(Path(folder) / "journal" / f"{worker}.lock", "r+") as f:
-                got = _flock(f, wait=False)
+            with open(Path(folder) / "journal" / f"{worker}.lock", "r+b", buffering=0) as f:
+                free = _flock(f, wait=False)
         except FileNotFoundError:
             return True
         except OSError:
-            got = None
-        if got is not None:
-            return got
+            free = None
+        if free is not None:
+            return free
     return time.time() - events[-1]["t"] > lease
 
 
 def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
     """The trials of a sweep, oldest first: a function of the journals (and of who is alive) alone.
 
-    A trial belongs to its first claim, or to the first one that counts one try more (made by whoever found it lost). Its first
-    end is its end. What others say of it is ignored.
+    A trial belongs to its first claim, or to the first one that counts one try more (made by
+    whoever found it lost). Its first end is its end. What others say of it is ignored.
     """
-    journals = dict(_events(folder))
-    dead = {
-        worker: _dead(folder, worker, events, lease, me)
-        for worker, events in journals.items()
-        if events
-    }
-    rows = []
-    # a clock that was set back does not reorder what one worker did
+    journals = {worker: events for worker, events in _events(folder) if events}
+    known: dict[str, Trial] = {}
+    for t, worker, event in _in_order(journals):
+        if event["e"] == "claim":
+            _claim(known, event, worker, t)
+        elif event.get("id") in known:
+            _tell(known[event["id"]], event, worker, t)
+
+    running = [trial for trial in known.values() if trial.state == "running"]
+    workers = {trial.worker for trial in running}
+    dead = {w for w in workers if _dead(folder, w, journals[w], lease, me)}
+    for trial in running:
+        if trial.worker in dead:
+            trial.lose()
+    return list(known.values())
+
+
+def _in_order(journals: dict) -> list[tuple]:
+    """(time, worker, event) of all journals by age.
+
+    A clock that was set back does not reorder what one worker did.
+    """
+    ordered = []
     for worker, events in journals.items():
-        times = itertools.accumulate((e["t"] for e in events), max)
-        rows += [(t, worker, e["n"], e) for t, e in zip(times, events)]
-    rows.sort(key=lambda row: row[:3])
-    found: dict[str, Trial] = {}
-    for t, worker, _, e in rows:
-        if e["e"] == "claim":
-            trial = found.get(e["id"])
-            if trial is None:
-                found[e["id"]] = Trial(
-                    e["id"], len(found), e["a"], worker=worker, begun=t, tries=e["tries"]
-                )
-            elif e["tries"] > trial.tries and trial.state not in ENDS:
-                trial.worker, trial.begun, trial.tries, trial.state, trial.reports = (
-                    worker,
-                    t,
-                    e["tries"],
-                    "running",
-                    {},
-                )
-        elif "id" in e and (trial := found.get(e["id"])) and trial.state not in ENDS:
-            if e["e"] == "report" and worker == trial.worker:
-                trial.reports[e["step"]] = e["value"]
-            elif e["e"] == "free" and worker == trial.worker:
-                trial.state, trial.freed = "lost", trial.freed + 1
-            elif e["e"] == "end":
-                trial.state, trial.value, trial.reason, trial.ended = (
-                    e["state"],
-                    e["value"],
-                    e["reason"],
-                    t,
-                )
-                trial.worker, trial.curve, trial.facts = worker, e["curve"], e["facts"]
-    for trial in found.values():
-        if trial.state == "running" and dead[trial.worker]:
-            trial.state = "lost"
-    return list(found.values())
+        times = itertools.accumulate((event["t"] for event in events), max)
+        ordered += [(t, worker, event["n"], event) for t, event in zip(times, events)]
+    ordered.sort(key=lambda entry: entry[:3])
+    return [(t, worker, event) for t, worker, _, event in ordered]
+
+
+def _claim(known: dict[str, Trial], event: dict, worker: str, t: float):
+    """A worker begins a trial, or takes over one whose worker was lost."""
+    id, tries = event["id"], event["tries"]
+    trial = known.get(id)
+    if trial is None:
+        known[id] = Trial(id, len(known), event["a"], worker=worker, begun=t, tries=tries)
+    elif tries > trial.tries and trial.state not in ENDS:
+        if trial.state == "running":  # nobody gave it back: its worker died
+            trial.lose()
+        trial.worker, trial.begun, trial.tries = worker, t, tries
+        trial.state, trial.reports, trial.came_from = "running", {}, trial.reached
+
+
+def _tell(trial: Trial, event: dict, worker: str, t: float):
+    """What a worker says of a trial; that counts where the trial is its own, an end always, and
+    nothing after the end.
+    """
+    what, own = event["e"], worker == trial.worker
+    if trial.state in ENDS:
+        return
+    if what == "end":
+        trial.state, trial.reason, trial.ended = event["state"], event["reason"], t
+        trial.worker, trial.value, trial.facts = worker, event["value"], event["facts"]
+        trial.curve = [(step, _number(loss)) for step, loss in event["curve"]]
+    elif what == "free" and own:
+        trial.state, trial.deaths = "lost", 0
+    elif what in ("report", "saved") and own:
+        trial.reached = max(trial.reached, event["step"])
+        if what == "report":
+            trial.reports[event["step"]] = _number(event["value"])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

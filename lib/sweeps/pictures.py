@@ -1,311 +1,235 @@
-"""Tables, CSV files and plots of a sweep; each function takes trials (and fits) and makes one thing.
+"""Plots of a sweep; each function takes trials (or fits) and draws one figure.
 
-Colours mean the same everywhere: a trial's colour is its result (dark is better), grey is pruned or failed, black is the best.
+Colours mean the same everywhere: a trial's colour is its result (dark is better), grey is pruned or
+failed, black is the best.
 """
 
-import csv
-import io
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from lib.files import write_atomic
-from lib.pictures import subplots
+from lib.pictures import styled, subplots, whole_ticks
 from lib.sweeps import scaling, space
+from lib.sweeps.tables import best_of
 
 GREY = "0.68"
 
-
-def best_of(trials, goal: str = "minimize"):
-    """The finished trial with the best finite value, or None."""
-    done = [
-        t for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value)
-    ]
-    return (min if goal == "minimize" else max)(done, key=lambda t: t.value, default=None)
+# ---- the search ----------------------------------------------------------------------------------
 
 
-# ---- CSV -------------------------------------------------------------------------------------------------------------------
+def _ladder(trials, goal: str) -> Callable:
+    """A function from a value to a colour, dark for good ones.
 
-
-def write_csv(path, rows: list[dict]):
-    """Rows as CSV, columns in the order in which they first come."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, out.getvalue())
-
-
-def trial_rows(trials) -> list[dict]:
-    """One flat row per trial: what it was, how it ended, its numbers."""
-    return [
-        dict(
-            number=t.number,
-            id=t.id,
-            state=t.state,
-            value=t.value,
-            **t.assignment,
-            tries=t.tries,
-            worker=t.worker,
-            reason=t.reason,
-            **{k: v for k, v in t.facts.items() if k not in t.assignment},
-        )
-        for t in trials
-    ]
-
-
-def curve_rows(trials) -> list[dict]:
-    """One row per trial and validation, and per kept point of the training loss."""
-    who = lambda t: dict(number=t.number, id=t.id, state=t.state)
-    return [
-        who(t) | dict(step=int(step), metric=value)
-        for t in trials
-        for step, value in t.reports.items()
-    ] + [who(t) | dict(step=step, train_loss=loss) for t in trials for step, loss in t.curve]
-
-
-# ---- tables ------------------------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict], formats: dict | None = None) -> str:
-    """Rows as aligned text; formats: {column: format spec} for numbers."""
-    if not rows:
-        return "(nothing yet)"
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(row, name):
-        v = row.get(name)
-        if isinstance(v, float):
-            return "" if math.isnan(v) else format(v, (formats or {}).get(name, ".5g"))
-        return "" if v is None else str(v)
-
-    texts = [columns] + [[cell(row, name) for name in columns] for row in rows]
-    wide = [max(len(t[i]) for t in texts) for i in range(len(columns))]
-    number = [any(isinstance(row.get(name), int | float) for row in rows) for name in columns]
-    return "\n".join(
-        "  ".join(
-            t[i].rjust(wide[i]) if number[i] else t[i].ljust(wide[i]) for i in range(len(columns))
-        ).rstrip()
-        for t in texts
-    )
-
-
-def leaders(trials, goal: str = "minimize", count: int = 10) -> str:
-    """The best finished trials."""
-    done = sorted(
-        (t for t in trials if t.state == "done" and t.value is not None),
-        key=lambda t: t.value,
-        reverse=goal == "maximize",
-    )
-    return table(
-        [
-            dict(number=t.number, value=t.value, **t.assignment, seconds=t.facts.get("seconds"))
-            for t in done[:count]
-        ],
-        dict(value=".4f", seconds=".1f"),
-    )
-
-
-# ---- the search --------------------------------------------------------------------------------------------------------------
-
-
-def _ladder(trials, goal):
-    """A function from a value to a colour, dark for good ones, scaled by rank so that one bad trial does not bleach the rest."""
+    It goes by rank, so that one bad trial does not bleach the rest.
+    """
     import matplotlib
 
-    values = sorted(
-        (t.value for t in trials if t.state == "done" and t.value is not None),
-        reverse=goal == "maximize",
-    )
+    sign = 1 if goal == "minimize" else -1
+    values = np.array(sorted(sign * t.value for t in trials if t.scored))
     colours = matplotlib.colormaps["viridis"]
-    return lambda value: colours(
-        np.searchsorted(
-            np.array(values) * (1 if goal == "minimize" else -1),
-            value * (1 if goal == "minimize" else -1),
-        )
-        / max(len(values), 1)
-        * 0.9
-    )
+    return lambda value: colours(0.9 * np.searchsorted(values, sign * value) / max(len(values), 1))
 
 
+@styled
 def best_so_far(trials, spec: dict):
     """Every trial's result in the order they ended, and the best so far."""
-    goal, metric = spec["metric"]["goal"], spec["metric"]["name"]
-    ended = sorted(
-        (t for t in trials if t.ended or t.state in ("done", "pruned")),
-        key=lambda t: t.ended or t.number,
-    )
-    figure, axis = subplots(size=(6, 3.4))
-    done = [
-        (i, t.value) for i, t in enumerate(ended, 1) if t.state == "done" and t.value is not None
-    ]
+    ended = [t for t in trials if t.ended or t.state in ("done", "pruned")]
+    ended.sort(key=lambda t: t.ended or t.number)
+    places = list(enumerate(ended, 1))
+    done = [(i, t.value) for i, t in places if t.scored]
     pruned = [
-        (i, list(t.reports.values())[-1])
-        for i, t in enumerate(ended, 1)
-        if t.state == "pruned" and t.reports
+        (i, [*t.reports.values()][-1]) for i, t in places if t.state == "pruned" and t.reports
     ]
-    failed = [i for i, t in enumerate(ended, 1) if t.state == "failed"]
+    failed = [i for i, t in places if t.state == "failed"]
+
+    figure, axis = subplots(size=(6, 3.4))
     if pruned:
         axis.scatter(*zip(*pruned), color=GREY, s=18, label=f"pruned ({len(pruned)})")
     if done:
-        x, y = map(np.array, zip(*done))
-        axis.scatter(x, y, color="C0", s=20, label=f"finished ({len(done)})", zorder=3)
-        axis.step(
-            x,
-            (np.minimum if goal == "minimize" else np.maximum).accumulate(y),
-            where="post",
-            color="black",
-            label="best so far",
-        )
-        span = (
-            np.quantile(y, 0.9) - y.min() if goal == "minimize" else y.max() - np.quantile(y, 0.1)
-        )
-        if goal == "minimize" and len(y) > 4:  # far-off trials would flatten the rest
-            axis.set_ylim(
-                y.min() - 0.1 * span - 1e-9, min(axis.get_ylim()[1], y.min() + 3 * span + 1e-9)
-            )
+        _staircase(axis, *map(np.array, zip(*done)), spec["metric"]["goal"])
     for i in failed:
-        axis.axvline(
-            i,
-            color="C3",
-            alpha=0.4,
-            linewidth=1,
-            label=f"failed ({len(failed)})" if i == failed[0] else None,
-        )
-    axis.set(title="best so far", xlabel="trials ended", ylabel=metric)
-    axis.legend()
+        label = f"failed ({len(failed)})" if i == failed[0] else None
+        axis.axvline(i, color="C3", alpha=0.4, linewidth=1, label=label)
+    axis.set(title="best so far", xlabel="trials ended", ylabel=spec["metric"]["name"])
+    whole_ticks(axis.xaxis)
+    if done or pruned or failed:
+        axis.legend()
     return figure
 
 
+def _staircase(axis, x, y, goal: str):
+    """Results as dots, and the best of them so far as a line."""
+    minimize = goal == "minimize"
+    best = np.minimum.accumulate(y) if minimize else np.maximum.accumulate(y)
+    axis.scatter(x, y, color="C0", s=20, label=f"finished ({len(x)})", zorder=3)
+    axis.step(x, best, where="post", color="black", label="best so far")
+    # far-off trials would flatten the rest
+    if minimize and len(y) > 4:
+        least, spread = y.min(), np.quantile(y, 0.9) - y.min()
+        top = min(axis.get_ylim()[1], least + 3 * spread + 1e-9)
+        axis.set_ylim(least - 0.1 * spread - 1e-9, top)
+
+
+@styled
 def curves(trials, spec: dict):
-    """Training loss and validated metric over steps; pruned and failed runs in grey, the best in black."""
+    """Training loss and validated metric over steps; pruned and failed runs in grey, the best in
+    black.
+    """
     goal, metric = spec["metric"]["goal"], spec["metric"]["name"]
     colour, best = _ladder(trials, goal), best_of(trials, goal)
-    figure, axes = subplots(1, 2, size=(5, 3.4))
-    shown = 0
+    figure, (losses, scores) = subplots(1, 2, size=(5, 3.4))
     for t in sorted(trials, key=lambda t: t.state == "done"):
-        done = t.state == "done" and t.value is not None
-        style = (
-            dict(color="black", linewidth=1.8, zorder=5)
-            if t is best
-            else dict(color=colour(t.value), alpha=0.8, zorder=3)
-            if done
-            else dict(color=GREY, linewidth=0.9, zorder=2)
-        )
-        shown += not done and bool(t.reports or t.curve)
+        style = _style(t, t is best, colour)
         if t.curve:
-            axes[0].plot(*zip(*t.curve), **style | dict(linewidth=style.get("linewidth", 0.9)))
+            losses.plot(*zip(*t.curve), **style)
         if t.reports:
-            axes[1].plot(
-                list(map(int, t.reports)), list(t.reports.values()), "o-", markersize=2.5, **style
-            )
-    axes[0].set(title="training loss", xlabel="step", ylabel="nats per token")
-    axes[1].set(
-        title=f"{metric} (grey: {shown} pruned, failed or running)" if shown else metric,
-        xlabel="step",
-        ylabel=metric,
-    )
-    for axis, ys in (
-        (axes[0], [y for t in trials for _, y in t.curve]),
-        (axes[1], [y for t in trials for y in t.reports.values()]),
-    ):
-        ys = [y for y in ys if math.isfinite(y)]
-        if ys:  # a run that blew up must not squeeze all others into a line
-            low, high = min(ys), np.quantile(ys, 0.98)
-            axis.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+            steps = [int(step) for step in t.reports]
+            scores.plot(steps, list(t.reports.values()), "o-", markersize=2.5, **style)
+
+    grey = sum(not t.scored and bool(t.reports or t.curve) for t in trials)
+    title = f"{metric} (grey: {grey} pruned, failed or running)" if grey else metric
+    losses.set(title="training loss", xlabel="step", ylabel="nats per token")
+    scores.set(title=title, xlabel="step", ylabel=metric)
+    _fit_height(losses, [loss for t in trials for _, loss in t.curve])
+    _fit_height(scores, [value for t in trials for value in t.reports.values()])
+    whole_ticks(losses.xaxis)
+    whole_ticks(scores.xaxis)
     return figure
 
 
+def _style(trial, is_best: bool, colour: Callable) -> dict:
+    if is_best:
+        return dict(color="black", linewidth=1.8, zorder=5)
+    if trial.scored:
+        return dict(color=colour(trial.value), linewidth=0.9, alpha=0.8, zorder=3)
+    return dict(color=GREY, linewidth=0.9, zorder=2)
+
+
+def _fit_height(axis, values: list[float]):
+    """Leave out the highest fiftieth:
+
+    a run that blew up must not squeeze all others into a line.
+    """
+    values = [value for value in values if math.isfinite(value)]
+    if values:
+        low, high = min(values), np.quantile(values, 0.98)
+        axis.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+
+
+class Scale(NamedTuple):
+    """One axis of parallel coordinates."""
+
+    place: Callable  # a value -> where on the axis, from 0 to 1
+    ticks: list[tuple[float, str]]
+
+
+def _listed_scale(values: list) -> Scale:
+    """Values in the order in which the sweep lists them."""
+    order = {repr(value): i for i, value in enumerate(values)}
+    top = max(len(order) - 1, 1)
+    names = [f"{v:.3g}" if isinstance(v, float) else str(v) or "(none)" for v in values]
+    return Scale(
+        lambda value: order.get(repr(value), 0) / top,
+        [(i / top, name) for i, name in enumerate(names)],
+    )
+
+
+def _range_scale(p: dict, drawn: list[float]) -> Scale:
+    """Numbers between bounds, logarithmic where they were drawn so."""
+    low, high = p.get("min", min(drawn)), p.get("max", max(drawn))
+    if p["distribution"] == "log_uniform":
+        low, high = math.exp(low), math.exp(high)
+    logarithmic = "log" in p["distribution"] and low > 0
+    to = math.log if logarithmic else float
+    back = math.exp if logarithmic else float
+    start, length = to(low), (to(high) - to(low)) or 1
+    quarters = [k / 4 for k in range(5)]
+    return Scale(
+        lambda value: (to(value) - start) / length,
+        [(share, f"{back(start + length * share):.3g}") for share in quarters],
+    )
+
+
+def _result_scale(values: list[float]) -> Scale:
+    """Results; what is far worse than most stands just above the top."""
+    low = min(values)
+    high = max(np.quantile(values, 0.9), low + 1e-9)
+    quarters = [k / 4 for k in range(5)]
+    return Scale(
+        lambda value: min(max((value - low) / (high - low), 0), 1.04),
+        [(share, f"{low + (high - low) * share:.3f}") for share in quarters],
+    )
+
+
+@styled
 def parallel(trials, spec: dict):
     """Parallel coordinates: one line per trial through its parameters to its result."""
-    goal, metric, names = spec["metric"]["goal"], spec["metric"]["name"], list(space.varied(spec))
+    goal, metric = spec["metric"]["goal"], spec["metric"]["name"]
     colour, best = _ladder(trials, goal), best_of(trials, goal)
-    done = [t for t in trials if t.state == "done" and t.value is not None]
-    axes_of, ticks = {}, {}
-    for name in names:
-        p = spec["parameters"][name]
-        if "values" in p:
-            order = {repr(v): i for i, v in enumerate(p["values"])}
-            top = max(len(order) - 1, 1)
-            axes_of[name] = lambda v, order=order, top=top: order.get(repr(v), 0) / top
-            ticks[name] = [
-                (i / top, f"{v:.3g}" if isinstance(v, float) else str(v) or "(none)")
-                for i, v in enumerate(p["values"])
-            ]
-        else:
-            xs = [t.assignment[name] for t in trials] or [0.0]
-            low, high = p.get("min", min(xs)), p.get("max", max(xs))
-            if p["distribution"] == "log_uniform":
-                low, high = math.exp(low), math.exp(high)
-            log = "log" in p["distribution"] and low > 0
-            f = (lambda v: math.log(v)) if log else float
-            axes_of[name] = lambda v, f=f, a=f(low), b=f(high): (f(v) - a) / ((b - a) or 1)
-            ticks[name] = [
-                (
-                    k / 4,
-                    f"{math.exp(f(low) + (f(high) - f(low)) * k / 4) if log else low + (high - low) * k / 4:.3g}",
-                )
-                for k in range(5)
-            ]
-    values = [t.value for t in done] or [0.0, 1.0]
-    low, high = min(values), max(np.quantile(values, 0.9), min(values) + 1e-9)
-    place = lambda v: min(max((v - low) / (high - low), 0), 1.04)
-    ticks[metric] = [(k / 4, f"{low + (high - low) * k / 4:.3f}") for k in range(5)]
+    scales = {}
+    for name, p in space.varied(spec).items():
+        drawn = [t.assignment[name] for t in trials] or [0.0]
+        scales[name] = _listed_scale(p["values"]) if "values" in p else _range_scale(p, drawn)
+    names = list(scales)
+    result = _result_scale([t.value for t in trials if t.scored] or [0.0, 1.0])
+
     figure, axis = subplots(size=(max(6, 1.6 * (len(names) + 1)), 3.8))
     for t in sorted(trials, key=lambda t: (t is best, t.state == "done")):
-        ys = [axes_of[name](t.assignment[name]) for name in names]
-        if t in done:
-            axis.plot(
-                range(len(names) + 1),
-                ys + [place(t.value)],
-                color="black" if t is best else colour(t.value),
-                linewidth=2 if t is best else 1,
-                alpha=1 if t is best else 0.7,
-                zorder=5 if t is best else 3,
-            )
-        else:
-            axis.plot(range(len(names)), ys, color=GREY, linewidth=0.8, alpha=0.7, zorder=2)
-    for i, name in enumerate([*names, metric]):
-        axis.axvline(i, color="black", linewidth=0.8)
-        for y, text in ticks[name]:
-            axis.text(
-                i + 0.03,
-                y,
-                text,
-                fontsize=7,
-                va="center",
-                zorder=6,
-                bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.5),
-            )
-    axis.set_xticks(
-        range(len(names) + 1), [*names, metric], fontsize=8, rotation=12 if len(names) > 4 else 0
-    )
-    axis.set(
-        yticks=[],
-        ylim=(-0.06, 1.08),
-        xlim=(-0.1, len(names) + 0.35),
-        title="parameters and result (black: best, grey: not finished)",
-    )
+        heights = [scales[name].place(t.assignment[name]) for name in names]
+        if t.scored:
+            heights.append(result.place(t.value))
+        axis.plot(range(len(heights)), heights, **_style(t, t is best, colour))
+    for i, scale in enumerate([*scales.values(), result]):
+        _draw_scale(axis, i, scale)
+
+    turn = 12 if len(names) > 4 else 0
+    axis.set_xticks(range(len(names) + 1), [*names, metric], fontsize=8, rotation=turn)
+    axis.set(yticks=[], ylim=(-0.06, 1.08), xlim=(-0.1, len(names) + 0.35))
+    axis.set(title="parameters and result (black: best, grey: not finished)")
     axis.grid(False)
     axis.spines["left"].set_visible(False)
     return figure
 
 
+def _draw_scale(axis, x: float, scale: Scale):
+    axis.axvline(x, color="black", linewidth=0.8)
+    box = dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.5)
+    for y, text in scale.ticks:
+        axis.text(x + 0.03, y, text, fontsize=7, va="center", zorder=6, bbox=box)
+
+
+@styled
 def importance(shares: dict):
-    """Bars of `space.importance`."""
+    """Bars of `suggest.importance`."""
     shares = dict(sorted(shares.items(), key=lambda item: item[1]))
     figure, axis = subplots(size=(5, max(2.0, 0.35 * len(shares) + 1)))
     axis.barh(list(shares), list(shares.values()), color="C0")
-    axis.set(
-        title="what makes a trial good",
-        xlabel="share of what decides about the better half",
-        xlim=(0, None),
-    )
+    axis.set(title="what makes a trial good", xlim=(0, None))
+    axis.set(xlabel="share of what decides about the better half")
     return figure
 
 
-# ---- scaling -----------------------------------------------------------------------------------------------------------------
+@styled
+def compared(first, second, spec: dict):
+    """Two trials over each other: training loss and metric by step."""
+    figure, (losses, scores) = subplots(1, 2, size=(5, 3.4))
+    for t, colour in ((first, "black"), (second, "C1")):
+        label = f"trial {t.number}"
+        if t.curve:
+            losses.plot(*zip(*t.curve), color=colour, label=label)
+        if t.reports:
+            scores.plot(list(t.reports), list(t.reports.values()), "o-", color=colour, label=label)
+    losses.set(title="training loss", xlabel="step", ylabel="nats per token")
+    scores.set(title=spec["metric"]["name"], xlabel="step")
+    losses.legend()
+    whole_ticks(losses.xaxis)
+    whole_ticks(scores.xaxis)
+    return figure
+
+
+# ---- scaling -------------------------------------------------------------------------------------
 
 
 def _log(axis, which="x"):
@@ -328,65 +252,45 @@ def _colours(n):
     return [matplotlib.colormaps["viridis"](0.1 + 0.75 * i / max(n - 1, 1)) for i in range(n)]
 
 
+@styled
 def isoflop(fit: dict, metric: str):
     """Loss against size, one parabola per budget, stars at their minima."""
     figure, axis = subplots(size=(6, 4))
     for b, colour in zip(fit["budgets"], _colours(len(fit["budgets"]))):
-        N = np.array([r["N"] for r in b["runs"]])
-        axis.plot(
-            N,
-            [r["L"] for r in b["runs"]],
-            "o",
-            color=colour,
-            markersize=4,
-            label=f"{b['target']:.2g} FLOPs",
-        )
+        N, L = np.array([(run["N"], run["L"]) for run in b.runs]).T
+        axis.plot(N, L, "o", color=colour, markersize=4, label=f"{b.target:.2g} FLOPs")
         x = np.linspace(np.log(N.min()), np.log(N.max()), 100)
-        axis.plot(np.exp(x), np.polyval(b["coefficients"], x), color=colour, linewidth=1)
-        if b["inside"]:
-            axis.plot(
-                b["N"], b["L"], "*", color=colour, markeredgecolor="black", markersize=13, zorder=5
-            )
+        axis.plot(np.exp(x), np.polyval(b.coefficients, x), color=colour, linewidth=1)
+        if b.inside:
+            axis.plot(b.N, b.L, "*", color=colour, markeredgecolor="black", markersize=13, zorder=5)
     _log(axis)
-    axis.set(
-        title="equal compute, different sizes", xlabel="parameters (blocks and head)", ylabel=metric
-    )
+    axis.set(title="equal compute, different sizes", ylabel=metric)
+    axis.set(xlabel="parameters (blocks and head)")
     axis.legend(title="budget")
     return figure
 
 
+@styled
 def frontier(fit: dict, params: dict | None = None):
-    """The best size and number of tokens against compute: minima of the parabolas, their power laws, the parametric fit's."""
+    """The best size and number of tokens against compute:
+
+    minima of the parabolas, their power laws, the parametric fit's.
+    """
     figure, axes = subplots(1, 3, size=(4.4, 3.6))
-    inside = [b for b in fit["budgets"] if b["inside"]]
-    C = np.array([b["C"] for b in fit["budgets"]])
+    C = np.array([b.C for b in fit["budgets"]])
     line = np.geomspace(C.min() / 1.5, C.max() * 4, 60)
-    sizes = [r["N"] for b in fit["budgets"] for r in b["runs"]]
-    expected = (
-        scaling.frontier(params, line)
-        if params and params["alpha"] > 0 and params["beta"] > 0
-        else None
-    )
-    if expected is not None and not (
-        min(sizes) / 30 < expected[0].min() and expected[0].max() < max(sizes) * 30
-    ):
-        expected = None  # a fit that has lost itself would only stretch the axes
-    for j, (axis, name, label) in enumerate(
-        zip(axes, "NDL", ("best size (parameters)", "best number of tokens", "loss at the best"))
-    ):
-        for b in inside:
-            low, high = b[f"{name}_interval"]
-            axis.plot([b["C"]] * 2, [low, high], color="C0", linewidth=1)
-            axis.plot(b["C"], b[name], "o", color="C0", markersize=5)
+    expected = _expected(fit, params, line)
+    labels = ("best size (parameters)", "best number of tokens", "loss at the best")
+    for j, (axis, name, label) in enumerate(zip(axes, "NDL", labels)):
+        for b in fit["budgets"]:
+            if b.inside:
+                axis.plot([b.C] * 2, getattr(b, f"{name}_interval"), color="C0", linewidth=1)
+                axis.plot(b.C, getattr(b, name), "o", color="C0", markersize=5)
         law = fit[f"{name}_opt"]
         if math.isfinite(law["p"]):
             low, high = law["p_interval"]
-            axis.plot(
-                line,
-                law["k"] * line ** law["p"],
-                color="C0",
-                label=f"C^{law['p']:.2f}  [{low:.2f}, {high:.2f}]",
-            )
+            text = f"C^{law['p']:.2f}  [{low:.2f}, {high:.2f}]"
+            axis.plot(line, law["k"] * line ** law["p"], color="C0", label=text)
         if expected is not None:
             axis.plot(line, expected[j], "--", color="C1", label="parametric fit")
         _log(axis, "xy" if name != "L" else "x")
@@ -396,12 +300,28 @@ def frontier(fit: dict, params: dict | None = None):
     return figure
 
 
+def _expected(fit: dict, params: dict | None, line):
+    """(N, D, L) of the parametric fit along `line`; None without one, or where it has lost itself
+    and would only stretch the axes.
+    """
+    if not params or params["alpha"] <= 0 or params["beta"] <= 0:
+        return None
+    sizes = [run["N"] for b in fit["budgets"] for run in b.runs]
+    expected = scaling.frontier(params, line)
+    near = min(sizes) / 30 < expected[0].min() and expected[0].max() < max(sizes) * 30
+    return expected if near else None
+
+
+@styled
 def series(runs, fit: dict, metric: str):
     """A series of growing models and L = E + k C^-p with its bootstrap band."""
     figure, axis = subplots(size=(5.5, 3.8))
     C = np.array([r["C"] for r in runs])
     line = np.geomspace(C.min() / 1.2, C.max() * 4, 80)
-    at = lambda f: f["E"] + f["k"] * line ** -f["p"]
+
+    def at(f: dict):
+        return f["E"] + f["k"] * line ** -f["p"]
+
     axis.fill_between(
         line,
         *np.quantile([at(f) for f in fit["draws"]], [0.025, 0.975], axis=0),
@@ -417,6 +337,7 @@ def series(runs, fit: dict, metric: str):
     return figure
 
 
+@styled
 def predicted(rows: list[dict], metric: str):
     """Predicted against actual for runs that the fit has not seen."""
     figure, axis = subplots(size=(4, 3.8))
@@ -445,11 +366,15 @@ def predicted(rows: list[dict], metric: str):
     return figure
 
 
-# ---- ablations -----------------------------------------------------------------------------------------------------------------
+# ---- ablations -----------------------------------------------------------------------------------
 
 
+@styled
 def ablation(rows: list[dict], metric: str):
-    """Bars of `scaling.paired`: what the model loses without each part, with 95 % intervals over seeds."""
+    """Bars of `scaling.paired`:
+
+    what the model loses without each part, with 95 % intervals over seeds.
+    """
     rows = [r for r in rows if r["part"] != ""]
     figure, axis = subplots(size=(6, max(2.2, 0.34 * len(rows) + 1)))
     for i, r in enumerate(rows):
@@ -464,23 +389,3 @@ def ablation(rows: list[dict], metric: str):
         xlabel=f"change of {metric} (right is worse)",
     )
     return figure
-
-
-def ablation_table(rows: list[dict]) -> str:
-    """`scaling.paired` as text."""
-    return table(
-        [
-            dict(
-                part=f"without {r['part']}" if r["part"] else "whole model",
-                mean=r["mean"],
-                delta=r["delta"],
-                low=r["low"],
-                high=r["high"],
-                seeds=r["pairs"],
-                steps=r["steps"],
-                seconds=r["seconds"],
-            )
-            for r in rows
-        ],
-        dict(mean=".4f", delta="+.4f", low="+.4f", high="+.4f", seconds=".1f"),
-    )

@@ -1,7 +1,9 @@
-"""Sweeps to start from: search, miniseries, isoflop and ablate, each at a budget that names the hardware it is meant for.
+"""Sweeps to start from: search, miniseries, isoflop and ablate, each at a budget that names the
+hardware it is meant for.
 
-A budget holds constants of every trial (model family, rates, data) and each preset's ranges. "smoke" is for tests; "small" is
-for two CPU cores and minutes; "chip" for one accelerator and about a day a preset. All of them are plain wandb sweeps.
+A budget holds constants of every trial (model family, rates, data) and each preset's ranges.
+"smoke" is for tests; "small" is for two CPU cores and minutes; "chip" for one accelerator and about
+a day a preset. All of them are plain wandb sweeps.
 """
 
 from pathlib import Path
@@ -11,7 +13,8 @@ from lib.config import Config
 from lib.files import UserError, choose
 from lib.sweeps.space import PARTS, check, load, varied, with_constants
 
-# rates ten times nanochat's, as in the cpu_demo preset of lib.config: batches and horizons are a hundred times smaller
+# rates ten times nanochat's, as in the cpu_demo preset of lib.config: batches and horizons are a
+# hundred times smaller
 _CPU = dict(
     sequence_len=256,
     scan_layers=False,
@@ -48,7 +51,8 @@ BUDGETS = {  # constants of all presets; per preset its ranges, and constants of
         search=dict(depth=3, num_steps=240, run_cap=24, min_iter=1, fixed=_WIDE | dict(evals=8)),
         miniseries=dict(depths=[2, 3, 4, 5, 6], tokens_per_param=5.0, seeds=1),
         isoflop=dict(depths=[2, 3, 4, 5, 6], flops=[3e11, 6e11, 1.2e12, 2e12]),
-        # both optimizers' rates are the best by factors of two, so that Muon is not compared with a bad guess
+        # both optimizers' rates are the best by factors of two, so that Muon is not compared with a
+        # bad guess
         ablate=dict(
             depth=3, target_flops=1.2e12, seeds=3, fixed=_WIDE | dict(matrix_lr=0.4, adamw_lr=0.04)
         ),
@@ -69,7 +73,10 @@ def _around(rate: float, factor: float = 8.0) -> dict:
 
 def _search(b: dict, constants: dict) -> dict:
     """The rates and the schedule, around the budget's own, weeded out by hyperband."""
-    rate = lambda name: constants.get(name, getattr(Config, name))
+
+    def rate(name: str) -> float:
+        return constants.get(name, getattr(Config, name))
+
     return dict(
         method="bayes",
         run_cap=b["run_cap"],
@@ -127,7 +134,9 @@ PRESETS = {"search": _search, "miniseries": _miniseries, "isoflop": _isoflop, "a
 
 
 def preset(name: str, budget: str = "small", **constants) -> dict:
-    """The checked sweep of a preset at a budget; `constants` (Config fields, space.SETTINGS) win over the budget's."""
+    """The checked sweep of a preset at a budget; `constants` (Config fields, space.SETTINGS) win
+    over the budget's.
+    """
     make, at = choose("sweep preset", name, PRESETS), choose("budget", budget, BUDGETS)
     defaults = at["constants"] | at[name].get("fixed", {})
     return _complete(
@@ -136,8 +145,10 @@ def preset(name: str, budget: str = "small", **constants) -> dict:
 
 
 def from_file(path, budget: str = "small", **constants) -> dict:
-    """The checked sweep of a YAML or JSON file, named after it. What it leaves open comes from `budget`: one of BUDGETS, or a preset
-    of lib.config, so that its trials are runs of 02_train with that preset."""
+    """The checked sweep of a YAML or JSON file, named after it. What it leaves open comes from
+    `budget`: one of BUDGETS, or a preset of lib.config, so that its trials are runs of 02_train
+    with that preset.
+    """
     spec = load(path)
     defaults = choose(
         "budget", budget, {name: b["constants"] for name, b in BUDGETS.items()} | CONFIG_PRESETS
@@ -148,7 +159,8 @@ def from_file(path, budget: str = "small", **constants) -> dict:
 def _complete(spec, defaults, constants):
     if clash := [n for n in constants if n in varied(spec)]:
         raise UserError(
-            f"{', '.join(clash)} is what the sweep {spec['name']} varies: leave it out of the overrides"
+            f"{', '.join(clash)} is what the sweep {spec['name']} varies: leave it out of the "
+            "overrides"
         )
     spec = spec | {
         "parameters": spec["parameters"]

@@ -1,10 +1,14 @@
-"""Scaling laws and paired differences from finished trials, with intervals, by numpy and scipy alone.
+"""Scaling laws and paired differences from finished trials, with intervals, by numpy and scipy
+alone.
 
-A run is a dict with N (parameters of blocks and head), D (training tokens), C (training FLOPs) and L (the loss, here bits per
-byte). Intervals are 95 % percentile intervals of a bootstrap over residuals, seeded, so that the same runs give the same numbers.
+A run is a dict with N (parameters of blocks and head), D (training tokens), C (training FLOPs) and
+L (the loss, here bits per byte). Intervals are 95 % percentile intervals of a bootstrap over
+residuals, seeded, so that the same runs give the same numbers.
 """
 
+import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,10 +30,7 @@ def runs_of(trials) -> list[dict]:
             number=t.number,
         )
         for t in trials
-        if t.state == "done"
-        and t.value is not None
-        and math.isfinite(t.value)
-        and "scaling_params" in t.facts
+        if t.scored and "scaling_params" in t.facts
     ]
 
 
@@ -42,14 +43,15 @@ def interval(draws, level: float = LEVEL) -> tuple[float, float]:
     return tuple(float(x) for x in np.quantile(good, [(1 - level) / 2, (1 + level) / 2]))
 
 
-# ---- approach 2: a parabola per budget, power laws through their minima ----------------------------------------------------
+# ---- approach 2: a parabola per budget, power laws through their minima --------------------------
 
 
 def parabola(N, L) -> dict:
-    """Least squares L = a + b (ln N - m)^2: {"N", "L", "coefficients" of ln N, "inside"}, N nan where it has no minimum
-    anywhere near.
+    """Least squares L = a + b (ln N - m)^2: {"N", "L", "coefficients" of ln N, "inside"}, N nan
+    where it has no minimum anywhere near.
 
-    inside: whether the minimum lies between the smallest and the largest N, where it is measured rather than guessed.
+    inside: whether the minimum lies between the smallest and the largest N, where it is measured
+    rather than guessed.
     """
     x = np.log(np.asarray(N, float))
     a2, a1, a0 = np.polyfit(x, np.asarray(L, float), 2)
@@ -85,94 +87,116 @@ def budgets(runs) -> dict:
     return dict(sorted(found.items()))
 
 
-def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
-    """Parabolas per budget and the power laws through them: how the best size and the best number of tokens grow with compute.
+class Budget(NamedTuple):
+    """The best size at one compute budget, from a parabola through its runs."""
 
-    {"budgets": [{C, N, D, L, inside, coefficients, N_interval, runs}], "N_opt": {k, p, p_interval}, "D_opt": …, "L_opt": …}. D at a
-    minimum comes from a power law of D in N through that budget's runs (at fixed C it nearly is one). Budgets with fewer than four
-    sizes are left out. N_opt and D_opt use the budgets whose minimum lies inside the sizes trained, and say how many those are.
+    C: float  # FLOPs, the mean of its runs
+    target: float  # FLOPs as asked for
+    N: float
+    D: float
+    L: float
+    inside: bool  # whether the minimum lies within the sizes trained
+    coefficients: tuple  # of the parabola in ln N
+    N_interval: tuple[float, float]
+    D_interval: tuple[float, float]
+    L_interval: tuple[float, float]
+    runs: list[dict]
+
+
+def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
+    """Parabolas per budget and the power laws through them: how the best size and the best number
+    of tokens grow with compute.
+
+    {"budgets": [Budget], "used", "N_opt": {k, p, p_interval}, "D_opt": …, "L_opt": …}. D at a
+    minimum comes from a power law of D in N through that budget's runs (at fixed C it nearly is
+    one). Budgets with fewer than four sizes are left out. N_opt and D_opt use the budgets whose
+    minimum lies inside the sizes trained, and say how many those are.
     """
     rng = np.random.default_rng(seed)
-    rows, spreads = [], []
-    for C, members in budgets(runs).items():
-        N, D, L = (np.array([m[k] for m in members], float) for k in "NDL")
-        if len(set(N)) < 4:
-            continue
-        fit = parabola(N, L)
-        tokens = power_law(N, D)
-        predicted = np.polyval(fit["coefficients"], np.log(N))
-        residual = (L - predicted) * math.sqrt(len(N) / (len(N) - 3))
-        residual = residual - residual.mean()
-        again = [parabola(N, predicted + rng.choice(residual, len(N))) for _ in range(draws)]
-        at = lambda n: tokens[0] * n ** tokens[1]
-        rows.append(
-            dict(
-                C=float(np.mean([m["C"] for m in members])),
-                target=C,
-                N=fit["N"],
-                D=at(fit["N"]),
-                L=fit["L"],
-                inside=fit["inside"],
-                coefficients=fit["coefficients"],
-                N_interval=interval([a["N"] for a in again]),
-                D_interval=interval([at(a["N"]) for a in again]),
-                L_interval=interval([a["L"] for a in again]),
-                runs=members,
-            )
-        )
-        spreads.append([(a["N"], at(a["N"]), a["L"]) for a in again])
-    if not rows:
+    fitted = [
+        _fit_budget(C, members, draws, rng)
+        for C, members in budgets(runs).items()
+        if len({run["N"] for run in members}) >= 4
+    ]
+    if not fitted:
         raise UserError(
             "a parabola takes four sizes at one budget: none has so many finished runs yet"
         )
-    used = [i for i, r in enumerate(rows) if r["inside"]]
-    result = dict(budgets=rows, used=len(used))
-    for j, name in enumerate(("N", "D", "L")):
-        C = [rows[i]["C"] for i in used]
-        k, p = power_law(C, [rows[i][name] for i in used])
-        powers = [power_law(C, [spreads[i][d][j] for i in used])[1] for d in range(draws)]
+
+    used = [(budget, spread) for budget, spread in fitted if budget.inside]
+    result = dict(budgets=[budget for budget, _ in fitted], used=len(used))
+    C = [budget.C for budget, _ in used]
+    for j, name in enumerate("NDL"):
+        k, p = power_law(C, [getattr(budget, name) for budget, _ in used])
+        powers = [power_law(C, [spread[d][j] for _, spread in used])[1] for d in range(draws)]
         result[f"{name}_opt"] = dict(k=k, p=p, p_interval=interval(powers))
     return result
 
 
-# ---- approach 3: L(N, D) = E + A / N^alpha + B / D^beta --------------------------------------------------------------------
+def _fit_budget(target: float, members: list[dict], draws: int, rng) -> tuple[Budget, list]:
+    """(Budget, [(N, D, L) of each bootstrap draw]) of the runs at one budget."""
+    N, D, L = (np.array([m[k] for m in members], float) for k in "NDL")
+    fit = parabola(N, L)
+    scale, power = power_law(N, D)
+
+    # the residuals are drawn anew, widened by what three coefficients have taken from them
+    predicted = np.polyval(fit["coefficients"], np.log(N))
+    residual = (L - predicted) * math.sqrt(len(N) / (len(N) - 3))
+    residual = residual - residual.mean()
+    again = [parabola(N, predicted + rng.choice(residual, len(N))) for _ in range(draws)]
+    spread = [(a["N"], scale * a["N"] ** power, a["L"]) for a in again]
+    intervals = [interval(values) for values in zip(*spread)]
+    budget = Budget(
+        C=float(np.mean([m["C"] for m in members])),
+        target=target,
+        N=fit["N"],
+        D=scale * fit["N"] ** power,
+        L=fit["L"],
+        inside=fit["inside"],
+        coefficients=fit["coefficients"],
+        N_interval=intervals[0],
+        D_interval=intervals[1],
+        L_interval=intervals[2],
+        runs=members,
+    )
+    return budget, spread
+
+
+# ---- approach 3: L(N, D) = E + A / N^alpha + B / D^beta ------------------------------------------
 
 
 def _huber(r, delta):
+    """(Huber loss of residuals, its slope)."""
     small = np.abs(r) <= delta
-    return np.where(small, 0.5 * r * r, delta * (np.abs(r) - 0.5 * delta)), np.where(
-        small, r, delta * np.sign(r)
-    )
+    loss = np.where(small, 0.5 * r * r, delta * (np.abs(r) - 0.5 * delta))
+    return loss, np.where(small, r, delta * np.sign(r))
 
 
-def _objective(theta, n, d, l, delta):
-    """Huber loss of log L and its gradient; theta = (log E, log A, alpha, log B, beta), n and d being logs around their means."""
+def _objective(theta, n, d, logs, delta):
+    """Huber loss of log L and its gradient.
+
+    theta = (log E, log A, alpha, log B, beta); n and d are logs around their means.
+    """
     terms = np.stack([np.full_like(n, theta[0]), theta[1] - theta[2] * n, theta[3] - theta[4] * d])
     top = terms.max(axis=0)
     weights = np.exp(terms - top)
     total = weights.sum(axis=0)
-    loss, slope = _huber(top + np.log(total) - l, delta)
-    share = weights / total
-    grad = np.array(
-        [
-            (slope * share[0]).sum(),
-            (slope * share[1]).sum(),
-            -(slope * share[1] * n).sum(),
-            (slope * share[2]).sum(),
-            -(slope * share[2] * d).sum(),
-        ]
-    )
-    return loss.sum() / delta, grad / delta
+    loss, slope = _huber(top + np.log(total) - logs, delta)
+
+    # each term's share of the sum is the slope of its logarithm
+    of_E, of_A, of_B = slope * weights / total
+    gradient = [of_E.sum(), of_A.sum(), -(of_A * n).sum(), of_B.sum(), -(of_B * d).sum()]
+    return loss.sum() / delta, np.array(gradient) / delta
 
 
-def _minimise(theta, n, d, l, delta):
+def _minimise(theta, n, d, logs, delta):
     from scipy.optimize import minimize
 
     limits = [(-12, 6), (-12, 6), (0.0, 3.0), (-12, 6), (0.0, 3.0)]
     return minimize(
         _objective,
         theta,
-        (n, d, l, delta),
+        (n, d, logs, delta),
         jac=True,
         method="L-BFGS-B",
         bounds=limits,
@@ -190,55 +214,57 @@ def predict(fit: dict, N, D):
 
 
 def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> dict:
-    """Fit of L = E + A/N^alpha + B/D^beta by Huber loss on logs, L-BFGS from a grid of starts (arXiv:2203.15556, appendix D.3).
+    """Fit of L = E + A/N^alpha + B/D^beta by Huber loss on logs, L-BFGS from a grid of starts
+    (arXiv:2203.15556, appendix D.3).
 
-    {"E", "A", "alpha", "B", "beta", "a" = beta/(alpha+beta), the power of compute in the best N, "error" (root mean square of the
-    relative error), "intervals": {name: (low, high)}}. The objective is divided by delta, so that L-BFGS's own tolerances bite late.
-    Raises UserError below six runs.
+    {"E", "A", "alpha", "B", "beta", "a" = beta/(alpha+beta), the power of compute in the best N,
+    "error" (root mean square of the relative error), "intervals": {name: (low, high)}}. The
+    objective is divided by delta, so that L-BFGS's own tolerances bite late. Raises UserError below
+    six runs.
     """
     if len({(r["N"], r["D"]) for r in runs}) < 6:
         raise UserError(
-            f"five constants cannot be fitted to {len(runs)} run(s): six or more with different N and D are needed"
+            f"five constants cannot be fitted to {len(runs)} run(s): six or more with different N "
+            "and D are "
+            "needed"
         )
-    n, d, l = (np.log(np.array([r[k] for r in runs], float)) for k in "NDL")
+    n, d, logs = (np.log(np.array([r[k] for r in runs], float)) for k in "NDL")
     at_n, at_d = n.mean(), d.mean()
     n, d = n - at_n, d - at_d
+    least = logs.min()
+    exponents = (0.2, 0.6)
     starts = [
-        (l.min() + e, l.min() - 1, alpha, l.min() - 1, beta)
-        for e in (-2.0, -0.7, -0.1)
-        for alpha in (0.2, 0.6)
-        for beta in (0.2, 0.6)
+        (least + e, least - 1, alpha, least - 1, beta)
+        for e, alpha, beta in itertools.product((-2.0, -0.7, -0.1), exponents, exponents)
     ]
-    best = min((_minimise(np.array(s), n, d, l, delta) for s in starts), key=lambda r: r.fun)
+    tried = [_minimise(np.array(start), n, d, logs, delta) for start in starts]
+    best = min(tried, key=lambda result: result.fun)
 
-    def constants(theta):
-        alpha, beta = theta[2], theta[4]
-        E, A, B = (
-            math.exp(theta[0]),
-            math.exp(theta[1] + alpha * at_n),
-            math.exp(theta[3] + beta * at_d),
-        )
-        return dict(
-            E=E,
-            A=A,
-            alpha=float(alpha),
-            B=B,
-            beta=float(beta),
-            a=float(beta / (alpha + beta)) if alpha + beta else math.nan,
-        )
-
-    fit = constants(best.x)
+    fit = _constants(best.x, at_n, at_d)
     expected = np.log(predict(fit, np.exp(n + at_n), np.exp(d + at_d)))
-    residual, rng = l - expected, np.random.default_rng(seed)
-    wide = residual * math.sqrt(len(l) / max(len(l) - 5, 1))
-    again = [
-        constants(_minimise(best.x, n, d, expected + rng.choice(wide, len(l)), delta).x)
-        for _ in range(draws)
-    ]
+    residual, rng = logs - expected, np.random.default_rng(seed)
+    wide = residual * math.sqrt(len(logs) / max(len(logs) - 5, 1))
+    again = []
+    for _ in range(draws):
+        resampled = expected + rng.choice(wide, len(logs))
+        again.append(_constants(_minimise(best.x, n, d, resampled, delta).x, at_n, at_d))
     return fit | dict(
         error=float(np.sqrt(np.mean(np.expm1(residual) ** 2))),
         intervals={k: interval([a[k] for a in again]) for k in fit},
         draws=again,
+    )
+
+
+def _constants(theta, at_n: float, at_d: float) -> dict:
+    """The law's constants from `_objective`'s, whose logs were taken around at_n and at_d."""
+    alpha, beta = float(theta[2]), float(theta[4])
+    return dict(
+        E=math.exp(theta[0]),
+        A=math.exp(theta[1] + alpha * at_n),
+        alpha=alpha,
+        B=math.exp(theta[3] + beta * at_d),
+        beta=beta,
+        a=beta / (alpha + beta) if alpha + beta else math.nan,
     )
 
 
@@ -250,11 +276,12 @@ def frontier(fit: dict, C) -> tuple:
     return N, C / 6 / N, predict(fit, N, C / 6 / N)
 
 
-# ---- one series: L = E + k C^-p ----------------------------------------------------------------------------------------------
+# ---- one series: L = E + k C^-p ------------------------------------------------------------------
 
 
 def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
-    """Fit of L = E + k C^-p (E not below 0) to runs of growing compute, by least squares on logs: {"E", "k", "p", "intervals"}.
+    """Fit of L = E + k C^-p (E not below 0) to runs of growing compute, by least squares on logs:
+    {"E", "k", "p", "intervals"}.
 
     Raises UserError below four different sizes.
     """
@@ -283,103 +310,105 @@ def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
     return found | dict(intervals={k: interval([a[k] for a in again]) for k in found}, draws=again)
 
 
-# ---- did it know? --------------------------------------------------------------------------------------------------------------
+# ---- did it know? --------------------------------------------------------------------------------
 
 
 def held_out(runs, draws: int = 100) -> list[dict]:
     """Predicted against actual for the largest budget, by fits that saw only the smaller ones.
 
-    With several sizes per budget (isoflop) by the parametric fit, else (miniseries) by `series`. Rows: N, D, C, actual, predicted,
-    low, high (of the prediction, constants' uncertainty only), error (relative). [] when what is left is too little to fit.
+    With several sizes per budget (isoflop) by the parametric fit, else (miniseries) by `series`.
+    Rows: N, D, C, actual, predicted, low, high (of the prediction, constants' uncertainty only),
+    error (relative). [] when what is left is too little to fit.
     """
     groups = budgets(runs)
-    many = any(len({r["N"] for r in g}) > 1 for g in groups.values())
-    if not many:
-        groups = {}
-        for r in runs:
-            groups.setdefault(r["N"], []).append(r)
-        groups = dict(sorted(groups.items()))
+    several = any(len({r["N"] for r in group}) > 1 for group in groups.values())
+    if not several:
+        groups = _by_size(runs)
     if len(groups) < 2:
         return []
-    *rest, last = groups.values()
-    rest = [r for g in rest for r in g]
+
+    *smaller, largest = groups.values()
+    seen = list(itertools.chain.from_iterable(smaller))
     try:
-        fit = parametric(rest, draws=draws) if many else series(rest, draws=4 * draws)
+        fit = parametric(seen, draws=draws) if several else series(seen, draws=4 * draws)
     except UserError:
         return []
-    value = (
-        (lambda f, r: float(predict(f, r["N"], r["D"])))
-        if many
-        else (lambda f, r: float(f["E"] + f["k"] * r["C"] ** -f["p"]))
-    )
+
+    def value(f: dict, run: dict) -> float:
+        if several:
+            return float(predict(f, run["N"], run["D"]))
+        return float(f["E"] + f["k"] * run["C"] ** -f["p"])
+
     rows = []
-    for r in last:
-        low, high = interval([value(f, r) for f in fit["draws"]])
+    for run in largest:
+        low, high = interval([value(f, run) for f in fit["draws"]])
+        predicted = value(fit, run)
         rows.append(
             dict(
-                N=float(r["N"]),
-                D=float(r["D"]),
-                C=float(r["C"]),
-                actual=r["L"],
-                predicted=value(fit, r),
+                N=float(run["N"]),
+                D=float(run["D"]),
+                C=float(run["C"]),
+                actual=run["L"],
+                predicted=predicted,
                 low=low,
                 high=high,
-                error=value(fit, r) / r["L"] - 1,
+                error=predicted / run["L"] - 1,
             )
         )
     return rows
 
 
-# ---- ablations -------------------------------------------------------------------------------------------------------------------
+def _by_size(runs) -> dict:
+    """{parameters: runs}, ascending."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["N"], []).append(run)
+    return dict(sorted(groups.items()))
+
+
+# ---- ablations -----------------------------------------------------------------------------------
 
 
 def paired(trials, by: str = "without", base="", over: str = "seed") -> list[dict]:
-    """What leaving out each part costs: the difference to the whole model with the same seed, averaged over seeds.
+    """What leaving out each part costs: the difference to the whole model with the same seed,
+    averaged over seeds.
 
-    Rows sorted by the difference: part, delta, low, high (Student's t over the pairs), pairs, mean (of the metric), steps, seconds.
-    The interval is nan with a single pair. Ten parts at 95 % mean that one in two such tables has an interval that misses.
+    Rows sorted by the difference: part, delta, low, high (Student's t over the pairs), pairs, mean
+    (of the metric), steps, seconds. The interval is nan with a single pair. Ten parts at 95 % mean
+    that one in two such tables has an interval that misses.
     """
-    from scipy.stats import t as student
-
-    done = [
-        t
-        for t in trials
-        if t.state == "done"
-        and t.value is not None
-        and math.isfinite(t.value)
-        and by in t.assignment
-    ]
-    baseline = {t.assignment.get(over): t for t in done if t.assignment[by] == base}
+    done = [t for t in trials if t.scored and by in t.assignment]
+    whole = {t.assignment.get(over): t.value for t in done if t.assignment[by] == base}
     rows = []
     for part in dict.fromkeys(t.assignment[by] for t in done):
         members = [t for t in done if t.assignment[by] == part]
-        deltas = [
-            t.value - baseline[s].value
-            for t in members
-            if (s := t.assignment.get(over)) in baseline
-        ]
-        if part == base or not deltas:
-            if part != base:
-                continue
-            deltas = [0.0]
-        n, mean = len(deltas), float(np.mean(deltas))
-        half = (
-            float(student.ppf((1 + LEVEL) / 2, n - 1) * np.std(deltas, ddof=1) / math.sqrt(n))
-            if n > 1
-            else math.nan
-        )
+        pairs = [t for t in members if t.assignment.get(over) in whole]
+        if not pairs:
+            continue
+        delta, half = _mean_and_half([t.value - whole[t.assignment.get(over)] for t in pairs])
         if part == base:
-            half = 0.0
+            delta, half = 0.0, 0.0
         rows.append(
             dict(
                 part=part,
-                delta=mean,
-                low=mean - half,
-                high=mean + half,
-                pairs=n if part != base else len(members),
+                delta=delta,
+                low=delta - half,
+                high=delta + half,
+                pairs=len(pairs),
                 mean=float(np.mean([t.value for t in members])),
                 steps=members[0].facts.get("steps"),
                 seconds=float(np.mean([t.facts.get("seconds", math.nan) for t in members])),
             )
         )
-    return sorted(rows, key=lambda r: (r["part"] != base, r["delta"]))
+    return sorted(rows, key=lambda row: (row["part"] != base, row["delta"]))
+
+
+def _mean_and_half(deltas: list[float]) -> tuple[float, float]:
+    """(mean, half of its interval by Student's t); the half is nan for a single difference."""
+    from scipy.stats import t as student
+
+    n, mean = len(deltas), float(np.mean(deltas))
+    if n == 1:
+        return mean, math.nan
+    quantile = student.ppf((1 + LEVEL) / 2, n - 1)
+    return mean, float(quantile * np.std(deltas, ddof=1) / math.sqrt(n))

@@ -1,8 +1,11 @@
-"""What a sweep searches: wandb's schema checked in full, assignments drawn from it, and Configs made of them.
+"""What a sweep searches: wandb's schema checked in full, values drawn from it, and Configs made of
+them.
 
-A sweep is a plain dict with the keys of a wandb sweep YAML: method (bayes, random, grid), metric {name, goal}, parameters
-{name: {value | values | min, max, distribution …}}, early_terminate {type: hyperband, …}, run_cap, name, description.
-A parameter is a field of Config, an argument of Config.from_depth (DIALS), "without" (a key of PARTS), or one of SETTINGS.
+A sweep is a plain dict with the keys of a wandb sweep YAML: method (bayes, random, grid), metric
+{name, goal}, parameters {name: {value | values | min, max, distribution …}}, early_terminate {type:
+hyperband, …}, run_cap, name, description. A parameter is a field of Config, an argument of
+Config.from_depth (DIALS), "without" (a key of PARTS), or one of SETTINGS. An assignment is a dict
+with a value for each parameter.
 """
 
 import dataclasses
@@ -11,14 +14,16 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from lib.config import Config
 from lib.files import UserError, choose
+from lib.sweeps.hyperband import rungs
 
 METHODS = ("bayes", "random", "grid")
+METRICS = ("val_bpb", "val_loss", "loss")
 KEYS = (
     "method",
     "metric",
@@ -30,8 +35,12 @@ KEYS = (
     "project",
     "entity",
 )
-DIALS = {"depth": int, "aspect_ratio": int, "target_flops": float}  # arguments of Config.from_depth
-# all but the Config
+# what only wandb's own agent needs: how to start a program
+AGENT_KEYS = ("program", "command")
+
+# arguments of Config.from_depth
+DIALS = {"depth": int, "aspect_ratio": int, "target_flops": float}
+# what a trial is given beside its Config
 SETTINGS = {
     "source": str,
     "packing": str,
@@ -41,6 +50,7 @@ SETTINGS = {
     "tokenizer": str,
 }
 FIELDS = {f.name: f.type for f in dataclasses.fields(Config)} | DIALS
+PARAMETERS = FIELDS | SETTINGS | {"without": str}
 # what `without` switches off
 PARTS = {
     "": {},
@@ -54,20 +64,86 @@ PARTS = {
     "windows": dict(window_pattern="L"),
     "muon": dict(optimizer="adamw"),
 }
-METRICS = ("val_bpb", "val_loss", "loss")
-# by min and max
-BOUNDED = (
-    "int_uniform",
-    "uniform",
-    "q_uniform",
-    "log_uniform",
-    "log_uniform_values",
-    "q_log_uniform_values",
-)
-NORMAL = ("normal", "log_normal")  # by mu and sigma
 
 
-# ---- reading and checking ----------------------------------------------------------------------------------------------
+# ---- distributions -------------------------------------------------------------------------------
+
+
+def _normal(p, rng):
+    return float(rng.normal(p["mu"], p["sigma"]))
+
+
+def _log_normal(p, rng):
+    return float(rng.lognormal(p["mu"], p["sigma"]))
+
+
+def _int_uniform(p, rng):
+    return int(rng.integers(p["min"], p["max"] + 1))
+
+
+def _uniform(p, rng):
+    return float(rng.uniform(p["min"], p["max"]))
+
+
+def _q_uniform(p, rng):
+    return quantised(_uniform(p, rng), p)
+
+
+def _log_uniform(p, rng):
+    """Its bounds are natural logarithms."""
+    return math.exp(_uniform(p, rng))
+
+
+def _log_uniform_values(p, rng):
+    return math.exp(float(rng.uniform(math.log(p["min"]), math.log(p["max"]))))
+
+
+def _q_log_uniform_values(p, rng):
+    return quantised(_log_uniform_values(p, rng), p)
+
+
+class Distribution(NamedTuple):
+    """How values of a parameter are drawn, and what its entry must say for that."""
+
+    draw: Callable  # (entry, rng) -> a value
+    needs: tuple[str, ...] = ("min", "max")
+    positive: bool = False  # min must be above 0
+    whole: str = "no"  # whether it draws whole numbers: no, yes, or with a whole q
+    finite: bool = False  # whether a grid can walk through all its values
+
+
+DISTRIBUTIONS = {
+    "int_uniform": Distribution(_int_uniform, whole="yes", finite=True),
+    "uniform": Distribution(_uniform),
+    "q_uniform": Distribution(_q_uniform, ("min", "max", "q"), whole="with q", finite=True),
+    "log_uniform": Distribution(_log_uniform),
+    "log_uniform_values": Distribution(_log_uniform_values, positive=True),
+    "q_log_uniform_values": Distribution(
+        _q_log_uniform_values, ("min", "max", "q"), positive=True, whole="with q"
+    ),
+    "normal": Distribution(_normal, ("mu", "sigma")),
+    "log_normal": Distribution(_log_normal, ("mu", "sigma")),
+}
+
+
+def quantised(x: float, p: dict) -> float | int:
+    """The nearest multiple of q within bounds, without the noise of binary fractions."""
+    q = p["q"]
+    least = math.ceil(p["min"] / q - 1e-9) * q
+    most = math.floor(p["max"] / q + 1e-9) * q
+    x = min(max(round(x / q) * q, least), most)
+    x = float(f"{x:.12g}")
+    return int(x) if x.is_integer() and float(q).is_integer() else x
+
+
+def draw(p: dict, rng):
+    """Draw one value of a varied parameter."""
+    if "values" in p:
+        return p["values"][rng.choice(len(p["values"]), p=p.get("probabilities"))]
+    return DISTRIBUTIONS[p["distribution"]].draw(p, rng)
+
+
+# ---- reading and checking ------------------------------------------------------------------------
 
 
 def load(source) -> dict:
@@ -77,14 +153,17 @@ def load(source) -> dict:
     import yaml
 
     try:
-        return check(yaml.safe_load(Path(source).read_text()))
+        return check(yaml.safe_load(Path(source).expanduser().read_text()))
     except OSError as e:
         raise UserError(
-            f"cannot read the sweep {source} ({e.strerror}): give a preset's name or the path of a YAML file"
+            f"cannot read the sweep {source} ({e.strerror}): give a preset's name or the path of "
+            "a YAML "
+            "file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        reason = str(e).splitlines()[0]
         raise UserError(
-            f"{source} is not YAML ({str(e).splitlines()[0]}): see README.md for a sweep to start from"
+            f"{source} is not YAML ({reason}): see README.md for a sweep to start from"
         ) from None
 
 
@@ -96,12 +175,61 @@ def check(spec: dict) -> dict:
         )
     try:
         spec = _numbers(json.loads(json.dumps(spec)))  # a copy of plain types
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise UserError(f"a sweep holds numbers, texts, lists and mappings only ({e})") from None
+
+    _check_command(spec)
+    spec = {name: value for name, value in spec.items() if name not in AGENT_KEYS}
     for name in spec:
         choose("entry of a sweep", name, KEYS)
     choose("sweep method", spec.setdefault("method", "random"), METHODS)
-    metric = spec.setdefault("metric", {"name": "val_bpb"})
+    _check_metric(spec.setdefault("metric", {"name": "val_bpb"}))
+
+    if not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
+        raise UserError(
+            "a sweep needs parameters, like {matrix_lr: {min: 0.01, max: 0.5, distribution: "
+            "log_uniform_values}}"
+        )
+    spec["parameters"] = {
+        name: _parameter(name, entry, spec["method"]) for name, entry in spec["parameters"].items()
+    }
+
+    cap = spec.get("run_cap")
+    if cap is not None and (not _is_int(cap) or cap < 1):
+        raise UserError(f"run_cap={cap!r} must be a whole number of trials, 1 or more")
+    rungs(spec)  # refuses a wrong early_terminate
+    return spec
+
+
+def _numbers(x):
+    """`x` with texts like 1e-4 made numbers:
+
+    YAML 1.1 takes them for texts unless they have a point.
+    """
+    if isinstance(x, dict):
+        return {k: _numbers(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [_numbers(v) for v in x]
+    if isinstance(x, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", x):
+        return float(x)
+    return x
+
+
+def _check_command(spec: dict):
+    """Refuse a command with flags of its own: workers here start no program, so they would be lost.
+
+    A plain program and command say nothing about a trial, and every sweep made for wandb has them.
+    """
+    words = spec.get("command") or []
+    flags = [str(w) for w in words if str(w).startswith("--")] if isinstance(words, list) else []
+    if flags:
+        raise UserError(
+            f"the sweep's command sets {' '.join(flags)}, which no worker here would see: "
+            "make that a parameter with a value, and leave the command out"
+        )
+
+
+def _check_metric(metric):
     if (
         not isinstance(metric, dict)
         or not isinstance(metric.get("name"), str)
@@ -112,131 +240,129 @@ def check(spec: dict) -> dict:
         )
     choose("metric", metric["name"], METRICS)
     choose("goal of the metric", metric.setdefault("goal", "minimize"), ("minimize", "maximize"))
-    if not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
-        raise UserError(
-            "a sweep needs parameters, like {matrix_lr: {min: 0.01, max: 0.5, distribution: log_uniform_values}}"
-        )
-    spec["parameters"] = {
-        name: _parameter(name, entry, spec["method"]) for name, entry in spec["parameters"].items()
-    }
-    cap = spec.get("run_cap")
-    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, int) or cap < 1):
-        raise UserError(f"run_cap={cap!r} must be a whole number of trials, 1 or more")
-    if "early_terminate" in spec:
-        rungs(spec)
-    return spec
 
 
-def _numbers(x):
-    """`x` with texts like 1e-4 made numbers: YAML 1.1 takes them for texts unless they have a point."""
-    if isinstance(x, dict):
-        return {k: _numbers(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [_numbers(v) for v in x]
-    return (
-        float(x)
-        if isinstance(x, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", x)
-        else x
-    )
+def _is_int(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _bad(name: str, why: str) -> UserError:
+    return UserError(f"sweep parameter {name}: {why}")
 
 
 def _parameter(name: str, entry, method: str) -> dict:
-    kind = choose("sweep parameter", name, FIELDS | SETTINGS | {"without": str})
-    bad = lambda why: UserError(f"sweep parameter {name}: {why}")
+    """The checked entry of one parameter, with its distribution named."""
+    kind = choose("sweep parameter", name, PARAMETERS)
     if not isinstance(entry, dict):
-        raise bad(f"write {{value: {entry!r}}} for a constant, or values, or min and max")
-    entry = dict(entry)
-    number = lambda k: (
-        isinstance(entry.get(k), int | float)
-        and not isinstance(entry[k], bool)
-        and math.isfinite(entry[k])
-    )
+        raise _bad(name, f"write {{value: {entry!r}}} for a constant, or values, or min and max")
     if "value" in entry:
-        entry = (
-            {"value": entry["value"]}
-            if set(entry) <= {"value", "distribution"}
-            else bad_keys(bad, entry, "value")
-        )
-        _typed(name, entry["value"], kind)
-        return entry
+        _check_keys(name, entry, "value", ("value",))
+        typed(name, entry["value"], kind)
+        return {"value": entry["value"]}
     if "values" in entry:
-        if set(entry) - {"values", "probabilities", "distribution"}:
-            bad_keys(bad, entry, "values")
-        if not isinstance(entry["values"], list) or not entry["values"]:
-            raise bad("values must be a list with at least one entry")
-        for value in entry["values"]:
-            _typed(name, value, kind)
-        if len({json.dumps(v) for v in entry["values"]}) < len(entry["values"]):
-            raise bad(f"values has an entry twice: {entry['values']}")
-        if "probabilities" in entry:
-            p = entry["probabilities"]
-            if (
-                not isinstance(p, list)
-                or len(p) != len(entry["values"])
-                or any(not isinstance(x, int | float) or x < 0 for x in p)
-                or abs(sum(p) - 1) > 1e-6
-            ):
-                raise bad("probabilities must be as many as values, none negative, adding up to 1")
+        _check_keys(name, entry, "values", ("values", "probabilities"))
+        _check_values(name, entry, kind)
         return {k: entry[k] for k in ("values", "probabilities") if k in entry}
     if kind not in (int, float):
-        raise bad(f"it is of type {kind.__name__}, so it takes value or values, not a range")
-    distribution = entry.get("distribution")
-    if distribution is None:
-        distribution = (
-            "int_uniform"
-            if all(isinstance(entry.get(k), int) for k in ("min", "max"))
-            else "uniform"
-        )
-    if distribution in NORMAL:
-        wanted = {"mu", "sigma"}
-        if not (number("mu") and number("sigma") and entry["sigma"] > 0):
-            raise bad(f"{distribution} needs numbers mu and sigma, sigma above 0")
-        if kind is int:
-            raise bad(f"{distribution} draws no whole numbers: use int_uniform")
+        raise _bad(name, f"it is of type {kind.__name__}, so it takes value or values, not a range")
+    return _range(name, entry, kind, method)
+
+
+def _check_keys(name: str, entry: dict, what: str, keys):
+    if set(entry) - {*keys, "distribution"}:
+        raise _bad(name, f"{sorted(entry)} do not go together with {what}")
+
+
+def _check_values(name: str, entry: dict, kind):
+    values = entry["values"]
+    if not isinstance(values, list) or not values:
+        raise _bad(name, "values must be a list with at least one entry")
+    for value in values:
+        typed(name, value, kind)
+    if len({json.dumps(value) for value in values}) < len(values):
+        raise _bad(name, f"values has an entry twice: {values}")
+
+    shares = entry.get("probabilities", [1 / len(values)] * len(values))
+    good = isinstance(shares, list) and all(_is_number(share) and share >= 0 for share in shares)
+    if not good or len(shares) != len(values) or abs(sum(shares) - 1) > 1e-6:
+        raise _bad(name, "probabilities must be as many as values, none negative, adding up to 1")
+
+
+def _range(name: str, entry: dict, kind, method: str) -> dict:
+    """The checked entry of a parameter that is drawn from a distribution."""
+    whole_bounds = all(_is_int(entry.get(k)) for k in ("min", "max"))
+    usual = "int_uniform" if whole_bounds else "uniform"
+    given = entry.get("distribution")
+    distribution = usual if given is None else given
+    rule = choose("distribution", distribution, DISTRIBUTIONS)
+
+    if "mu" in rule.needs:
+        if not (_is_number(entry.get("mu")) and _is_number(entry.get("sigma"))):
+            raise _bad(name, f"{distribution} needs numbers mu and sigma, sigma above 0")
+        if entry["sigma"] <= 0:
+            raise _bad(name, f"{distribution} needs numbers mu and sigma, sigma above 0")
     else:
-        choose("distribution", distribution, [*BOUNDED, *NORMAL])
-        wanted = {"min", "max"} | ({"q"} if distribution.startswith("q_") else set())
-        if not (number("min") and number("max")) or not entry["min"] < entry["max"]:
-            raise bad("min and max must be numbers, min below max")
-        if "values" in distribution and entry["min"] <= 0:
-            raise bad(f"{distribution} needs min above 0")
-        if "q" in wanted and not (number("q") and entry["q"] > 0):
-            raise bad(f"{distribution} needs a step q above 0")
-        if distribution == "int_uniform" and not all(
-            isinstance(entry[k], int) for k in ("min", "max")
-        ):
-            raise bad("int_uniform needs whole numbers min and max")
-        if kind is int and distribution in ("uniform", "log_uniform", "log_uniform_values"):
-            raise bad(
-                f"it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole q, not {distribution}"
-            )
-        if kind is int and "q" in wanted and not float(entry["q"]).is_integer():
-            raise bad(f"it takes whole numbers, so q={entry['q']} must be one")
-    if set(entry) - wanted - {"distribution"}:
-        bad_keys(bad, entry, distribution)
-    if method == "grid" and distribution not in ("int_uniform", "q_uniform"):
-        raise bad(
-            f"a grid cannot walk through {distribution}: list values, or use int_uniform or q_uniform"
+        _check_bounds(name, entry, distribution)
+    if kind is int:
+        _check_whole(name, entry, distribution)
+
+    _check_keys(name, entry, distribution, rule.needs)
+    if method == "grid" and not rule.finite:
+        raise _bad(
+            name,
+            f"a grid cannot walk through {distribution}: list values, or use int_uniform or "
+            "q_uniform",
         )
-    return {k: entry[k] for k in wanted} | {"distribution": distribution}
+    return {k: entry[k] for k in rule.needs} | {"distribution": distribution}
 
 
-def bad_keys(bad, entry, what):
-    raise bad(f"{sorted(entry)} do not go together with {what}")
+def _check_bounds(name: str, entry: dict, distribution: str):
+    rule = DISTRIBUTIONS[distribution]
+    low, high = entry.get("min"), entry.get("max")
+    if not (_is_number(low) and _is_number(high)) or not low < high:
+        raise _bad(name, "min and max must be numbers, min below max")
+    if rule.positive and low <= 0:
+        raise _bad(name, f"{distribution} needs min above 0")
+    if "q" in rule.needs and not (_is_number(entry.get("q")) and entry["q"] > 0):
+        raise _bad(name, f"{distribution} needs a step q above 0")
+    if rule.whole == "yes" and not (_is_int(low) and _is_int(high)):
+        raise _bad(name, f"{distribution} needs whole numbers min and max")
 
 
-def _typed(name, value, kind):
-    """`value` as a `kind`: whole floats become ints, ints become floats; anything else of another type is a UserError."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _check_whole(name: str, entry: dict, distribution: str):
+    """Refuse a distribution that would draw fractions for a parameter of whole numbers."""
+    rule = DISTRIBUTIONS[distribution]
+    if rule.whole == "no":
+        raise _bad(
+            name,
+            "it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole "
+            "q, "
+            ""
+            f"not {distribution}",
+        )
+    if rule.whole == "with q" and not float(entry["q"]).is_integer():
+        raise _bad(name, f"it takes whole numbers, so q={entry['q']} must be one")
+
+
+def typed(name: str, value, kind):
+    """`value` as a `kind`:
+
+    whole floats become ints, ints become floats; all else of another type is a UserError.
+    """
+    if kind is float and _is_int(value):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"sweep parameter {name}: {value!r} is not of type {kind.__name__}")
+        raise _bad(name, f"{value!r} is not of type {kind.__name__}")
     return value
 
 
-# ---- assignments ---------------------------------------------------------------------------------------------------------
+# ---- assignments ---------------------------------------------------------------------------------
 
 
 def constants(spec: dict) -> dict:
@@ -250,13 +376,11 @@ def varied(spec: dict) -> dict:
 
 
 def with_constants(spec: dict, values: dict) -> dict:
-    """`spec` with constants added for the parameters that it does not have itself, so that it alone says all of a trial."""
-    return spec | {
-        "parameters": {
-            name: {"value": v} for name, v in values.items() if name not in spec["parameters"]
-        }
-        | spec["parameters"]
-    }
+    """`spec` with constants added for the parameters that it does not have itself, so that it alone
+    says all of a trial.
+    """
+    added = {name: {"value": v} for name, v in values.items() if name not in spec["parameters"]}
+    return spec | {"parameters": added | spec["parameters"]}
 
 
 def key(assignment: dict) -> str:
@@ -276,22 +400,9 @@ def _steps(p: dict) -> list:
     if p["distribution"] == "int_uniform":
         return list(range(p["min"], p["max"] + 1))
     if p["distribution"] == "q_uniform":
-        return [
-            _quantised(p["min"] + i * p["q"], p)
-            for i in range(int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1)
-        ]
+        count = int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1
+        return [quantised(p["min"] + i * p["q"], p) for i in range(count)]
     return []
-
-
-def _quantised(x, p):
-    """The nearest multiple of q within bounds, without the noise of binary fractions."""
-    x = round(x / p["q"]) * p["q"]
-    x = min(
-        max(x, math.ceil(p["min"] / p["q"] - 1e-9) * p["q"]),
-        math.floor(p["max"] / p["q"] + 1e-9) * p["q"],
-    )
-    x = float(f"{x:.12g}")
-    return int(x) if x.is_integer() and float(p["q"]).is_integer() else x
 
 
 def size(spec: dict) -> float:
@@ -301,12 +412,12 @@ def size(spec: dict) -> float:
 
 
 def grid(spec: dict) -> list[dict]:
-    """All assignments (varied parameters only) of a finite sweep, the last parameter changing fastest."""
+    """All assignments (varied parameters only) of a finite sweep, the last parameter changing
+    fastest.
+    """
     names = list(varied(spec))
-    return [
-        dict(zip(names, row))
-        for row in itertools.product(*(_steps(p) for p in varied(spec).values()))
-    ]
+    steps = [_steps(p) for p in varied(spec).values()]
+    return [dict(zip(names, values)) for values in itertools.product(*steps)]
 
 
 def limit(spec: dict) -> float:
@@ -314,151 +425,14 @@ def limit(spec: dict) -> float:
     return min(spec.get("run_cap") or math.inf, size(spec))
 
 
-def draw(p: dict, rng):
-    """One value of a varied parameter."""
-    if "values" in p:
-        return p["values"][rng.choice(len(p["values"]), p=p.get("probabilities"))]
-    kind = p["distribution"]
-    if kind == "normal":
-        return float(rng.normal(p["mu"], p["sigma"]))
-    if kind == "log_normal":
-        return float(rng.lognormal(p["mu"], p["sigma"]))
-    if kind == "int_uniform":
-        return int(rng.integers(p["min"], p["max"] + 1))
-    low, high = (
-        (p["min"], p["max"]) if "values" not in kind else (math.log(p["min"]), math.log(p["max"]))
-    )
-    x = float(rng.uniform(low, high))
-    x = math.exp(x) if "log" in kind else x  # log_uniform gives its bounds as natural logarithms
-    return _quantised(x, p) if kind.startswith("q_") else x
-
-
-def _optuna(p: dict):
-    """Optuna's distribution for a varied parameter, or None for what it has no name for (those are drawn at random)."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if "values" in p:
-        return (
-            CategoricalDistribution([json.dumps(v) for v in p["values"]])
-            if "probabilities" not in p
-            else None
-        )
-    kind = p["distribution"]
-    if kind in NORMAL:
-        return None
-    if kind == "int_uniform":
-        return IntDistribution(p["min"], p["max"])
-    low, high = (
-        (math.exp(p["min"]), math.exp(p["max"])) if kind == "log_uniform" else (p["min"], p["max"])
-    )
-    return FloatDistribution(low, high, log="log" in kind)
-
-
-def _study(spec: dict, trials, seed: int = 0):
-    """An Optuna study in memory that has seen `trials` (of lib.sweeps.journal)."""
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(
-            "a bayes sweep needs a package: pip install optuna, or use method: random"
-        ) from None
-    from optuna.trial import TrialState, create_trial
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    space = {name: d for name, p in varied(spec).items() if (d := _optuna(p))}
-    study = optuna.create_study(
-        direction=spec["metric"]["goal"],
-        sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed),
-    )
-    for t in trials:
-        # a trial that failed for what it is, or was pruned, tells something too; one that is being trained keeps others away
-        state = {
-            "done": TrialState.COMPLETE,
-            "pruned": TrialState.PRUNED,
-            "failed": TrialState.FAIL,
-        }.get(t.state, TrialState.RUNNING)
-        if state == TrialState.PRUNED and not t.reports:
-            state = TrialState.FAIL
-        values = {
-            name: json.dumps(t.assignment[name]) if hasattr(d, "choices") else t.assignment[name]
-            for name, d in space.items()
-        }
-        study.add_trial(
-            create_trial(
-                state=state,
-                params=values,
-                distributions=space,
-                value=t.value if state == TrialState.COMPLETE else None,
-                intermediate_values={n: v for n, v in enumerate(t.reports.values(), 1)},
-            )
-        )
-    return study, space
-
-
-def ask(spec: dict, trials, seed: int) -> dict | None:
-    """An assignment (varied parameters only) that none of `trials` has, or None when there is no further one.
-
-    grid: the next in order. random: independent draws. bayes: Optuna's tree-structured Parzen estimator (wandb's own server
-    uses a Gaussian process), told also of what is being trained right now. seed makes the draw.
-    """
-    known = {key(t.assignment) for t in trials}
-    if spec["method"] == "grid":
-        return next((a for a in grid(spec) if key(a) not in known), None)
-    rng = np.random.default_rng([seed, len(trials)])
-    told = _study(spec, trials, int(rng.integers(2**31))) if spec["method"] == "bayes" else None
-    for attempt in range(20):
-        assignment = {name: draw(p, rng) for name, p in varied(spec).items()}
-        if told and attempt < 3:
-            study, space = told
-            found = study.ask(space).params
-            for name, d in space.items():
-                p = spec["parameters"][name]
-                value = json.loads(found[name]) if hasattr(d, "choices") else found[name]
-                assignment[name] = (
-                    _quantised(value, p) if p.get("distribution", "").startswith("q_") else value
-                )
-        if key(assignment) not in known:
-            return assignment
-    if size(spec) < math.inf:  # nearly all were tried: draw from what is left
-        left = [a for a in grid(spec) if key(a) not in known]
-        return left[rng.integers(len(left))] if left else None
-    raise UserError(
-        "the sweep found no new assignment in twenty draws: its ranges are too narrow, widen them or set run_cap"
-    )
-
-
-def importance(spec: dict, trials) -> dict:
-    """{parameter: share of what decides whether a trial is among the better half}, by PED-ANOVA (arXiv:2304.10255); {} when
-    fewer than four trials with different results are there, nothing varies, or Optuna is not installed."""
-    import importlib.util
-
-    done = [
-        t for t in trials if t.state == "done" and t.value is not None and math.isfinite(t.value)
-    ]
-    if (
-        len(done) < 4
-        or len({t.value for t in done}) < 2
-        or not varied(spec)
-        or not importlib.util.find_spec("optuna")
-    ):
-        return {}
-    study, space = _study(spec, done)
-    import optuna
-
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-    alone = [name for name, d in space.items() if not d.single()]
-    return (
-        dict(optuna.importance.get_param_importances(study, evaluator=evaluator, params=alone))
-        if alone
-        else {}
-    )
-
-
 def config_of(assignment: dict) -> Config:
-    """The Config of a whole assignment (constants and varied parameters). UserError for an impossible one, before any compute."""
+    """The Config of a whole assignment, constants included.
+
+    UserError for an impossible one, before any compute.
+    """
     fields = {
-        name: _typed(name, v, choose("sweep parameter", name, FIELDS | SETTINGS | {"without": str}))
-        for name, v in assignment.items()
+        name: typed(name, value, choose("sweep parameter", name, PARAMETERS))
+        for name, value in assignment.items()
         if name not in SETTINGS
     }
     fields |= choose("part to leave out", fields.pop("without", ""), PARTS)
@@ -467,53 +441,3 @@ def config_of(assignment: dict) -> Config:
             "a trial needs a depth: give it as a parameter, a constant or through a preset"
         )
     return Config.from_depth(**fields)
-
-
-# ---- hyperband -------------------------------------------------------------------------------------------------------------
-
-
-def rungs(spec: dict) -> list[int]:
-    """After how many validations hyperband looks at a trial, as wandb reads early_terminate; [] without it."""
-    entry = spec.get("early_terminate")
-    if entry is None:
-        return []
-    if not isinstance(entry, dict) or entry.get("type") != "hyperband":
-        raise UserError(
-            f"early_terminate must be of type hyperband, with min_iter, or max_iter and s; got {entry!r}"
-        )
-    for name, value in entry.items():
-        if name not in ("type", "strict"):
-            choose("entry of early_terminate", name, ("min_iter", "max_iter", "s", "eta"))
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or value < (2 if name == "eta" else 1)
-            ):
-                raise UserError(
-                    f"early_terminate {name}={value!r} must be a number of at least {2 if name == 'eta' else 1}"
-                )
-    eta = entry.get("eta", 3)
-    if "min_iter" in entry:
-        found = [int(entry["min_iter"] * eta**k) for k in range(30)]
-    elif "max_iter" in entry and "s" in entry:
-        found = [int(entry["max_iter"] / eta**k) for k in range(1, int(entry["s"]) + 1)]
-    else:
-        raise UserError("early_terminate needs min_iter, or max_iter together with s")
-    return sorted({n for n in found if 1 <= n < 10**6})
-
-
-def should_stop(spec: dict, trials, trial) -> bool:
-    """Whether hyperband ends `trial` now: at its latest rung its best value so far is not among the best 1/eta there.
-
-    Asynchronous: a trial is compared with those that have come as far, finished or not, and the first to come goes on.
-    """
-    reached = [r for r in rungs(spec) if r <= len(trial.reports)]
-    if not reached:
-        return False
-    sign = 1 if spec["metric"]["goal"] == "minimize" else -1
-    best = lambda t: min(
-        sign * v if math.isfinite(v) else math.inf for v in list(t.reports.values())[: reached[-1]]
-    )
-    there = sorted(best(t) for t in trials if len(t.reports) >= reached[-1])
-    place = max(1, int(len(there) / spec["early_terminate"].get("eta", 3)))
-    return len(there) > 1 and best(trial) > there[place - 1]

@@ -1,7 +1,8 @@
-"""Training trials: the very steps of 02_train, so that a trial is the run that 02 would make of its Config.
+"""Training trials: the very steps of 02_train, so that a trial is the run that 02 would make of its
+Config.
 
-Trials of equal shapes share one compiled step (lib.optim.compile_key). Those of equal horizon may also train at once, as one
-program over a leading axis (`train_population`), which pays where one small model leaves the chip idle.
+Trials of equal shapes share one compiled step (lib.train.optim.compile_key). Those of equal horizon
+may also train at once, as one program (lib.sweeps.population).
 """
 
 import contextlib
@@ -15,7 +16,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lib import data, evals
@@ -27,7 +27,7 @@ from lib.preflight.memory import estimate_memory
 from lib.sweeps import space
 from lib.train import checkpoint
 from lib.train import step as train
-from lib.train.optim import compile_key, lr_multiplier
+from lib.train.optim import compile_key
 
 # of space.SETTINGS
 DEFAULTS = dict(source="stdlib", packing="bestfit", shards=8, eval_bytes=200_000, evals=10)
@@ -37,10 +37,11 @@ UNEXPECTED = 3
 
 
 class Bench:
-    """What all trials of a worker share: the tokenizer, opened data, the device's memory, how often checkpoints are made.
+    """What all trials of a worker share: the tokenizer, opened data, the device's memory, how often
+    checkpoints are made.
 
-    memory: bytes, inf for unknown. save_seconds: a trial longer than this leaves a checkpoint that often and goes on from it
-    when another worker takes it over. cache_dir as in lib.data.
+    memory: bytes, inf for unknown. save_seconds: a trial longer than this leaves a checkpoint that
+    often and goes on from it when another worker takes it over. cache_dir as in lib.data.
     """
 
     def __init__(
@@ -51,67 +52,77 @@ class Bench:
         save_seconds: float = 600.0,
         cache_dir=data.CACHE,
     ):
-        self.tokenizer, self.memory, self.save_seconds, self.cache_dir = (
-            tokenizer,
-            memory,
-            save_seconds,
-            cache_dir,
-        )
-        self.unexpected = 0
-        self._tokens = functools.cache(
-            lambda source, shards: data.open_tokens(
-                source, "train", tokenizer, shards=shards, cache_dir=cache_dir
-            )
-        )
-        self._validation = functools.cache(
-            lambda source, shards, size: data.tokens_of(
-                data.head(data.documents(source, "val", shards=shards, cache_dir=cache_dir), size),
-                tokenizer,
-            )
+        self.tokenizer, self.memory = tokenizer, memory
+        self.save_seconds, self.cache_dir = save_seconds, cache_dir
+        self.unexpected = 0  # failures in a row that no one foresaw
+        self._training = functools.cache(self._open_training)
+        self._validation = functools.cache(self._open_validation)
+
+    def _open_training(self, source: str, shards: int):
+        return data.open_tokens(
+            source, "train", self.tokenizer, shards=shards, cache_dir=self.cache_dir
         )
 
+    def _open_validation(self, source: str, shards: int, size: int):
+        documents = data.documents(source, "val", shards=shards, cache_dir=self.cache_dir)
+        texts = list(data.head(documents, size))
+        if not any(texts):
+            raise UserError(
+                f"{source} has no held-out text, so no trial could be measured: give it more "
+                "documents"
+            )
+        return data.tokens_of(texts, self.tokenizer)
+
     def prepare(self, assignment: dict) -> tuple[Config, dict]:
-        """(Config, settings) of a whole assignment; UserError, before anything is compiled, for one that cannot be trained."""
+        """(Config, settings) of a whole assignment; UserError, before anything is compiled, for one
+        that cannot be trained.
+        """
         assignment = {"vocab_size": self.tokenizer.vocab_size} | assignment
         settings = DEFAULTS | {k: assignment[k] for k in space.SETTINGS if k in assignment}
-        if (
-            settings.get("tokenizer", self.tokenizer.fingerprint[:16])
-            != self.tokenizer.fingerprint[:16]
-        ):
+        fingerprint = self.tokenizer.fingerprint[:16]
+        if settings.get("tokenizer", fingerprint) != fingerprint:
             raise UserError(
-                "this run folder has another tokenizer than the sweep: make it with the same settings of 01_tokenizer, "
+                "this run folder has another tokenizer than the sweep: make it with the same "
+                "settings of 01_tokenizer, "
+                ""
                 "or copy tokenizer.json from where the sweep was started"
             )
         config = space.config_of(assignment)
         if config.vocab_size != self.tokenizer.vocab_size:
             raise UserError(
-                f"vocab_size={config.vocab_size}, but the run's tokenizer has {self.tokenizer.vocab_size}"
+                f"vocab_size={config.vocab_size}, but the run's tokenizer has "
+                f"{self.tokenizer.vocab_size}"
             )
         needs = sum(estimate_memory(config).values())
         if needs > 1.5 * self.memory:  # the estimate errs by less than that
             raise UserError(
-                f"needs about {needs / 2**30:.1f} GiB, {self.memory / 2**30:.1f} are there: lower microbatch or depth, "
+                f"needs about {needs / 2**30:.1f} GiB, {self.memory / 2**30:.1f} are there: lower "
+                "microbatch or depth, "
+                ""
                 "or set remat"
             )
         return config, settings
 
     def batches(self, config: Config, settings: dict, cursor=None):
         """Training batches on the device, as 02_train makes them."""
-        rows = config.total_batch_size // config.sequence_len
-        return data.prefetch(
-            data.batches(
-                self._tokens(settings["source"], settings["shards"]),
-                rows,
-                config.sequence_len,
-                packing=settings["packing"],
-                cursor=cursor,
-                seed=config.seed,
-            ),
-            jax.device_put,
+        rows = data.batches(
+            self._training(settings["source"], settings["shards"]),
+            config.total_batch_size // config.sequence_len,
+            config.sequence_len,
+            packing=settings["packing"],
+            cursor=cursor,
+            seed=config.seed,
         )
+        return data.prefetch(rows, jax.device_put)
+
+    def check_held_out(self, settings: dict):
+        """UserError where there is no text to validate on."""
+        self._validation(settings["source"], settings["shards"], settings["eval_bytes"])
 
     def validate(self, params, config: Config, settings: dict) -> dict:
-        """{"val_bpb", "val_loss"} on the same text for every trial; compiled once per shape, whatever the rates."""
+        """{"val_bpb", "val_loss"} on the same text for every trial; compiled once per shape,
+        whatever the rates.
+        """
         tokens = self._validation(settings["source"], settings["shards"], settings["eval_bytes"])
         rows = data.batches(
             tokens, config.microbatch, config.sequence_len, packing=settings["packing"], loop=False
@@ -120,13 +131,31 @@ class Bench:
         return dict(val_bpb=score.bpb, val_loss=score.loss)
 
 
-# ---- before any compute is spent ---------------------------------------------------------------------------------------------
+# ---- before any compute is spent -----------------------------------------------------------------
 
 
-def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> dict:
-    """What a sweep will take, from shapes alone: trials (inf without an end), shapes, validations per trial (evals),
-    FLOPs per trial, the impossible combinations, and `middle`, the (Config, settings) of median FLOPs.
-    UserError when nothing can be trained.
+class Plan(NamedTuple):
+    """What a sweep will take, known from shapes alone."""
+
+    trials: float  # inf for a sweep without an end
+    sampled: int  # combinations that were looked at
+    shapes: int  # programs to compile
+    evals: int  # validations per trial
+    reasons: dict[str, int]  # why combinations are impossible, and how many are for that
+    flops: float  # per trial, the mean
+    flops_least: float
+    flops_most: float
+    middle: tuple[Config, dict]  # Config and settings of the trial with the median FLOPs
+    texts: list[dict]  # settings, one of each kind of text
+
+    @property
+    def invalid(self) -> int:
+        """How many of the sampled combinations cannot be trained."""
+        return sum(self.reasons.values())
+
+
+def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
+    """What a sweep will take, from shapes alone. UserError when nothing can be trained.
 
     A sweep of more than `most` combinations is judged by `sample` random draws.
     """
@@ -134,42 +163,49 @@ def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> dict:
         assignments = space.grid(spec)
     else:
         rng = np.random.default_rng(0)
-        assignments = [
-            {name: space.draw(p, rng) for name, p in space.varied(spec).items()}
-            for _ in range(sample)
-        ]
-    good, reasons = [], {}
+        varied = space.varied(spec)
+        draw_one = lambda: {name: space.draw(p, rng) for name, p in varied.items()}  # noqa: E731
+        assignments = [draw_one() for _ in range(sample)]
+
+    prepared, reasons = [], {}
     for assignment in assignments:
         try:
-            good.append(bench.prepare(space.constants(spec) | assignment))
+            prepared.append(bench.prepare(space.constants(spec) | assignment))
         except UserError as e:
             reasons[str(e)] = reasons.get(str(e), 0) + 1
-    if not good:
+    if not prepared:
         raise UserError(
-            f"none of {len(assignments)} combinations of this sweep can be trained: {next(iter(reasons))}"
+            f"none of {len(assignments)} combinations of this sweep can be trained: "
+            f"{next(iter(reasons))}"
         )
-    flops = [c.flops_per_token * c.total_batch_size * c.num_steps for c, _ in good]
-    return dict(
+    configs = [config for config, _ in prepared]
+    texts = {(s["source"], s["shards"], s["eval_bytes"]): s for _, s in prepared}
+    flops = [c.flops_per_token * c.total_batch_size * c.num_steps for c in configs]
+    return Plan(
         trials=space.limit(spec),
         sampled=len(assignments),
-        shapes=len({compile_key(c) for c, _ in good}),
-        evals=good[0][1]["evals"],
-        invalid=sum(reasons.values()),
+        shapes=len({compile_key(c) for c in configs}),
+        evals=prepared[0][1]["evals"],
         reasons=reasons,
         flops=float(np.mean(flops)),
         flops_least=min(flops),
         flops_most=max(flops),
-        middle=good[int(np.argsort(flops)[len(flops) // 2])],
+        middle=prepared[int(np.argsort(flops)[len(flops) // 2])],
+        texts=list(texts.values()),
     )
 
 
-def time_one(config: Config, settings: dict, bench: Bench, steps: int = 4) -> dict:
-    """{"compile_seconds", "flops_per_s"} of a trial, its validations counted in, from some of its steps and one validation."""
-    step_fn, state, clock = (
-        train.make_train_step(config),
-        train.init_state(config),
-        time.perf_counter(),
-    )
+class Timing(NamedTuple):
+    """What one trial took to compile, and how fast it trains, validations counted in."""
+
+    compile_seconds: float
+    flops_per_s: float
+
+
+def time_one(config: Config, settings: dict, bench: Bench, steps: int = 4) -> Timing:
+    """Time a trial by some of its steps and one validation."""
+    clock = time.perf_counter()
+    step_fn, state = train.make_train_step(config), train.init_state(config)
     with contextlib.closing(bench.batches(config, settings)) as batches:
         state, metrics = step_fn(state, *next(batches)[:2])
         jax.block_until_ready(metrics)
@@ -183,18 +219,20 @@ def time_one(config: Config, settings: dict, bench: Bench, steps: int = 4) -> di
     begun = time.perf_counter()
     bench.validate(state.params, config, settings)
     validation = time.perf_counter() - begun
+
     seconds = config.num_steps * float(np.median(times)) + settings["evals"] * validation
-    return dict(
-        compile_seconds=compiled - clock,
-        flops_per_s=config.flops_per_token * config.total_batch_size * config.num_steps / seconds,
-    )
+    flops = config.flops_per_token * config.total_batch_size * config.num_steps
+    return Timing(compiled - clock, flops / seconds)
 
 
-# ---- one trial ----------------------------------------------------------------------------------------------------------------
+# ---- one trial -----------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """How training one trial ended. state: done, pruned, failed, lost (another's now) or free (interrupted)."""
+    """How training one trial ended.
+
+    state: done, pruned, failed, lost (another's now) or free (interrupted).
+    """
 
     state: str
     values: dict = {}  # of the last validation
@@ -205,9 +243,9 @@ class Outcome(NamedTuple):
 
 def facts_of(config: Config, steps: int, seconds: float) -> dict:
     """Numbers about a trial that fits and tables use. flops and tokens are those really trained."""
-    counts, tokens = count_params(config), steps * config.total_batch_size
+    tokens = steps * config.total_batch_size
     return dict(
-        params=counts["total"],
+        params=count_params(config)["total"],
         scaling_params=config.scaling_params,
         tokens=tokens,
         flops=tokens * config.flops_per_token,
@@ -219,8 +257,55 @@ def facts_of(config: Config, steps: int, seconds: float) -> dict:
     )
 
 
-def _every(config: Config, settings: dict) -> int:
+def every(config: Config, settings: dict) -> int:
+    """How many steps lie between two validations."""
     return max(1, config.num_steps // settings["evals"])
+
+
+class Progress:
+    """What a trial has come to; a checkpoint keeps it, and whoever takes the trial over goes on
+    with it.
+    """
+
+    def __init__(self, config: Config, meta: dict | None = None):
+        meta = meta or dict(cursor=None, curve=[], reports=[], seconds=0.0)
+        self.config, self.cursor = config, meta["cursor"]
+        self.curve, self.reports = meta["curve"], meta["reports"]
+        self.before, self.clock = meta["seconds"], time.perf_counter()
+
+    @property
+    def values(self) -> dict:
+        """Those of the last validation."""
+        return self.reports[-1][1] if self.reports else {}
+
+    @property
+    def seconds(self) -> float:
+        """Spent on it by all of its workers."""
+        return self.before + time.perf_counter() - self.clock
+
+    def meta(self, cursor) -> dict:
+        """What a checkpoint keeps."""
+        return dict(
+            config=self.config.to_dict(),
+            cursor=cursor,
+            curve=self.curve,
+            reports=self.reports,
+            seconds=self.seconds,
+        )
+
+    def outcome(self, state: str, n: int) -> Outcome:
+        """How it ended, after step `n`."""
+        facts = facts_of(self.config, n, self.seconds)
+        return Outcome(state, self.values, "", self.curve, facts)
+
+
+def _start(config: Config, folder) -> tuple:
+    """(state, progress) of a trial, from its checkpoint where it has one."""
+    path = checkpoint.latest(folder) if folder and folder.exists() else None
+    if path is None:
+        return train.init_state(config), Progress(config)
+    state, meta = checkpoint.restore(path, train.state_template(config))
+    return state, Progress(config, meta)
 
 
 def train_trial(
@@ -229,206 +314,79 @@ def train_trial(
     bench: Bench,
     *,
     report: Callable = lambda step, values: "",
+    saved: Callable = lambda step: None,
     poll: Callable = lambda: "",
     stop: Callable = lambda: False,
     folder=None,
 ) -> Outcome:
-    """Train one trial to its end, or until `report` (at validations) or `poll` (at steps) says why not, or `stop` says so.
+    """Train one trial to its end, or until `report` (at validations) or `poll` (at steps) says why
+    not, or `stop` says so.
 
-    folder: where checkpoints of a long trial go, and where one is found again. Raises what train.steps raises.
+    folder: where checkpoints of a long trial go, and where one is found again; `saved` hears of
+    each. Raises what train.steps raises.
     """
-    every, step_fn, clock = (
-        _every(config, settings),
-        train.make_train_step(config),
-        time.perf_counter(),
-    )
-    saved = checkpoint.latest(folder) if folder and folder.exists() else None
-    cursor, curve, reports, before = None, [], [], 0.0
-    if saved:
-        state, meta = checkpoint.restore(saved, train.state_template(config))
-        cursor, curve, reports, before = (
-            meta["cursor"],
-            meta["curve"],
-            meta["reports"],
-            meta["seconds"],
-        )
-        for n, values in reports:
-            if why := report(n, values):
-                return Outcome(why, values, "", curve, facts_of(config, n, before))
-    else:
-        state = train.init_state(config)
-    last, spaced, saved_at = config.num_steps, max(1, config.num_steps // CURVE), time.monotonic()
-    due = lambda: folder is not None and time.monotonic() - saved_at > bench.save_seconds
-    pause = lambda n: n % every == 0 or n == last or stop() or due()
-    values, why, n = reports[-1][1] if reports else {}, "", int(state.step)
-    save = None
+    state, progress = _start(config, folder)
+    # tell again what was measured: the one who judges may not have heard of it
+    for n, values in progress.reports:
+        if why := report(n, values):
+            return progress.outcome(why, n)
+
+    last, interval, n = config.num_steps, every(config, settings), int(state.step)
+    spaced = max(1, last // CURVE)
+    saved_at = time.monotonic()
+
+    def measured(n: int) -> bool:
+        return n % interval == 0 or n == last
+
+    def due() -> bool:
+        return folder is not None and time.monotonic() - saved_at > bench.save_seconds
+
+    def pause(n: int) -> bool:
+        return measured(n) or stop() or due()
+
     with contextlib.ExitStack() as stack:
-        batches = stack.enter_context(contextlib.closing(bench.batches(config, settings, cursor)))
-        loop = stack.enter_context(
-            contextlib.closing(train.steps(step_fn, state, batches, config, pause=pause))
-        )
-        for step in loop:
-            n = step.step
+        batches = bench.batches(config, settings, progress.cursor)
+        stack.enter_context(contextlib.closing(batches))
+        steps = train.steps(train.make_train_step(config), state, batches, config, pause=pause)
+        stack.enter_context(contextlib.closing(steps))
+        saver = None
+        for step in steps:
+            n, why = step.step, ""
             if n % spaced == 0 or n == last:
-                curve.append([n, step.metrics["loss"]])
-            if step.state is not None and (n % every == 0 or n == last):
-                values = {k: step.metrics[k] for k in ("loss", "lr")} | bench.validate(
-                    step.state.params, config, settings
-                )
-                reports.append([n, values])
-                told = report(n, values)
-                why = told if n < last else ""  # at the end pruning would save nothing
-            why = why or (poll() if n < last else "")
-            if why:
+                progress.curve.append([n, step.metrics["loss"]])
+
+            # a validation, after which the trial may have to stop
+            if step.state is not None and measured(n):
+                values = {k: step.metrics[k] for k in ("loss", "lr")}
+                values |= bench.validate(step.state.params, config, settings)
+                progress.reports.append([n, values])
+                why = report(n, values)
+            if n == last:  # now stopping would save nothing
                 break
-            if step.state is not None and n < last and (stop() or due()):
+            if why := why or poll():
+                return progress.outcome(why, n)
+
+            # a checkpoint, from time to time and before leaving
+            leaving = stop()
+            if step.state is not None and (leaving or due()):
                 if folder is not None:
-                    save = save or stack.enter_context(checkpoint.Saver(folder, keep=1))
-                    save.save(
-                        n,
-                        step.state,
-                        dict(
-                            config=config.to_dict(),
-                            cursor=step.cursor,
-                            curve=curve,
-                            reports=reports,
-                            seconds=before + time.perf_counter() - clock,
-                        ),
-                    )
+                    saver = saver or stack.enter_context(checkpoint.Saver(folder, keep=1))
+                    saver.save(n, step.state, progress.meta(step.cursor))
+                    saved(n)
                     saved_at = time.monotonic()
-                if stop():
-                    why = "free"
-                    break
-    return Outcome(
-        why or "done", values, "", curve, facts_of(config, n, before + time.perf_counter() - clock)
-    )
+                if leaving:
+                    return progress.outcome("free", n)
+    return progress.outcome("done", n)
 
 
-# ---- several at once -------------------------------------------------------------------------------------------------------
+# ---- a worker's turn -----------------------------------------------------------------------------
 
 
 def together(config: Config) -> Config:
-    """Trials with equal answers can train as one population: equal shapes and equal horizon."""
-    return compile_key(config).replace(num_steps=config.num_steps)
-
-
-@functools.cache
-def population_step(key: Config, shared: bool):
-    """The training step with a leading axis over members; `shared` batches come without it."""
-
-    def step(state, inputs_BT, targets_BT):
-        fold = lambda a: a.reshape(-1, key.microbatch, key.sequence_len)
-        return train.train_step(state, fold(inputs_BT), fold(targets_BT), key)
-
-    return jax.jit(jax.vmap(step, in_axes=(0, None, None) if shared else 0), donate_argnums=0)
-
-
-def train_population(
-    configs: list[Config],
-    settings: dict,
-    bench: Bench,
-    *,
-    report: Callable = lambda i, step, values: "",
-    poll: Callable = lambda i: "",
-    stop: Callable = lambda: False,
-    explode: float = 3.0,
-) -> list[Outcome]:
-    """`train_trial` for several Configs in one program: rates, schedules, decay and seeds differ along its leading axis.
-
-    Members with one seed read the same batches. A member that is stopped or diverges is computed on but no longer listened to;
-    its neighbours do not feel it. Checkpoints are not made.
+    """A key: trials with equal ones have equal shapes and horizons, so they can train as one
+    population.
     """
-    if len({together(c) for c in configs}) > 1:
-        raise ValueError("these trials differ in shape or horizon")
-    config, P, clock = configs[0], len(configs), time.perf_counter()
-    every, last, shared = (
-        _every(config, settings),
-        config.num_steps,
-        len({c.seed for c in configs}) == 1,
-    )
-    step_fn = population_step(compile_key(config), shared)
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(train.init_state(c) for c in configs))
-    outcomes: list[Outcome | None] = [None] * P
-    curves, values = [[] for _ in configs], [{} for _ in configs]
-    usual, best = np.full(P, np.nan), np.full(P, np.inf)
-    spaced = max(1, last // CURVE)
-
-    def settle(i, why, n, reason=""):
-        outcomes[i] = Outcome(
-            why,
-            values[i],
-            reason,
-            curves[i],
-            facts_of(configs[i], n, time.perf_counter() - clock) | dict(population=P),
-        )
-
-    def read(n, metrics):
-        losses, norms = np.asarray(metrics["loss"], np.float64), np.asarray(metrics["grad_norm"])
-        for i in range(P):
-            if outcomes[i] is not None:
-                continue
-            if n % spaced == 0 or n == last:
-                curves[i].append([n, float(losses[i])])
-            usual[i] = losses[i] if np.isnan(usual[i]) else 0.9 * usual[i] + 0.1 * losses[i]
-            best[i] = min(best[i], usual[i])
-            if not (np.isfinite(losses[i]) and np.isfinite(norms[i])):
-                settle(
-                    i,
-                    "failed",
-                    n,
-                    f"training diverged: loss {losses[i]}, gradient norm {norms[i]} at step {n}",
-                )
-            elif n > configs[i].warmup_steps and usual[i] > best[i] + explode:
-                settle(
-                    i,
-                    "failed",
-                    n,
-                    f"training exploded: loss {losses[i]:.2f} at step {n}, after its running mean had come down "
-                    f"to {best[i]:.2f}",
-                )
-
-    with contextlib.ExitStack() as stack:
-        feeds = [
-            stack.enter_context(contextlib.closing(bench.batches(c, settings)))
-            for c in (configs[:1] if shared else configs)
-        ]
-        waiting = None
-        for n in range(1, last + 1):
-            rows = [next(feed)[:2] for feed in feeds]
-            inputs, targets = rows[0] if shared else map(jnp.stack, zip(*rows))
-            state, metrics = step_fn(state, inputs, targets)
-            if waiting is not None:
-                read(*waiting)
-            waiting = (n, metrics)
-            if n % every == 0 or n == last:
-                read(*waiting)
-                waiting = None
-                for i in (i for i in range(P) if outcomes[i] is None):
-                    lr = float(
-                        lr_multiplier(
-                            n - 1,
-                            last,
-                            configs[i].warmup_steps,
-                            configs[i].warmdown_ratio,
-                            configs[i].final_lr_frac,
-                        )
-                    )
-                    params = jax.tree.map(lambda a: a[i], state.params)
-                    values[i] = dict(loss=float(metrics["loss"][i]), lr=lr) | bench.validate(
-                        params, configs[i], settings
-                    )
-                    why = report(i, n, values[i])
-                    if n == last or why:
-                        settle(i, "done" if n == last else why, n)
-            for i in (i for i in range(P) if outcomes[i] is None):
-                if why := poll(i) or ("free" if stop() else ""):
-                    settle(i, why, n)
-            if all(outcomes):
-                break
-    return outcomes
-
-
-# ---- a worker's turn -------------------------------------------------------------------------------------------------------
+    return compile_key(config).replace(num_steps=config.num_steps)
 
 
 def run(
@@ -436,106 +394,140 @@ def run(
 ) -> list[tuple]:
     """Train what `driver.take` gave, tell the driver how each ended, and return [(trial, Outcome)].
 
-    A bad combination, a loss that diverges, memory that runs out and anything unforeseen end that trial as failed, with the
-    reason, and nothing else; only the third unforeseen error in a row is raised.
+    A bad combination, a loss that diverges, a result that is no number, memory that runs out and
+    anything unforeseen end that trial as failed, with the reason, and nothing else; only the third
+    unforeseen error in a row is raised.
     """
-    metric, ended, ready = driver.spec["metric"]["name"], [], []
-
-    def finish(trial, outcome):
-        if outcome.state == "free":
-            driver.free(trial)
-        elif outcome.state == "lost":
-            say(f"{trial.id}: another worker has it now, left to that one")
-            driver.drop(trial)
-        else:
-            driver.end(
-                trial,
-                outcome.state,
-                outcome.values.get(metric) if outcome.state != "failed" else None,
-                outcome.reason,
-                outcome.curve,
-                **outcome.facts,
-            )
-        if outcome.state in ("done", "pruned", "failed"):
-            shutil.rmtree(_folder(driver, trial).parent, ignore_errors=True)
-        ended.append((trial, outcome))
-
+    ended, groups = [], {}
     for trial in taken:
         try:
-            ready.append((trial, *bench.prepare(space.constants(driver.spec) | trial.assignment)))
+            config, settings = bench.prepare(space.constants(driver.spec) | trial.assignment)
         except UserError as e:
-            finish(trial, Outcome("failed", reason=str(e)))
-    groups = {}
-    for item in ready:
-        groups.setdefault((together(item[1]), json.dumps(item[2], sort_keys=True)), []).append(item)
+            ended.append((trial, _settle(driver, trial, Outcome("failed", reason=str(e)), say)))
+            continue
+        kind = together(config), json.dumps(settings, sort_keys=True)
+        groups.setdefault(kind, []).append((trial, config, settings))
+
     for group in groups.values():
-        if len(group) > 1:
-            members = [trial for trial, _, _ in group]
-            outcomes = guarded(
-                lambda: train_population(
-                    [config for _, config, _ in group],
-                    group[0][2],
-                    bench,
-                    stop=stop,
-                    poll=lambda i: driver.poll(members[i]),
-                    report=lambda i, n, values: driver.report(members[i], n, values),
-                ),
-                bench,
-                say,
-            )
-            if not isinstance(outcomes, Outcome):
-                for trial, outcome in zip(members, outcomes):
-                    finish(trial, outcome)
-                continue
-            if "memory" not in outcomes.reason:
-                for trial in members:
-                    finish(trial, outcomes)
-                continue
-            say(f"{len(group)} at once do not fit ({outcomes.reason}): one after another")
-        for trial, config, settings in group:
-            if stop():
-                finish(trial, Outcome("free"))
-                continue
-            finish(
-                trial,
-                guarded(
-                    lambda: train_trial(
-                        config,
-                        settings,
-                        bench,
-                        stop=stop,
-                        poll=lambda: driver.poll(trial),
-                        folder=_folder(driver, trial),
-                        report=lambda n, values: driver.report(trial, n, values),
-                    ),
-                    bench,
-                    say,
-                ),
-            )
+        outcomes = _train_together(driver, group, bench, stop, say) if len(group) > 1 else None
+        for i, (trial, config, settings) in enumerate(group):
+            if outcomes is not None:
+                outcome = outcomes[i]
+            elif stop():
+                outcome = Outcome("free")
+            else:
+                outcome = _train_alone(driver, trial, config, settings, bench, stop=stop, say=say)
+            outcome = _measured(outcome, driver.spec["metric"]["name"], settings, bench)
+            ended.append((trial, _settle(driver, trial, outcome, say)))
+            _give_up(bench, outcome)
     return ended
+
+
+def _train_alone(driver, trial, config, settings, bench: Bench, *, stop, say) -> Outcome:
+    job = functools.partial(
+        train_trial,
+        config,
+        settings,
+        bench,
+        report=functools.partial(driver.report, trial),
+        saved=functools.partial(driver.saved, trial),
+        poll=functools.partial(driver.poll, trial),
+        stop=stop,
+        folder=_folder(driver, trial),
+    )
+    return guarded(job, bench, say)
+
+
+def _train_together(driver, group: list, bench: Bench, stop, say) -> list[Outcome] | None:
+    """The outcomes of a population; None where it does not fit into memory, so that each is to be
+    trained alone.
+    """
+    from lib.sweeps.population import train_population
+
+    members = [trial for trial, _, _ in group]
+    configs = [config for _, config, _ in group]
+    job = functools.partial(
+        train_population,
+        configs,
+        group[0][2],
+        bench,
+        report=lambda i, n, values: driver.report(members[i], n, values),
+        poll=lambda i: driver.poll(members[i]),
+        stop=stop,
+    )
+    outcomes = guarded(job, bench, say)
+    if not isinstance(outcomes, Outcome):
+        return outcomes
+    if "memory" not in outcomes.reason:
+        return [outcomes] * len(group)
+    say(f"{len(group)} at once do not fit ({outcomes.reason}): one after another")
+    return None
+
+
+def _measured(outcome: Outcome, metric: str, settings: dict, bench: Bench) -> Outcome:
+    """`outcome`, or a failed one where it is done and its result is no number that could be
+    compared.
+    """
+    value = outcome.values.get(metric)
+    if outcome.state == "failed":
+        return outcome
+    if outcome.state != "done" or (value is not None and math.isfinite(value)):
+        bench.unexpected = 0
+        return outcome
+    bench.unexpected += 1
+    reason = f"its {metric} is {value}: is there held-out text in {settings['source']}?"
+    return outcome._replace(state="failed", reason=reason)
+
+
+def _give_up(bench: Bench, outcome: Outcome):
+    """UserError once so many results in a row were no numbers that it cannot be the trials."""
+    if bench.unexpected >= UNEXPECTED:
+        raise UserError(
+            f"{UNEXPECTED} trials in a row failed, the last one because {outcome.reason}"
+        )
+
+
+def _settle(driver, trial, outcome: Outcome, say) -> Outcome:
+    """Tell the driver how a trial ended, and remove the checkpoints of one that did."""
+    if outcome.state == "free":
+        driver.free(trial)
+    elif outcome.state == "lost":
+        say(f"{trial.id}: another worker has it now, left to that one")
+        driver.drop(trial)
+    else:
+        value = outcome.values.get(driver.spec["metric"]["name"])
+        driver.end(
+            trial,
+            outcome.state,
+            value if outcome.state != "failed" else None,
+            outcome.reason,
+            outcome.curve,
+            **outcome.facts,
+        )
+        shutil.rmtree(_folder(driver, trial).parent, ignore_errors=True)
+    return outcome
 
 
 def _folder(driver, trial):
     return driver.book.folder / "trials" / trial.id / "checkpoints"
 
 
-def guarded(function, bench: Bench, say=print):
+def guarded(function: Callable, bench: Bench, say=print):
     """What `function` returns, or the Outcome of a failed trial for what it raises."""
     try:
-        result = function()
-        bench.unexpected = 0
-        return result
+        return function()
     except UserError as e:
         return Outcome("failed", reason=str(e))
     except Exception as e:
-        if (
-            isinstance(e, MemoryError)
-            or "RESOURCE_EXHAUSTED" in str(e)
-            or "Out of memory" in str(e)
-        ):
+        if _out_of_memory(e):
             return Outcome("failed", reason=f"out of memory: {first_line(e)[:300]}")
         bench.unexpected += 1
         if bench.unexpected >= UNEXPECTED:
             raise
         say(traceback.format_exc())
         return Outcome("failed", reason=f"{type(e).__name__}: {first_line(e)[:300]}")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text

@@ -112,7 +112,7 @@ def test_draws_stay_within_what_was_asked():
     for method in ("random", "bayes"):
         spec, found = sweep(method, parameters), []
         for n in range(30):
-            a = space.ask(spec, found, seed=3)
+            a = suggest.ask(spec, found, seed=3)
             found.append(Trial(str(n), n, a, "done", value=float(n % 7), reports={1: 2.0, 2: 1.0}))
             assert (
                 0.01 <= a["matrix_lr"] <= 1
@@ -129,7 +129,7 @@ def test_draws_stay_within_what_was_asked():
         # logarithmic: a plain uniform has 0.5
         assert np.median([t.assignment["matrix_lr"] for t in found]) < 0.4
         # a draw is a function of what is known
-        assert space.ask(spec, found[:9], seed=3) == found[9].assignment
+        assert suggest.ask(spec, found[:9], seed=3) == found[9].assignment
 
 
 def test_grid_walks_every_combination_once_and_bayes_ends_when_nothing_is_left():
@@ -142,7 +142,7 @@ def test_grid_walks_every_combination_once_and_bayes_ends_when_nothing_is_left()
     ]
     for method in ("grid", "random", "bayes"):
         spec, found = sweep(method), []
-        while (a := space.ask(spec, found, seed=0)) is not None:
+        while (a := suggest.ask(spec, found, seed=0)) is not None:
             found.append(Trial(str(len(found)), len(found), a, "done", value=1.0 * a["depth"]))
         assert sorted((t.assignment["depth"], t.assignment["seed"]) for t in found) == [
             (d, s) for d in (1, 2, 3) for s in (1, 2)
@@ -158,7 +158,7 @@ def test_bayes_finds_what_random_search_finds_later():
             [],
         )
         for n in range(40):
-            a = space.ask(spec, found, seed)
+            a = suggest.ask(spec, found, seed)
             found.append(Trial(str(n), n, a, "done", value=loss(a)))
         return np.mean([t.value for t in found[20:]])
 
@@ -184,28 +184,28 @@ def test_a_whole_assignment_makes_the_config_that_from_depth_makes():
 
 def test_hyperband_keeps_the_best_share_at_each_rung():
     spec = sweep(early_terminate=dict(type="hyperband", min_iter=1, eta=3))
-    assert space.rungs(spec)[:4] == [1, 3, 9, 27]
-    assert space.rungs(sweep(early_terminate=dict(type="hyperband", max_iter=27, s=2))) == [3, 9]
+    assert hyperband.rungs(spec)[:4] == [1, 3, 9, 27]
+    assert hyperband.rungs(sweep(early_terminate=dict(type="hyperband", max_iter=27, s=2))) == [3, 9]
     at = lambda n, values: Trial(str(n), n, {}, reports=dict(enumerate(values, 1)))
     others = [at(i, [float(i)]) for i in range(9)]
-    stopped = [space.should_stop(spec, others, t) for t in others]
+    stopped = [hyperband.should_stop(spec, others, t) for t in others]
     assert stopped == [False] * 3 + [True] * 6
     first = at(99, [50.0])
-    assert not space.should_stop(spec, [first], first)  # nobody to compare with
+    assert not hyperband.should_stop(spec, [first], first)  # nobody to compare with
     late = at(7, [7.0, 0.0, 0.0])  # only its best counts, and only against those who came as far
-    assert not space.should_stop(spec, [*others, late, at(3, [1.0, 1.0, 1.0])], late)
+    assert not hyperband.should_stop(spec, [*others, late, at(3, [1.0, 1.0, 1.0])], late)
     up = sweep(
         metric=dict(name="loss", goal="maximize"),
         early_terminate=dict(type="hyperband", min_iter=1, eta=3),
     )
-    assert space.should_stop(up, others, others[0]) and not space.should_stop(up, others, others[8])
+    assert hyperband.should_stop(up, others, others[0]) and not hyperband.should_stop(up, others, others[8])
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("budget", presets.BUDGETS)
 def test_presets_are_valid_wandb_sweeps_of_trainable_models(name, budget, tmp_path):
     spec = presets.preset(name, budget, vocab_size=1024)
-    for a in space.grid(spec) if spec["method"] == "grid" else [space.ask(spec, [], 0)]:
+    for a in space.grid(spec) if spec["method"] == "grid" else [suggest.ask(spec, [], 0)]:
         config = space.config_of(space.constants(spec) | a)
         assert config.vocab_size == 1024 and config.num_steps >= 1
         if "target_flops" in a | space.constants(spec):
@@ -590,7 +590,7 @@ def test_a_population_is_its_members_trained_apart(bench, seeds):
         for lr, wd, w, s in rates
     ]
     configs, (settings, *_) = zip(*(bench.prepare(a) for a in assignments))
-    outcomes = trials.train_population(list(configs), settings, bench)
+    outcomes = population.train_population(list(configs), settings, bench)
     for config, outcome in zip(configs, outcomes):
         alone = trials.train_trial(config, settings, bench)
         np.testing.assert_allclose(
@@ -610,7 +610,7 @@ def test_one_member_that_diverges_or_is_stopped_does_not_touch_the_others(bench)
             for lr in (0.05, 1e38, 0.02)
         )
     )
-    sick = trials.train_population(
+    sick = population.train_population(
         list(configs), settings, bench, report=lambda i, n, values: "pruned" if i == 2 else ""
     )
     assert (
@@ -660,9 +660,9 @@ def quiet_run(started):
 def test_the_sweep_protocol(standin, tmp_path):
     """Created, joined by id, trials given out, one stopped, one given back and resumed, none trained twice, exit."""
     spec, started = sweep(), {}
-    server = drivers.Server(standin.url, "key", pause=0.01)
-    path = drivers.create_sweep(server, spec, None, "proj")
-    assert path == ("team", "proj", "swp1") and drivers.read_sweep(server, path) == spec
+    server = server_module.Server(standin.url, "key", pause=0.01)
+    path = server_module.create_sweep(server, spec, None, "proj")
+    assert path == ("team", "proj", "swp1") and server_module.read_sweep(server, path) == spec
     journal.create(tmp_path, spec)
     worker = lambda book: drivers.Wandb(
         book, spec, server, path, quiet_run(started), say=lambda text: None, poll=0.01
@@ -725,12 +725,12 @@ def test_the_sweep_protocol(standin, tmp_path):
 
 def test_a_server_that_says_no_is_quoted(standin):
     with pytest.raises(UserError, match="cannot be reached"):
-        drivers.Server("http://127.0.0.1:9", "key", tries=2, pause=0.01)("query")
+        server_module.Server("http://127.0.0.1:9", "key", tries=2, pause=0.01)("query")
     standin.failures = 9
     with pytest.raises(UserError, match="503"):
-        drivers.Server(standin.url, "key", tries=2, pause=0.01)("query")
+        server_module.Server(standin.url, "key", tries=2, pause=0.01)("query")
     with pytest.raises(UserError, match="ENTITY/PROJECT/ID"):
-        drivers.parse_path("swp1")
+        server_module.parse_path("swp1")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
@@ -895,7 +895,7 @@ def search_trials(n=24):
     )
     found = []
     for i in range(n):
-        a = space.ask(spec, found, 0)
+        a = suggest.ask(spec, found, 0)
         value = (math.log(a["matrix_lr"]) + 2) ** 2 + 0.01 * rng.normal()
         state = "failed" if i == 3 else "pruned" if i % 4 == 1 else "done"
         found.append(
@@ -917,7 +917,7 @@ def search_trials(n=24):
 
 def test_every_picture_is_drawn_and_every_number_is_in_a_csv(tmp_path):
     spec, found = search_trials()
-    shares = space.importance(spec, found)
+    shares = suggest.importance(spec, found)
     assert max(shares, key=shares.get) == "matrix_lr" and sum(shares.values()) == pytest.approx(1)
     runs = synthetic()
     law, whole = scaling.isoflop(runs, draws=20), scaling.parametric(runs, draws=4)
@@ -942,15 +942,15 @@ def test_every_picture_is_drawn_and_every_number_is_in_a_csv(tmp_path):
     for i, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{i}.png")
         assert (tmp_path / f"{i}.png").stat().st_size > 5000
-    pictures.write_csv(tmp_path / "trials.csv", pictures.trial_rows(found))
+    tables.write_csv(tmp_path / "trials.csv", tables.trial_rows(found))
     back = list(csv.DictReader(open(tmp_path / "trials.csv")))
     assert (
         len(back) == 24
         and float(back[0]["value"]) == found[0].value
         and back[3]["reason"] == "diverged"
     )
-    assert len(pictures.curve_rows(found)) == sum(len(t.reports) + len(t.curve) for t in found)
-    assert "without muon" in pictures.ablation_table(table) and "+0.2" in pictures.ablation_table(
+    assert len(tables.curve_rows(found)) == sum(len(t.reports) + len(t.curve) for t in found)
+    assert "without muon" in tables.ablation_table(table) and "+0.2" in tables.ablation_table(
         table
     )
-    assert pictures.leaders(found).splitlines()[1].split()[0] == str(pictures.best_of(found).number)
+    assert tables.leaders(found).splitlines()[1].split()[0] == str(tables.best_of(found).number)

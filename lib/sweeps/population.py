@@ -1,0 +1,154 @@
+"""Several trials trained at once as one program over a leading axis, which pays where a small model
+leaves the chip idle.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lib.config import Config
+from lib.sweeps.trials import CURVE, Bench, Outcome, every, facts_of, together
+from lib.train import step as train
+from lib.train.optim import compile_key, lr_multiplier
+
+
+@functools.cache
+def population_step(key: Config, shared: bool):
+    """The training step with a leading axis over members; `shared` batches come without it."""
+
+    def step(state, inputs_BT, targets_BT):
+        fold = lambda a: a.reshape(-1, key.microbatch, key.sequence_len)  # noqa: E731
+        return train.train_step(state, fold(inputs_BT), fold(targets_BT), key)
+
+    return jax.jit(jax.vmap(step, in_axes=(0, None, None) if shared else 0), donate_argnums=0)
+
+
+class Members:
+    """What is known of each member of a population while it trains."""
+
+    def __init__(self, configs: list[Config], explode: float):
+        self.configs, self.explode = configs, explode
+        self.outcomes: list[Outcome | None] = [None] * len(configs)
+        self.curves: list[list] = [[] for _ in configs]
+        self.values: list[dict] = [{} for _ in configs]
+        # the running mean of each loss, and the lowest that it has been
+        self.usual = np.full(len(configs), np.nan)
+        self.lowest = np.full(len(configs), np.inf)
+        self.clock = time.perf_counter()
+
+    def open(self) -> list[int]:
+        """The members that are still listened to."""
+        return [i for i, outcome in enumerate(self.outcomes) if outcome is None]
+
+    def settle(self, i: int, state: str, n: int, reason: str = ""):
+        """End member `i` after step `n`."""
+        facts = facts_of(self.configs[i], n, time.perf_counter() - self.clock)
+        facts |= dict(population=len(self.configs))
+        self.outcomes[i] = Outcome(state, self.values[i], reason, self.curves[i], facts)
+
+    def read(self, n: int, metrics: dict):
+        """Take in the losses of step `n`; a member that diverged or exploded ends here."""
+        losses = np.asarray(metrics["loss"], np.float64)
+        norms = np.asarray(metrics["grad_norm"])
+        last = self.configs[0].num_steps
+        for i in self.open():
+            loss = losses[i]
+            if n % max(1, last // CURVE) == 0 or n == last:
+                self.curves[i].append([n, float(loss)])
+            first = np.isnan(self.usual[i])
+            self.usual[i] = loss if first else 0.9 * self.usual[i] + 0.1 * loss
+            self.lowest[i] = min(self.lowest[i], self.usual[i])
+            if reason := self._trouble(i, n, loss, norms[i]):
+                self.settle(i, "failed", n, reason)
+
+    def _trouble(self, i: int, n: int, loss: float, norm: float) -> str:
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            return f"training diverged: loss {loss}, gradient norm {norm} at step {n}"
+        warm = n > self.configs[i].warmup_steps
+        if warm and self.usual[i] > self.lowest[i] + self.explode:
+            return (
+                f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come "
+                "down "
+                ""
+                f"to {self.lowest[i]:.2f}"
+            )
+        return ""
+
+
+def train_population(
+    configs: list[Config],
+    settings: dict,
+    bench: Bench,
+    *,
+    report: Callable = lambda i, step, values: "",
+    poll: Callable = lambda i: "",
+    stop: Callable = lambda: False,
+    explode: float = 3.0,
+) -> list[Outcome]:
+    """`train_trial` for several Configs in one program: rates, schedules, decay and seeds differ
+    along its leading axis.
+
+    Members with one seed read the same batches. A member that is stopped or diverges is computed on
+    but no longer listened to; its neighbours do not feel it. Checkpoints are not made.
+    """
+    if len({together(c) for c in configs}) > 1:
+        raise ValueError("these trials differ in shape or horizon")
+    interval, last = every(configs[0], settings), configs[0].num_steps
+    shared = len({c.seed for c in configs}) == 1
+    step_fn = population_step(compile_key(configs[0]), shared)
+    states = [train.init_state(c) for c in configs]
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    del states
+    members = Members(configs, explode)
+
+    with contextlib.ExitStack() as stack:
+        feeds = [
+            stack.enter_context(contextlib.closing(bench.batches(c, settings)))
+            for c in (configs[:1] if shared else configs)
+        ]
+        waiting = None  # the numbers of a step are read after the next one was dispatched
+        for n in range(1, last + 1):
+            rows = [next(feed)[:2] for feed in feeds]
+            inputs, targets = rows[0] if shared else map(jnp.stack, zip(*rows))
+            state, metrics = step_fn(state, inputs, targets)
+            if waiting is not None:
+                members.read(*waiting)
+            waiting = (n, metrics)
+            if n % interval == 0 or n == last:
+                members.read(*waiting)
+                waiting = None
+                _validate(members, n, metrics, state, settings, bench=bench, report=report)
+            for i in members.open():
+                if why := poll(i) or ("free" if stop() else ""):
+                    members.settle(i, why, n)
+            if not members.open():
+                break
+    return [outcome for outcome in members.outcomes if outcome is not None]
+
+
+def _validate(members: Members, n: int, metrics, state, settings: dict, *, bench: Bench, report):
+    """Measure every member that is still listened to, and end those that are told to, or are at
+    their end.
+    """
+    for i in members.open():
+        config = members.configs[i]
+        params = jax.tree.map(lambda a, i=i: a[i], state.params)
+        lr = lr_multiplier(
+            n - 1,
+            config.num_steps,
+            config.warmup_steps,
+            config.warmdown_ratio,
+            config.final_lr_frac,
+        )
+        values = dict(loss=float(metrics["loss"][i]), lr=float(lr))
+        members.values[i] = values | bench.validate(params, config, settings)
+        why = report(i, n, members.values[i])
+        if n == config.num_steps:
+            members.settle(i, "done", n)
+        elif why:
+            members.settle(i, why, n)
