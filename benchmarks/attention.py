@@ -1,7 +1,8 @@
-"""Time and memory of every attention implementation, forward and backward, on this device or compiled for a TPU.
+"""Time and memory of every attention implementation, forward and backward, on this device or
+compiled for a TPU.
 
-python benchmarks/attention.py                    time and memory here
-python benchmarks/attention.py --tpu v6e:1x1      memory for a TPU that need not be there (needs libtpu)
+python benchmarks/attention.py                    time and memory here python
+benchmarks/attention.py --tpu v6e:1x1      memory for a TPU that need not be there (needs libtpu)
 """
 
 import os
@@ -69,12 +70,16 @@ def main(
     else:
         device = jax.devices()[0]
     print(
-        "peak: arguments, results and temporaries of forward + backward; saved: what backward keeps of forward;\n"
+        "peak: arguments, results and temporaries of forward + backward; saved: what backward "
+        "keeps of "
+        "forward;\n"
         "moved: bytes read and written as XLA counts them (a kernel's operands once)"
     )
     if not tpu and device.platform != "tpu":
         print(
-            "splash and pallas are left out: they are TPU kernels, and the time of their interpreter says nothing"
+            "splash and pallas are left out: they are TPU kernels, and the time of their "
+            "interpreter says "
+            "nothing"
         )
     rows = []
     for b in batch:
@@ -104,7 +109,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
     place = jax.sharding.SingleDeviceSharding(device)
     args = [jax.ShapeDtypeStruct((B, T, n, H), dtype, sharding=place) for n in (N, K, K, N)]
     print(
-        f"\n{device.device_kind} {jnp.dtype(dtype).name} B={B} T={T} N={N} K={K} H={H} window={window}"
+        f"\n{device.device_kind} {jnp.dtype(dtype).name} B={B} T={T} N={N} K={K} H={H} "
+        f"window={window}"
     )
     print(
         f"{'':8}{'min ms':>9}{'median':>9}{'compile s':>11}{'peak MiB':>11}{'saved MiB':>11}{'moved MiB':>11}"

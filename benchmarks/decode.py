@@ -1,7 +1,8 @@
 """Speed of decoding against what the device allows: `python -m benchmarks.decode --help`.
 
-A token needs every matrix of the blocks and the head read once, so at best bandwidth / bytes tokens a second come out of one row. The
-bandwidth is measured here, between the runs, on as many bytes as the weights have (they may stay in a cache) and on far more.
+A token needs every matrix of the blocks and the head read once, so at best bandwidth / bytes tokens
+a second come out of one row. The bandwidth is measured here, between the runs, on as many bytes as
+the weights have (they may stay in a cache) and on far more.
 """
 
 import json
@@ -48,9 +49,11 @@ class Args:
 
 
 def read_bandwidth(size: int, seconds: float = 0.3) -> float:
-    """Bytes a second that the device reads from an array of `size` bytes, the best of several tries.
+    """Bytes a second that the device reads from an array of `size` bytes, the best of several
+    tries.
 
-    On CPUs numpy's maximum in as many threads as there are cores, and in one; on accelerators a jitted product with a vector.
+    On CPUs numpy's maximum in as many threads as there are cores, and in one; on accelerators a
+    jitted product with a vector.
     """
     import jax
     import jax.numpy as jnp
@@ -271,11 +274,17 @@ def main(args: Args):
         lines=[],
     )
     print(
-        f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the device reads {LARGE >> 20} MiB at "
-        f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at {width[weights] / 1e9:.1f} GB/s\n"
+        f"{result['device']}, {result['dtype']}: {weights / 1e6:.1f} MB of weights per step; the "
+        f"device reads {LARGE >> 20} MiB at "
+        ""
+        f"{width[LARGE] / 1e9:.1f} GB/s, and as much as the weights, again and again, at "
+        f"{width[weights] / 1e9:.1f} "
+        "GB/s\n"
     )
     print(
-        f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} {'sides':>6} {'batch 1':>10}   "
+        f"{'':22} {'tok/s':>8} {'ms/step':>8} {'GB/s':>7} {'of memory':>10} {'of cached':>10} "
+        f"{'sides':>6} {'batch 1':>10}   "
+        ""
         f"best of {args.repeats}; GB/s with the kv cache, shares for the weights alone"
     )
     best_of = lambda name: max(s for s, _ in best.get(name, [(float("nan"), 0)]))
@@ -312,7 +321,9 @@ def main(args: Args):
         first_token_ms=round(1e3 * min(ttft), 2), forward_ms=round(1e3 * min(forward), 2)
     )
     print(
-        f"\ntime to first token, {length} tokens: {1e3 * min(ttft):.1f} ms; one training forward of them: {1e3 * min(forward):.1f} ms "
+        f"\ntime to first token, {length} tokens: {1e3 * min(ttft):.1f} ms; one training forward "
+        f"of them: {1e3 * min(forward):.1f} ms "
+        ""
         f"({min(ttft) / min(forward):.2f} x)"
     )
     for rows, speed in theirs.items():
@@ -332,7 +343,9 @@ def main(args: Args):
         result["bits_per_byte"] = {name: b.bpb for name, b in bpb.items()}
         exact, int8 = bpb["exact"].bpb, bpb["int8"].bpb
         print(
-            f"bits per byte of {bpb['exact'].bytes:,} held-out bytes: {exact:.5f}, int8 {int8:.5f} ({int8 - exact:+.5f})"
+            f"bits per byte of {bpb['exact'].bytes:,} held-out bytes: {exact:.5f}, int8 "
+            f"{int8:.5f} "
+            f"({int8 - exact:+.5f})"
         )
     if args.json:
         write_json(args.json, result)

@@ -1,4 +1,5 @@
-"""What each way of packing costs on the standard library's source text, and how fast it is on one core.
+"""What each way of packing costs on the standard library's source text, and how fast it is on one
+core.
 
 python -m benchmarks.packing --vocab-sizes 4096 32768 --sequence-lens 512 2048 --json out.json
 """
@@ -27,7 +28,8 @@ def main(
     sequence_lens: tuple[int, ...] = (512, 2048),
     json: str = "",
 ) -> list[dict]:
-    """Pack two epochs' worth of tokens in batches of 8 rows, for every vocabulary size, context and way of packing.
+    """Pack two epochs' worth of tokens in batches of 8 rows, for every vocabulary size, context and
+    way of packing.
 
     Args:
         vocab_sizes: ids, special tokens included; a tokenizer is trained for each
@@ -49,7 +51,9 @@ def main(
             tokens = data.open_tokens("stdlib", "train", tokenizer, cache_dir=folder)
             size = sum(shard.ids.size for shard in tokens)
             print(
-                f"vocabulary {vocab_size}: {size:,} tokens in {sum(sum(s.groups) for s in tokens)} documents"
+                f"vocabulary {vocab_size}: {size:,} tokens in "
+                f"{sum(sum(s.groups) for s in tokens)} "
+                "documents"
             )
             for sequence_len, packing in itertools.product(sequence_lens, data.PACKING):
                 steps, start = 2 * size // (8 * sequence_len), time.process_time()

@@ -1,7 +1,9 @@
-"""Several small trials at once by vmap against one after another: `python -m benchmarks.population --help`.
+"""Several small trials at once by vmap against one after another: `python -m benchmarks.population
+--help`.
 
-Speed-up is trials per second together over trials per second apart, medians of whole optimizer steps, both measured in one process by
-turns, so that other work on the machine hits both alike. Losses are compared too.
+Speed-up is trials per second together over trials per second apart, medians of whole optimizer
+steps, both measured in one process by turns, so that other work on the machine hits both alike.
+Losses are compared too.
 """
 
 import statistics
@@ -35,7 +37,9 @@ def main(args: Args):
     from lib.config import Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides
-    from lib.sweeps import pictures, presets, space, trials
+    from lib.sweeps import presets, space
+    from lib.sweeps.population import population_step
+    from lib.sweeps.tables import table
     from lib.train import step as train
     from lib.train.optim import compile_key
 
@@ -57,7 +61,7 @@ def main(args: Args):
             configs = [base.replace(matrix_lr=base.matrix_lr * 0.8**i) for i in range(size)]
             alone, together = (
                 train.make_train_step(base),
-                trials.population_step(compile_key(base), True),
+                population_step(compile_key(base), True),
             )
             states = [train.init_state(c) for c in configs]
             whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -90,7 +94,7 @@ def main(args: Args):
                 )
             )
             print(
-                pictures.table(
+                table(
                     rows[-1:],
                     dict(
                         apart_ms=".1f",
@@ -102,7 +106,9 @@ def main(args: Args):
                 flush=True,
             )
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {base.total_batch_size} tokens in rows of {base.sequence_len}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, batch {base.total_batch_size} "
+        "tokens in rows of "
+        f"{base.sequence_len}"
     )
     if args.json:
         write_json(args.json, rows)

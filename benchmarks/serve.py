@@ -1,9 +1,10 @@
-"""The server under load: throughput and waiting by number of clients, and its memory over many requests.
+"""The server under load: throughput and waiting by number of clients, and its memory over many
+requests.
 
     python -m benchmarks.serve --run demo --clients 1 8 32 --requests 1000 --json out.json
 
-Starts a server of its own on a free port; clients are streaming HTTP requests from one asyncio loop in this process, so on few
-cores they take some of the machine's time from it.
+Starts a server of its own on a free port; clients are streaming HTTP requests from one asyncio loop
+in this process, so on few cores they take some of the machine's time from it.
 """
 
 
@@ -43,7 +44,9 @@ async def ask(client, question: str, seed: int, max_tokens: int) -> tuple[float,
 async def crowd(
     url: str, clients: int, requests: int, max_tokens: int, after=lambda done: None
 ) -> list[tuple[float, float, int]]:
-    """`requests` answers asked for by so many clients, each beginning its next when the last is there."""
+    """`requests` answers asked for by so many clients, each beginning its next when the last is
+    there.
+    """
     import asyncio
 
     import httpx
@@ -83,7 +86,8 @@ def main(
     requests: int = 1000,
     json: str = "",
 ) -> dict:
-    """Serve a run and load it; prints a table, and the server's memory while `requests` requests go through.
+    """Serve a run and load it; prints a table, and the server's memory while `requests` requests go
+    through.
 
     Args:
         run: run folder, runs/NAME or a path
@@ -134,7 +138,9 @@ def main(
         while httpx.get(f"{url}/health").json()["warming"]:
             time.sleep(0.2)
         print(
-            f"{'clients':>8} {'answers/s':>10} {'tokens/s':>9} {'first text s: median':>21} {'worst':>6} {'answer s: median':>17} {'worst':>6}"
+            f"{'clients':>8} {'answers/s':>10} {'tokens/s':>9} {'first text s: median':>21} "
+            f"{'worst':>6} {'answer s: median':>17} "
+            f"{'worst':>6}"
         )
         for n in clients:
             began = time.perf_counter()
@@ -153,7 +159,9 @@ def main(
                 )
             )
             print(
-                "{clients:8} {answers_per_s:10.1f} {tokens_per_s:9.0f} {first_median:21.3f} {first_worst:6.2f} {whole_median:17.2f} "
+                "{clients:8} {answers_per_s:10.1f} {tokens_per_s:9.0f} {first_median:21.3f} "
+                "{first_worst:6.2f} {whole_median:17.2f} "
+                ""
                 "{whole_worst:6.2f}".format(**rows[-1])
             )
         if requests:
@@ -165,7 +173,8 @@ def main(
                     print(f"after {done:5} requests: {memory[-1][1]:7.1f} MB")
 
             print(
-                f"memory of the server, {max(clients)} clients: {memory_mb(server.pid):.1f} MB before"
+                f"memory of the server, {max(clients)} clients: {memory_mb(server.pid):.1f} MB "
+                "before"
             )
             asyncio.run(crowd(url, max(clients), requests, max_tokens, after))
             late = memory[len(memory) // 2 :]

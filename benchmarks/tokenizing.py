@@ -1,4 +1,5 @@
-"""Tokenizer speed on the standard library's source text: seconds to train, MB/s to encode on threads and on processes.
+"""Tokenizer speed on the standard library's source text: seconds to train, MB/s to encode on
+threads and on processes.
 
 python -m benchmarks.tokenize --vocab-sizes 4096 32768 --workers 1 2 --json out.json
 """
@@ -6,7 +7,8 @@ python -m benchmarks.tokenize --vocab-sizes 4096 32768 --workers 1 2 --json out.
 import os
 import sys
 
-# Run as a file, Python looks for modules here first, and then this file hides the standard library's tokenize.
+# Run as a file, Python looks for modules here first, and then this file hides the standard
+# library's tokenize.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [os.path.dirname(_HERE), *(p for p in sys.path if os.path.abspath(p) != _HERE)]
 if __name__ == "tokenize":  # something wanted that one: hand it over

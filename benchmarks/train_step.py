@@ -1,6 +1,7 @@
 """Speed and memory of the training step: `python -m benchmarks.train_step --help`.
 
-On the device at hand it times whole optimizer steps; with --tpu it compiles for a TPU that isn't there and reports memory.
+On the device at hand it times whole optimizer steps; with --tpu it compiles for a TPU that isn't
+there and reports memory.
 """
 
 import statistics

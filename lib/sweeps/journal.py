@@ -25,7 +25,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.files import UserError, write_json, writing
+from lib.files import UserError, read_json, to_json, write_json, writing
 from lib.sweeps import space
 
 FORMAT = 1
@@ -100,20 +100,20 @@ def create(folder, spec: dict) -> dict:
 def read(folder) -> dict:
     """The checked sweep in a folder."""
     path = Path(folder) / "sweep.json"
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"no sweep in {folder}: start one, or give the id and place that the first worker "
             "printed"
         )
+    cure = "restore it, or start the sweep in another folder"
+    record = read_json(path, cure=cure)
+    if record.get("format") != FORMAT:
+        found = record.get("format")
+        raise UserError(f"{path} is of format {found}, this version reads {FORMAT}: {cure}")
     try:
-        record = json.loads(path.read_text())
-        if record["format"] != FORMAT:
-            raise UserError(f"{path} is of format {record['format']}, this version reads {FORMAT}")
-        return space.check(record["sweep"])
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(
-            f"{path} is damaged ({e}): restore it, or start the sweep in another folder"
-        ) from None
+        return space.check(record.get("sweep"))
+    except UserError as e:
+        raise UserError(f"{path} is damaged ({e}): {cure}") from None
 
 
 def host() -> str:
@@ -179,7 +179,7 @@ class Journal:
         with self._lock, writing(self.path):
             self._seq += 1
             event = dict(e=what, t=time.time(), n=self._seq) | entries
-            data = json.dumps(_plain(event), allow_nan=False).encode() + b"\n"
+            data = to_json(event, indent=None).encode() + b"\n"
             # opened anew each time: a synchronised folder uploads what is closed
             with open(self.path, "ab", buffering=0) as f:
                 size = f.tell()
@@ -246,17 +246,6 @@ class Journal:
     def free(self, id: str):
         """Give a trial back unfinished: any worker may take it at once."""
         self.write("free", id=id)
-
-
-def _plain(x):
-    """`x` with null for numbers that JSON has no name for."""
-    if isinstance(x, dict):
-        return {name: _plain(value) for name, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    if isinstance(x, float) and not math.isfinite(x):
-        return None
-    return x
 
 
 # ---- reading what all workers wrote --------------------------------------------------------------

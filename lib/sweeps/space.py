@@ -15,14 +15,14 @@ import json
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from lib.config import Config
-from lib.files import UserError, choose
+from lib.files import UserError, choose, local_path, read_text
 from lib.sweeps.hyperband import rungs
 
 METHODS = ("bayes", "random", "grid")
+LARGEST_GRID = 100_000  # combinations
 METRICS = ("val_bpb", "val_loss", "loss")
 KEYS = (
     "method",
@@ -152,14 +152,13 @@ def load(source) -> dict:
         return check(source)
     import yaml
 
-    try:
-        return check(yaml.safe_load(Path(source).expanduser().read_text()))
-    except OSError as e:
+    path = local_path(source)
+    if not path.exists():
         raise UserError(
-            f"cannot read the sweep {source} ({e.strerror}): give a preset's name or the path of "
-            "a YAML "
-            "file"
-        ) from None
+            f"cannot read the sweep {source}: give a preset's name or the path of a YAML file"
+        )
+    try:
+        return check(yaml.safe_load(read_text(path)))
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(
@@ -175,7 +174,7 @@ def check(spec: dict) -> dict:
         )
     try:
         spec = _numbers(json.loads(json.dumps(spec)))  # a copy of plain types
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"a sweep holds numbers, texts, lists and mappings only ({e})") from None
 
     _check_command(spec)
@@ -198,6 +197,10 @@ def check(spec: dict) -> dict:
     if cap is not None and (not _is_int(cap) or cap < 1):
         raise UserError(f"run_cap={cap!r} must be a whole number of trials, 1 or more")
     rungs(spec)  # refuses a wrong early_terminate
+    if spec["method"] == "grid" and size(spec) > LARGEST_GRID:
+        raise UserError(
+            f"a grid of {size(spec):,} combinations is too large: list fewer values, or take random"
+        )
     return spec
 
 
@@ -400,14 +403,22 @@ def _steps(p: dict) -> list:
     if p["distribution"] == "int_uniform":
         return list(range(p["min"], p["max"] + 1))
     if p["distribution"] == "q_uniform":
-        count = int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1
-        return [quantised(p["min"] + i * p["q"], p) for i in range(count)]
+        return [quantised(p["min"] + i * p["q"], p) for i in range(_count(p))]
     return []
+
+
+def _count(p: dict) -> int:
+    """How many values a parameter has; 0 for no end of them."""
+    if p.get("distribution") == "int_uniform":
+        return p["max"] - p["min"] + 1
+    if p.get("distribution") == "q_uniform":
+        return int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1
+    return len(p.get("values", ()))
 
 
 def size(spec: dict) -> float:
     """How many different assignments there are; inf with a continuous parameter."""
-    counts = [len(_steps(p)) for p in varied(spec).values()]
+    counts = [_count(p) for p in varied(spec).values()]
     return math.prod(counts) if all(counts) else math.inf
 
 

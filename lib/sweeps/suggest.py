@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from lib.files import UserError
-from lib.sweeps.space import draw, grid, key, quantised, size, varied
+from lib.sweeps.space import LARGEST_GRID, draw, grid, key, quantised, size, varied
 
 DRAWS = 20  # how often a random draw is tried again when all that it gave is known
 SUGGESTIONS = 3  # how often of these the estimator is asked
@@ -38,7 +38,7 @@ def ask(spec: dict, trials, seed: int) -> dict | None:
             return assignment
 
     # nearly all were tried: draw from what is left
-    if size(spec) < math.inf:
+    if size(spec) <= LARGEST_GRID:
         left = [a for a in grid(spec) if key(a) not in known]
         return left[rng.integers(len(left))] if left else None
     raise UserError(

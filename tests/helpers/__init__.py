@@ -1,4 +1,7 @@
-"""What several test files share: golden data, a trained parrot, a stand-in for wandb, programs that tests start."""
+"""What several test files share:
+
+golden data, a trained parrot, a stand-in for wandb, programs that tests start.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The golden model that writes, engines driven by hand, and one whose every token is known beforehand."""
+"""The golden model that writes, engines driven by hand, and one whose every token is known
+beforehand.
+"""
 
 import functools
 import zlib

@@ -1,4 +1,7 @@
-"""The notebooks as scripts: their smallest settings, what they leave behind, how tests start them."""
+"""The notebooks as scripts:
+
+their smallest settings, what they leave behind, how tests start them.
+"""
 
 import os
 import subprocess
@@ -10,10 +13,13 @@ from tests.helpers import ROOT
 NOTEBOOKS = sorted(ROOT.glob("0*.py"))
 CORPUS = f"{sysconfig.get_path('stdlib')}/[a-c]*.py"
 TINY = (
-    "total_batch_size=256 microbatch=4 sequence_len=64 n_embd=64 n_head=2 n_kv_head=1 head_dim=32 mlp_dim=128 "
+    "total_batch_size=256 microbatch=4 sequence_len=64 n_embd=64 n_head=2 n_kv_head=1 head_dim=32 "
+    "mlp_dim=128 "
+    ""
     "warmup_steps=1"
 )
-# Smallest settings that still run every cell; the notebooks run in this order, each on what the last one left.
+# Smallest settings that still run every cell; the notebooks run in this order, each on what the
+# last one left.
 SMOKE = {
     "01_tokenizer": dict(run="smoke", source=CORPUS, vocab_size=512),
     "02_train": dict(

@@ -1,4 +1,6 @@
-"""A tiny model that knows a few conversations by heart, so that chats can be tested with answers that are known."""
+"""A tiny model that knows a few conversations by heart, so that chats can be tested with answers
+that are known.
+"""
 
 import fcntl
 import hashlib
@@ -68,7 +70,9 @@ def messages(question: str) -> list[dict]:
 
 
 def run() -> Path:
-    """The run folder of the model, trained once for all tests and kept until the code that makes it changes."""
+    """The run folder of the model, trained once for all tests and kept until the code that makes it
+    changes.
+    """
     lib = ROOT / "lib"
     sources = [Path(__file__), lib / "config.py", lib / "params.py", lib / "data" / "tokenizer.py"]
     sources += [lib / "train" / "checkpoint.py", *sorted((lib / "model").glob("*.py"))]

@@ -10,7 +10,10 @@ from lib.sweeps import space
 
 
 class StandIn(http.server.ThreadingHTTPServer):
-    """As much of wandb's server as a sweep needs: grid assignments, runs that are given out again after preemption, stops."""
+    """As much of wandb's server as a sweep needs:
+
+    grid assignments, runs that are given out again after preemption, stops.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

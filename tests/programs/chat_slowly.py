@@ -1,4 +1,7 @@
-"""The chat in the terminal with an engine that takes a tenth of a second for each chunk. Arguments: those of lib.chat."""
+"""The chat in the terminal with an engine that takes a tenth of a second for each chunk.
+
+Arguments: those of lib.chat.
+"""
 
 import runpy
 import time

@@ -1,4 +1,6 @@
-"""Compiles every attention, forward and backward, for a TPU that is not here, and prints how many kernels each has."""
+"""Compiles every attention, forward and backward, for a TPU that is not here, and prints how many
+kernels each has.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""Takes a toy training up from its checkpoint, if there is one, and goes on to a step. Arguments: folder, last step."""
+"""Takes a toy training up from its checkpoint, if there is one, and goes on to a step.
+
+Arguments: folder, last step.
+"""
 
 import sys
 

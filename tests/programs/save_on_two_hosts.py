@@ -1,4 +1,7 @@
-"""One of two processes that save an array together and read it back. Arguments: folder, address, which one."""
+"""One of two processes that save an array together and read it back.
+
+Arguments: folder, address, which one.
+"""
 
 import sys
 

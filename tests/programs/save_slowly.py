@@ -1,4 +1,7 @@
-"""Saves one checkpoint, then stands still in the middle of the second, to be killed there. Argument: folder."""
+"""Saves one checkpoint, then stands still in the middle of the second, to be killed there.
+
+Argument: folder.
+"""
 
 import sys
 import time

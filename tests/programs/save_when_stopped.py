@@ -1,4 +1,7 @@
-"""Counts steps until it is told to stop, and saves the one that it has come to. Argument: folder."""
+"""Counts steps until it is told to stop, and saves the one that it has come to.
+
+Argument: folder.
+"""
 
 import sys
 import time

@@ -1,13 +1,17 @@
-"""A worker of a sweep whose trials only wait a little. Arguments: the sweep's folder, a seed."""
+"""A worker of a sweep whose trials only wait a little. Arguments: the sweep's folder, a seed.
+
+While the folder has a file named hold, no trial comes to its end.
+"""
 
 import random
 import sys
 import time
+from pathlib import Path
 
 from lib.sweeps import drivers, journal
 
 folder, seed = sys.argv[1], int(sys.argv[2])
-drivers.TRIES, drivers.POLL = 1000, 0.05
+journal.TRIES, drivers.POLL = 1000, 0.05
 rng = random.Random(seed)
 
 
@@ -16,6 +20,8 @@ def train(boss, trial):
         time.sleep(0.3 * rng.random())
         if boss.report(trial, step, {"val_bpb": trial.assignment["depth"] + 1 / step}):
             return boss.drop(trial)
+    while (Path(folder) / "hold").exists():
+        time.sleep(0.01)
     boss.end(trial, "done", float(trial.assignment["depth"]), steps=3)
 
 

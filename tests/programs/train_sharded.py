@@ -1,7 +1,9 @@
-"""Trains the same steps on one or more layouts and reports losses, parameters and bytes. Arguments: JSON, which process.
+"""Trains the same steps on one or more layouts and reports losses, parameters and bytes. Arguments:
+JSON, which process.
 
-The JSON holds config, steps, layouts ([strategy, mesh] each), and where wanted save, restore (folders), hosts (address
-and how many), text (whether to read collectives from what was compiled). Prints RESULT and a list, one entry a layout.
+The JSON holds config, steps, layouts ([strategy, mesh] each), and where wanted save, restore
+(folders), hosts (address and how many), text (whether to read collectives from what was compiled).
+Prints RESULT and a list, one entry a layout.
 """
 
 import json

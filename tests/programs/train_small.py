@@ -1,4 +1,5 @@
-"""Trains a small model on the texts of a folder, from its checkpoint if there is one. Arguments: folder, last step.
+"""Trains a small model on the texts of a folder, from its checkpoint if there is one. Arguments:
+folder, last step.
 
 Prints a line of JSON per step, [step, loss], and at the end [step, cursor, digest of the state].
 """

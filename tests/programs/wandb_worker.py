@@ -1,13 +1,17 @@
-"""A wandb sweep of two trials with wandb's own client, one of which fails. Argument: the folder of the journal."""
+"""A wandb sweep of two trials with wandb's own client, one of which fails.
+
+Argument: the folder of the journal.
+"""
 
 import sys
 
 from lib.sweeps import drivers, journal, space
+from lib.sweeps.server import create_sweep, fetch_runs, wandb_login
 
 folder = sys.argv[1]
 spec = space.check(dict(method="grid", parameters={"depth": {"values": [1, 2]}}))
-server = drivers.wandb_login()
-path = drivers.create_sweep(server, spec, None, "proj")
+server = wandb_login()
+path = create_sweep(server, spec, None, "proj")
 journal.create(folder, spec)
 with journal.Journal(folder) as book:
     boss = drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path), poll=0.05)
@@ -19,5 +23,5 @@ with journal.Journal(folder) as book:
         else:
             boss.end(trial, "failed", reason="out of memory: 99 bytes")
     boss.close()
-for t in drivers.fetch_runs(server, path, spec):
+for t in fetch_runs(server, path, spec):
     print(t.id, t.state, t.assignment, t.value, t.reports, t.reason)
