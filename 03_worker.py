@@ -56,16 +56,28 @@ setup("sweeps")
 import json
 import math
 import time
-from pathlib import Path
 
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
-from lib.files import UserError, choose, update_json
-from lib.interrupts import interruptible
+from lib.files import UserError, choose, local_path, update_json
+from lib.interrupts import Interrupted, interruptible
 from lib.notebook import device_report, flags, parse_overrides, secret
 from lib.pictures import show
 from lib.runs import open_run
-from lib.sweeps import drivers, journal, pictures, presets, scaling, space, trials
+from lib.sweeps import (
+    drivers,
+    journal,
+    laws,
+    pictures,
+    presets,
+    scaling,
+    server,
+    space,
+    suggest,
+    tables,
+    texts,
+    trials,
+)
 
 # %% tags=["parameters"]
 # @title Parameters
@@ -122,39 +134,39 @@ budget = {"cpu": "small"}.get(device["platform"], "chip") if budget == "auto" el
 # terminal joins the same sweep.
 
 # %%
-place = Path(store) if store else folder / "sweeps"
+place = local_path(store) if store else folder / "sweeps"
 if driver == "wandb":
     secret("WANDB_API_KEY")
-    server = drivers.wandb_login()
+    site = server.wandb_login()
 if join and driver == "wandb":
-    spec = drivers.read_sweep(server, drivers.parse_path(join))
+    spec = server.read_sweep(site, server.parse_path(join))
 elif join:
     spec = journal.read(place / join)
 else:
     make = presets.from_file if sweep.endswith((".yaml", ".yml", ".json")) else presets.preset
-    text = dict(source=source) if source else {}
-    text |= dict(shards=shards) if shards else {}
-    spec = make(
-        sweep,
-        budget,
-        **text,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer.fingerprint[:16],
-        **parse_overrides(overrides, Config),
-    )
-    spec = space.with_constants(
-        spec, {name: trials.DEFAULTS[name] for name in ("source", "shards")}
-    )
+    constants = dict(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.fingerprint[:16])
+    constants |= dict(source=source) if source else {}
+    constants |= dict(shards=shards) if shards else {}
+    spec = make(sweep, budget, **constants, **parse_overrides(overrides, Config))
+    text = {name: trials.DEFAULTS[name] for name in ("source", "shards")}
+    spec = space.with_constants(spec, text)
+
+# %% [markdown]
+# A sweep that cannot be trained, or could not be measured, is not even made.
+
+# %%
 bench = trials.Bench(tokenizer, memory=device["memory"], save_seconds=60 * save_minutes)
-plan = trials.plan(spec, bench)  # a sweep that cannot be trained is not even made
+plan = trials.plan(spec, bench)
+if count >= 0:
+    for settings in plan.texts:
+        bench.check_held_out(settings)
+
+# %%
 if driver == "wandb":
-    path = (
-        drivers.parse_path(join)
-        if join
-        else drivers.create_sweep(server, spec, *["", *project.split("/")][-2:])
-    )
+    entity, name = ["", *project.split("/")][-2:]
+    path = server.parse_path(join) if join else server.create_sweep(site, spec, entity, name)
     sweep_id, here = "/".join(path), place / f"wandb-{'-'.join(path)}"
-    print(f"page        {server.page(path)}")
+    print(f"page        {site.page(path)}")
 else:
     sweep_id = join or space.spec_id(spec)
     here = place / sweep_id
@@ -162,19 +174,9 @@ else:
 known = driver == "wandb" and (here / "sweep.json").exists()
 spec = journal.read(here) if known else journal.create(here, spec)
 metric, goal = spec["metric"]["name"], spec["metric"]["goal"]
-again = f"--driver {driver} --join {sweep_id}" + (f" --store {store}" if store else "")
-print(
-    f"sweep       {sweep_id}\nfolder      {here}\njoin it     python 03_worker.py --run {folder.name} {again}\n"
-)
-print(
-    pictures.table(
-        [
-            dict(parameter=name, **{k: str(v) for k, v in p.items()})
-            for name, p in space.varied(spec).items()
-        ]
-    )
-)
-print("\nconstant    " + " ".join(f"{k}={v}" for k, v in space.constants(spec).items()))
+again = texts.join_command(folder.name, driver, sweep_id, store)
+print(f"sweep       {sweep_id}\nfolder      {here}\njoin it     {again}\n")
+print(texts.sweep_text(spec))
 
 # %% [markdown]
 # ## The plan
@@ -184,36 +186,11 @@ print("\nconstant    " + " ".join(f"{k}={v}" for k, v in space.constants(spec).i
 
 # %%
 ended = sum(t.state in journal.ENDS for t in journal.trials(here))
-left = max(plan["trials"] - ended, 0)
-print(
-    f"trials      {plan['trials'] if math.isfinite(plan['trials']) else 'no end'}, {ended} of them ended, "
-    f"{plan['shapes']} shape(s) to compile, {plan['invalid']} impossible combination(s) in a sample of {plan['sampled']}"
-)
-for reason, n in plan["reasons"].items():
-    print(f"impossible  {n} x {reason}")
-print(
-    f"compute     {plan['flops']:.3g} FLOPs per trial on average, {plan['flops_least']:.3g} to {plan['flops_most']:.3g}"
-)
-if space.rungs(spec):
-    print(
-        f"hyperband   looks after {', '.join(str(r) for r in space.rungs(spec) if r < plan['evals'])} of "
-        f"{plan['evals']} validations and keeps the best 1/{spec['early_terminate'].get('eta', 3)}"
-    )
+left = max(plan.trials - ended, 0)
+print(texts.plan_text(plan, spec, ended))
 if count >= 0 and left:
-    timed = trials.time_one(*plan["middle"], bench)
-    minutes = (
-        plan["flops"] * min(left, count or math.inf) / timed["flops_per_s"]
-        + plan["shapes"] * timed["compile_seconds"]
-    ) / 60
-    print(
-        f"time        one trial {plan['flops'] / timed['flops_per_s']:.1f} s ({timed['flops_per_s'] / 1e9:.1f} GFLOP/s, validation "
-        f"included) after {timed['compile_seconds']:.1f} s to compile"
-    )
-    if math.isfinite(minutes):
-        print(
-            f"            {minutes:.1f} min for what is left, with one worker"
-            + (", less what is pruned" if space.rungs(spec) else "")
-        )
+    timing = trials.time_one(*plan.middle, bench)
+    print(texts.time_text(plan, timing, spec, min(left, count or math.inf)))
 
 # %% [markdown]
 # ## The work
@@ -221,55 +198,42 @@ if count >= 0 and left:
 # Interrupt it at any time: the trial at hand goes back, and this or another worker takes it up where its checkpoint is.
 
 # %%
-clock, worked, interrupted = time.perf_counter(), 0, False
-with journal.Journal(here) as book, interruptible() as signal:
-    boss = (
-        drivers.Local(book, spec)
-        if driver == "local"
-        else drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path))
-    )
+clock, worked = time.perf_counter(), 0
+with journal.Journal(here) as book, interruptible("giving the trial at hand back") as signal:
+    if driver == "local":
+        boss = drivers.Local(book, spec)
+    else:
+        boss = drivers.Wandb(book, spec, site, path, drivers.wandb_runs(path))
     try:
         while (count == 0 or worked < count) and not signal.stop:
-            taken = boss.take(
-                min(population, count - worked) if count else population, stop=lambda: signal.stop
-            )
+            size = min(population, count - worked) if count else population
+            taken = boss.take(size, stop=lambda: signal.stop)
             if not taken:
                 break
             for trial, outcome in trials.run(boss, taken, bench, stop=lambda: signal.stop):
                 worked += outcome.state in journal.ENDS
-                shown = (
-                    f"{metric} {outcome.values[metric]:.4f}"
-                    if metric in outcome.values
-                    else outcome.reason
-                )
-                print(
-                    f"trial {trial.number:3} {outcome.state:7} {shown}  {outcome.facts.get('seconds', 0):6.1f} s  "
-                    + " ".join(
-                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                        for k, v in trial.assignment.items()
-                    ),
-                    flush=True,
-                )
-        interrupted = signal.stop
+                print(texts.trial_text(trial, outcome, metric), flush=True)
     finally:
         boss.close()
-print(
-    f"{worked} trial(s) ended here in {time.perf_counter() - clock:.1f} s; once more: python 03_worker.py --run {folder.name} {again}"
-)
+    interrupted = signal.stop
+print(f"{worked} trial(s) ended here in {time.perf_counter() - clock:.1f} s; once more: {again}")
 
 # %% [markdown]
 # ## All trials
 
 # %%
-everyone = drivers.fetch_runs(server, path, spec) if driver == "wandb" else journal.trials(here)
-pictures.write_csv(here / "trials.csv", pictures.trial_rows(everyone))
-pictures.write_csv(here / "curves.csv", pictures.curve_rows(everyone))
-states = {s: sum(t.state == s for t in everyone) for s in dict.fromkeys(t.state for t in everyone)}
-print(", ".join(f"{n} {s}" for s, n in states.items()) or "no trial yet")
+everyone = journal.trials(here)
+if driver == "wandb":
+    everyone = server.fetch_runs(site, path, spec)
+tables.write_csv(here / "trials.csv", tables.trial_rows(everyone))
+tables.write_csv(here / "curves.csv", tables.curve_rows(everyone))
+states = [t.state for t in everyone]
+counted = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
+print(", ".join(counted) or "no trial yet")
 for t in everyone:
     if t.state == "failed":
         print(f"failed: {t.assignment}: {t.reason}")
-print(pictures.leaders(everyone, goal))
+print(tables.leaders(everyone, goal))
 print(f"tables: {here / 'trials.csv'}, {here / 'curves.csv'}")
 
 # %% [markdown]
@@ -279,16 +243,31 @@ print(f"tables: {here / 'trials.csv'}, {here / 'curves.csv'}")
 # and what decided.
 
 # %%
-best = pictures.best_of(everyone, goal)
+best = tables.best_of(everyone, goal)
 if best:
     show(pictures.curves(everyone, spec), here / "curves.png")
     show(pictures.best_so_far(everyone, spec), here / "best.png")
     show(pictures.parallel(everyone, spec), here / "parallel.png")
-if shares := space.importance(spec, everyone):
+if shares := suggest.importance(spec, everyone):
     show(pictures.importance(shares), here / "importance.png")
-    pictures.write_csv(
-        here / "importance.csv", [dict(parameter=k, share=v) for k, v in shares.items()]
-    )
+    rows = [dict(parameter=name, share=share) for name, share in shares.items()]
+    tables.write_csv(here / "importance.csv", rows)
+
+# %% [markdown]
+# ## A single change
+#
+# Two trials that differ in one parameter alone, one over the other: where do their curves part? With a random search there is
+# seldom such a pair; a grid has many.
+
+# %%
+if pair := laws.single_change(everyone, goal):
+    first, second, name = pair
+    for t in (first, second):
+        change = texts.values_text({name: t.assignment[name]})
+        print(f"trial {t.number:3}  {change}  {metric} {t.value:.4f}")
+    show(pictures.compared(first, second, spec, name), here / "compared.png")
+else:
+    print("no two finished trials differ in a single parameter")
 
 # %% [markdown]
 # ## Laws
@@ -299,89 +278,36 @@ if shares := space.importance(spec, everyone):
 
 # %%
 runs = scaling.runs_of(everyone)
-laws, span = {}, lambda pair: f"[{pair[0]:.3g}, {pair[1]:.3g}]"
-if "target_flops" in space.varied(spec) and "depth" in space.varied(spec):
-    try:
-        laws["isoflop"] = fit = scaling.isoflop(runs)
-        print(
-            pictures.table(
-                [
-                    {k: b[k] for k in ("target", "N", "D", "L")}
-                    | {
-                        "N interval": span(b["N_interval"]),
-                        "tokens/N": b["D"] / b["N"],
-                        "inside": str(b["inside"]),
-                    }
-                    for b in fit["budgets"]
-                ],
-                dict(target=".3g", N=",.0f", D=",.0f", L=".4f", **{"tokens/N": ".1f"}),
-            )
-        )
-        print(
-            f"\n{len(fit['budgets']) - fit['used']} budget(s) left out, their minimum being outside of the sizes trained\n"
-            f"through {fit['used']} minima: best size ~ C^{fit['N_opt']['p']:.3f} {span(fit['N_opt']['p_interval'])}, best tokens ~ "
-            f"C^{fit['D_opt']['p']:.3f} {span(fit['D_opt']['p_interval'])}"
-        )
-        show(pictures.isoflop(fit, metric), here / "isoflop.png")
-        laws["parametric"] = whole = scaling.parametric(runs)
-        print(
-            "L(N, D) = E + A/N^alpha + B/D^beta, Huber loss on logs: "
-            + ", ".join(
-                f"{k} {whole[k]:.3g} {span(whole['intervals'][k])}"
-                for k in ("E", "A", "alpha", "B", "beta", "a")
-            )
-            + f"; off by {whole['error']:.2%} (root mean square); a is the power of the best size"
-        )
-    except UserError as e:
-        print(f"not fitted yet: {e}")
-    if "isoflop" in laws:
-        show(pictures.frontier(laws["isoflop"], laws.get("parametric")), here / "frontier.png")
-elif "depth" in space.varied(spec):
-    try:
-        laws["series"] = fit = scaling.series(runs)
-        print(
-            "L = E + k C^-p: "
-            + ", ".join(f"{k} {fit[k]:.4g} {span(fit['intervals'][k])}" for k in "Ekp")
-        )
-        show(pictures.series(runs, fit, metric), here / "series.png")
-    except UserError as e:
-        print(f"not fitted yet: {e}")
-if laws and (unseen := scaling.held_out(runs)):
-    print(
-        "\nthe largest, predicted by a fit that did not see it:\n"
-        + pictures.table(
-            unseen,
-            dict(
-                N=",.0f",
-                D=",.0f",
-                C=".3g",
-                error="+.2%",
-                actual=".4f",
-                predicted=".4f",
-                low=".4f",
-                high=".4f",
-            ),
-        )
-    )
+fits, lines = laws.fit_laws(spec, runs)
+print("\n\n".join(lines))
+if "isoflop" in fits:
+    show(pictures.isoflop(fits["isoflop"], metric), here / "isoflop.png")
+    show(pictures.frontier(fits["isoflop"], fits.get("parametric")), here / "frontier.png")
+if "series" in fits:
+    show(pictures.series(runs, fits["series"], metric), here / "series.png")
+
+# %% [markdown]
+# The largest budget, predicted by a fit that did not see it:
+
+# %%
+if fits and (unseen := scaling.held_out(runs)):
+    print(tables.held_out_table(unseen))
     show(pictures.predicted(unseen, metric), here / "held_out.png")
-    pictures.write_csv(here / "held_out.csv", unseen)
-if laws:
-    pictures.write_csv(here / "runs.csv", runs)
-    kept = {name: {k: v for k, v in law.items() if k != "draws"} for name, law in laws.items()}
-    update_json(here / "laws.json", **json.loads(json.dumps(kept, default=float)))
+    tables.write_csv(here / "held_out.csv", unseen)
+if fits:
+    tables.write_csv(here / "runs.csv", runs)
+    update_json(here / "laws.json", **json.loads(json.dumps(laws.plain(fits), default=float)))
 
 # %% [markdown]
 # ## What each part is worth
 
 # %%
-if "without" in space.varied(spec) and (rows := scaling.paired(everyone)):
-    print(pictures.ablation_table(rows))
-    print(
-        "\ndelta: without the part minus the whole model of the same seed (positive: the part helps)\n"
-        "low, high: 95 % interval, Student's t over seeds"
-    )
+rows, sentence = laws.ablations(spec, everyone)
+if rows:
+    print(tables.ablation_table(rows) + "\n")
     show(pictures.ablation(rows, metric), here / "ablation.png")
-    pictures.write_csv(here / "ablation.csv", rows)
+    tables.write_csv(here / "ablation.csv", rows)
+print(sentence)
 
 # %% [markdown]
 # ## Checks
@@ -414,7 +340,7 @@ results = dict(
 update_json(folder / "results.json", **results)
 print(json.dumps(results, indent=1))
 if interrupted:
-    raise UserError("interrupted: the trial at hand was given back; run again to go on")
+    raise Interrupted("interrupted: the trial at hand was given back; run again to go on")
 
 # %% [markdown]
 # ## Where to go next

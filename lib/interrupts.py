@@ -5,10 +5,19 @@ import signal
 import threading
 import types
 
+from lib.files import UserError
+
+
+class Interrupted(UserError):
+    """Work was left off because someone asked for it; the sentence says how to go on."""
+
+    code = 130  # what a shell reports of a program that Ctrl-C has ended
+
 
 @contextlib.contextmanager
 def interruptible(promise: str = "finishing this step and saving"):
-    """Yield a flag whose `.stop` becomes True at the first SIGTERM or Ctrl-C, so that a loop can save and leave.
+    """Yield a flag whose `.stop` becomes True at the first SIGTERM or Ctrl-C, so that a loop can
+    save and leave.
 
     promise: what the printed line says is happening then. A second signal raises KeyboardInterrupt
     at once. The handlers that were there are put back at the end. Outside the main thread, where

@@ -91,7 +91,7 @@ def _excepthook(kind, error, trace):
     code = None
     if issubclass(kind, UserError):
         print(f"Error: {error}", file=sys.stderr)
-        code = 2
+        code = getattr(error, "code", 2)
     elif issubclass(kind, KeyboardInterrupt):
         print("\nstopped: run it again to go on from what was saved", file=sys.stderr)
         code = INTERRUPTED

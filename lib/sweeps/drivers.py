@@ -15,6 +15,7 @@ import json
 import math
 import time
 import zlib
+from typing import Any
 
 from lib.files import UserError, first_line
 from lib.sweeps import space
@@ -258,7 +259,7 @@ class Wandb:
 
     def end(self, trial: Trial, state: str, value=None, reason: str = "", curve=(), **facts):
         log, finish = self.runs.pop(trial.id)
-        numbers = {
+        numbers: dict[str, Any] = {
             k: v for k, v in facts.items() if isinstance(v, int | float) and math.isfinite(v)
         }
         if state != "done":
@@ -307,7 +308,7 @@ def wandb_runs(path):
     entity, project, sweep = path
 
     def start_run(id, assignment, stop):
-        settings = dict(sweep_id=sweep, silent=True)
+        settings: dict[str, Any] = dict(sweep_id=sweep, silent=True)
         # else the client interrupts the main thread
         if "stop_fn" in getattr(wandb.Settings, "model_fields", {}):
             settings["stop_fn"] = stop

@@ -212,11 +212,14 @@ def importance(shares: dict):
 
 
 @styled
-def compared(first, second, spec: dict):
-    """Two trials over each other: training loss and metric by step."""
+def compared(first, second, spec: dict, name: str):
+    """Two trials over each other, labelled by their one difference:
+
+    training loss and metric by step.
+    """
     figure, (losses, scores) = subplots(1, 2, size=(5, 3.4))
     for t, colour in ((first, "black"), (second, "C1")):
-        label = f"trial {t.number}"
+        label = f"{name}={t.assignment[name]}"
         if t.curve:
             losses.plot(*zip(*t.curve), color=colour, label=label)
         if t.reports:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lib.data.tokenizer import Tokenizer
+from lib.files import UserError
 from lib.sweeps import drivers, journal, population, space, trials
 from lib.sweeps.journal import Journal
 from lib.train import step as train
