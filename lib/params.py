@@ -25,6 +25,10 @@ class Spec:
     n_in: int = 1
 
 
+def _uniform(bound: float) -> tuple:
+    return "uniform", -bound, bound
+
+
 def param_specs(c: Config) -> dict:
     """The parameter tree of a config as Specs; parts that are switched off are absent."""
     L, D, N, K, H, F, V, Lv = (
@@ -38,19 +42,18 @@ def param_specs(c: Config) -> dict:
         len(c.value_layers),
     )
     s = math.sqrt(3 / D)  # uniform bound with the variance 1/D
-    uniform = lambda bound: ("uniform", -bound, bound)
     zero = ("constant", 0.0)
 
     blocks = {
-        "wq": Spec((L, D, N, H), ("layer", "embed", "heads", "head"), uniform(s), "matrix"),
-        "wk": Spec((L, D, K, H), ("layer", "embed", "kv_heads", "head"), uniform(s), "matrix"),
-        "wv": Spec((L, D, K, H), ("layer", "embed", "kv_heads", "head"), uniform(s), "matrix"),
+        "wq": Spec((L, D, N, H), ("layer", "embed", "heads", "head"), _uniform(s), "matrix"),
+        "wk": Spec((L, D, K, H), ("layer", "embed", "kv_heads", "head"), _uniform(s), "matrix"),
+        "wv": Spec((L, D, K, H), ("layer", "embed", "kv_heads", "head"), _uniform(s), "matrix"),
         "wo": Spec((L, N, H, D), ("layer", "heads", "head", "embed"), zero, "matrix", n_in=2),
-        "w_in": Spec((L, D, F), ("layer", "embed", "mlp"), uniform(0.4 * s), "matrix"),
+        "w_in": Spec((L, D, F), ("layer", "embed", "mlp"), _uniform(0.4 * s), "matrix"),
         "w_out": Spec((L, F, D), ("layer", "mlp", "embed"), zero, "matrix"),
     }
     if c.mlp == "swiglu":
-        blocks["w_gate"] = Spec((L, D, F), ("layer", "embed", "mlp"), uniform(0.4 * s), "matrix")
+        blocks["w_gate"] = Spec((L, D, F), ("layer", "embed", "mlp"), _uniform(0.4 * s), "matrix")
     if c.resid_scales:
         blocks["resid_scale"] = Spec((L,), ("layer",), ("linear", 1.15, 1.05), "resid")
     if c.x0_scales:
@@ -70,7 +73,7 @@ def param_specs(c: Config) -> dict:
         specs["head"] = Spec((D, V), ("embed", "vocab"), ("normal", 0.001), "head")
     if c.value_embeds:
         specs["value_embeds"] = Spec(
-            (Lv, V, K, H), ("layer", "vocab", "kv_heads", "head"), uniform(s), "value_embed"
+            (Lv, V, K, H), ("layer", "vocab", "kv_heads", "head"), _uniform(s), "value_embed"
         )
     if c.smear:
         specs["smear"] = {
@@ -105,21 +108,21 @@ def _init_leaf(key, name: str, spec: Spec):
     if kind == "constant":
         return jnp.full(spec.shape, args[0], jnp.float32)
     if kind == "linear":
-        return jnp.linspace(*args, spec.shape[0], dtype=jnp.float32)
+        first, last = args
+        return jnp.linspace(first, last, spec.shape[0], dtype=jnp.float32)
     stacked = spec.axes[:1] == ("layer",)
     shape = spec.shape[1:] if stacked else spec.shape
-    draw = lambda k: (
-        args[0] * jax.random.normal(k, shape)
-        if kind == "normal"
-        else jax.random.uniform(k, shape, minval=args[0], maxval=args[1])
-    )
+
+    def draw(key):
+        if kind == "normal":
+            return args[0] * jax.random.normal(key, shape)
+        return jax.random.uniform(key, shape, minval=args[0], maxval=args[1])
+
+    if not stacked:
+        return draw(key)
     # one key per layer: the first layers of a deeper model start like those of a shallower one of
     # the same width
-    return (
-        jnp.stack([draw(jax.random.fold_in(key, i)) for i in range(spec.shape[0])])
-        if stacked
-        else draw(key)
-    )
+    return jnp.stack([draw(jax.random.fold_in(key, i)) for i in range(spec.shape[0])])
 
 
 def init_params(key, config: Config) -> dict:
@@ -142,7 +145,7 @@ def templates(config: Config) -> dict:
 
 
 def count_params(config: Config) -> dict[str, int]:
-    """Parameter counts by part: embed, value_embeds, head, blocks (their matrices), scalars, total."""
+    """Parameter counts by part: embed, value_embeds, head, blocks (matrices), scalars, total."""
     counts = dict(embed=0, value_embeds=0, head=0, blocks=0, scalars=0)
     part = {"embed": "embed", "value_embed": "value_embeds", "head": "head", "matrix": "blocks"}
     for spec in jax.tree.leaves(param_specs(config), is_leaf=is_spec):

@@ -4,7 +4,8 @@
 what they and a server run on. `Sampling` says how one row is written.
 """
 
-from lib.generate.engine import Engine, Engines, Token, generate, stream
+from lib.generate.engine import Engine, Engines, generate, stream
 from lib.generate.sampling import Sampling
+from lib.generate.writer import Token
 
 __all__ = ["Engine", "Engines", "Sampling", "Token", "generate", "stream"]

@@ -1,26 +1,127 @@
-"""Guess several tokens ahead, check them all in one forward: the same text, fewer passes over the
+"""Draft several tokens ahead, check them all in one forward: the same text, fewer passes over the
 weights.
 
 Leviathan et al. (2023) keep the distribution by accepting and redrawing with matched probabilities.
 Here the model's own choice at every place is drawn as ever, by the noise that belongs to that place
-(lib.sampling), and a guess counts as right if it equals that choice. So what is written is what
-would have been written without guessing, token by token, at any temperature; and a draft model that
-draws by the same noise is right about as often as the matched probabilities would allow.
+(lib.generate.sampling), and a draft is accepted if it equals that choice. So what is written is
+what would have been written without drafts, token by token, at any temperature; and a draft model
+that draws by the same noise is right about as often as the matched probabilities would allow.
+
+A round has four steps: propose (a draft model, or the row's own text), verify (one forward over all
+drafts), accept (the drafts that equal the model's choices) and commit (cache, rows and output).
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lib import model
 from lib.config import Config
-from lib.generate.sampling import TOP, sample, step_rows, top_alternatives
-from lib.model.cache import newest_token
+from lib.generate.decode import Chunk, empty_chunk
+from lib.generate.sampling import sample, step_rows, top_alternatives
+from lib.model.cache import Cache, newest_token
+
+
+class State(NamedTuple):
+    """What a round changes.
+
+    caches: of the model and, where there is one, of the draft model. rows: their sampling states;
+    without a draft model rows["history"] holds the tokens of each row.
+    """
+
+    made_B: Any  # tokens written in this dispatch
+    waiting_B: Any  # whether the row has written the pausing token
+    caches: list[Cache]
+    rows: dict
+    chunk: Chunk
+
+
+class Verified(NamedTuple):
+    """What the model makes of the drafts: its choice at each place, if all before are right."""
+
+    choice_BT: Any
+    logits_BTV: Any
+    cache: Cache
+
+
+@partial(
+    jax.jit,
+    static_argnames=("configs", "pause", "speculate"),
+    donate_argnames=("caches", "rows"),
+)
+def decode(
+    params, configs: tuple[Config, ...], caches, rows, forced_BC, count, *, pause, speculate
+):
+    """What lib.generate.decode's `decode` does, with `speculate` tokens drafted per round.
+
+    params, configs and caches are those of the model and, where there is one, of the draft model.
+    Returns (caches, rows, Chunk).
+    """
+    B, C = forced_BC.shape
+    # a round looks at the drafts and at the token behind them
+    padded_BC = jnp.pad(forced_BC, ((0, 0), (0, speculate + 1)), constant_values=-1)
+    steps = jnp.arange(speculate + 1)
+
+    def active(state):
+        return state.rows["alive"] & ~state.waiting_B & (state.made_B < count)
+
+    def one_round(state: State) -> State:
+        active_B = active(state)
+        places_BT = state.made_B[:, None] + steps
+        force_BT = jnp.take_along_axis(padded_BC, places_BT, axis=1)
+
+        draft_BG, draft_caches = propose(params, configs, state, active_B, force_BT)
+        tokens_BT = jnp.concatenate([state.rows["token"][:, None], draft_BG], axis=1)
+        verified = verify(params[0], configs[0], state, active_B, tokens_BT, force_BT)
+        choice_BT = verified.choice_BT
+        kept_B = accept(state, draft_BG, choice_BT, force_BT, pause, C - state.made_B)
+        kept_B = kept_B * active_B
+
+        caches = [verified.cache, *draft_caches]
+        caches = [
+            cut_back(cache, before, tokens_BT, kept_B)
+            for cache, before in zip(caches, state.caches)
+        ]
+        newest_B = newest_token(choice_BT, kept_B, choice_BT[:, 0])
+        paused_B = (kept_B > 0) & (newest_B == pause)
+        return State(
+            made_B=state.made_B + kept_B,
+            waiting_B=state.waiting_B | paused_B,
+            caches=caches,
+            rows=commit_rows(state, choice_BT, force_BT, kept_B, newest_B),
+            chunk=commit_chunk(state, verified, kept_B, active_B),
+        )
+
+    start = State(
+        made_B=jnp.zeros(B, jnp.int32),
+        waiting_B=jnp.zeros(B, bool),
+        caches=list(caches),
+        rows=rows,
+        chunk=empty_chunk(B, C),
+    )
+    end = jax.lax.while_loop(lambda state: active(state).any(), one_round, start)
+    return end.caches, end.rows, end.chunk
+
+
+# ---- propose -------------------------------------------------------------------------------------
+
+
+def propose(params, configs, state: State, active_B, force_BT):
+    """(drafts (B, G), the draft model's caches with them in it); what a tool forces is taken."""
+    if len(configs) > 1:
+        rows = state.rows | dict(alive=active_B)
+        draft_BG, cache = _draft(params[1], configs[1], state.caches[1], rows, force_BT)
+        return draft_BG, [cache]
+    count = force_BT.shape[1] - 1
+    draft_BG = look_up(state.rows["history"], state.caches[0].length, state.rows["token"], count)
+    force_BG = force_BT[:, :count]
+    return jnp.where(force_BG >= 0, force_BG, draft_BG), []
 
 
 def look_up(history_BL, length_B, token_B, count: int):
-    """Guesses from a row's own text: what followed the last time its newest tokens stood there
+    """Drafts from a row's own text: what followed the last time its newest tokens stood there
     (prompt lookup; Saxena 2023).
 
     history_BL holds the row's tokens and length_B counts those before token_B, the newest. A match
@@ -28,172 +129,130 @@ def look_up(history_BL, length_B, token_B, count: int):
     nothing matches, which costs nothing but being wrong.
     """
     B, L = history_BL.shape
-    at = jnp.arange(L)
-    back = lambda n: jnp.take_along_axis(history_BL, jnp.maximum(length_B[:, None] - n, 0), axis=1)
-    one = (history_BL == token_B[:, None]) & (at < length_B[:, None])
-    two = one & (jnp.roll(history_BL, 1, axis=1) == back(1)) & (at > 0)
-    three = two & (jnp.roll(history_BL, 2, axis=1) == back(2)) & (at > 1)
-    best_B = jnp.argmax(jnp.where(one, (one + two.astype(jnp.int32) + three) * L + at, 0), axis=1)
-    return jnp.take_along_axis(
-        history_BL, jnp.minimum(best_B[:, None] + 1 + jnp.arange(count), L - 1), axis=1
-    )
+    place = jnp.arange(L)
+
+    def back(n):
+        return jnp.take_along_axis(history_BL, jnp.maximum(length_B[:, None] - n, 0), axis=1)
+
+    # where the newest token stood before, and whether one or two before it agree too
+    one = (history_BL == token_B[:, None]) & (place < length_B[:, None])
+    two = one & (jnp.roll(history_BL, 1, axis=1) == back(1)) & (place > 0)
+    three = two & (jnp.roll(history_BL, 2, axis=1) == back(2)) & (place > 1)
+    matched = one + two.astype(jnp.int32) + three
+    best_B = jnp.argmax(jnp.where(one, matched * L + place, 0), axis=1)
+
+    following_BG = best_B[:, None] + 1 + jnp.arange(count)
+    return jnp.take_along_axis(history_BL, jnp.minimum(following_BG, L - 1), axis=1)
 
 
-def _draft(params, config: Config, cache, rows, force_BT):
-    """A draft model's guesses for every row, each drawn as the row would draw, and its cache with
-    all of them in it.
-    """
-    guesses = []
+def _draft(params, config: Config, cache: Cache, rows, force_BT):
+    """A draft model's tokens for every row, each drawn as the row would draw, and its cache."""
+    drafts = []
     # once more than needed: should all be right, the cache must hold the last one too
     for force_B in force_BT.T:
-        logits_BTV, cache = model.forward(
-            params, config, jnp.where(rows["alive"], rows["token"], -1)[:, None], cache
-        )
-        guesses.append(jnp.where(force_B >= 0, force_B, sample(logits_BTV[:, 0], rows)))
-        rows = step_rows(
-            rows | dict(left=rows["left"] + 1),
-            guesses[-1],
-            rows["alive"],
-            jnp.zeros_like(rows["alive"]),
-        )
-    return jnp.stack(guesses[:-1], axis=1), cache
+        fed_B1 = jnp.where(rows["alive"], rows["token"], -1)[:, None]
+        logits_BTV, cache = model.forward(params, config, fed_B1, cache)
+        token_B = jnp.where(force_B >= 0, force_B, sample(logits_BTV[:, 0], rows))
+        drafts.append(token_B)
+        # no draft ends a row
+        never = jnp.zeros_like(rows["alive"])
+        rows = step_rows(rows | dict(left=rows["left"] + 1), token_B, rows["alive"], never)
+    return jnp.stack(drafts[:-1], axis=1), cache
 
 
-def _cut_back(cache, before, tokens_BT, kept_B):
+# ---- verify, accept ------------------------------------------------------------------------------
+
+
+def verify(params, config: Config, state: State, active_B, tokens_BT, force_BT) -> Verified:
+    """One forward over the newest token and the drafts, and what the row chooses at each place."""
+    fed_BT = jnp.where(active_B[:, None], tokens_BT, -1)
+    logits_BTV, cache = model.forward(params, config, fed_BT, state.caches[0])
+    B, T, V = logits_BTV.shape
+
+    # places are rows of a wider batch, each of which has made and seen the drafts before it
+    rows = {name: a for name, a in state.rows.items() if name != "history"}
+    wide = {name: jnp.repeat(a, T, axis=0) for name, a in rows.items()}
+    drafted_BTV = jnp.cumsum(jax.nn.one_hot(tokens_BT, V, dtype=jnp.int8), axis=1) > 0
+    wide["made"] = (rows["made"][:, None] + jnp.arange(T)).reshape(-1)
+    wide["seen"] = wide["seen"] | drafted_BTV.reshape(-1, V)
+
+    choice_BT = sample(logits_BTV.reshape(-1, V), wide).reshape(B, T)
+    choice_BT = jnp.where(force_BT >= 0, force_BT, choice_BT)
+    return Verified(choice_BT, logits_BTV, cache)
+
+
+def accept(state: State, draft_BG, choice_BT, force_BT, pause: int, room_B):
+    """How many of the choices stand: those behind right drafts and the one after them, up to a stop
+    or pause and within what is left.
+    """
+    G = draft_BG.shape[1]
+    right_B = jnp.cumprod(draft_BG == choice_BT[:, :G], axis=1).sum(axis=1)
+    is_stop_BT = (choice_BT[..., None] == state.rows["stop"][:, None]).any(-1)
+    ends_BT = ((force_BT < 0) & is_stop_BT) | (choice_BT == pause)
+    first_end_B = jnp.where(ends_BT.any(1), jnp.argmax(ends_BT, axis=1), G)
+    kept_B = jnp.minimum(right_B, first_end_B) + 1
+    return jnp.minimum(kept_B, jnp.minimum(state.rows["left"], room_B))
+
+
+# ---- commit --------------------------------------------------------------------------------------
+
+
+def cut_back(cache: Cache, before: Cache, tokens_BT, kept_B) -> Cache:
     """A cache that has taken tokens_BT, with only the first `kept` of them left in it."""
     last_B = newest_token(tokens_BT, kept_B, before.last)
     return cache._replace(length=before.length + kept_B, last=last_B)
 
 
-@partial(
-    jax.jit, static_argnames=("configs", "pause", "speculate"), donate_argnames=("caches", "rows")
-)
-def decode(
-    params,
-    configs: tuple[Config, ...],
-    caches,
-    rows,
-    forced_BC,
-    count,
-    *,
-    pause: int,
-    speculate: int,
-):
-    """What lib.generate.engine's decoding loop does, with `speculate` tokens drafted per round: up
-    to `count` tokens for every row alive.
+def commit_rows(state: State, choice_BT, force_BT, kept_B, newest_B) -> dict:
+    """The rows after the choices that stand, as if they had been made one by one."""
+    rows = state.rows
+    B, T = choice_BT.shape
+    steps = jnp.arange(T)
+    kept_BT = steps < kept_B[:, None]
+    if "history" in rows:
+        # places beyond the history are dropped
+        place_BT = state.caches[0].length[:, None] + 1 + steps
+        place_BT = jnp.where(kept_BT, place_BT, rows["history"].shape[1])
+        row_B1 = jnp.arange(B)[:, None]
+        history = rows["history"].at[row_B1, place_BT].set(choice_BT, mode="drop")
+        rows = rows | dict(history=history)
 
-    params, configs and caches are those of the model and, where there is one, of the draft model;
-    without it rows["history"] holds the tokens of each row and guesses come from there. Returns
-    (caches, rows, out); out also counts tokens "drafted" and "accepted".
-    """
-    B, C = forced_BC.shape
-    G = speculate
-    steps = jnp.arange(G + 1)
-    row = jnp.arange(B)[:, None]
-    out = dict(
-        id=jnp.full((B, C), -1, jnp.int32),
-        logprob=jnp.zeros((B, C)),
-        top_id=jnp.zeros((B, C, TOP), jnp.int32),
-        top_logprob=jnp.zeros((B, C, TOP)),
-        drafted=jnp.int32(0),
-        accepted=jnp.int32(0),
+    # all but the newest here, the newest as ever
+    took_B = kept_B > 0
+    V = rows["seen"].shape[1]
+    kept_BTV = jax.nn.one_hot(choice_BT, V, dtype=jnp.int8) * kept_BT[..., None]
+    rows = rows | dict(
+        made=rows["made"] + kept_B - took_B,
+        left=rows["left"] - kept_B + took_B,
+        seen=rows["seen"] | kept_BTV.any(1),
     )
+    own_B = newest_token(force_BT, kept_B, force_BT[:, 0]) < 0
+    return step_rows(rows, newest_B, took_B, own_B)
 
-    def active(rows, made_B, waiting_B):
-        return rows["alive"] & ~waiting_B & (made_B < count)
 
-    def one(carry):
-        made_B, caches, rows, waiting_B, out = carry
-        active_B = active(rows, made_B, waiting_B)
-        force_BT = jnp.take_along_axis(
-            jnp.pad(forced_BC, ((0, 0), (0, G + 1)), constant_values=-1),
-            made_B[:, None] + steps,
-            axis=1,
-        )
-        if len(configs) == 1:
-            guess_BG, drafted = look_up(rows["history"], caches[0].length, rows["token"], G), []
-            guess_BG = jnp.where(force_BT[:, :G] >= 0, force_BT[:, :G], guess_BG)
-        else:
-            guess_BG, cache = _draft(
-                params[1], configs[1], caches[1], rows | dict(alive=active_B), force_BT
-            )
-            drafted = [cache]
-        tokens_BT = jnp.concatenate([rows["token"][:, None], guess_BG], axis=1)
-        logits_BTV, checked = model.forward(
-            params[0], configs[0], jnp.where(active_B[:, None], tokens_BT, -1), caches[0]
-        )
-        # what the row chooses at each place if all guesses before it are right: places are rows of
-        # a wider batch
-        V = logits_BTV.shape[-1]
-        wide = {name: jnp.repeat(a, G + 1, axis=0) for name, a in rows.items() if name != "history"}
-        guessed_BTV = jnp.cumsum(jax.nn.one_hot(tokens_BT, V, dtype=jnp.int8), axis=1) > 0
-        wide |= dict(
-            made=(rows["made"][:, None] + steps).reshape(-1),
-            seen=wide["seen"] | guessed_BTV.reshape(-1, V),
-        )
-        choice_BT = sample(logits_BTV.reshape(-1, V), wide).reshape(B, G + 1)
-        choice_BT = jnp.where(force_BT >= 0, force_BT, choice_BT)
-        right_B = jnp.cumprod(guess_BG == choice_BT[:, :G], axis=1).sum(axis=1)
-        # of the right ones, and the one after them, keep those up to a stop or pause and within
-        # what is left
-        stop_BT = (force_BT < 0) & (choice_BT[..., None] == rows["stop"][:, None]).any(-1) | (
-            choice_BT == pause
-        )
-        first_B = jnp.where(stop_BT.any(1), jnp.argmax(stop_BT, axis=1), G)
-        kept_B = (
-            jnp.minimum(jnp.minimum(right_B, first_B) + 1, jnp.minimum(rows["left"], C - made_B))
-            * active_B
-        )
-        kept_BT = steps < kept_B[:, None]
-        newest_B = jnp.take_along_axis(choice_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0]
-        forced_B = (
-            jnp.take_along_axis(force_BT, jnp.maximum(kept_B - 1, 0)[:, None], axis=1)[:, 0] >= 0
-        )
-        lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-        new = dict(
-            id=choice_BT,
-            logprob=jnp.take_along_axis(logits_BTV, choice_BT[..., None], axis=-1)[..., 0] - lse_BT,
-        )
-        new |= dict(
-            zip(
-                ("top_id", "top_logprob"),
-                top_alternatives(logits_BTV, lse_BT, jnp.any(rows["top"] & active_B)),
-            )
-        )
-        column_BT = jnp.where(kept_BT, made_B[:, None] + steps, C)
-        tried = dict(
-            drafted=out["drafted"] + G * active_B.sum(),
-            accepted=out["accepted"] + jnp.maximum(kept_B - 1, 0).sum(),
-        )
-        out = {
-            name: out[name].at[row, column_BT].set(value, mode="drop")
-            for name, value in new.items()
-        } | tried
-        if "history" in rows:
-            place_BT = jnp.where(
-                kept_BT, caches[0].length[:, None] + 1 + steps, rows["history"].shape[1]
-            )
-            rows = rows | dict(
-                history=rows["history"].at[row, place_BT].set(choice_BT, mode="drop")
-            )
-        caches = [_cut_back(a, b, tokens_BT, kept_B) for a, b in zip([checked, *drafted], caches)]
-        seen = rows["seen"] | (
-            jax.nn.one_hot(choice_BT, V, dtype=jnp.int8) * kept_BT[..., None]
-        ).any(1)
-        took_B = kept_B > 0
-        rows = step_rows(
-            rows
-            | dict(
-                made=rows["made"] + kept_B - took_B, left=rows["left"] - kept_B + took_B, seen=seen
-            ),
-            newest_B,
-            took_B,
-            ~forced_B,
-        )
-        return made_B + kept_B, caches, rows, waiting_B | (took_B & (newest_B == pause)), out
+def commit_chunk(state: State, verified: Verified, kept_B, active_B) -> Chunk:
+    """The output with the choices that stand behind what was written before."""
+    chunk = state.chunk
+    B, T = verified.choice_BT.shape
+    C = chunk.id.shape[1]
+    steps = jnp.arange(T)
+    # columns beyond the chunk are dropped
+    column_BT = jnp.where(steps < kept_B[:, None], state.made_B[:, None] + steps, C)
+    row_B1 = jnp.arange(B)[:, None]
 
-    carry = (jnp.zeros(B, jnp.int32), list(caches), rows, jnp.zeros(B, bool), out)
-    _, caches, rows, _, out = jax.lax.while_loop(
-        lambda c: active(c[2], c[0], c[3]).any(), one, carry
+    def put(old, new):
+        return old.at[row_B1, column_BT].set(new, mode="drop")
+
+    logits_BTV, choice_BT = verified.logits_BTV, verified.choice_BT
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    picked_BT = jnp.take_along_axis(logits_BTV, choice_BT[..., None], axis=-1)[..., 0]
+    wanted = jnp.any(state.rows["top"] & active_B)
+    top_id, top_logprob = top_alternatives(logits_BTV, lse_BT, wanted)
+    return Chunk(
+        id=put(chunk.id, choice_BT),
+        logprob=put(chunk.logprob, picked_BT - lse_BT),
+        top_id=put(chunk.top_id, top_id),
+        top_logprob=put(chunk.top_logprob, top_logprob),
+        drafted=chunk.drafted + (T - 1) * active_B.sum(),
+        accepted=chunk.accepted + jnp.maximum(kept_B - 1, 0).sum(),
     )
-    return caches, rows, out

@@ -9,6 +9,7 @@ Softmax is in float32 whatever the inputs are.
 import contextlib
 import functools
 import math
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,13 @@ def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | No
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
+    block = block or max(128, T // 8)
     # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order.
     # The queries of a group share their keys, so they are just more rows (R = T G, position by
     # position) of the same matrices.
     q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    o_BKRH = _blocked(
-        q_BKRH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), window, block or max(128, T // 8)
-    )
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    o_BKRH = cast(Any, _blocked(q_BKRH, k_BKSH, v_BKSH, window, block))
     return o_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
 
 
@@ -50,17 +51,17 @@ def _blocked_scores(q_BKRH, k_BKSH, window, block):
     T, H = k_BKSH.shape[2:]
     G = q_BKRH.shape[2] // T
     for start in range(0, T, block):
-        end, first = (
-            min(start + block, T),
-            0 if window is None else max(0, start - window) // block * block,
-        )
+        # these queries see the blocks of keys from the first in the window to their own
+        end = min(start + block, T)
+        reach = T if window is None else window
+        first = max(0, start - reach) // block * block
         rows, keys = slice(start * G, end * G), slice(first, end)
+
+        # which of those each query sees, known when this is traced
         distance = np.repeat(np.arange(start, end), G)[:, None] - np.arange(first, end)
-        visible = (distance >= 0) & (distance <= (T if window is None else window))
-        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys]) * (
-            1 / math.sqrt(H)
-        )
-        yield rows, keys, jnp.where(visible, s_BKRS, MASKED)
+        visible = (distance >= 0) & (distance <= reach)
+        s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys])
+        yield rows, keys, jnp.where(visible, s_BKRS * (1 / math.sqrt(H)), MASKED)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -69,49 +70,49 @@ _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
     outs, lses = [], []
     for _, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
-        top = s_BKRS.max(-1, keepdims=True)
-        p_BKRS = jnp.exp(s_BKRS - top)
-        total = p_BKRS.sum(-1, keepdims=True)
-        outs.append(
-            _product("BKRS,BKSH->BKRH", p_BKRS.astype(v_BKSH.dtype), v_BKSH[:, :, keys]) / total
-        )
-        lses.append(top + jnp.log(total))
+        # softmax, and the log of its sum for backward
+        top_BKR1 = s_BKRS.max(-1, keepdims=True)
+        p_BKRS = jnp.exp(s_BKRS - top_BKR1)
+        total_BKR1 = p_BKRS.sum(-1, keepdims=True)
+        v = v_BKSH[:, :, keys]
+        outs.append(_product("BKRS,BKSH->BKRH", p_BKRS.astype(v.dtype), v) / total_BKR1)
+        lses.append(top_BKR1 + jnp.log(total_BKR1))
     o_BKRH = checkpoint_name(jnp.concatenate(outs, 2).astype(q_BKRH.dtype), RESIDUAL_NAME)
     lse_BKR1 = checkpoint_name(jnp.concatenate(lses, 2), RESIDUAL_NAME)
     return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1)
 
 
 def _blocked_backward(window, block, residuals, do_BKRH):
-    """Recomputing the probabilities is faster on CPU than reading them back, and holds none of
-    them.
-    """
+    """Recomputing the probabilities is faster on CPU than reading them back, and holds none."""
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
     scale = 1 / math.sqrt(q_BKRH.shape[-1])
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
-    dq, dk, dv = [], [], []
+    dq: list = []  # a block of queries each
+    dk: list = []  # a block of keys each
+    dv: list = []
     for rows, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
-        q, k, v, do = (
-            q_BKRH[:, :, rows],
-            k_BKSH[:, :, keys],
-            v_BKSH[:, :, keys],
-            do_BKRH[:, :, rows],
-        )
+        q, k, v = q_BKRH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        do = do_BKRH[:, :, rows]
         p_BKRS = jnp.exp(s_BKRS - lse_BKR1[:, :, rows])
         dp_BKRS = _product("BKRH,BKSH->BKRS", do, v)
         ds_BKRS = (scale * p_BKRS * (dp_BKRS - delta_BKR1[:, :, rows])).astype(q.dtype)
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
-        for parts, new in (
-            (dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q)),
-            (dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do)),
-        ):
-            # this block of queries is the first to see the last of these blocks of keys
-            parts.append(0.0)
-            for j in range(keys.start // block, len(parts)):
-                parts[j] += new[:, :, j * block - keys.start :][:, :, :block]
+        _add_blocks(dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q), keys.start, block)
+        _add_blocks(dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do), keys.start, block)
     return tuple(
-        jnp.concatenate(x, 2).astype(like.dtype)
-        for x, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH))
+        jnp.concatenate(parts, 2).astype(like.dtype)
+        for parts, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH))
     )
+
+
+def _add_blocks(parts: list, new_BKSH, start: int, block: int):
+    """Add to each block of keys its part of a gradient that begins at key `start`.
+
+    Each block of queries is the first to see its last block of keys: there is one more of them.
+    """
+    parts.append(0.0)
+    for j in range(start // block, len(parts)):
+        parts[j] += new_BKSH[:, :, j * block - start :][:, :, :block]
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

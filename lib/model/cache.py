@@ -2,6 +2,7 @@
 window.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -169,8 +170,8 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int):
     q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
 
     # scores, the parts joined
-    product = lambda k_XSH: jnp.einsum(
-        "XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32
+    product = functools.partial(
+        jnp.einsum, "XMH,XSH->XMS", q_XMH, preferred_element_type=jnp.float32
     )
     s_XMS = jnp.concatenate([product(k_XSH) for k_XSH in keys], axis=-1)
     s_BKGTS = s_XMS.reshape(B, K, N // K, T, -1) / math.sqrt(H)
@@ -183,5 +184,6 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int):
     # values, weighed part by part
     p_XMS = p_BKGTS.reshape(B * K, N // K * T, -1).astype(values[0].dtype)
     parts = jnp.split(p_XMS, [values[0].shape[1]], axis=-1)
-    o_XMH = sum(jnp.einsum("XMS,XSH->XMH", p, v_XSH) for p, v_XSH in zip(parts, values))
+    weighed = [jnp.einsum("XMS,XSH->XMH", p, v_XSH) for p, v_XSH in zip(parts, values)]
+    o_XMH = functools.reduce(jnp.add, weighed)
     return o_XMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,6 +1,7 @@
 """From the last layer to logits, and to a loss that never holds the logits of all tokens."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,19 +48,22 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head if isinstance(head, dict) else head.astype(x_MCD.dtype)
-    losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0], (x_MCD, t_MC))
+    losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], xt[1], head, config)[0], (x_MCD, t_MC))
     return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def summed_loss(x_BTD, head_DV, targets_BT, config: Config):
+def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a
     time.
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head_DV.astype(x_MCD.dtype)
-    sum_of = lambda xt: _chunk_loss(xt[0], head, xt[1], config)[0].sum()
-    return jax.lax.map(sum_of, (x_MCD, t_MC)).sum()
+
+    def chunk(xt):
+        return _chunk_loss(xt[0], xt[1], head, config)[0].sum()
+
+    return jax.lax.map(chunk, (x_MCD, t_MC)).sum()
 
 
 def _chunks(x_BTD, targets_BT, chunk: int):
@@ -73,7 +77,7 @@ def _chunks(x_BTD, targets_BT, chunk: int):
     return x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
 
 
-def _chunk_loss(x_CD, head, t_C, config: Config):
+def _chunk_loss(x_CD, t_C, head, config: Config):
     """Loss of each token of a chunk (C,), with what its gradient needs: logits and their
     log-sum-exp.
     """
@@ -93,7 +97,7 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
 
     def chunk(head_grad, xt):
         x_CD, t_C = xt
-        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, head, t_C, config)
+        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, t_C, head, config)
         # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
         hit_CV = jnp.arange(config.vocab_size) == t_C[:, None]
         d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV

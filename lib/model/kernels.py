@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 from contextvars import ContextVar
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ VMEM_BYTES = 64 * 2**20
 # default positions per block of the kernels; splash: fastest on v6e
 BLOCKS = {"splash": 1024, "pallas": 512}
 
-_interpret = ContextVar("interpret", default=None)
+_interpret: ContextVar[bool | None] = ContextVar("interpret", default=None)
 
 
 @contextlib.contextmanager
@@ -140,7 +141,9 @@ def pallas(
     """
     q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
     block = block_size("pallas", q_BTNH.shape[1], block)
-    return _flash(q_BNTH, k_BKSH, v_BKSH, window, block, _use_interpreter(interpret)).swapaxes(1, 2)
+    interpret = _use_interpreter(interpret)
+    o_BNTH = cast(Any, _flash(q_BNTH, k_BKSH, v_BKSH, window, block, interpret))
+    return o_BNTH.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -176,10 +179,8 @@ def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
         interpret=interpret,
         name="flash_forward",
     )(q_BNTH, k_BKSH, v_BKSH)
-    o_BNTH, lse_BNT = (
-        checkpoint_name(o_BNTH, RESIDUAL_NAME),
-        checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME),
-    )
+    o_BNTH = checkpoint_name(o_BNTH, RESIDUAL_NAME)
+    lse_BNT = checkpoint_name(lse_BN1T[:, :, 0], RESIDUAL_NAME)
     return o_BNTH, (q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT)
 
 
@@ -188,12 +189,16 @@ def _flash_backward(window, block, interpret, residuals, do_BNTH):
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     G, blocks, reach = N // K, T // block, _reach(T, window, block)
     delta_BNT = jnp.einsum("BNTH,BNTH->BNT", o_BNTH, do_BNTH, preferred_element_type=jnp.float32)
-    last = lambda j, step: jnp.minimum(j + step, blocks - 1)
+
+    # the last query block again where a step has nothing to do: then nothing is loaded
+    def i_of(j, step):
+        return jnp.minimum(j + step, blocks - 1)
+
     query = pl.BlockSpec(
-        (None, None, block, H), lambda b, kv, g, j, step: (b, kv * G + g, last(j, step), 0)
+        (None, None, block, H), lambda b, kv, g, j, step: (b, kv * G + g, i_of(j, step), 0)
     )
     row = pl.BlockSpec(
-        (None, None, 1, block), lambda b, kv, g, j, step: (b, kv * G + g, 0, last(j, step))
+        (None, None, 1, block), lambda b, kv, g, j, step: (b, kv * G + g, 0, i_of(j, step))
     )
     key = pl.BlockSpec((None, None, block, H), lambda b, kv, g, j, step: (b, kv, j, 0))
     dq = pl.BlockSpec((None, None, T, H), lambda b, kv, g, j, step: (b, kv * G + g, 0, 0))
@@ -233,11 +238,13 @@ def _scores(q_QH, k_SH, i, j, window):
     s_SQ = _dot(k_SH, q_QH, (1, 1)) * (1 / math.sqrt(q_QH.shape[1]))
     key, query = (jax.lax.broadcasted_iota(jnp.int32, s_SQ.shape, axis) for axis in (0, 1))
     distance = (i - j) * s_SQ.shape[0] + query - key
-    visible = distance >= 0 if window is None else (distance >= 0) & (distance <= window)
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance <= window
     return jnp.where(visible, s_SQ, MASKED)
 
 
-def _forward_kernel(
+def _forward_kernel(  # noqa: PLR0913 (Pallas hands over every buffer)
     q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach
 ):
     i, step = pl.program_id(3), pl.program_id(4)
@@ -266,7 +273,7 @@ def _forward_kernel(
         lse_ref[...] = max_ref[...] + jnp.log(sum_ref[...])
 
 
-def _backward_kernel(
+def _backward_kernel(  # noqa: PLR0913 (Pallas hands over every buffer)
     q_ref,
     k_ref,
     v_ref,

@@ -1,12 +1,13 @@
 """The linear layer, for weights in floats or int8, with gradients that are cheap to schedule."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def linear(spec: str, x, w):
+def linear(spec: str, x, w) -> Any:
     """`jnp.einsum(spec, x, w)` for a weight in floats, or in int8 with a scale per output.
 
     An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized`

@@ -14,6 +14,7 @@ one device; over a mesh they are where the devices talk (lib.parallel).
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,10 @@ def embed(params, config: Config, tokens_BT, last_B=None):
     where there is none.
     """
     table_VD = gather("embed", params["embed"])
-    look_up = lambda ids: rms_norm(table_VD[ids].astype(config.dtype))
+
+    def look_up(ids):
+        return rms_norm(table_VD[ids].astype(config.dtype))
+
     x_BTD = look_up(tokens_BT)
     if not config.smear:
         return x_BTD
@@ -288,7 +292,7 @@ def scan_groups(x_BTD, middle_BTD, blocks, ve, config: Config, layer):
 # ---- the whole -----------------------------------------------------------------------------------
 
 
-def hidden(params, config: Config, tokens_BT, cache: Cache | None = None):
+def hidden(params, config: Config, tokens_BT, cache: Cache | None = None) -> tuple[Any, Any]:
     """The final normed residual stream (B, T, D) that the head reads, and the cache with these
     tokens added.
     """
@@ -342,7 +346,7 @@ def final_norm(x_BTD, middle_BTD, params, config: Config):
     return rms_norm(x_BTD)
 
 
-def forward(params, config: Config, tokens_BT, cache: Cache | None = None):
+def forward(params, config: Config, tokens_BT, cache: Cache | None = None) -> tuple[Any, Any]:
     """Logits (B, T, V) in float32 after `tokens_BT`, and the updated cache (None without one).
 
     Without a cache this is the training forward over whole rows. With one (see `init_cache`) the
@@ -357,7 +361,7 @@ def forward(params, config: Config, tokens_BT, cache: Cache | None = None):
 # ---- losses --------------------------------------------------------------------------------------
 
 
-def loss_sums(params, config: Config, tokens_BT, targets_BT):
+def loss_sums(params, config: Config, tokens_BT, targets_BT) -> tuple[Any, Any]:
     """(sum of losses, number of targets >= 0): what gradient accumulation adds up.
 
     Traced for one device's share of a mesh, it sums over the share's rows and over its part of each

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from lib.chat import terminal as chat
 from lib.files import UserError
-from lib.generate.engine import PREFILL, TOP, Engines, Sampling, Token, bucket
+from lib.generate import Engines, Sampling, Token
+from lib.generate.engine import PREFILL, bucket
+from lib.generate.sampling import TOP
 from lib.runs import Model
 
 ADMIT = 4  # answers begun between two steps: the others wait meanwhile

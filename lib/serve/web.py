@@ -315,7 +315,7 @@ def make_app(
         api.context,
         model.tokenizer,
         calculator,
-        settings.speculate,
+        speculate=settings.speculate,
     )
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)

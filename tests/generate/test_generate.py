@@ -11,6 +11,7 @@ from lib import model
 from lib.config import Config
 from lib.files import UserError
 from lib.generate import Engine, Engines, Sampling, generate, sampling, stream
+from lib.generate import decode as decode_module
 from lib.generate import engine as engine_module
 from lib.generate.engine import LONG_CHUNK, WHOLE_CHUNK
 from lib.params import init_params
@@ -243,7 +244,7 @@ def test_no_setting_recompiles():
     generate(params, config, PROMPTS, Sampling(4))
     sizes = lambda: [
         f._cache_size()
-        for f in (engine_module._decode, engine_module._prefill, engine_module._set_rows)
+        for f in (decode_module.decode, decode_module.prefill, decode_module.set_rows)
     ]
     before = sizes()
     for settings in (
@@ -318,7 +319,7 @@ def test_decoding_copies_no_cache_per_step():
         engine = Engine(tiny_params(), TINY, slots, 512)
         shapes = {f"f32[{','.join(map(str, a.shape))}]" for a in engine.caches[0].k}
         text = (
-            engine_module._decode.lower(
+            decode_module.decode.lower(
                 engine.params[0],
                 TINY,
                 engine.caches[0],
@@ -447,7 +448,7 @@ def test_filters_agree_with_sorting_on_random_logits():
     rows = dict(
         top_k=k.astype(np.int32), top_p=top_p.astype(np.float32), min_p=min_p.astype(np.float32)
     )
-    kept = np.isfinite(jax.jit(sampling._filtered)(logits, rows))
+    kept = np.isfinite(jax.jit(sampling.filtered)(logits, rows))
     for b in range(B):
         order = np.argsort(-logits[b])[: k[b] or V]
         p = np.exp(logits[b, order].astype(np.float64))

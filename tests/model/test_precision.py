@@ -1,0 +1,112 @@
+"""Sums that are float32 in a bfloat16 run: against float64, from the very same rounded inputs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lib.model import head, linear
+from lib.model.attention import ATTENTION
+from lib.model.cache import attend_held
+from lib.model.transformer import loss_fn, rms_norm
+from tests.model.test_model import TINY, relative, tiny_params, tokens
+
+CONFIG = TINY.replace(compute_dtype="bfloat16", loss_chunk=64, softcap=0.0)
+# a sum of thousands in bfloat16 is off by a hundredth; one in float32 by a millionth
+EXACT = 1e-5
+
+
+def rounded(seed, *shape, scale=1.0):
+    """Random numbers that bfloat16 holds exactly."""
+    numbers = scale * jax.random.normal(jax.random.key(seed), shape)
+    return numbers.astype(jnp.bfloat16)
+
+
+def float64(a):
+    return np.asarray(a.astype(jnp.float32), np.float64)
+
+
+def exact_loss(x, w, targets):
+    """(sum of losses, its gradient by the head) in float64."""
+    logits = float64(x).reshape(-1, x.shape[-1]) @ float64(w)
+    logits = logits[:, : CONFIG.vocab_size]
+    logits -= logits.max(-1, keepdims=True)
+    p = np.exp(logits)
+    p /= p.sum(-1, keepdims=True)
+    hits = np.arange(len(p)), targets.reshape(-1)
+    loss = -np.log(p[hits]).sum()
+    p[hits] -= 1
+    return loss, p
+
+
+def test_the_loss_is_summed_in_float32():
+    x, targets = rounded(0, 8, 256, 32), tokens(8, 256)
+    w = rounded(1, 32, CONFIG.padded_vocab)
+    total, pull = jax.vjp(lambda x, w: head.summed_loss(x, w, targets, CONFIG), x, w)
+    loss, d = exact_loss(x, w, targets)
+    assert total.dtype == jnp.float32 and abs(float(total) / loss - 1) < EXACT
+
+    # 2,048 tokens in 32 chunks add up to the head's gradient; only each token's part is rounded
+    x_grad, w_grad = pull(jnp.float32(1))
+    d = float64(jnp.asarray(d, jnp.float32).astype(jnp.bfloat16))
+    want = float64(x).reshape(-1, 32).T @ d
+    assert w_grad.dtype == jnp.float32 and x_grad.dtype == jnp.bfloat16
+    assert relative(w_grad[:, : CONFIG.vocab_size], want) < 2e-3
+    by_token = head.losses_by_token(x, w, targets, CONFIG)
+    assert by_token.dtype == jnp.float32 and abs(float64(by_token).sum() / loss - 1) < EXACT
+
+
+def test_a_chunked_gradient_does_not_lose_the_small_parts():
+    """One token repeated 4,096 times: a bfloat16 sum would stand still after 256 equal parts."""
+    x = jnp.ones((16, 256, 32), jnp.bfloat16)
+    w = jnp.zeros((32, CONFIG.padded_vocab))
+    targets = np.zeros((16, 256), np.int32)
+    w_grad = jax.grad(lambda w: head.summed_loss(x, w, targets, CONFIG))(w)
+    part = float(jnp.bfloat16(1 / CONFIG.vocab_size))
+    np.testing.assert_allclose(w_grad[:, 1 : CONFIG.vocab_size], 4096 * part, rtol=1e-5)
+
+
+def test_logits_are_float32_before_they_are_capped():
+    x, w = rounded(0, 4, 512), rounded(1, 512, 128)
+    logits = head._logits(x, w, CONFIG.replace(vocab_size=128))
+    assert logits.dtype == jnp.float32
+    assert relative(logits, float64(x) @ float64(w)) < EXACT
+
+
+def test_norms_are_taken_in_float32():
+    """4,096 channels of which one is large: in bfloat16 the small ones would not count."""
+    x = rounded(0, 2, 4096).at[:, 0].set(64.0)
+    mean = (float64(x) ** 2).mean(-1, keepdims=True)
+    want = float64(x) / np.sqrt(mean + np.finfo(np.float32).eps)
+    got = rms_norm(x)
+    assert got.dtype == jnp.bfloat16
+    # half a unit in the last of bfloat16's 8 bits
+    np.testing.assert_allclose(float64(got), want, rtol=2**-8)
+
+
+def test_softmax_is_in_float32_in_training_and_in_decoding():
+    """2,048 keys of equal score: the output is the mean of the values, whose sum is float32's."""
+    T = 2048
+    q = jnp.zeros((1, T, 1, 8), jnp.bfloat16)
+    v = jnp.ones_like(q)
+    for name in ("einsum", "jax"):
+        o = ATTENTION[name](q, q, v)
+        np.testing.assert_allclose(float64(o), 1, rtol=2**-8, err_msg=name)
+    ring = jnp.zeros((1, T, 8), jnp.bfloat16), jnp.ones((1, T, 8), jnp.bfloat16)
+    positions = np.array([[T - 1]]), np.arange(T)[None]
+    o = attend_held(q[:, :1], [ring[0]], [ring[1]], *positions, T)
+    np.testing.assert_allclose(float64(o), 1, rtol=2**-7)
+
+
+def test_an_int8_row_is_summed_in_float32():
+    x = jnp.ones((1, 4096), jnp.bfloat16)
+    w = {"int8": jnp.ones((3, 4096), jnp.int8), "scale": jnp.ones(3)}
+    y = linear.linear("CD,DV->CV", x, w)
+    np.testing.assert_allclose(float64(y), 4096)
+
+
+def test_the_mean_loss_and_its_gradients_are_float32():
+    x = tokens(2, 64)
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(tiny_params(), CONFIG, x, x)
+    assert loss.dtype == aux["loss_sum"].dtype == jnp.float32
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert grad.dtype == jnp.float32, jax.tree_util.keystr(path)
