@@ -41,7 +41,7 @@ def share_of(layout: Layout, config: Config):
 # ---- weights: fsdp -------------------------------------------------------------------------------
 
 
-def gather(name: str, w, stacked: bool = False):
+def gather(name: str, w, stacked: bool = False) -> jax.Array:
     """The whole of a weight of which this device holds a part; backward scatters its gradient.
 
     stacked: the weight's layer axis is gone.

@@ -1,6 +1,7 @@
 """A ring keeps what its row still sees, whatever the other rows of the batch do meanwhile."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_rows_are_picked_and_put_back_where_they_belong():
     from lib.model.cache import pick_rows, put_rows
 
     cache = jax.tree.map(
-        lambda a: np.arange(a.size, dtype=np.float32).reshape(a.shape),
+        lambda a: jnp.arange(a.size, dtype=jnp.float32).reshape(a.shape),
         model.init_cache(CONFIG, 3, 32),
     )
     part = pick_rows(cache, np.array([2, 0, 9]))
@@ -68,5 +69,6 @@ def test_rows_are_picked_and_put_back_where_they_belong():
     changed = jax.tree.map(lambda a: a + 100, part)
     back = put_rows(cache, np.array([1, 9, 9]), changed)
     np.testing.assert_array_equal(back.v[1][1], cache.v[1][2] + 100)
-    np.testing.assert_array_equal(back.v[1][[0, 2]], cache.v[1][[0, 2]])
+    for row in (0, 2):
+        np.testing.assert_array_equal(back.v[1][row], cache.v[1][row])
     assert back.length.tolist() == [0, 102, 2]
