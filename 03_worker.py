@@ -59,8 +59,8 @@ import time
 
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
-from lib.files import UserError, choose, local_path, update_json
-from lib.interrupts import Interrupted, interruptible
+from lib.files import Interrupted, UserError, choose, local_path, update_json
+from lib.interrupts import interruptible
 from lib.notebook import device_report, flags, parse_overrides, secret
 from lib.pictures import show
 from lib.runs import open_run

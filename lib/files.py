@@ -26,6 +26,12 @@ class UserError(Exception):
     """
 
 
+class Interrupted(UserError):
+    """Work was left off because someone asked for it; the sentence says how to go on."""
+
+    code = 130  # what a shell expects of a program that Ctrl-C has ended
+
+
 def choose(kind: str, name: str, options) -> Any:
     """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain
     collection).

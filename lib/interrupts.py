@@ -5,14 +5,6 @@ import signal
 import threading
 import types
 
-from lib.files import UserError
-
-
-class Interrupted(UserError):
-    """Work was left off because someone asked for it; the sentence says how to go on."""
-
-    code = 130  # what a shell reports of a program that Ctrl-C has ended
-
 
 @contextlib.contextmanager
 def interruptible(promise: str = "finishing this step and saving"):

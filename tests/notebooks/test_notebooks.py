@@ -9,7 +9,9 @@ import pytest
 
 from lib.config import PRESETS
 from lib.data import SOURCES
+from lib.data.packing import PACKING
 from lib.notebook import flags, parameters
+from lib.sweeps import presets as sweep_presets
 from tests.helpers import ROOT
 from tests.helpers.notebooks import NOTEBOOKS, SMOKE, check_products, script, words_of
 
@@ -59,13 +61,28 @@ def test_all_notebooks_begin_alike():
     assert len(first) == 1
 
 
+# what each form offers, apart from an empty entry, and where the code has it
+CHOICES = {
+    "01_tokenizer": {"source": SOURCES, "preset": ["auto", *PRESETS]},
+    "02_train": {"source": SOURCES, "preset": ["auto", *PRESETS], "packing": PACKING},
+    "03_worker": {
+        "source": SOURCES,
+        "sweep": sweep_presets.PRESETS,
+        "budget": ["auto", *sweep_presets.BUDGETS],
+        "driver": ["local", "wandb"],
+    },
+    "04_eval_chat": {"if_exists": ["continue", "fresh", "stop"]},
+}
+
+
 @each_notebook
 def test_choices_are_the_real_ones(source):
-    for p in parameters(source.read_text()):
-        if p.name == "preset":
-            assert p.hint.__args__ == ("auto", *PRESETS)
-        if p.name == "source" and p.value:
-            assert all(name in p.help for name in SOURCES)
+    """As the form itself writes them: a name that is missing there, or too much, is noticed."""
+    text = source.read_text()
+    for name, real in CHOICES[source.stem].items():
+        offered = re.search(rf"^{name} = .*# @param (\[[^]]*\])", text, flags=re.M)
+        assert offered, f"{name} has no list of choices"
+        assert sorted(filter(None, json.loads(offered[1]))) == sorted(real), name
 
 
 @pytest.fixture(scope="module")
