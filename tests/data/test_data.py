@@ -171,6 +171,15 @@ def test_bestfit_wastes_little_and_keeps_documents_whole():
     assert kept > 0.97 * len(whole)
 
 
+@pytest.mark.parametrize("packing", ["bestfit", "stream"])
+def test_no_piece_waits_for_ever(packing):
+    # Whole rows come without end; only as the oldest does the short document begin a row.
+    tokens = make_tokens([17] * 20 + [9], shards=1)
+    rows = data.batches(tokens, 1, 16, packing=packing, buffer_size=5)
+    shown = np.concatenate([x[0] for x, _, _ in itertools.islice(rows, 30)])
+    assert np.isin(np.arange(20 * 16 + 1, 20 * 16 + 9), shown).all()
+
+
 def test_document_far_longer_than_context_is_spread_over_the_epoch():
     tokens = make_tokens([5000] + [20] * 500, shards=1)
     share = [
