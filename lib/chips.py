@@ -58,7 +58,8 @@ SLICES = {"v6e": (V6E, FLAT), "v5e": (V5E, FLAT), "v5p": (V5P, CUBE), "v4": (V4,
 
 
 class Slice(NamedTuple):
-    """What a name like v6e-8 stands for: libtpu's topology and how many chips (jax devices) it has."""
+    """What a name like v6e-8 stands for: libtpu's topology and how many chips (jax devices) it has.
+    """
 
     name: str
     chip: Chip
@@ -80,7 +81,8 @@ def tpu_slice(name: str) -> Slice:
             f"{v}-{{{','.join(map(str, sizes))}}}" for v, (_, sizes) in SLICES.items()
         )
         raise UserError(
-            f"unknown chip {name!r}: choose one of {names} (v4 and v5p count cores, two a chip), or a topology like v6e:2x4"
+            f"unknown chip {name!r}: choose one of {names} "
+            "(v4 and v5p count cores, two a chip), or a topology like v6e:2x4"
         )
     generation, sizes = SLICES[version]
     shape = sizes[int(count)]

@@ -1,6 +1,8 @@
-"""Weights and configs to and from nanochat's: the same numbers under its names and in its layouts."""
+"""Weights and configs to and from nanochat's: the same numbers under its names and in its layouts.
+"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +43,8 @@ def config_from_nanochat(config: dict) -> Config:
     )
 
 
-def _layout(config: Config) -> list[tuple]:
-    """(nanochat's name, its shape, path in our parameters, index into that stack, whether outputs
-    by inputs).
-    """
+def _check_convertible(config: Config):
+    """UserError where a part of the model is none of nanochat's."""
     fixed = dict(
         mlp="relu2",
         mlp_dim=4 * config.n_embd,
@@ -61,13 +61,21 @@ def _layout(config: Config) -> list[tuple]:
         tied_head=False,
     )
     for field, value in fixed.items():
-        if (found := getattr(config, field)) != value:
+        ours = getattr(config, field)
+        if ours != value:
             raise UserError(
-                f"nanochat has no model with {field}={found}: only {field}={value} converts"
+                f"nanochat has no model with {field}={ours}: only {field}={value} converts"
             )
+
+
+def _layout(config: Config) -> list[tuple]:
+    """(nanochat's name, its shape, path in our parameters, index into that stack, whether outputs
+    by inputs).
+    """
+    _check_convertible(config)
     specs = param_specs(config)
 
-    def row(name, path, at=..., linear=False):
+    def row(name, path, at: Any = ..., linear=False):
         spec = _get(specs, path)
         shape = spec.shape if at is ... else spec.shape[1:]
         if linear:
@@ -106,7 +114,7 @@ def _layout(config: Config) -> list[tuple]:
     return rows
 
 
-def _get(tree, path: str):
+def _get(tree, path: str) -> Any:
     for key in path.split("."):
         tree = tree[key]
     return tree
@@ -129,8 +137,8 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
     for kind, names in (("lacks", missing), ("holds unexpected", unexpected)):
         if names:
             raise UserError(
-                f"the nanochat state dict {kind} {', '.join(sorted(names)[:5])} ({len(names)} in all): "
-                "check that the config is that model's"
+                f"the nanochat state dict {kind} {', '.join(sorted(names)[:5])} ({len(names)} in "
+                "all): check that the config is that model's"
             )
     params = jax.tree.map(
         lambda spec: np.empty(spec.shape, np.float32), param_specs(config), is_leaf=is_spec
@@ -139,8 +147,8 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
         array = _numpy(arrays[name])
         if array.shape != shape:
             raise UserError(
-                f"{name} of the nanochat state dict has shape {array.shape} where the config asks for "
-                f"{shape}: check that the config is that model's"
+                f"{name} of the nanochat state dict has shape {array.shape} where the config asks "
+                f"for {shape}: check that the config is that model's"
             )
         leaf = _get(params, path)
         leaf[at] = (array.T if linear else array).reshape(leaf[at].shape)
@@ -148,7 +156,8 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
 
 
 def to_nanochat(params: dict, config: Config) -> dict[str, np.ndarray]:
-    """The nanochat state dict of our parameters: exactly what `from_nanochat` turns back into them."""
+    """The nanochat state dict of our parameters: exactly what `from_nanochat` turns back into them.
+    """
     out = {}
     for name, shape, path, at, linear in _layout(config):
         array = np.asarray(_get(params, path))[at]

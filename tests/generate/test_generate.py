@@ -1,4 +1,6 @@
-"""Greedy text is the reference's, a row is the same alone or among others, tools and stops work inside a batch, nothing recompiles."""
+"""Greedy text is the reference's, a row is the same alone or among others, tools and stops work
+inside a batch, nothing recompiles.
+"""
 
 import functools
 
@@ -28,7 +30,7 @@ def alone(prompt, settings):
     return ids(drain(engine, count=LONG_CHUNK)[0][0])
 
 
-# ---- the reference's text ----------------------------------------------------------------------------------------------
+# ---- the reference's text ------------------------------------------------------------------------
 
 
 def test_greedy_tokens_match_the_reference_beyond_the_context():
@@ -117,7 +119,7 @@ def test_stop_strings_look_at_what_is_said_and_not_into_calls(monkeypatch):
     assert tokenizer.decode(ids(rows[slot])[len(call) + 2 + len(output) :]) == "so 6"
 
 
-# ---- rows do not depend on each other ----------------------------------------------------------------------------------
+# ---- rows do not depend on each other ------------------------------------------------------------
 
 
 def test_a_row_does_not_depend_on_its_batch_and_seeds_repeat():
@@ -260,7 +262,7 @@ def test_no_setting_recompiles():
     assert sizes() == before
 
 
-# ---- the cache -----------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 TINY = Config(
     vocab_size=90,
@@ -287,7 +289,9 @@ def tiny_params():
 
 
 def test_ragged_prefill_and_decoding_equal_full_logits_at_every_position():
-    """Rows of different lengths, prefilled in pieces longer and shorter than the ring of 144 slots, then token by token."""
+    """Rows of different lengths, prefilled in pieces longer and shorter than the ring of 144 slots,
+    then token by token.
+    """
     assert {a.shape[1] for a in model.init_cache(TINY, 1, 9999).k} == {144, 272}
     x = np.random.default_rng(0).integers(0, 90, (3, 250)).astype(np.int32)
     forward = jax.jit(model.forward, static_argnums=1)
@@ -340,7 +344,9 @@ def test_decoding_copies_no_cache_per_step():
 
 
 def test_long_prompts_and_equal_prompts_are_prefilled_as_one():
-    """240 tokens take two passes of PREFILL and overrun the short rings; four equal prompts are prefilled once."""
+    """240 tokens take two passes of PREFILL and overrun the short rings; four equal prompts are
+    prefilled once.
+    """
     prompt = np.random.default_rng(1).integers(0, 90, 240).tolist()
     engine, calls = Engine(tiny_params(), TINY, 4, 256), []
     fill = engine._fill
@@ -376,7 +382,7 @@ def test_int8_weights_stay_close_and_decode():
     assert generate(small, TINY, [x[0, :9].tolist()], greedy(2))[0][0] == int(rough[0, 8].argmax())
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------
 
 
 def sample(logits_BV, seen=None, **settings):
@@ -478,7 +484,7 @@ def test_logprobs_are_the_models_own():
         np.testing.assert_allclose([p for _, p in y.top], np.sort(want[i])[::-1][:4], atol=1e-4)
 
 
-# ---- where a row ends ----------------------------------------------------------------------------------------------------
+# ---- where a row ends ----------------------------------------------------------------------------
 
 
 def test_stops_at_a_token_and_streams_what_generate_returns():

@@ -1,4 +1,6 @@
-"""Drafting ahead changes nothing in what is written: greedy and sampled, by draft model and by look-up, in ragged batches."""
+"""Drafting ahead changes nothing in what is written: greedy and sampled, by draft model and by
+look-up, in ragged batches.
+"""
 
 import functools
 
@@ -68,7 +70,9 @@ def test_the_text_is_that_of_plain_decoding_at_any_setting(kind):
 
 
 def test_the_distribution_is_unchanged():
-    """4,000 continuations of two tokens with a poor draft, against the model's own probabilities: chi-square over the likely pairs."""
+    """4,000 continuations of two tokens with a poor draft, against the model's own probabilities:
+    chi-square over the likely pairs.
+    """
     config, params, draft = golden()
     n, prompt = 500, PROMPTS[1]
     engine, counts = Engine(params, config, n, 16, speculate=1, draft=(draft, config)), {}

@@ -132,7 +132,7 @@ def test_a_foreign_config_is_refused(change, message):
         config_from_nanochat({k: v for k, v in gpt.items() if v is not None})
 
 
-# ---- whole steps -------------------------------------------------------------------------------------------------
+# ---- whole steps ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

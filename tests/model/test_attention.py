@@ -209,7 +209,9 @@ def test_cached_decoding_is_refused():
     reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",
 )
 def test_compiles_for_a_tpu():
-    """Forward and backward in bfloat16; a policy that saves the residuals leaves no second forward kernel."""
+    """Forward and backward in bfloat16; a policy that saves the residuals leaves no second forward
+    kernel.
+    """
     env = dict(
         TPU_SKIP_MDS_QUERY="1",
         TPU_ACCELERATOR_TYPE="v6e-1",

@@ -51,7 +51,7 @@ def relative(a, b):
     return float(np.linalg.norm(np.asarray(a) - b) / np.linalg.norm(b))
 
 
-# ---- the golden model ------------------------------------------------------------------------------------------------
+# ---- the golden model ----------------------------------------------------------------------------
 
 VARIANTS = {
     "plain": {},
@@ -89,7 +89,7 @@ def test_loss_and_every_gradient_match_the_reference(variant):
         assert relative(got, np.asarray(expected)) < limit, jax.tree_util.keystr(path)
 
 
-# ---- properties ------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 def test_no_position_sees_a_later_one_or_another_row():
@@ -104,7 +104,9 @@ def test_no_position_sees_a_later_one_or_another_row():
 
 
 def test_short_windows_end_where_the_reference_says():
-    """With one short layer and no other way back, position 200 sees 72 = 200 - 128 and not 71 (the smear gate reads one more)."""
+    """With one short layer and no other way back, position 200 sees 72 = 200 - 128 and not 71 (the
+    smear gate reads one more).
+    """
     c = TINY.replace(
         n_layer=1,
         window_pattern="S",
@@ -188,7 +190,7 @@ def test_each_part_can_be_switched_and_matters(parts):
     assert float(loss) == pytest.approx(float(plain[0]), rel=1e-6)
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 def dense_loss(params, config, x, y):
@@ -235,11 +237,13 @@ def test_bfloat16_stays_close():
     assert rough.dtype == jnp.float32 and relative(rough, np.asarray(exact)) < 0.05
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- the cache -----------------------------------------------------------------------------------
 
 
 def test_cached_logits_equal_full_ones_across_window_and_context_ends():
-    """Prefill of ragged rows, then single tokens, beyond sequence_len: short windows are 128, long ones 256."""
+    """Prefill of ragged rows, then single tokens, beyond sequence_len: short windows are 128, long
+    ones 256.
+    """
     x = tokens(2, 290)
     params = tiny_params()
     full, _ = forward(
