@@ -66,7 +66,7 @@ def main(args: Args):
             states = [train.init_state(c) for c in configs]
             whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
             times = {"apart": [], "together": []}
-            for n in range(args.steps + 2):
+            for _ in range(args.steps + 2):
                 begun = time.perf_counter()
                 losses = []
                 for i in range(size):

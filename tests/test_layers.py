@@ -1,4 +1,7 @@
-"""The plan of the house: lower layers of lib never import higher ones, and none reads flags or the environment."""
+"""The plan of the house:
+
+lower layers of lib never import higher ones, and none reads flags or the environment.
+"""
 
 import ast
 import re
@@ -29,7 +32,9 @@ def module(path):
 
 
 def walk(node, in_function=False):
-    """(node, whether it runs only when called) for all code of a module except under `if __name__ == "__main__"`."""
+    """(node, whether it runs only when called) for all code of a module except under `if __name__
+    == "__main__"`.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "__name__" in ast.dump(child.test):
             continue

@@ -1,4 +1,7 @@
-"""The shell scripts, with a stand-in for Python that notes what it is asked to do: nothing is installed or trained."""
+"""The shell scripts, with a stand-in for Python that notes what it is asked to do:
+
+nothing is installed or trained.
+"""
 
 import shutil
 import subprocess
@@ -8,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["setup.sh", "speedrun.sh", "run_tests.sh", "update_notebooks.sh", ".ci/run"]
-# answers like a good Python 3.12, notes its arguments, and fails when the file named FAIL says so for its first word
+# answers like a good Python 3.12, notes its arguments, and fails when the file named FAIL says so
+# for its first word
 FAKE_PYTHON = """#!/bin/bash
 echo "$*" >> "$HOME/calls"
 case "$*" in

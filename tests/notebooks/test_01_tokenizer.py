@@ -1,4 +1,7 @@
-"""The first notebook, run as a script on a small corpus: what it leaves behind, and what running it again does."""
+"""The first notebook, run as a script on a small corpus:
+
+what it leaves behind, and what running it again does.
+"""
 
 import json
 import random

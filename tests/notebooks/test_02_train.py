@@ -66,14 +66,14 @@ def finish(*jobs, code=0):
     return [(re.sub(r"\[Gloo\].*\n", "", out), err) for out, err in said]
 
 
-def start_two(workdir, second={}, **settings):
+def start_two(workdir, second=None, **settings):
     """02 in two processes; `second` are settings of the second alone."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     return [
         start_02(workdir, hosts=(port, 2, i), **settings | own)
-        for i, own in enumerate(({}, second))
+        for i, own in enumerate(({}, second or {}))
     ]
 
 
@@ -127,7 +127,10 @@ def test_02_on_eight_devices_equals_one_and_goes_on_there(alone):
 
 
 def test_02_in_two_processes_stops_and_goes_on_as_one(alone):
-    """One of them is told to stop: both do after the same step, and go on from there. 04 uses what they have trained."""
+    """One of them is told to stop:
+
+    both do after the same step, and go on from there. 04 uses what they have trained.
+    """
     workdir, wanted = alone
     run = workdir / "runs" / "two"
     jobs = start_two(workdir, run="two")
@@ -197,7 +200,9 @@ def test_a_process_with_other_settings_ends_all(alone):
 
 
 def test_core_is_measured_while_training_and_again_by_04(tmp_path):
-    """With flags, in metrics.jsonl and in the record, alike; and a bundle that is not there stops a run before it computes."""
+    """With flags, in metrics.jsonl and in the record, alike; and a bundle that is not there stops a
+    run before it computes.
+    """
     files = load("core.json")["bundle_files"]
     # one of each kind
     shown = [

@@ -1,4 +1,4 @@
-"""A sweep's trial is the run that 02_train makes, and 03_worker says in one sentence what is wrong."""
+"""A sweep's trial is the run that 02_train makes; 03_worker says in one sentence what is wrong."""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The notebooks as users meet them: run in a Colab-like kernel, run as scripts, and in step with their .py."""
+"""The notebooks as users meet them:
+
+run in a Colab-like kernel, run as scripts, and in step with their .py.
+"""
 
 import json
 import re

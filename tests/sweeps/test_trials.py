@@ -161,7 +161,7 @@ def test_failures_are_recorded_with_their_reason_and_the_worker_goes_on(small, m
 def test_the_third_unforeseen_error_in_a_row_stops_the_worker(bench):
     bench, _ = bench
     said = []
-    for n in range(2):
+    for _ in range(2):
         assert trials.guarded(lambda: 1 / 0, bench, said.append).reason.startswith(
             "ZeroDivisionError"
         )
