@@ -577,7 +577,7 @@ for words in filter(None, map(str.strip, say.split("|"))):
     print(f"you    {words}\nmodel  ", end="")
     talk(words)
 said = [
-    dict(prompt=asked["content"], text=chat.plain(answer["content"]), parts=answer["content"])
+    dict(prompt=asked["content"], text=chat.spoken(answer["content"]), parts=answer["content"])
     for asked, answer in zip(conversation[::2], conversation[1::2])
 ]
 if taught:

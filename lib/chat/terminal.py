@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.speech import KINDS, joint, spoken
+from lib.data.roles import in_turns
+from lib.data.speech import KINDS, spoken
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, write_json, writing
+from lib.files import UserError, replacing, write_json
 from lib.generate import Engine, Sampling, Token
 from lib.model import quantized
 from lib.runs import Model, load_model, open_run
@@ -31,20 +32,22 @@ def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 class Piece(NamedTuple):
-    """A bit more of an answer: `text` of part number `index`, made of `tokens`.
+    """A bit more of an answer: `text` of part number `index`, of kind text, python or python_output.
 
-    kind: text, python or python_output. joint: what stands before it where calls are not shown, so that words are not glued.
+    tokens: what it is made of; offsets: where in the spoken answer each one's text begins.
+    joint: what the spoken answer has before it, so that no words are glued around a hidden call.
     """
 
     index: int
     kind: str
     text: str
     tokens: list[Token]
+    offsets: list[int] = []
     joint: str = ""
 
     @property
     def said(self) -> str:
-        """What a listener hears of it."""
+        """What it adds to the spoken answer."""
         return self.joint + self.text if self.kind == "text" else ""
 
 
@@ -78,38 +81,39 @@ class Reader:
             self.waiting.append(token)
             if not (text := self.decoder.decode(self.tokens[token.id])):
                 continue
-            between = ""
             if not self.open:
-                between = self._joint(text)
                 self.parts.append({"type": self.kind, "text": ""})
                 self.open = True
-            self.parts[-1]["text"] += text
-            index = len(self.parts) - 1
-            if pieces and pieces[-1].index == index:
-                pieces[-1] = pieces[-1]._replace(
-                    text=pieces[-1].text + text, tokens=pieces[-1].tokens + self.waiting
+            new = self._piece(text)
+            if pieces and pieces[-1].index == new.index:
+                last = pieces[-1]
+                pieces[-1] = last._replace(
+                    text=last.text + text,
+                    tokens=last.tokens + new.tokens,
+                    offsets=last.offsets + new.offsets,
                 )
             else:
-                pieces.append(Piece(index, self.kind, text, self.waiting, between))
-            self.waiting = []
+                pieces.append(new)
         return pieces
 
-    def _joint(self, text: str) -> str:
-        """What stands before the first text behind a hidden call, as `speech.spoken` has it."""
-        behind_a_call = self.parts and self.parts[-1]["type"] != "text"
-        if self.kind != "text" or not behind_a_call:
-            return ""
-        before = [part["text"] for part in self.parts if part["type"] == "text"]
-        return joint(before[-1], text) if before else ""
+    def _piece(self, text: str) -> Piece:
+        """Add a bit of text to the open part."""
+        before = spoken(self.parts)
+        self.parts[-1]["text"] += text
+        tokens, self.waiting = self.waiting, []
+        if self.kind != "text":
+            return Piece(len(self.parts) - 1, self.kind, text, tokens)
 
-
-# A message's text without tool calls.
-plain = spoken
+        # all the tokens that wait begin where this text does: each but the last is a piece of its
+        # first character
+        joint = spoken(self.parts)[len(before) : -len(text)]
+        offsets = [len(before) + len(joint)] * len(tokens)
+        return Piece(len(self.parts) - 1, self.kind, text, tokens, offsets, joint)
 
 
 def compact(parts: list[dict]) -> str | list[dict]:
     """The content of an assistant's message: just text, unless tools were called."""
-    return parts if any(part["type"] != "text" for part in parts) else plain(parts)
+    return parts if any(part["type"] != "text" for part in parts) else spoken(parts)
 
 
 def fit(
@@ -127,9 +131,11 @@ def fit(
     room = context - min(max_tokens, context // 2)
     if len(ids) <= room:
         return ids, 0
-    without = lambda turns: tokenizer.render_for_completion(
-        messages[:first] + messages[first + 2 * turns :]
-    )
+
+    def without(turns: int) -> list[int]:
+        kept = messages[:first] + messages[first + 2 * turns :]
+        return tokenizer.render_for_completion(kept)
+
     turns = (len(messages) - first - 1) // 2
     drop = bisect_left(range(turns), True, key=lambda n: len(without(n)) <= room)
     ids = without(drop)
@@ -160,6 +166,7 @@ HELP = """/clear        forget the conversation
 /set          show the sampling settings; /set temperature 0.5 changes one
 /help         this text
 /quit         leave (or Ctrl-D)
+//text        a message that begins with a slash
 A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of many lines and another ends it.
 Ctrl-C stops an answer."""
 TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -326,7 +333,7 @@ class Talk:
             if not rest:
                 raise UserError("/save needs the name of a file to write, such as /save chat.json")
             try:
-                write_json(rest, {"messages": self.messages})
+                write_json(Path(rest).expanduser(), {"messages": self.messages})
             # a folder, a name that is too long, text that is not Unicode
             except (OSError, ValueError) as e:
                 raise UserError(
@@ -387,9 +394,9 @@ def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
     if not path:
         raise UserError("/load needs the name of a file that /save wrote")
     try:
-        messages = json.loads(Path(path).read_text())["messages"]
+        messages = in_turns(json.loads(Path(path).expanduser().read_text())["messages"])
         tokenizer.render_conversation(messages)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         why = type(e).__name__
         raise UserError(
             f"{path} cannot be read as a saved conversation ({why}): name a file that /save wrote"
@@ -423,7 +430,9 @@ def converse(talk: Talk, read):
             talk.note("\n(Ctrl-D or /quit leaves)")
             continue
         try:
-            if text.startswith("/") and "\n" not in text:
+            if text.startswith("//"):
+                talk.ask(text[1:])
+            elif text.startswith("/") and "\n" not in text:
                 if not talk.command(text):
                     return
             elif text.strip():
@@ -496,11 +505,13 @@ def _line_editing(history: Path):
     if not os.access(history.parent, os.W_OK):
         yield
         return
-    if history.exists():
+    # a link may lead out of the run folder, which may be a stranger's: it is neither read nor written
+    if history.is_file() and not history.is_symlink():
         readline.read_history_file(history)
     readline.set_history_length(1000)
     try:
         yield
     finally:
-        with writing(history):
-            readline.write_history_file(history)
+        # a new file in its place, and never through it
+        with replacing(history) as new:
+            readline.write_history_file(new)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib.chat import terminal as chat
+from lib.data.roles import BadMessage, in_turns
+from lib.data.speech import spoken
 from lib.files import UserError
 from lib.generate import Engines, Sampling, Token
 from lib.generate.engine import PREFILL, bucket
@@ -116,11 +118,15 @@ class Worker:
                 if job in self.waiting:
                     self.waiting.remove(job)
 
-    def close(self):
-        """End the thread after the step it is at; whatever was not finished gets an error."""
+    def end(self):
+        """Let the thread end after the step it is at; whatever was not finished gets an error."""
         with self.wake:
             self.closing = True
             self.wake.notify()
+
+    def close(self):
+        """`end`, and wait for it."""
+        self.end()
         if self.thread.is_alive():
             self.thread.join()
 
@@ -191,7 +197,7 @@ NUMBERS = {  # field: (type, lowest, highest, default)
     "max_tokens": (int, 1, 2**31 - 1, None),
     "max_completion_tokens": (int, 1, 2**31 - 1, None),
     "temperature": (float, 0, 2, 1.0),
-    "top_p": (float, 1e-9, 1, 1.0),
+    "top_p": (float, 0, 1, 1.0),
     "top_k": (int, 0, 2**31 - 1, 0),
     "min_p": (float, 0, 1, 0.0),
     "repetition_penalty": (float, 0.01, 100, 1.0),
@@ -271,7 +277,8 @@ def _number(body: dict, name: str):
             "invalid_type",
         )
     if not low <= value <= high:
-        _bad(f"{name} must be from {low:g} to {high:g}", name, "out_of_range")
+        bounds = f"at least {low}" if high >= 2**31 - 1 and low >= 0 else f"from {low} to {high}"
+        _bad(f"{name} must be {bounds}", name, "out_of_range")
     return kind(value)
 
 
@@ -333,6 +340,8 @@ def _asked(body: dict, *, logprobs: int, stop: tuple[int, ...], max_tokens: int)
         name: _number(body, name)
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     }
+    # 0 is allowed by OpenAI, and leaves the likeliest token alone
+    chosen["top_p"] = max(chosen["top_p"], 1e-9)
     sampling = Sampling(
         max_tokens=max_tokens,
         seed=secrets.randbits(31) if seed is None else seed,
@@ -350,55 +359,17 @@ def _asked(body: dict, *, logprobs: int, stop: tuple[int, ...], max_tokens: int)
 
 
 def _messages(messages) -> list[dict]:
-    """The messages of a request as the tokenizer takes them: neighbours of one role joined, content parts flattened."""
+    """The messages of a request in turns, the last one the user's."""
     if not isinstance(messages, list) or not messages:
         _bad("messages must be a list of at least one message", "messages", "invalid_type")
-    result = []
-    for i, message in enumerate(messages):
-        where = f"messages.{i}"
-        if not isinstance(message, dict):
-            _bad(f"{where} must be an object with role and content", where, "invalid_type")
-        role, content = message.get("role"), message.get("content")
-        role = "system" if role == "developer" else role
-        if role not in ("system", "user", "assistant"):
-            _bad(
-                f"{where} must have the role system, user or assistant",
-                f"{where}.role",
-                "invalid_value",
-            )
-        if role == "assistant" and content is None:
-            content = ""
-        if isinstance(content, list):
-            types = ("text", "python", "python_output") if role == "assistant" else ("text",)
-            if not all(
-                isinstance(p, dict) and p.get("type") in types and isinstance(p.get("text"), str)
-                for p in content
-            ):
-                _bad(
-                    f'{where} must have content parts of the form {{"type": "text", "text": …}}: this model reads only text',
-                    f"{where}.content",
-                    "invalid_value",
-                )
-            content = chat.compact([{"type": p["type"], "text": p["text"]} for p in content])
-        elif not isinstance(content, str):
-            _bad(
-                f"{where} must have a text or a list of parts as its content",
-                f"{where}.content",
-                "invalid_type",
-            )
-        if result and result[-1]["role"] == role:
-            if isinstance(content, str) and isinstance(result[-1]["content"], str):
-                result[-1]["content"] += "\n\n" + content
-                continue
-            _bad(
-                f"{where} follows another message of the assistant: let them take turns",
-                where,
-                "invalid_value",
-            )
-        result.append({"role": role, "content": content})
-    if result[-1]["role"] != "user":
+    try:
+        turns = in_turns(messages)
+    except BadMessage as e:
+        where = f"messages.{e.index}" + (f".{e.key}" if e.key else "")
+        _bad(str(e), where, "invalid_value")
+    if not turns or turns[-1]["role"] != "user":
         _bad("the last message must be the user's", "messages", "invalid_value")
-    return result
+    return turns
 
 
 class Api:
@@ -439,28 +410,25 @@ class Api:
             self._too_long(f"more than {self.context}", param)
 
     def _room(self, ids: list[int], wanted: int | None, param: str) -> int:
-        """How many tokens the answer to a prompt may have."""
+        """How many tokens the answer to a prompt may have: what is wanted, or as many as there is room for.
+
+        Client libraries send a max_tokens that nobody chose, so that more than there is room for is no error: an
+        answer that was cut says so by its finish_reason, length.
+        """
         room = self.context - len(ids)
         if room < 1:
             self._too_long(len(ids), param)
-        if wanted is not None and wanted > room:
-            _bad(
-                f"this model's maximum context length is {self.context} tokens; you asked for {len(ids)} in the {param} and "
-                f"{wanted} in the answer: shorten one of them",
-                param,
-                "context_length_exceeded",
-            )
-        if wanted is not None and wanted > self.settings.max_tokens:
-            _bad(
-                f"this server's answers have at most {self.settings.max_tokens} tokens",
-                "max_tokens",
-                "out_of_range",
-            )
-        return min(room, wanted or self.settings.max_tokens)
+        most = self.settings.max_tokens
+        return min(room, most, wanted or most)
 
     def chat(self, body) -> Asked:
         """A request for /v1/chat/completions."""
         _fields(body, CHAT_FIELDS, self.id)
+        if self.model.stage == "base":
+            _bad(
+                "this model was only pretrained and has not learnt to chat: let it go on with a text at /v1/completions",
+                code="not_a_chat_model",
+            )
         wanted, other = _number(body, "max_completion_tokens"), _number(body, "max_tokens")
         wanted = other if wanted is None else wanted
         logprobs, top = _flag(body, "logprobs"), body.get("top_logprobs")
@@ -477,11 +445,11 @@ class Api:
         try:
             if truncation == "auto":
                 most = min(wanted or self.settings.max_tokens, self.settings.max_tokens)
-                self._check_size([chat.plain(m["content"]) for m in messages[-1:]], "messages")
+                self._check_size([spoken(m["content"]) for m in messages[-1:]], "messages")
                 ids, dropped = chat.fit(self.tokenizer, messages, self.context, most)
                 wanted = wanted and min(wanted, self.context - len(ids))
             else:
-                self._check_size([chat.plain(m["content"]) for m in messages], "messages")
+                self._check_size([spoken(m["content"]) for m in messages], "messages")
                 ids = self.tokenizer.render_for_completion(messages)
         except UserError as e:
             long = truncation == "auto" and "context" in str(e)
@@ -553,9 +521,7 @@ class Api:
             )
         # 16 is OpenAI's default here
         wanted = 16 if body.get("max_tokens") is None else _number(body, "max_tokens")
-        room = min(
-            self._room(p, wanted if "max_tokens" in body else None, "prompt") for p in prompts
-        )
+        room = min(self._room(p, wanted, "prompt") for p in prompts)
         return Asked(
             prompts,
             logprobs=logprobs is not None,
@@ -590,12 +556,8 @@ class Api:
         ]
         return {"content": entries, "refusal": None}
 
-    def completion_logprobs(self, tokens: list[Token], offset: int) -> dict:
+    def completion_logprobs(self, tokens: list[Token], offsets: list[int]) -> dict:
         own = [self._token(t.id, t.logprob) for t in tokens]
-        offsets = []
-        for entry in own:
-            offsets.append(offset)
-            offset += len(entry["token"]) if not entry["token"].startswith("bytes:") else 0
         tops = [
             {(e := self._token(*pair))["token"]: e["logprob"] for pair in t.top} for t in tokens
         ]
@@ -697,27 +659,31 @@ class Answers:
     async def whole(self) -> dict:
         """The body of an answer that is not streamed."""
         tokens = [[] for _ in self.readers]
+        offsets = [[] for _ in self.readers]
         reasons = {}
         async for event in self:
             if event:
                 i, pieces, reasons[i] = event
-                tokens[i] += [t for piece in pieces if piece.kind == "text" for t in piece.tokens]
+                heard = [piece for piece in pieces if piece.kind == "text"]
+                tokens[i] += [token for piece in heard for token in piece.tokens]
+                offsets[i] += [offset for piece in heard for offset in piece.offsets]
         choices = []
         for i, reader in enumerate(self.readers):
             text, choice = (
-                chat.plain(reader.parts),
+                spoken(reader.parts),
                 {"index": i, "logprobs": None, **self._ending(reasons[i])},
             )
             if self.kind == "chat":
                 choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-                if isinstance(chat.compact(reader.parts), list):
-                    choice["message"]["parts"] = reader.parts
+                # numbered, so that clients that put streams together make the same of them
+                parts = [{"index": n, **part} for n, part in enumerate(reader.parts)]
+                choice["message"]["parts"] = parts
                 if self.asked.logprobs:
                     choice["logprobs"] = self.api.chat_logprobs(tokens[i])
             else:
                 choice["text"] = self._echo(i) + text
                 if self.asked.logprobs:
-                    choice["logprobs"] = self.api.completion_logprobs(tokens[i], 0)
+                    choice["logprobs"] = self.api.completion_logprobs(tokens[i], offsets[i])
             choices.append(choice)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._envelope(name) | {"choices": choices, "usage": self._usage()}
@@ -736,7 +702,6 @@ class Answers:
                 yield event(i, {"delta": {"role": "assistant", "content": "", "refusal": None}})
             elif self.asked.echo:
                 yield event(i, {"text": self._echo(i)})
-        offsets = [len(self._echo(i)) for i in range(len(self.readers))]
         try:
             async for item in self:
                 if item is None:
@@ -744,24 +709,24 @@ class Answers:
                     continue
                 i, pieces, reason = item
                 text = "".join(piece.said for piece in pieces)
-                tokens = [t for piece in pieces if piece.kind == "text" for t in piece.tokens]
+                heard = [piece for piece in pieces if piece.kind == "text"]
+                tokens = [token for piece in heard for token in piece.tokens]
+                offsets = [offset for piece in heard for offset in piece.offsets]
                 if self.kind == "chat" and pieces:
                     delta = {"content": text} if text else {}
-                    if any(piece.index or piece.kind != "text" for piece in pieces):
-                        delta["parts"] = [
-                            {"index": p.index, "type": p.kind, "text": p.text} for p in pieces
-                        ]
+                    delta["parts"] = [
+                        {"index": p.index, "type": p.kind, "text": p.text} for p in pieces
+                    ]
                     probabilities = (
                         self.api.chat_logprobs(tokens) if self.asked.logprobs and tokens else None
                     )
                     yield event(i, {"delta": delta, "logprobs": probabilities})
                 elif text:
                     probabilities = (
-                        self.api.completion_logprobs(tokens, offsets[i])
+                        self.api.completion_logprobs(tokens, offsets)
                         if self.asked.logprobs
                         else None
                     )
-                    offsets[i] += len(text)
                     yield event(i, {"text": text, "logprobs": probabilities})
                 if reason:
                     yield event(i, {"delta": {}} if self.kind == "chat" else {"text": ""}, reason)

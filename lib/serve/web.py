@@ -374,13 +374,13 @@ def make_app(
                 task.cancel()
             answers.cancel()
 
-    @app.get("/")
+    @app.api_route("/", methods=["GET", "HEAD"])
     async def index():
         return Response(
             html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
         )
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health():
         state = {
             "status": "failed" if worker.failed else "ok",
@@ -391,7 +391,7 @@ def make_app(
         }
         return _json_response(state, 503 if worker.failed else 200)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def show_metrics():
         gauges = {
             "rawchat_slots": engine.slots,
@@ -403,11 +403,11 @@ def make_app(
         text = metrics.text({name: value for name, value in gauges.items() if value is not None})
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
     async def models():
         return _json_response({"object": "list", "data": [api.card()]})
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name}", methods=["GET", "HEAD"])
     async def one_model(name: str):
         if name != api.id:
             raise no_model(name, api.id)
@@ -454,43 +454,70 @@ def check_installed():
         raise UserError(f"the server needs {' and '.join(missing)}: pip install -e '.[serve]'")
 
 
+def listen(settings: Settings) -> socket.socket:
+    """The socket that the settings name, listening; UserError if the port is taken, or no such address is ours."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
+    except (OSError, OverflowError) as e:
+        why = getattr(e, "strerror", None) or str(e)
+        raise UserError(
+            f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
+            "one"
+        ) from None
+    # connections inherit it; asyncio sets it only on sockets it made itself, and without it each answer waits 40 ms for an ACK
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def patient_until(grace: float, worker: Worker, base):
+    """`base`, uvicorn's server, that ends answers which outlast the grace period with an error that clients can read."""
+
+    class Graceful(base):
+        async def shutdown(self, sockets=None):
+            loop = asyncio.get_running_loop()
+            late = loop.call_later(grace, worker.end)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                late.cancel()
+
+    return Graceful
+
+
 class Server:
     """A server that listens from the moment it is made; `run` serves in this thread, `start` in one of its own."""
 
-    def __init__(self, model: Model, settings: Settings, hosts: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        hosts: tuple[str, ...] | None = None,
+        listener: socket.socket | None = None,
+    ):
         settings.check_token()
         check_installed()
         import uvicorn
 
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        try:
-            self.socket = socket.create_server(
-                (settings.host, settings.port), family=family, backlog=512
-            )
-        except (OSError, OverflowError) as e:
-            why = getattr(e, "strerror", None) or str(e)
-            raise UserError(
-                f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
-                "one"
-            ) from None
-        # connections inherit it; asyncio sets it only on sockets it made itself, and without it each answer waits 40 ms for an ACK
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = listener or listen(settings)
         self.settings, self.port = settings, self.socket.getsockname()[1]
-        name = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+        name = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.url = (
             f"http://{'localhost' if settings.host in ('0.0.0.0', '::') else name}:{self.port}"
         )
         if hosts is None and (settings.loopback or settings.hosts):
             hosts = (*LOOPBACK, settings.host, *map(str.lower, settings.hosts))
         self.app = make_app(model, settings, hosts or None, self.stop)
-        self.uvicorn = uvicorn.Server(
+        graceful = patient_until(settings.grace, self.app.state.worker, uvicorn.Server)
+        self.uvicorn = graceful(
             uvicorn.Config(
                 self.app,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=max(1, round(settings.grace)),
+                # a little longer than our own, so that what ends there can still be sent
+                timeout_graceful_shutdown=round(settings.grace) + 5,
             )
         )
         self.thread = threading.Thread(target=self.run, name="server", daemon=True)
@@ -570,10 +597,16 @@ def main(settings: Settings, in_colab: bool):
     settings = with_token(settings)
     settings.check_token()
     check_installed()
-    model = load(settings)
-    server = Server(model, settings, () if in_colab else None)
+    # first, so that a taken port is told before a large model was loaded
+    listener = listen(settings)
+    try:
+        server = Server(load(settings), settings, () if in_colab else None, listener)
+    except KeyboardInterrupt:
+        print("Interrupted while loading", flush=True)
+        raise SystemExit(130) from None
+    api = server.app.state.api
     print(
-        f"{server.app.state.api.id} (step {model.meta.get('step')}) at {address(server.url, settings)}\n"
+        f"{api.id} (step {api.model.meta.get('step')}) at {address(server.url, settings)}\n"
         f"OpenAI-compatible API at {server.url}/v1   Ctrl-C stops",
         flush=True,
     )

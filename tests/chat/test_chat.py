@@ -75,7 +75,7 @@ def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
     assert reader.parts == content
     assert [dict(type=kind, text=text) for _, (kind, text) in sorted(seen.items())] == content
     assert (
-        chat.plain(reader.parts) == "Let me see. 37 plus 85 is **122**."
+        chat.spoken(reader.parts) == "Let me see. 37 plus 85 is **122**."
         and chat.compact(reader.parts) == content
     )
     assert chat.compact([{"type": "text", "text": "just"}]) == "just"
@@ -141,6 +141,24 @@ def test_what_is_read_as_one_message():
     assert message("one", "two") == ("one", ["two"])
     assert message("one\\", "two\\", "three", "four") == ("one\ntwo\nthree", ["four"])
     assert message('"""', "a\\", "", "/clear", ' """ ', "b") == ("a\\\n\n/clear", ["b"])
+
+
+def test_words_around_a_hidden_call_are_not_glued_and_offsets_point_into_what_was_said():
+    tokenizer = model().tokenizer
+    call = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
+    content = [{"type": "text", "text": "é r r y"}, *call, {"type": "text", "text": "The 東"}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    ids = tokenizer.render_conversation(turns)[0][len(tokenizer.render_for_completion(turns)) :]
+    for size in (1, 3, 99):
+        reader, said, starts = chat.Reader(tokenizer), "", []
+        for at in range(0, len(ids), size):
+            for piece in reader.read(tokens(*ids[at : at + size])):
+                said += piece.said
+                starts += zip(piece.offsets, piece.tokens, strict=False)
+        assert said == chat.spoken(reader.parts) == "é r r y\nThe 東"
+        for offset, token in starts:
+            text = tokenizer.tokens[token.id].decode(errors="ignore")
+            assert said[offset:].startswith(text)
 
 
 # ---- the terminal

@@ -111,7 +111,8 @@ def test_a_chat(ai, name):
         choice.message.content == "Let me see. 37 plus 85 is **122**."
         and choice.message.role == "assistant"
     )
-    assert choice.message.parts == parrot.CHATS[SUM], "who knows of tools sees the calls"
+    numbered = [{"index": i, **part} for i, part in enumerate(parrot.CHATS[SUM])]
+    assert choice.message.parts == numbered, "who knows of tools sees the calls"
     assert (
         choice.finish_reason == "stop"
         and answer.model == name
@@ -144,7 +145,7 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
         )
         deltas = [c.choices[0].delta for c in chunks if c.choices]
         assert deltas[0].role == "assistant" and len({c.id for c in chunks}) == 1
-        assert "".join(d.content or "" for d in deltas) == chat.plain(parrot.CHATS[question])
+        assert "".join(d.content or "" for d in deltas) == chat.spoken(parrot.CHATS[question])
         assert not any("\ufffd" in (d.content or "") for d in deltas) and len(deltas) > 4
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
         assert (
@@ -160,6 +161,51 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
         for p in pieces:
             parts.setdefault(p["index"], {"type": p["type"], "text": ""})["text"] += p["text"]
     assert [parts[i] for i in sorted(parts)] == parrot.CHATS[SUM]
+
+
+@pytest.mark.parametrize("question", [SUM, SCRIPTS])
+def test_a_stream_put_together_by_openais_client_is_the_whole_answer(ai, name, question):
+    from openai.lib.streaming.chat import ChatCompletionStreamState
+
+    ask = dict(model=name, messages=ASK[question], temperature=0, logprobs=True)
+    whole = ai.chat.completions.create(**ask)
+    state = ChatCompletionStreamState()
+    for chunk in ai.chat.completions.create(
+        stream=True, stream_options={"include_usage": True}, **ask
+    ):
+        state.handle_chunk(chunk)
+    streamed = state.get_final_completion().to_dict()["choices"][0]
+    choice = whole.choices[0].to_dict()
+    for field in ("content", "role", "parts"):
+        assert streamed["message"][field] == choice["message"][field]
+    assert streamed["finish_reason"] == choice["finish_reason"]
+    tokens = [entry["token"] for entry in streamed["logprobs"]["content"]]
+    assert tokens == [entry["token"] for entry in choice["logprobs"]["content"]]
+
+
+def test_more_tokens_than_there_is_room_for_are_fewer_tokens(ai, name):
+    messages = [{"role": "user", "content": "word " * 120}]
+    room = 768 - len(model().tokenizer.render_for_completion(messages))
+    for stream in (False, True):
+        answer = ai.chat.completions.create(
+            model=name, messages=messages, max_tokens=5000, top_p=0, stream=stream, temperature=2
+        )
+        if not stream:
+            assert 0 < answer.usage.completion_tokens <= min(room, 400)
+
+
+def test_a_base_model_does_not_chat():
+    served = serve.Settings(run=str(parrot.run()))
+    base = api.Api(model()._replace(stage="base"), served)
+    with pytest.raises(api.ApiError, match="has not learnt to chat"):
+        base.chat({"messages": ASK["hello"]})
+    assert base.completion({"prompt": "a"}).prompts
+
+
+def test_usual_health_checks_are_answered(http):
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_the_parts_of_an_answer_may_be_sent_back(ai, http, name):
@@ -197,7 +243,7 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     made = generate(model().params, model().config, [ids], sampling)[0]
     reader = chat.Reader(model().tokenizer)
     reader.read([chat.Token(i, 0.0) for i in made])
-    assert several[0] == chat.plain(reader.parts), "the server writes what generate writes"
+    assert several[0] == chat.spoken(reader.parts), "the server writes what generate writes"
     streamed = ["", "", ""]
     for chunk in ai.chat.completions.create(n=3, seed=5, stream=True, **ask):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -340,7 +386,6 @@ def test_errors_are_openais(ai, name):
     [
         dict(messages=[{"role": "user", "content": "word " * 600}]),
         dict(messages=[{"role": "user", "content": "w" * 200_000}]),
-        dict(max_tokens=399, messages=[{"role": "user", "content": "word " * 120}]),
     ],
 )
 def test_too_long_for_the_context_is_said(ai, name, change):
@@ -1021,6 +1066,19 @@ def test_the_commands_errors_are_one_sentence(args, said):
         and done.stderr.startswith("Error: ")
         and "Traceback" not in done.stderr
     )
+
+
+def test_answers_that_outlast_the_grace_period_end_with_an_error_and_no_traceback(capfd):
+    ask = dict(messages=ASK["Count to 120."], temperature=0, stream=True, max_tokens=400)
+    with serving(grace=0.5) as client, slowly(client, 0.3):
+        text = ""
+        with client.stream("POST", "/v1/chat/completions", json=ask) as answer:
+            for line in answer.iter_lines():
+                client.server.stop()
+                text += line
+        assert '"code": "unavailable"' in text and "[DONE]" not in text
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.out + shown.err
 
 
 def test_threads_end_with_their_server():
