@@ -62,6 +62,7 @@ import numpy as np
 from lib import data, evals, model, parallel, pictures, report
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
+from lib.data.vocabulary import read_by
 from lib.evals import core
 from lib.files import UserError, choose, is_remote, update_json
 from lib.generate import Sampling, generate
@@ -80,17 +81,20 @@ from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
 from lib.preflight.overview import print_overview
 from lib.preflight.plan import Payment, compare, count_tokens, epochs_text
 from lib.preflight.search import with_microbatch
-from lib.recipes import pick_preset
-from lib.runs import STAGES, open_run, results_table, set_aside
-from lib.runtime import host
+from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
+from lib.runs import STAGES, enter, results_table, set_aside
+from lib.runtime import ends_within, give_back, host
 from lib.train import checkpoint
 from lib.train import step as train
+from lib.train.due import AT_LEAST_EVERY, SAMPLED_STEPS, Due
 from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 
 # %% tags=["parameters"]
 # @title Parameters
-# @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last
+# @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last, or begins one
 run = ""  # @param {type:"string"}
+# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown Starting point for every size and rate; auto picks one for the device
 preset = "auto"  # @param ["auto", "cpu_demo", "colab_free_v5e", "colab_free_t4", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
 # @markdown Layers; width, batch, horizon and rates follow (0: the preset's)
@@ -106,19 +110,19 @@ microbatch = "preset"  # @param ["preset", "auto"] {allow-input: true}
 pay = "on-demand"  # @param ["on-demand", "flex-start", "spot", "colab"]
 # @markdown Dollars per device and hour, instead of that table's (0: the table's)
 price_per_hour = 0.0  # @param {type:"number"}
-# @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files
-source = "stdlib"  # @param ["stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
-# @markdown Training shards to download of a source from the Hub (climbmix: about 100 MB each)
-shards = 8  # @param {type:"integer"}
+# @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files; empty: what the tokenizer read
+source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
+# @markdown Training shards to download of a source from the Hub, about 100 MB each (0: as many as the plan needs)
+shards = 0  # @param {type:"integer"}
 # @markdown How documents fill rows: bestfit wastes nearly nothing, reference is nanochat's, stream cuts anywhere
 packing = "bestfit"  # @param ["bestfit", "reference", "stream"]
 # @markdown When the run was trained before: continue it, start it afresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
-# @markdown Steps between validations (0: ten of them in all)
+# @markdown Steps between validations (0: ten of them in all, and one every ten minutes)
 eval_every = 0  # @param {type:"integer"}
-# @markdown Steps between samples (0: two of them in all)
+# @markdown Steps between samples, beside steps 1, 10, 100 and 1,000 (0: two of them in all)
 sample_every = 0  # @param {type:"integer"}
-# @markdown Steps between checkpoints (0: four of them in all)
+# @markdown Steps between checkpoints (0: four of them in all, and one every ten minutes)
 save_every = 0  # @param {type:"integer"}
 # @markdown Steps between measurements of CORE, DCLM's 22 tasks (0: none); the bundle is downloaded, about 160 MB, unless given
 core_every = 0  # @param {type:"integer"}
@@ -132,6 +136,10 @@ eval_bytes = 200000  # @param {type:"integer"}
 keep = 2  # @param {type:"integer"}
 # @markdown Where checkpoints go: empty for the run folder, or a Drive path, gs:// or s3:// address that outlives this machine
 checkpoints = ""  # @param {type:"string"}
+# @markdown Hours that this session lasts: it saves and stops five minutes before (0: 12 in Colab, 9 on Kaggle, else for ever)
+session_hours = 0.0  # @param {type:"number"}
+# @markdown At the end give the Colab runtime back, so that nothing more is charged for it
+give_runtime_back = False  # @param {type:"boolean"}
 # @markdown Hugging Face Hub repository (USER/NAME) that every checkpoint is uploaded to, in the background, with the secret HF_TOKEN; empty uploads nothing
 push_to = ""  # @param {type:"string"}
 # @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
@@ -156,8 +164,7 @@ join_timeout = 300.0  # @param {type:"number"}
 globals().update(flags(globals()))
 # of several processes this one writes and prints
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
-folder = open_run(run, needs=FILE)
-tokenizer = load_tokenizer(folder)
+folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
 trace_start, trace_stop = parse_steps(trace)
 mesh_sizes = parse_mesh(mesh)
 
@@ -168,6 +175,13 @@ mesh_sizes = parse_mesh(mesh)
 device = device_report()
 chosen, why = (preset, "asked for") if preset != "auto" else pick_preset(device)
 print(f"preset {chosen}: {why}")
+parallel.from_first(
+    "tokenizer", lambda: tokenizer_of(folder, preset, source, device, bool(host())).fingerprint
+)
+tokenizer = load_tokenizer(folder)
+if source and source != read_by(tokenizer):
+    print(f"note: the tokenizer read {read_by(tokenizer)}, and training will read {source}")
+source = source or read_by(tokenizer)
 
 # %% [markdown]
 # ## The plan
@@ -181,6 +195,12 @@ asked = (
     | ({"num_steps": num_steps} if num_steps else {})
 )
 config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
+shards = shards or pick_shards(source, config.num_steps * config.total_batch_size)
+train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
+if source.startswith("stdlib") and "num_steps" not in asked | parse_overrides(overrides, Config):
+    config, why = fit_horizon(config, count_tokens(train_tokens))
+    if why:
+        print(why)
 store = checkpoints or folder / "checkpoints"
 saved = parallel.from_first(
     "checkpoint", lambda: (found := checkpoint.latest(store)) and str(found)
@@ -269,7 +289,6 @@ plan, memory = print_overview(config, layout, device, payment)
 # with `<|bos|>`. Below is the beginning of the first row, as the model will see it.
 
 # %%
-train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
 validation = data.tokens_of(
     data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer
 )
@@ -352,11 +371,13 @@ token_losses = train.token_losses_on(layout) if layout else evals.token_losses
 # The numbers of a step are read after the next one was sent to the device, so that it never waits.
 
 # %%
-every = dict(
-    eval=eval_every or max(1, config.num_steps // 10),
-    sample=sample_every or max(1, config.num_steps // 2),
-    save=save_every or max(1, config.num_steps // 4),
-    core=core_every,
+last = config.num_steps
+by_clock = AT_LEAST_EVERY if jax.process_count() == 1 else 0  # hosts' clocks differ
+due = dict(
+    eval=Due(eval_every or max(1, last // 10), last, by_clock),
+    core=Due(core_every, last) if core_every else lambda _: False,
+    sample=Due(sample_every or max(1, last // 2), last, steps=SAMPLED_STEPS),
+    save=Due(save_every or max(1, last // 4), last, by_clock),
 )
 prompts = (
     ["def ", "import ", "# The ", "class "]
@@ -365,7 +386,7 @@ prompts = (
 )
 prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
 done = int(state.step)
-samples, val_bpb, seconds, stopping = [], None, 0.0, False
+samples, val_bpb, seconds, stopping, todo, history = [], None, 0.0, False, {}, {}
 
 
 def write_samples(params):
@@ -376,18 +397,13 @@ def write_samples(params):
 
 
 def pause(n):
-    """Whether to look at the state after n steps."""
+    """Whether to look at the state after n steps, and what for."""
     global stopping
-    stopping = parallel.stop_together(n, signal.stop)
-    return (
-        stopping
-        or n == last
-        or any(n % e == 0 for e in every.values() if e)
-        or n in (trace_start - 1, trace_stop)
-    )
+    stopping = parallel.stop_together(n, signal.stop or ends_within(300, session_hours))
+    todo[n] = {what for what, is_due in due.items() if is_due(n)}
+    return stopping or bool(todo[n]) or n in (trace_start - 1, trace_stop)
 
 
-last = config.num_steps
 with (
     Metrics(
         folder,
@@ -404,6 +420,7 @@ with (
     try:
         for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
             values, n = step.metrics, step.step
+            todo_now = todo.pop(n)
             if device["flops"]:
                 values["mfu"] = (
                     values["tokens_per_s"]
@@ -414,7 +431,7 @@ with (
             stop = stopping and step.state is not None
             if step.state is not None:
                 state = step.state
-                if n % every["eval"] == 0 or n == last:
+                if "eval" in todo_now:
                     measured = evals.bits_per_byte(
                         state.params,
                         config,
@@ -424,13 +441,13 @@ with (
                     )
                     val_bpb = values["val_bpb"] = measured.bpb
                     values["val_loss"] = measured.loss
-                if measure_core and (n % core_every == 0 or n == last):
+                if "core" in todo_now:
                     values |= measure_core(parallel.whole(layout, state.params, config.dtype))
-                if n % every["sample"] == 0 or n == last:
-                    samples = write_samples(state.params)
+                if "sample" in todo_now:
+                    samples = history[n] = write_samples(state.params)
                     values["samples"] = "\n\n".join(samples)
-                    print("\n".join(f"\nstep {n}: {s}" for s in samples))
-                if n % every["save"] == 0 or n == last or stop:
+                    print(f"\nstep {n}: {samples[0]}")
+                if "save" in todo_now or stop:
                     saver.save(
                         n,
                         state,
@@ -444,6 +461,7 @@ with (
                         ),
                         metric=values.get("val_bpb"),
                     )
+                    mirror.send()
                     if push_to and first:
                         upload = checkpoint.upload_to_hub(saver.wait(), push_to, hub_token)
                 tick(n + 1, state)
@@ -488,9 +506,14 @@ show(pictures.training_curves(rows_logged), folder / "plots" / "training.png")
 
 # %% [markdown]
 # ## Samples
+#
+# The same beginning at growing steps: first noise, then common words, then sentences or lines of code. Below it, the others
+# at the end.
 
 # %%
-print("\n\n".join(samples))
+for n, written in history.items():
+    print(f"step {n:>6}  {written[0]!r}")
+print("\n" + "\n\n".join(samples))
 
 # %% [markdown]
 # ## Checks
@@ -561,6 +584,9 @@ print(
 print(results_table(folder))
 if push_to and int(state.step) > done:
     print(f"last checkpoint uploaded: {upload.result()}")
+mirror.wait()
+if give_runtime_back:
+    give_back()
 
 # %% [markdown]
 # ## Where to go next

@@ -5,10 +5,13 @@ this device finishes in the time it has, and as much text as that model can read
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from lib.config import Config
 from lib.data.packing import MOST_EPOCHS
+from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
+from lib.data.vocabulary import Vocabulary, make_tokenizer
 
 # the text of a preset, where the network reaches the Hub
 TEXTS = {
@@ -122,3 +125,13 @@ def fit_horizon(config: Config, available: int) -> tuple[Config, str]:
         f"{steps:,} steps instead of {config.num_steps:,}: this text has {available:,} tokens, and "
         f"beyond {MOST_EPOCHS} times over it a model learns it by heart (num_steps overrides)"
     )
+
+
+def tokenizer_of(run: Path, preset: str, source: str, device: dict, hosted: bool) -> Tokenizer:
+    """The tokenizer of a run folder; where there is none it is made, by 01's own function."""
+    if (run / FILE).exists():
+        return load_tokenizer(run)
+    text = for_tokenizer(preset, source, 0, device, hosted)
+    print(f"{run} has no tokenizer yet: making one as 01 does, {text.why}")
+    tokenizer, _ = make_tokenizer(run, Vocabulary(text.source, text.vocab_size))
+    return tokenizer

@@ -111,15 +111,23 @@ def stages(run) -> list[str]:
 
 
 def enter(
-    home: str, name: str, needs: str = "", token: Callable[[], str | None] = lambda: None
+    home: str,
+    name: str,
+    needs: str = "",
+    default: str = "",
+    token: Callable[[], str | None] = lambda: None,
 ) -> tuple[Path, Mirror]:
     """(the folder of a run, what sends it home), where `home` names where runs live: `lib.home`.
 
-    What another machine left at home is brought first. `needs` and an empty name: as in `open_run`.
+    What another machine left at home is brought first. `needs` and an empty name: as in `open_run`,
+    but with a `default` a run of that name is begun where there is none that has what it needs.
     """
     place = open_home(home, token)
     name = pull(place, name, token)
-    folder = open_run(name, needs, place.runs_dir)
+    if not name and default:
+        held = any(Path(place.runs_dir).glob(f"*/{needs}"))
+        name = "" if held else default
+    folder = open_run(name, "" if default and name else needs, place.runs_dir)
     return folder, Mirror(place, folder, token)
 
 

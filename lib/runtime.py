@@ -332,6 +332,12 @@ def seconds_left(hours: float = 0.0) -> float | None:
     return hours * 3600 - _age()
 
 
+def ends_within(seconds: float, hours: float = 0.0) -> bool:
+    """Whether this session ends within so many seconds: time to save and leave."""
+    left = seconds_left(hours)
+    return left is not None and left < seconds
+
+
 def _age() -> float:
     """Seconds since the first process of this machine or container started."""
     try:
