@@ -37,14 +37,14 @@ import sys
 try:
     from lib.notebook import setup
 except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
-    home = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
+    place = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
     address = "https://github.com/rawchat/rawchat"
-    if not os.path.isdir(home) and os.system(f"git clone --quiet --depth 1 {address} {home}"):
+    if not os.path.isdir(place) and os.system(f"git clone --quiet --depth 1 {address} {place}"):
         raise SystemExit(
             f"{address} could not be fetched: see that git is installed and that this machine "
             "reaches the internet (on Kaggle: Settings > Internet on), then run this cell again"
         ) from None
-    os.chdir(home)
+    os.chdir(place)
     sys.path.insert(0, os.getcwd())
     sys.modules.pop("lib", None)  # another folder of that name
     from lib.notebook import setup

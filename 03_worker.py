@@ -38,14 +38,14 @@ import sys
 try:
     from lib.notebook import setup
 except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
-    home = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
+    place = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
     address = "https://github.com/rawchat/rawchat"
-    if not os.path.isdir(home) and os.system(f"git clone --quiet --depth 1 {address} {home}"):
+    if not os.path.isdir(place) and os.system(f"git clone --quiet --depth 1 {address} {place}"):
         raise SystemExit(
             f"{address} could not be fetched: see that git is installed and that this machine "
             "reaches the internet (on Kaggle: Settings > Internet on), then run this cell again"
         ) from None
-    os.chdir(home)
+    os.chdir(place)
     sys.path.insert(0, os.getcwd())
     sys.modules.pop("lib", None)  # another folder of that name
     from lib.notebook import setup
@@ -58,12 +58,14 @@ import math
 import time
 
 from lib.config import Config
-from lib.data.tokenizer import FILE, load_tokenizer
+from lib.data.tokenizer import FILE
 from lib.files import Interrupted, UserError, choose, local_path, update_json
 from lib.interrupts import interruptible
 from lib.notebook import device_report, flags, parse_overrides, secret
 from lib.pictures import show
-from lib.runs import open_run
+from lib.recipes import tokenizer_of
+from lib.runs import enter
+from lib.runtime import host
 from lib.sweeps import (
     drivers,
     journal,
@@ -83,6 +85,8 @@ from lib.sweeps import (
 # @title Parameters
 # @markdown Name of the run, runs/NAME, whose tokenizer all trials use; empty takes the one made last
 run = ""  # @param {type:"string"}
+# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown What to search: a preset, or the path of a sweep in wandb's YAML
 sweep = "search"  # @param ["search", "miniseries", "isoflop", "ablate"] {allow-input: true}
 # @markdown Join a sweep by its id (local), or by ENTITY/PROJECT/ID (wandb), instead of starting one; nothing else is needed then
@@ -110,8 +114,11 @@ save_minutes = 10.0  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
-folder = open_run(run, needs=FILE)
-tokenizer = load_tokenizer(folder)
+folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
+if home.startswith("hub:") or "://" in home:
+    print(
+        "note: workers on other machines share a sweep through driver=wandb, or a store they all see"
+    )
 choose("driver", driver, ("local", "wandb"))
 if count < -1 or population < 1:
     raise UserError(f"count={count} must be -1 or more, population={population} 1 or more")
@@ -125,6 +132,7 @@ if driver == "wandb" and population > 1:
 
 # %%
 device = device_report()
+tokenizer = tokenizer_of(folder, "auto", source, device, bool(host()))
 budget = {"cpu": "small"}.get(device["platform"], "chip") if budget == "auto" else budget
 
 # %% [markdown]
@@ -339,6 +347,7 @@ results = dict(
 )
 update_json(folder / "results.json", **results)
 print(json.dumps(results, indent=1))
+mirror.wait()
 if interrupted:
     raise Interrupted("interrupted: the trial at hand was given back; run again to go on")
 

@@ -35,14 +35,14 @@ import sys
 try:
     from lib.notebook import setup
 except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
-    home = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
+    place = "/kaggle/working/rawchat" if os.path.isdir("/kaggle/working") else "rawchat"
     address = "https://github.com/rawchat/rawchat"
-    if not os.path.isdir(home) and os.system(f"git clone --quiet --depth 1 {address} {home}"):
+    if not os.path.isdir(place) and os.system(f"git clone --quiet --depth 1 {address} {place}"):
         raise SystemExit(
             f"{address} could not be fetched: see that git is installed and that this machine "
             "reaches the internet (on Kaggle: Settings > Internet on), then run this cell again"
         ) from None
-    os.chdir(home)
+    os.chdir(place)
     sys.path.insert(0, os.getcwd())
     sys.modules.pop("lib", None)  # another folder of that name
     from lib.notebook import setup
@@ -65,10 +65,10 @@ from lib.evals import contamination, core, questions, records, stats
 from lib.files import UserError, choose, update_json
 from lib.generate import Engine, Sampling, generate
 from lib.interrupts import interruptible
-from lib.notebook import device_report, flags
+from lib.notebook import device_report, flags, secret
 from lib.params import count_params, templates
 from lib.pictures import show
-from lib.runs import STAGES, open_run, results_table, set_aside
+from lib.runs import STAGES, enter, results_table, set_aside
 from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
 from lib.train import checkpoint
@@ -80,6 +80,8 @@ from lib.train.metrics import Metrics, column, read_jsonl
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run trained last
 run = ""  # @param {type:"string"}
+# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown Base checkpoint: empty for the run's newest, best for its lowest validation loss, or a folder, gs:// or hf://USER/NAME
 # @markdown address
 ckpt = ""  # @param ["", "best"] {allow-input: true}
@@ -138,11 +140,13 @@ live = False  # @param {type:"boolean"}
 # %%
 globals().update(flags(globals()))
 hub = ckpt.startswith("hf://")
+hub_token = lambda: secret("HF_TOKEN")  # noqa: E731
 if hub:
     tokenizer = load_tokenizer(f"hf:{ckpt.removeprefix('hf://')}")
-    folder = open_run(run or ckpt.rpartition("/")[2])
+    folder, mirror = enter(home, run or ckpt.rpartition("/")[2], token=hub_token)
 else:
-    folder = open_run(run, "checkpoints" if ckpt in ("", "best") else FILE)
+    needs = "checkpoints" if ckpt in ("", "best") else FILE
+    folder, mirror = enter(home, run, needs, token=hub_token)
     tokenizer = load_tokenizer(folder)
 device = device_report()
 if device["count"] > 1:
@@ -458,6 +462,7 @@ def fine_tune(stage, params, opt_state, epochs, lr):
             if signal.stop and step.state is not None:
                 break
         saved = saver.wait()
+        mirror.send()
     if int(state.step) < last:
         raise UserError(
             f"stopped in phase {stage} at step {int(state.step)} and saved: run again with the same settings"
@@ -594,6 +599,7 @@ while live and (words := input("you    ").strip()):
 # %%
 card = report.write(folder)
 print(f"report: {card}")
+mirror.wait()
 
 # %% [markdown]
 # ## Where to go next
