@@ -437,9 +437,12 @@ def fine_tune(stage, params, opt_state, epochs, lr):
         checkpoint.Saver(store, keep=1, size=checkpoint.nbytes(state)) as saver,
         interruptible() as signal,
     ):
-        pause = lambda n: (
-            signal.stop or n == last or n % max(1, last // 10) == 0 or n % max(1, last // 3) == 0
-        )
+
+        def pause(n):
+            """Whether to look at the state after n steps: to measure, to save or to stop."""
+            measured, kept = n % max(1, last // 10) == 0, n % max(1, last // 3) == 0
+            return signal.stop or n == last or measured or kept  # noqa: B023
+
         for step in train.steps(step_fn, state, batches, tuned, pause=pause):
             values, n = step.metrics, step.step
             if step.state is not None:
