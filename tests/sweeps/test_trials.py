@@ -188,7 +188,7 @@ def test_a_source_without_held_out_text_is_refused_before_anything_is_compiled(b
     config, settings = alone.prepare(dict(TINY, source=source))
     alone.check_held_out(settings)
     monkeypatch.setattr(trials.data, "documents", lambda *args, **kwargs: [])
-    with pytest.raises(UserError, match="has no held-out text"):
+    with pytest.raises(UserError, match="no text to measure on.*more documents"):
         alone.check_held_out(settings | dict(eval_bytes=601))
 
 
