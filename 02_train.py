@@ -59,7 +59,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, model, parallel, pictures, report
+from lib import data, evals, model, parallel, pictures, report, train
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.data.vocabulary import read_by
@@ -85,7 +85,6 @@ from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
 from lib.runs import STAGES, enter, results_table, set_aside
 from lib.runtime import ends_within, give_back, host
 from lib.train import checkpoint
-from lib.train import step as train
 from lib.train.due import AT_LEAST_EVERY, SAMPLED_STEPS, Due
 from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 

@@ -57,7 +57,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, pictures, report
+from lib import data, evals, pictures, report, train
 from lib.chat import terminal as chat
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
@@ -73,7 +73,6 @@ from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
 from lib.train import checkpoint
 from lib.train import finetune as sft
-from lib.train import step as train
 from lib.train.metrics import Metrics, column, read_jsonl
 
 # %% tags=["parameters"]

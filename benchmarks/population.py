@@ -34,13 +34,13 @@ def main(args: Args):
     import jax.numpy as jnp
     import numpy as np
 
+    from lib import train
     from lib.config import Config
     from lib.files import choose, write_json
     from lib.notebook import parse_overrides
     from lib.sweeps import presets, space
     from lib.sweeps.population import population_step
     from lib.sweeps.tables import table
-    from lib.train import step as train
     from lib.train.optim import compile_key
 
     constants = {

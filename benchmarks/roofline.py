@@ -62,9 +62,9 @@ def pieces(config) -> dict:
     import numpy as np
     import optax
 
+    from lib import train
     from lib.model import transformer
     from lib.model.head import head_matrix, summed_loss
-    from lib.train import step as train
     from lib.train.optim import make_optimizer
 
     rng = np.random.default_rng(0)

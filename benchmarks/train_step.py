@@ -59,11 +59,11 @@ def main(args: Args):
     import jax
     import numpy as np
 
+    from lib import train
     from lib.config import PRESETS, Config
     from lib.files import choose, write_json
     from lib.notebook import chip, parse_overrides
     from lib.params import count_params
-    from lib.train import step as train
 
     config = Config.from_depth(
         **choose("config", args.config, CONFIGS | PRESETS) | parse_overrides(args.overrides, Config)

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lib import train
 from lib.config import Config
 from lib.sweeps.trials import CURVE, Bench, Outcome, every, facts_of, together
-from lib.train import step as train
-from lib.train.optim import compile_key, lr_multiplier
+from lib.train import Watch, lr_at
+from lib.train.loop import EXPLODE
+from lib.train.optim import compile_key
 
 
 @functools.cache
@@ -32,13 +34,11 @@ class Members:
     """What is known of each member of a population while it trains."""
 
     def __init__(self, configs: list[Config], explode: float):
-        self.configs, self.explode = configs, explode
+        self.configs = configs
         self.outcomes: list[Outcome | None] = [None] * len(configs)
         self.curves: list[list] = [[] for _ in configs]
         self.values: list[dict] = [{} for _ in configs]
-        # the running mean of each loss, and the lowest that it has been
-        self.usual = np.full(len(configs), np.nan)
-        self.lowest = np.full(len(configs), np.inf)
+        self.watches = [Watch(config, explode) for config in configs]
         self.clock = time.perf_counter()
 
     def open(self) -> list[int]:
@@ -57,27 +57,11 @@ class Members:
         norms = np.asarray(metrics["grad_norm"])
         last = self.configs[0].num_steps
         for i in self.open():
-            loss = losses[i]
             if n % max(1, last // CURVE) == 0 or n == last:
-                self.curves[i].append([n, float(loss)])
-            first = np.isnan(self.usual[i])
-            self.usual[i] = loss if first else 0.9 * self.usual[i] + 0.1 * loss
-            self.lowest[i] = min(self.lowest[i], self.usual[i])
-            if reason := self._trouble(i, n, loss, norms[i]):
+                self.curves[i].append([n, float(losses[i])])
+            reason = self.watches[i].complaint(n, float(losses[i]), float(norms[i]))
+            if reason:
                 self.settle(i, "failed", n, reason)
-
-    def _trouble(self, i: int, n: int, loss: float, norm: float) -> str:
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            return f"training diverged: loss {loss}, gradient norm {norm} at step {n}"
-        warm = n > self.configs[i].warmup_steps
-        if warm and self.usual[i] > self.lowest[i] + self.explode:
-            return (
-                f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come "
-                "down "
-                ""
-                f"to {self.lowest[i]:.2f}"
-            )
-        return ""
 
 
 def train_population(
@@ -88,7 +72,7 @@ def train_population(
     report: Callable = lambda i, step, values: "",
     poll: Callable = lambda i: "",
     stop: Callable = lambda: False,
-    explode: float = 3.0,
+    explode: float = EXPLODE,
 ) -> list[Outcome]:
     """`train_trial` for several Configs in one program: rates, schedules, decay and seeds differ
     along its leading axis.
@@ -138,14 +122,7 @@ def _validate(members: Members, n: int, metrics, state, settings: dict, *, bench
     for i in members.open():
         config = members.configs[i]
         params = jax.tree.map(lambda a, i=i: a[i], state.params)
-        lr = lr_multiplier(
-            n - 1,
-            config.num_steps,
-            config.warmup_steps,
-            config.warmdown_ratio,
-            config.final_lr_frac,
-        )
-        values = dict(loss=float(metrics["loss"][i]), lr=float(lr))
+        values = dict(loss=float(metrics["loss"][i]), lr=lr_at(config, n))
         members.values[i] = values | bench.validate(params, config, settings)
         why = report(i, n, members.values[i])
         if n == config.num_steps:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lib import data, evals
+from lib import data, evals, train
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
@@ -26,7 +26,6 @@ from lib.params import count_params
 from lib.preflight.memory import estimate_memory
 from lib.sweeps import space
 from lib.train import checkpoint
-from lib.train import step as train
 from lib.train.optim import compile_key
 
 # of space.SETTINGS

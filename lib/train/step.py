@@ -1,9 +1,7 @@
-"""The training step, compiled once, and the loop that notebooks, sweeps and tests share."""
+"""The training step: from a state and a batch to the next state, compiled once."""
 
 import functools
-import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from lib import model
 from lib.config import Config
-from lib.files import UserError
 from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
 from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
 from lib.params import is_spec, param_specs
-from lib.train.optim import compile_key, lr_multiplier, make_optimizer
+from lib.train.optim import compile_key, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -167,82 +164,3 @@ def token_losses_on(layout: Layout) -> Callable:
     return lambda params, config, *batch: losses(
         params, config, *put_batch(layout, batch, whole=True)
     )
-
-
-class Step(NamedTuple):
-    """What `steps` yields. `state` and `cursor` are there only where `pause(step)` asked for them."""
-
-    step: int  # steps taken so far
-    metrics: dict[str, float]
-    state: TrainState | None
-    cursor: dict | None
-
-
-def steps(
-    step_fn: Callable,
-    state: TrainState,
-    batches: Iterator,
-    config: Config,
-    *,
-    pause: Callable[[int], bool] = lambda step: False,
-    explode: float = 3.0,
-) -> Iterator[Step]:
-    """Train to config.num_steps, yielding each step's metrics one step late so that the device never waits.
-
-    batches: yields (inputs_BT, targets_BT, cursor after this batch). pause(n): whether the caller wants the state after
-    n steps (to evaluate, sample or save); that step is waited for. Metrics: loss (nats/token), grad_norm, lr (multiplier),
-    tokens_per_s, step_time (s).
-    Raises UserError when the loss or gradient is not finite, or when after warm-up the loss's running mean is `explode` nats
-    above its lowest; the state of such a step is never yielded, so a good checkpoint is never overwritten by a broken one.
-    """
-    done = int(state.step)
-    usual, best = None, math.inf
-    waiting = None
-    clock = time.perf_counter()
-
-    def read(n, metrics):
-        nonlocal clock, usual, best
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        now = time.perf_counter()
-        elapsed, clock = now - clock, now
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"training diverged: loss {loss}, gradient norm {grad_norm} at step {n}; "
-                "resume from the last checkpoint with lower learning rates or a longer warm-up"
-            )
-        usual = loss if usual is None else 0.9 * usual + 0.1 * loss  # one odd batch moves it little
-        best = min(best, usual)
-        if n > config.warmup_steps and usual > best + explode:
-            raise UserError(
-                f"training exploded: loss {loss:.2f} at step {n}, after its running mean had come down to {best:.2f}; "
-                "resume from the last checkpoint with lower learning rates or a longer warm-up"
-            )
-        lr = float(
-            lr_multiplier(
-                n - 1,
-                config.num_steps,
-                config.warmup_steps,
-                config.warmdown_ratio,
-                config.final_lr_frac,
-            )
-        )
-        return dict(
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            step_time=elapsed,
-            tokens_per_s=config.total_batch_size / elapsed,
-        )
-
-    while done < config.num_steps:
-        inputs_BT, targets_BT, cursor = next(batches)
-        with jax.profiler.StepTraceAnnotation("train", step_num=done):
-            state, metrics = step_fn(state, inputs_BT, targets_BT)
-        if waiting is not None:
-            yield Step(waiting[0], read(*waiting), None, None)
-        done += 1
-        waiting = (done, metrics)
-        if pause(done) or done == config.num_steps:
-            yield Step(done, read(*waiting), state, cursor)
-            waiting = None
-            clock = time.perf_counter()

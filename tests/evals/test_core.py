@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lib import train
 from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, core, likelihood, stats
 from lib.evals.likelihood import Score
 from lib.files import UserError
 from lib.model import forward
-from lib.train import step as train
 from tests.helpers.golden import load, parity_model
 
 

@@ -14,10 +14,9 @@ from collections import Counter
 import jax
 import numpy as np
 
-from lib import parallel
+from lib import parallel, train
 from lib.config import Config
 from lib.train import checkpoint
-from lib.train import step as train
 
 asked = json.loads(sys.argv[1])
 if asked.get("hosts"):

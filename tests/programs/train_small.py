@@ -11,12 +11,11 @@ import sys
 import jax
 import numpy as np
 
-from lib import data
+from lib import data, train
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.interrupts import interruptible
 from lib.train import checkpoint
-from lib.train import step as train
 from tests.helpers import ROOT
 
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from lib import train
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.sweeps import drivers, journal, population, space, trials
 from lib.sweeps.journal import Journal
-from lib.train import step as train
 from tests.helpers.sweeps import sweep
 
 TINY = dict(

@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from lib import data, model
+from lib import data, model, train
 from lib.config import Config
 from lib.data import Tokenizer
 from lib.files import UserError
 from lib.tasks import items_of
 from lib.train import checkpoint
 from lib.train import finetune as sft
-from lib.train import step as train
 from tests.helpers.golden import load
 
 TINY = Config(

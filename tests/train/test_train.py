@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from lib import train
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.train import checkpoint
-from lib.train import step as train
+from lib.train import checkpoint, step
 from tests.helpers import programs
 
 TINY = Config(
@@ -103,11 +103,11 @@ def test_accumulation_equals_one_big_batch(optimizer):
 
 
 def test_one_compilation_serves_all_rates_and_steps():
-    train._jitted_step.cache_clear()
+    step._jitted_step.cache_clear()
     for lr in (0.01, 0.02):
         config = TINY.replace(matrix_lr=lr, num_steps=3 + int(lr * 100))
         run(config, batches())
-    assert train._jitted_step.cache_info().misses == 1
+    assert step._jitted_step.cache_info().misses == 1
     assert train.make_train_step(TINY)._cache_size() == 1
 
 
