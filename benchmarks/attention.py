@@ -113,7 +113,8 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
         f"window={window}"
     )
     print(
-        f"{'':8}{'min ms':>9}{'median':>9}{'compile s':>11}{'peak MiB':>11}{'saved MiB':>11}{'moved MiB':>11}"
+        f"{'':8}{'min ms':>9}{'median':>9}{'compile s':>11}"
+        f"{'peak MiB':>11}{'saved MiB':>11}{'moved MiB':>11}"
     )
     programs, rows = {}, []
     for name, attend in ATTENTION.items():

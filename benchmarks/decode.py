@@ -25,7 +25,9 @@ class Args:
     overrides: str = ""
     """Config fields by name, like: n_kv_head=1 compute_dtype=bfloat16"""
     run: str = ""
-    """Take a trained run's model instead; needed for the drafts' shares and for the quality of int8"""
+    """Take a trained run's model instead; needed for the drafts' shares and for the quality of
+    int8
+    """
     draft: str = ""
     """A second run with the same tokenizer whose model drafts for the first"""
     prompt: int = 64
@@ -98,7 +100,8 @@ def read_bandwidth(size: int, seconds: float = 0.3) -> float:
 
 NANOCHAT = """
 import json, sys, time
-path, shape, prompt, new = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+path, new = sys.argv[1], int(sys.argv[4])
+shape, prompt = json.loads(sys.argv[2]), json.loads(sys.argv[3])
 sys.path.insert(0, path)
 import torch
 from nanochat.gpt import GPT, GPTConfig
@@ -113,7 +116,8 @@ for rows in (1, 8):
     times = []
     for _ in range(3):
         clock = time.perf_counter()
-        made = sum(1 for _ in engine.generate(prompt, num_samples=rows, max_tokens=new, temperature=0.0))
+        samples = engine.generate(prompt, num_samples=rows, max_tokens=new, temperature=0.0)
+        made = sum(1 for _ in samples)
         times.append(time.perf_counter() - clock)
     result[rows] = rows * made / min(times)
 print(json.dumps(result))
@@ -314,7 +318,8 @@ def main(args: Args):
                 of_cached=round(need / width[weights] * 1e3 / step, 3),
             )
             row["of_batch_1"] = round(speed / best_of("batch 1"), 2)
-            extra = f"{row['GBps']:7.1f} {row['of_memory']:10.0%} {row['of_cached']:10.0%} {row['sides']:6} {row['of_batch_1']:8.2f} x"
+            shares = f"{row['of_memory']:10.0%} {row['of_cached']:10.0%}"
+            extra = f"{row['GBps']:7.1f} {shares} {row['sides']:6} {row['of_batch_1']:8.2f} x"
         print(f"{name:22} {speed:8.0f} {step:8.3f} {extra}")
         result["lines"].append(row)
     result |= dict(

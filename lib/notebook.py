@@ -85,7 +85,9 @@ INTERRUPTED = 130
 
 
 def _excepthook(kind, error, trace):
-    """Show a script's last error: bad input and Ctrl-C in a sentence, all else with its traceback."""
+    """Show a script's last error: bad input and Ctrl-C in a sentence, all else with its
+    traceback.
+    """
     from lib import parallel
 
     code = None
@@ -103,9 +105,11 @@ def _excepthook(kind, error, trace):
 
 
 def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool:
-    """Join the processes of a job as `lib.sharding.start_hosts` does ("auto": the cluster says who is who; empty: this is the only one).
+    """Join the processes of a job as `lib.sharding.start_hosts` does ("auto": the cluster says who
+    is who; empty: this is the only one).
 
-    Returns whether this is the first, which alone writes and prints; the others say nothing but errors from now on.
+    Returns whether this is the first, which alone writes and prints; the others say nothing but
+    errors from now on.
     """
     import jax
 
@@ -115,14 +119,15 @@ def join_hosts(coordinator: str, count: int, index: int, timeout: float) -> bool
         parallel.start_hosts("" if coordinator == "auto" else coordinator, count, index, timeout)
     elif count > 1 or index > 0:
         raise UserError(
-            f"process {index} of {count} does not know the others: give coordinator=host:port of process 0, or auto"
+            f"process {index} of {count} does not know the others: give coordinator=host:port of "
+            "process 0, or auto"
         )
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
     return jax.process_index() == 0
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
+# ---- flags ---------------------------------------------------------------------------------------
 
 
 # a line of a form: its name, its value, its choices and the rest of Colab's annotation
@@ -140,8 +145,8 @@ def parameters(source: str) -> list[Param]:
     """The variables of the cells tagged `parameters` in a notebook's percent-format source.
 
     Each is `name = literal  # @param …` on one line, the annotation being Colab's: a list of
-    choices (open-ended with allow-input), a {type:"…"}, or both. Comment lines right above it
-    (`# @markdown …` shows in Colab too) are its help. A second cell may hold what few people change.
+    choices (open-ended with allow-input), a {type:"…"}, or both. Comment lines right above it (`#
+    @markdown …` shows in Colab too) are its help. A second cell may hold what few people change.
     """
     cells = re.split(r"(?m)^(?=# %%)", source)
     forms = [cell for cell in cells if re.match(r'# %%.*tags=\[.*"parameters".*\]', cell)]
@@ -183,14 +188,16 @@ def _param(name: str, literal: str, choices: str, form: str, comments: list[str]
         hint = str if value is None else type(value)
     if options and "allow-input" in form:
         comments = [*comments, f"({', '.join(named)}, or your own)"]
-    return Param(name, value, Optional[hint] if value is None else hint, " ".join(comments))
+    return Param(name, value, Optional[hint] if value is None else hint, " ".join(comments))  # noqa: UP045
 
 
 def flags(namespace: dict, args: list[str] | None = None) -> dict:
-    """The parameters cell's variables as set by command-line flags; {} in a notebook: there the cell itself is the form.
+    """The parameters cell's variables as set by command-line flags; {} in a notebook: there the
+    cell itself is the form.
 
-    Right after the parameters cell: `globals().update(flags(globals()))`. The cell's values are the defaults, `--help`
-    lists every flag, and a wrong one ends the script with code 2 and the names nearest to it.
+    Right after the parameters cell: `globals().update(flags(globals()))`. The cell's values are the
+    defaults, `--help` lists every flag, and a wrong one ends the script with code 2 and the names
+    nearest to it.
     """
     if in_notebook() or "__file__" not in namespace:
         return {}
@@ -213,7 +220,9 @@ def flags(namespace: dict, args: list[str] | None = None) -> dict:
 
 
 def parse_overrides(text: str, cls) -> dict:
-    """Fields of the dataclass `cls` from "name=value name=value", each value parsed as its field's type."""
+    """Fields of the dataclass `cls` from "name=value name=value", each value parsed as its field's
+    type.
+    """
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     words = dict(pair.partition("=")[::2] for pair in text.replace(",", " ").split())
     values = {}
@@ -237,7 +246,7 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
+# ---- secrets -------------------------------------------------------------------------------------
 
 
 def secret(name: str) -> str | None:
@@ -295,8 +304,10 @@ def device_report() -> dict:
     peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     print(
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), {memory / 2**30:.1f} GiB, {peak}\n"
-        f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} process(es)"
+        f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), "
+        f"{memory / 2**30:.1f} GiB, {peak}\n"
+        f"python {platform.python_version()}, jax {jax.__version__}, {jax.process_count()} "
+        "process(es)"
     )
     if device.platform == "tpu" and runtime.kernel_fault():
         print(runtime.fallback(runtime.kernel_fault()))

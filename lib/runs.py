@@ -1,6 +1,7 @@
 """A run: the folder runs/NAME, the stages that a model goes through in it, and what came out.
 
-Notebooks, chat, server, measurements and reports open a run and load its model here and nowhere else.
+Notebooks, chat, server, measurements and reports open a run and load its model here and nowhere
+else.
 """
 
 import json
@@ -72,7 +73,7 @@ RESULTS = {
 HIDDEN = ("began",)
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
@@ -101,7 +102,8 @@ def newest_run(runs_dir="runs", holding: str = "config.json") -> Path:
             f"no run with {holding} under {Path(runs_dir).resolve()}: "
             "train one first, or pass --run NAME"
         )
-    # of two that changed in the same instant the last by name, so that the answer is always the same
+    # of two that changed in the same instant the last by name, so that the answer is always the
+    # same
     return max(candidates, key=lambda run: ((run / holding).stat().st_mtime, run.name))
 
 
@@ -131,7 +133,7 @@ def enter(
     return folder, Mirror(place, folder, token)
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -149,8 +151,8 @@ def load_model(run, ckpt: str = "", stage: str = "") -> Model:
     """The model of a run folder, its parameters on the device.
 
     ckpt: empty for the newest checkpoint of the stage, "best" for the one of lowest validation
-    loss, or a checkpoint's own path or address (gs://..., hf://USER/NAME). stage: one of STAGES,
-    or empty for the furthest that the run has. The tokenizer is the run's; for hf:// the repository's.
+    loss, or a checkpoint's own path or address (gs://..., hf://USER/NAME). stage: one of STAGES, or
+    empty for the furthest that the run has. The tokenizer is the run's; for hf:// the repository's.
     """
     run = Path(run)
     if ckpt in ("", "best"):
@@ -187,13 +189,15 @@ def _choose_stage(run: Path, stage: str) -> str:
 
 
 def _choose_checkpoint(store: Path, which: str):
-    """The newest checkpoint of a stage's folder, or with "best" that of the lowest validation loss."""
+    """The newest checkpoint of a stage's folder, or with "best" that of the lowest validation "
+    "loss."""
     if which != "best":
         return checkpoint.latest(store)
     path = checkpoint.best(store)
     if path is None:
         raise UserError(
-            f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the newest"
+            f"no checkpoint in {store} was validated, so none is best: leave ckpt empty for the "
+            "newest"
         )
     return path
 
@@ -204,7 +208,7 @@ def _stage_of(path: str) -> str:
     return next((stage for stage, name in STAGES.items() if name == parent), "base")
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def results_table(run) -> str:

@@ -46,7 +46,9 @@ def walk(node, in_function=False):
 
 
 def imports(path):
-    """(module, whether it is imported only when a function is called) of every import outside main."""
+    """(module, whether it is imported only when a function is called) of every import outside
+    main.
+    """
     for node, in_function in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, in_function) for alias in node.names)

@@ -174,7 +174,8 @@ def test_user_errors_show_one_sentence_in_a_kernel():
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    cell = "from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise UserError('do this')"
+    imports = "from lib.notebook import setup\nfrom lib.files import UserError\n"
+    cell = imports + "setup()\nraise UserError('do this')"
     cells = [nbformat.v4.new_code_cell(cell), nbformat.v4.new_code_cell("print('still going')")]
     notebook = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError):  # so that "Run all" stops here

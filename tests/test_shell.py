@@ -21,7 +21,7 @@ case "$*" in
     "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
 esac
 if [ -e "$HOME/FAIL" ] && [[ "$*" == *"$(head -n 1 "$HOME/FAIL")"* ]]; then tail -n +2 "$HOME/FAIL"; exit 1; fi
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Checkpoints: any pytree with its metadata, written whole or not at all, restored bit for bit.
 
-A checkpoint is a folder step_00001000/ with one safetensors file per top-level key of the tree (params.safetensors, …;
-tensors are named by their path in the tree, joined by ".") and meta.json: format, step, metric, time, the size and
-SHA-256 of every file, and the caller's own metadata. Several processes write one file each per key, with the parts that
-they hold. Remote folders (gs://, s3://, hf://, …) hold the same files; there meta.json is uploaded last, and a folder
-without it is no checkpoint.
+A checkpoint is a folder step_00001000/ with one safetensors file per top-level key of the tree
+(params.safetensors, …; tensors are named by their path in the tree, joined by ".") and meta.json:
+format, step, metric, time, the size and SHA-256 of every file, and the caller's own metadata.
+Several processes write one file each per key, with the parts that they hold. Remote folders (gs://,
+s3://, hf://, …) hold the same files; there meta.json is uploaded last, and a folder without it is
+no checkpoint.
 """
 
 import contextlib
@@ -43,11 +44,13 @@ NAME = re.compile(r"step_\d{8,}")
 SHARE_TIMEOUT = 600  # seconds that processes wait for each other's files
 
 
-# ---- the tree as named arrays ----------------------------------------------------------------------------------------
+# ---- the tree as named arrays --------------------------------------------------------------------
 
 
 def _named(tree) -> dict:
-    """Leaves by path; a dict key that holds a "." may make two paths alike, which no file could tell apart."""
+    """Leaves by path; a dict key that holds a "." may make two paths alike, which no file could
+    tell apart.
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
@@ -62,9 +65,11 @@ def _is_key(x) -> bool:
 
 
 def _to_host(tree) -> tuple[dict, dict]:
-    """Numpy copies by path of what this process is to write, and the shapes of the arrays that several processes hold parts of.
+    """Numpy copies by path of what this process is to write, and the shapes of the arrays that
+    several processes hold parts of.
 
-    Process 0 writes what it has the whole of. Of the others each writes the parts that it holds first, as "PATH@START,START".
+    Process 0 writes what it has the whole of. Of the others each writes the parts that it holds
+    first, as "PATH@START,START".
     """
     named = {k: jax.random.key_data(x) if _is_key(x) else x for k, x in _named(tree).items()}
     split = {
@@ -108,7 +113,9 @@ def _joined(arrays: dict, shapes: dict) -> dict:
 
 
 def _top(name: str) -> str:
-    """The file a leaf goes to: that of its top-level key, so that e.g. the parameters can be read alone."""
+    """The file a leaf goes to: that of its top-level key, so that e.g. the parameters can be read
+    alone.
+    """
     top = re.match(r"(\w+)\.", name)
     return top[1] if top else "state"
 
@@ -126,7 +133,9 @@ def nbytes(tree) -> int:
 
 
 def _like(a, leaf):
-    """The stored array `a` as the kind of thing the template's `leaf` is, with its sharding if it has one."""
+    """The stored array `a` as the kind of thing the template's `leaf` is, with its sharding if it
+    has one.
+    """
     if isinstance(leaf, (bool, int, float)):
         return type(leaf)(a)
     if isinstance(leaf, (np.ndarray, np.generic)):
@@ -144,23 +153,27 @@ def _like(a, leaf):
     return array
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save(folder, step: int, tree, meta: dict | None = None, *, keep: int = 3, metric=None):
-    """Save `tree` and JSON-able `meta` as folder/step_NNNNNNNN and return its path, all at once; else like `Saver`."""
+    """Save `tree` and JSON-able `meta` as folder/step_NNNNNNNN and return its path, all at once;
+    else like `Saver`.
+    """
     with Saver(folder, keep) as saver:
         saver.save(step, tree, meta, metric)
         return saver.wait()
 
 
 class Saver:
-    """Saves in the background: `save` returns once the tree is copied to host memory, one save is written at a time.
+    """Saves in the background: `save` returns once the tree is copied to host memory, one save is
+    written at a time.
 
-    Kept are the `keep` newest checkpoints and the one with the lowest `metric` ever (a NaN is never best). An error met
-    while writing is raised by the next `save` or `wait`; leaving the `with` block waits. Making a Saver checks that the
-    folder can be written and has room for `size` bytes (as from `nbytes`), so that a run learns it before it computes.
-    On several hosts all must call `save`, each writes what it holds, and the folder must be one that all share.
+    Kept are the `keep` newest checkpoints and the one with the lowest `metric` ever (a NaN is never
+    best). An error met while writing is raised by the next `save` or `wait`; leaving the `with`
+    block waits. Making a Saver checks that the folder can be written and has room for `size` bytes
+    (as from `nbytes`), so that a run learns it before it computes. On several hosts all must call
+    `save`, each writes what it holds, and the folder must be one that all share.
     """
 
     def __init__(self, folder, keep: int = 3, size: int = 0):
@@ -195,7 +208,9 @@ class Saver:
             self._job = self._pool.submit(_write_share, self.folder, record, arrays, self.keep)
 
     def wait(self):
-        """Block until the running save, if any, is on disk; returns its path, or raises what it met."""
+        """Block until the running save, if any, is on disk; returns its path, or raises what it
+        met.
+        """
         job, self._job = self._job, None
         return job.result() if job else None
 
@@ -218,7 +233,8 @@ def _check_folder(folder, size):
     _tidy(Path(folder))
     if size > (free := shutil.disk_usage(folder).free):
         raise UserError(
-            f"a checkpoint takes {size / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free in {folder}: "
+            f"a checkpoint takes {size / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free in "
+            f"{folder}: "
             "free some space or choose another folder"
         )
 
@@ -244,14 +260,20 @@ def _seal(folder, record, arrays):
 
 
 def _write_share(folder, record, arrays, keep):
-    """`_write` on one of several processes: each leaves its files and a list of them, process 0 the record once all lists are there."""
+    """`_write` on one of several processes: each leaves its files and a list of them, process 0 the
+    record once all lists are there.
+    """
     target = join(folder, f"step_{record['step']:08d}")
     index, count = jax.process_index(), jax.process_count()
-    # a name that all know and no earlier save had; remote folders have no rename, so parts go where they stay
+    # a name that all know and no earlier save had; remote folders have no rename, so parts go where
+    # they stay
     place = (
         target if is_remote(folder) else Path(folder) / f".{target.name}.{record['time']:.6f}.tmp"
     )
-    listed = lambda i: f"share-{record['time']:.6f}-{i}-of-{count}.json"
+
+    def listed(i):
+        return f"share-{record['time']:.6f}-{i}-of-{count}.json"
+
     with tempfile.TemporaryDirectory() as tmp, reaching(place):
         fs, root = filesystem(place)
         fs.makedirs(root, exist_ok=True)
@@ -271,13 +293,16 @@ def _write_share(folder, record, arrays, keep):
                 lambda: f"process 0 has not finished {target}",
             )
             return target
+
+        def absent():
+            missing = [i for i in range(count) if not fs.exists(f"{root}/{listed(i)}")]
+            return ", ".join(map(str, missing))
+
         _await(
             lambda: (
                 fs.invalidate_cache() or all(fs.exists(f"{root}/{listed(i)}") for i in range(count))
             ),
-            lambda: (
-                f"process {', '.join(str(i) for i in range(count) if not fs.exists(f'{root}/{listed(i)}'))} has not written its share of {target}"
-            ),
+            lambda: f"process {absent()} has not written its share of {target}",
         )
         record["files"] = {}
         for i in range(count):
@@ -302,7 +327,8 @@ def _await(there: Callable[[], bool], what: Callable[[], str]):
     while not there():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{what()} after {SHARE_TIMEOUT} s: all processes must call save, and the folder must be one that all hosts share"
+                f"{what()} after {SHARE_TIMEOUT} s: all processes must call save, and the folder "
+                "must be one that all hosts share"
             )
         time.sleep(0.05)
 
@@ -336,7 +362,9 @@ def _upload(local, target, files):
 
 
 def _tidy(folder):
-    """Clear what a save killed halfway has left; put back the old folder if it was killed between the two renames."""
+    """Clear what a save killed halfway has left; put back the old folder if it was killed between
+    the two renames.
+    """
     for old in folder.glob(".step_*.old"):
         name = old.name[1:].partition(".")[0]
         if not (folder / name).exists():
@@ -346,7 +374,9 @@ def _tidy(folder):
 
 
 def _prune(folder, written, keep):
-    """Delete whole checkpoints that are neither among the `keep` newest nor the best; damaged ones are left alone."""
+    """Delete whole checkpoints that are neither among the `keep` newest nor the best; damaged ones
+    are left alone.
+    """
     whole = _whole(folder)
     kept = {str(path) for path, _ in whole[:keep]} | {str(written), str(_lowest(whole))}
     for path in (path for path, _ in whole if str(path) not in kept):
@@ -362,22 +392,26 @@ def _prune(folder, written, keep):
                 shutil.rmtree(hidden)
 
 
-# ---- finding and reading ---------------------------------------------------------------------------------------------
+# ---- finding and reading -------------------------------------------------------------------------
 
 
 def _record(path) -> dict:
-    """meta.json of a checkpoint whose files are all there in full length, or a UserError that says what is wrong."""
+    """meta.json of a checkpoint whose files are all there in full length, or a UserError that says
+    what is wrong.
+    """
     fs, root = filesystem(path)
     with reaching(path):
         try:
             record = json.loads(fs.cat_file(f"{root}/meta.json"))
             if not isinstance(record, dict) or record.get("kind") != KIND:
                 raise UserError(
-                    f"{path} was not written by rawchat: name a folder step_NNNNNNNN that it has written"
+                    f"{path} was not written by rawchat: name a folder step_NNNNNNNN that it has "
+                    "written"
                 )
             if record["format"] > FORMAT:
                 raise UserError(
-                    f"{path} has checkpoint format {record['format']}, newer than the {FORMAT} known here: "
+                    f"{path} has checkpoint format {record['format']}, newer than the {FORMAT} "
+                    "known here: "
                     "update rawchat"
                 )
             for name, file in record["files"].items():
@@ -398,7 +432,8 @@ def _record(path) -> dict:
             }
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
-                f"{path} is not a checkpoint (no meta.json in it): name a folder step_NNNNNNNN that "
+                f"{path} is not a checkpoint (no meta.json in it): name a folder step_NNNNNNNN "
+                "that "
                 "rawchat has written"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -409,7 +444,9 @@ def _record(path) -> dict:
 
 @contextlib.contextmanager
 def _verified(path, files):
-    """Yield a local folder with the named files (fetched if remote), their checksums compared with the record's."""
+    """Yield a local folder with the named files (fetched if remote), their checksums compared with
+    the record's.
+    """
     with tempfile.TemporaryDirectory() as tmp:
         local = Path(tmp if is_remote(path) else path)
         if is_remote(path):
@@ -420,7 +457,8 @@ def _verified(path, files):
         for name, file in files.items():
             if sha256(local / name) != file["sha256"]:
                 raise UserError(
-                    f"{path}/{name} does not match its checksum: delete this checkpoint, use an older one"
+                    f"{path}/{name} does not match its checksum: delete this checkpoint, use an "
+                    "older one"
                 )
         yield local
 
@@ -440,7 +478,8 @@ def _scan(folder) -> list:
             scanned.append((path, _record(path)))
         except UserError as e:
             scanned.append((path, e))
-    # By time, not step: a run taken up again at step 500 makes the old step 1000 history. Damaged ones come first.
+    # By time, not step: a run taken up again at step 500 makes the old step 1000 history. Damaged
+    # ones come first.
     when = lambda r: (r["time"], r["step"]) if isinstance(r, dict) else (math.inf, 0)  # noqa: E731
     return sorted(scanned, key=lambda item: when(item[1]), reverse=True)
 
@@ -455,9 +494,11 @@ def _lowest(whole):
 
 
 def latest(folder):
-    """Path of the newest sound checkpoint in `folder`, None if there is none; warns about damaged ones it passes over.
+    """Path of the newest sound checkpoint in `folder`, None if there is none; warns about damaged
+    ones it passes over.
 
-    Local files are checked against their checksums, remote ones by size (`restore` checks what it fetches).
+    Local files are checked against their checksums, remote ones by size (`restore` checks what it
+    fetches).
     """
     scanned = _scan(folder)
     for path, record in scanned:
@@ -480,13 +521,15 @@ def best(folder):
 
 
 def restore(path, template=None, only: str | None = None):
-    """(tree, meta) of a checkpoint, bit for bit; `meta` is the caller's own plus "step" and "metric".
+    """(tree, meta) of a checkpoint, bit for bit; `meta` is the caller's own plus "step" and
+    "metric".
 
-    `path`: a checkpoint, a folder of them (the newest is taken) or a run folder with checkpoints/ in it; may be remote.
-    `template`: a tree of arrays, ShapeDtypeStructs and numbers; paths, shapes and dtypes must be the same as the
-    stored ones, and arrays get the template's sharding. Without it nested dicts of numpy arrays come back (list
-    positions are keys then, and random keys their raw data).
-    `only`: read just this top-level key, e.g. "params"; tree and template are then what is under it.
+    `path`: a checkpoint, a folder of them (the newest is taken) or a run folder with checkpoints/
+    in it; may be remote. `template`: a tree of arrays, ShapeDtypeStructs and numbers; paths, shapes
+    and dtypes must be the same as the stored ones, and arrays get the template's sharding. Without
+    it nested dicts of numpy arrays come back (list positions are keys then, and random keys their
+    raw data). `only`: read just this top-level key, e.g. "params"; tree and template are then what
+    is under it.
     """
     from safetensors.numpy import load_file
 
@@ -530,7 +573,8 @@ def _resolve(path):
     if found := latest(folder):
         return found
     raise UserError(
-        f"no checkpoint in {path}: train first, or name a run folder, its checkpoints folder or one of the "
+        f"no checkpoint in {path}: train first, or name a run folder, its checkpoints folder or "
+        "one of the "
         "step_NNNNNNNN in it"
     )
 
@@ -564,14 +608,16 @@ def _compare(path, arrays, wanted):
         )
 
 
-# ---- Hugging Face Hub ------------------------------------------------------------------------------------------------
+# ---- Hugging Face Hub ----------------------------------------------------------------------------
 
 # one at a time: two commits to a repository at once conflict
 _uploads = ThreadPoolExecutor(1, "hub")
 
 
 def check_hub(repo: str, token: str | None = None, private: bool = True):
-    """Make the Hub model repository `repo` ("user/name") unless it exists; UserError if that is not allowed."""
+    """Make the Hub model repository `repo` ("user/name") unless it exists; UserError if that is not
+    allowed.
+    """
     import huggingface_hub as hub
 
     try:
@@ -594,10 +640,12 @@ def _hub_error(repo, e) -> UserError:
 
 
 def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = True):
-    """Upload the files of `folder` to the root of a Hub repository, in the background and as one commit.
+    """Upload the files of `folder` to the root of a Hub repository, in the background and as one
+    commit.
 
-    Returns a Future of the commit's address; a failure (wrong token, no network, the folder pruned meanwhile) is one
-    printed sentence and the Future holds None. `restore("hf://user/name")` reads an uploaded checkpoint.
+    Returns a Future of the commit's address; a failure (wrong token, no network, the folder pruned
+    meanwhile) is one printed sentence and the Future holds None. `restore("hf://user/name")` reads
+    an uploaded checkpoint.
     """
     import huggingface_hub as hub
 

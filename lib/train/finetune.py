@@ -25,12 +25,14 @@ from lib.train.step import TrainState
 
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
 VAL_EVERY, VAL_MOST = 50, 200
-# Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its own (lib.train.checkpoint.STAGES).
+# Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its
+# own (lib.train.checkpoint.STAGES).
 PHASES = {
     "mid": "the broad mixture: conversations, tools, many kinds of questions",
     "sft": "the smaller, cleaner mixture: how answers should be",
 }
-# Name -> {source: epochs}. Epochs are the weights: 0.5 takes half of a source's conversations, 3 takes them three times a pass.
+# Name -> {source: epochs}. Epochs are the weights: 0.5 takes half of a source's conversations, 3
+# takes them three times a pass.
 MIXTURES: dict[str, dict[str, float]] = {
     "embedded_mid": dict(
         arithmetic=1.0,
@@ -59,7 +61,7 @@ MIXTURES: dict[str, dict[str, float]] = {
 }
 
 
-# ---- conversations ---------------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -84,13 +86,15 @@ def parse_mixture(text: str) -> dict[str, float]:
         }
     if not mixture or not all(0 < epochs < 1e6 for epochs in mixture.values()):
         raise UserError(
-            f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with epochs above 0"
+            f"mixture {text!r} is empty: choose one of {', '.join(MIXTURES)}, or sources with "
+            "epochs above 0"
         )
     for name in mixture:
         if not name.endswith((".jsonl", ".jsonl.gz")) and name not in tasks():
             known = ", ".join([*MIXTURES, *tasks()])
             raise UserError(
-                f"unknown source {name!r} in the mixture: it is neither a .jsonl file nor one of {known}"
+                f"unknown source {name!r} in the mixture: it is neither a .jsonl file nor one of "
+                f"{known}"
             )
     return mixture
 
@@ -103,7 +107,8 @@ def _source(name: str, bad_lines: str) -> list[list[dict] | str]:
         chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats
     ):
         raise UserError(
-            f"task {name} holds neither conversations nor text to learn from: leave it out of the mixture"
+            f"task {name} holds neither conversations nor text to learn from: leave it out of the "
+            "mixture"
         )
     return chats
 
@@ -156,7 +161,7 @@ def plan(
     )
 
 
-# ---- phases ----------------------------------------------------------------------------------------------------------
+# ---- phases --------------------------------------------------------------------------------------
 
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "adamw_lr")
 
@@ -170,7 +175,8 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
     """
     if num_steps < 1 or lr <= 0:
         raise UserError(
-            f"a phase needs at least 1 step and rates above 0, got {num_steps} steps and {lr} times the rates"
+            f"a phase needs at least 1 step and rates above 0, got {num_steps} steps and {lr} "
+            "times the rates"
         )
     rates = {name: lr * getattr(config, name) for name in RATES}
     return config.replace(

@@ -1,8 +1,8 @@
 """Metrics: one `log(step, values)` to many writers, and a profiler window.
 
-metrics.jsonl in the run folder is always written: one object per line with step, time (Unix seconds) and the values.
-JSON has no NaN and no infinity: they stand there as the strings "NaN", "Infinity", "-Infinity", and `read_jsonl` turns
-them back.
+metrics.jsonl in the run folder is always written: one object per line with step, time (Unix
+seconds) and the values. JSON has no NaN and no infinity: they stand there as the strings "NaN",
+"Infinity", "-Infinity", and `read_jsonl` turns them back.
 """
 
 import contextlib
@@ -37,13 +37,19 @@ class Run(NamedTuple):
     config: dict
 
 
+def _number(value):
+    """A scalar array as Python's own number; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
 class Metrics:
     """Writes metrics.jsonl in `run_dir` and to the named writers; a context manager.
 
-    writers: names from WRITERS. One that can't start is a UserError, before anything is computed; one that fails
-    later is switched off with one warning, and training goes on.
-    resumed: the step a resumed run goes on from: lines beyond it are dropped, so that no step is there twice. None
-    starts metrics.jsonl anew. config: JSON-able settings, shown by wandb. On several hosts process 0 writes.
+    writers: names from WRITERS. One that can't start is a UserError, before anything is computed;
+    one that fails later is switched off with one warning, and training goes on. resumed: the step a
+    resumed run goes on from: lines beyond it are dropped, so that no step is there twice. None
+    starts metrics.jsonl anew. config: JSON-able settings, shown by wandb. On several hosts process
+    0 writes.
     """
 
     def __init__(
@@ -64,15 +70,14 @@ class Metrics:
                 self._writers[name] = writer
 
     def log(self, step: int, values: dict) -> dict:
-        """Send {name: number or scalar array} to all writers and return it as Python numbers; None values are left out.
+        """Send {name: number or scalar array} to all writers and return it as Python numbers; None
+        values are left out.
 
         Texts, such as samples, go to metrics.jsonl alone.
         This waits for device arrays: call it after the next step was dispatched.
         """
         host = jax.device_get(values)
-        values = {
-            k: getattr(host[k], "item", lambda: host[k])() for k in values if host[k] is not None
-        }
+        values = {name: _number(host[name]) for name in values if host[name] is not None}
         numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
         for name in list(self._writers):
             self._guard(name, self._writers[name][0], step, values if name == "jsonl" else numbers)
@@ -89,7 +94,8 @@ class Metrics:
         except Exception as e:
             del self._writers[name]
             warnings.warn(
-                f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes on",
+                f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes "
+                "on",
                 stacklevel=3,
             )
 
@@ -100,7 +106,7 @@ class Metrics:
         self.close()
 
 
-# ---- writers: run -> (write(step, values), close()) ------------------------------------------------------------------
+# ---- writers: run -> (write(step, values), close()) ----------------------------------------------
 
 
 SHOWN = {
@@ -112,7 +118,9 @@ SHOWN = {
 
 
 def _console(run: Run):
-    """A progress bar in a terminal or notebook; elsewhere (a log file) about fifty lines per run."""
+    """A progress bar in a terminal or notebook; elsewhere (a log file) about fifty lines per
+    run.
+    """
     from tqdm import tqdm
 
     kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
@@ -145,7 +153,10 @@ def _console(run: Run):
 
 
 def _jsonl(run: Run):
-    """Appends a line per log. When the disk is full, lines wait in memory and are written once there is room."""
+    """Appends a line per log.
+
+    When the disk is full, lines wait in memory and are written once there is room.
+    """
     path = run.folder / "metrics.jsonl"
     rows = [] if run.resumed is None or not path.exists() else read_jsonl(path)
     write_atomic(path, "".join(_line(row) for row in rows if row["step"] <= run.resumed))
@@ -172,7 +183,8 @@ def _jsonl(run: Run):
         except OSError as e:
             if not full:
                 warnings.warn(
-                    f"cannot write {path} ({e.strerror}): metrics are kept in memory until there is room; "
+                    f"cannot write {path} ({e.strerror}): metrics are kept in memory until there "
+                    "is room; "
                     "training goes on",
                     stacklevel=4,
                 )
@@ -181,7 +193,9 @@ def _jsonl(run: Run):
 
 
 def _tensorboard(run: Run):
-    """Event files in run/tensorboard, from tensorboard's parts: its own writer would import a TensorFlow it finds."""
+    """Event files in run/tensorboard, from tensorboard's parts: its own writer would import a
+    TensorFlow it finds.
+    """
     try:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -214,7 +228,9 @@ def _tensorboard(run: Run):
 
 
 def _wandb(run: Run, mode: str):
-    """A Weights & Biases run named after the run folder; joins the sweep's run when one is active."""
+    """A Weights & Biases run named after the run folder; joins the sweep's run when one is
+    active.
+    """
     try:
         import wandb
     except ImportError:
@@ -245,9 +261,11 @@ def _wandb(run: Run, mode: str):
 
 
 def _otlp(run: Run):
-    """OpenTelemetry gauges, the latest value of each sent every five seconds from a thread of its own.
+    """OpenTelemetry gauges, the latest value of each sent every five seconds from a thread of its
+    own.
 
-    The OpenTelemetry package itself takes the address from OTEL_EXPORTER_OTLP_ENDPOINT (http://localhost:4318 without).
+    The OpenTelemetry package itself takes the address from OTEL_EXPORTER_OTLP_ENDPOINT
+    (http://localhost:4318 without).
     """
     try:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -293,7 +311,7 @@ WRITERS = {
 }
 
 
-# ---- reading back ----------------------------------------------------------------------------------------------------
+# ---- reading back --------------------------------------------------------------------------------
 
 
 def _line(row: dict) -> str:
@@ -305,7 +323,9 @@ def _line(row: dict) -> str:
 
 
 def read_jsonl(path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other damage a UserError."""
+    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other
+    damage a UserError.
+    """
     special = {json.dumps(v): v for v in (math.nan, math.inf, -math.inf)}
     rows = []
     lines = Path(path).read_bytes().splitlines(keepends=True)
@@ -328,15 +348,17 @@ def column(rows: list[dict], name: str) -> tuple[list, list]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-# ---- profiling -------------------------------------------------------------------------------------------------------
+# ---- profiling -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def trace_window(run_dir, start: int, stop: int):
-    """Yield `tick(step, state)`, to be called before each step is dispatched: steps start..stop are profiled.
+    """Yield `tick(step, state)`, to be called before each step is dispatched: steps start..stop are
+    profiled.
 
-    The trace lands in run_dir/trace (`tensorboard --logdir run_dir/trace`, Profile). `state` is waited for before the
-    window opens and closes, so that it holds whole steps. stop < start profiles nothing.
+    The trace lands in run_dir/trace (`tensorboard --logdir run_dir/trace`, Profile). `state` is
+    waited for before the window opens and closes, so that it holds whole steps. stop < start
+    profiles nothing.
     """
     active = False
 

@@ -1,7 +1,7 @@
 """Optimizers and schedules: Muon or AdamW on the block matrices, AdamW on everything else.
 
-Rates and schedule parameters live in the optimizer state, not in the compiled program, so runs of equal shapes that
-differ only in those (`compile_key`) can share one compiled train step.
+Rates and schedule parameters live in the optimizer state, not in the compiled program, so runs of
+equal shapes that differ only in those (`compile_key`) can share one compiled train step.
 """
 
 import functools
@@ -36,7 +36,7 @@ POLAR_EXPRESS = (
 )
 
 
-# ---- schedules: of a step in 0..num_steps; float64 for plain numbers, float32 for traced ones -------------------
+# ---- schedules: of a step in 0..num_steps; float64 for plain numbers, float32 for traced ones ----
 
 
 def _np(*args):
@@ -44,7 +44,9 @@ def _np(*args):
 
 
 def lr_multiplier(step, num_steps, warmup_steps, warmdown_ratio, final_lr_frac):
-    """Linear up to 1 over `warmup_steps`, 1, then linear to `final_lr_frac` over the last `warmdown_ratio` of all."""
+    """Linear up to 1 over `warmup_steps`, 1, then linear to `final_lr_frac` over the last
+    `warmdown_ratio` of all.
+    """
     xp = _np(step, num_steps, warmup_steps, warmdown_ratio, final_lr_frac)
     left = (num_steps - step) / xp.maximum(xp.round(warmdown_ratio * num_steps), 1)
     after = xp.where(left >= 1, 1.0, left + (1 - left) * final_lr_frac)
@@ -65,9 +67,11 @@ def muon_weight_decay(step, num_steps, weight_decay):
 
 
 def group_lrs(config: Config) -> dict[str, float]:
-    """The learning rate of each group before the schedule, scaled by width, (D/768)^-0.5, and by batch.
+    """The learning rate of each group before the schedule, scaled by width, (D/768)^-0.5, and by
+    batch.
 
-    Matrices and scalars do not scale with width under Muon; smear and backout never scale with the batch.
+    Matrices and scalars do not scale with width under Muon; smear and backout never scale with the
+    batch.
     """
     width, batch = math.sqrt(768 / config.n_embd), config.batch_lr_scale
     return {
@@ -82,31 +86,43 @@ def group_lrs(config: Config) -> dict[str, float]:
     }
 
 
-# ---- updates of one weight: (gradient, momentum, second moment, weight) -> (what to add, momentum, second moment) --
+# ---- updates of one weight -----------------------------------------------------------------------
+
+# (gradient, momentum, second moment, weight) -> (what to add, momentum, second moment)
 
 
-def adamw_update(g, m, v, p, *, step, lr, b1, b2, weight_decay):
+def adamw_update(g, m, v, p, *, step, lr, b1, b2, weight_decay):  # noqa: PLR0913
     """AdamW with decoupled decay; `step` counts from 1. eps 1e-10 outside the root."""
     m = b1 * m + (1 - b1) * g
     v = b2 * v + (1 - b2) * jnp.square(g)
-    # 1 - b^step through expm1: the plain float32 difference loses four digits at step 1 with b2 = 0.995
-    debias = lambda b: -1 / jnp.expm1(step * math.log(b))
+
+    # 1 - b^step through expm1: the plain float32 difference loses four digits at step 1, b2 = 0.995
+    def debias(b):
+        return -1 / jnp.expm1(step * math.log(b))
+
     u = debias(b1) * m / (jnp.sqrt(debias(b2) * v) + 1e-10)
     return -lr * (u + weight_decay * p), m, v
 
 
 def polar_express(x_LIO):
-    """Nearly orthogonal matrices with the singular vectors of `x_LIO`, whose spectral norms are at most 1.
+    """Nearly orthogonal matrices with the singular vectors of `x_LIO`, whose spectral norms are at
+    most 1.
 
-    Each step is x <- q x with q = a + b A + c A^2 and A = x x^T, taken over the short side. Where x is long and float32
-    it is cheaper to carry A and the product of the q's instead, and to touch x only twice. Not in bfloat16: squared,
-    small singular values drown in its rounding and then blow up.
+    Each step is x <- q x with q = a + b A + c A^2 and A = x x^T, taken over the short side. Where x
+    is long and float32 it is cheaper to carry A and the product of the q's instead, and to touch x
+    only twice. Not in bfloat16: squared, small singular values drown in its rounding and then blow
+    up.
     """
     L, I, O = x_LIO.shape
     tall, short = I > O, min(I, O)
     dot = functools.partial(jnp.matmul, precision="highest" if x_LIO.dtype == jnp.float32 else None)
-    apply = lambda q, x: dot(x, q) if tall else dot(q, x)
-    gram = lambda x: dot(x.mT, x) if tall else dot(x, x.mT)
+
+    def apply(q, x):
+        return dot(x, q) if tall else dot(q, x)
+
+    def gram(x):
+        return dot(x.mT, x) if tall else dot(x, x.mT)
+
     if x_LIO.dtype == jnp.float32 and max(I, O) >= 2 * short:
         A, product = gram(x_LIO), None
         for a, b, c in POLAR_EXPRESS:
@@ -125,7 +141,9 @@ def polar_express(x_LIO):
 
 
 def muon_second_moment(shape_LIO):
-    """Shape of NorMuon's state: one number per output feature, or per input feature where those are more."""
+    """Shape of NorMuon's state: one number per output feature, or per input feature where those are
+    more.
+    """
     L, I, O = shape_LIO
     return (L, 1, O) if O >= I else (L, I, 1)
 
@@ -133,9 +151,10 @@ def muon_second_moment(shape_LIO):
 def muon_update(g_LIO, m, v, p, *, lr, momentum, weight_decay, dtype=jnp.float32):
     """Muon for a stack of matrices, inputs by outputs, each on its own.
 
-    Nesterov momentum, output features made equally long, orthogonalised in `dtype`, NorMuon's variance reduction,
-    cautious decay, and a rate of lr * sqrt(outputs / inputs) where that is above lr. Zero gradients only decay.
-    arXiv:2502.16982 (Muon), arXiv:2510.05491 (NorMuon), arXiv:2510.12402 (cautious decay).
+    Nesterov momentum, output features made equally long, orthogonalised in `dtype`, NorMuon's
+    variance reduction, cautious decay, and a rate of lr * sqrt(outputs / inputs) where that is
+    above lr. Zero gradients only decay. arXiv:2502.16982 (Muon), arXiv:2510.05491 (NorMuon),
+    arXiv:2510.12402 (cautious decay).
     """
     _, I, O = g_LIO.shape
     m = momentum * m + (1 - momentum) * g_LIO
@@ -156,18 +175,21 @@ def muon_update(g_LIO, m, v, p, *, lr, momentum, weight_decay, dtype=jnp.float32
     line_sq = line_sq * jnp.square(target / jnp.maximum(norm, 1e-6))
     v = 0.9 * v + 0.1 * line_sq / g_LIO.shape[axis]
     scale = jax.lax.rsqrt(jnp.maximum(v, 1e-10))
-    # both rescalings, to Frobenius norm `target` and to the same norm after variance reduction, in one factor
+    # both rescalings, to Frobenius norm `target` and to the same norm after variance reduction, in
+    # one factor
     restored = jnp.sqrt(jnp.sum(line_sq * jnp.square(scale), axis=(1, 2), keepdims=True))
     u = x * (scale * jnp.square(target) / jnp.maximum(norm, 1e-6) / jnp.maximum(restored, 1e-6))
     u += weight_decay * jnp.where(u * p >= 0, p, 0)
     return -lr * max(1.0, math.sqrt(O / I)) * u, m, v
 
 
-# ---- the optimizers: what a weight of group "matrix" gets; all other groups get AdamW -----------------------------
+# ---- the optimizers: what a weight of group "matrix" gets; all other groups get AdamW ------------
 
 
 def _matrix_shape(spec):
-    """(layers, inputs, outputs) of a stacked matrix: which axes are inputs is the spec's to say, not the shape's."""
+    """(layers, inputs, outputs) of a stacked matrix: which axes are inputs is the spec's to say,
+    not the shape's.
+    """
     return (
         spec.shape[0],
         math.prod(spec.shape[1 : 1 + spec.n_in]),
@@ -176,17 +198,20 @@ def _matrix_shape(spec):
 
 
 def _muon(spec, g, m, v, p, *, step, **now):
-    matrices = lambda a: a.reshape(_matrix_shape(spec))
+    def matrices(a):
+        return a.reshape(_matrix_shape(spec))
+
     u, m, v = muon_update(matrices(g), matrices(m), v, matrices(p), **now)
     return u.reshape(p.shape), m.reshape(p.shape), v
 
 
-def _adamw(spec, g, m, v, p, *, step, lr, weight_decay, momentum, dtype):
+def _adamw(spec, g, m, v, p, *, step, lr, weight_decay, momentum, dtype):  # noqa: PLR0913
     return adamw_update(g, m, v, p, step=step, lr=lr, b1=0.9, b2=0.95, weight_decay=weight_decay)
 
 
-# name: (shape of the second moment from a Spec, update as above but with the Spec before it). "adamw" follows the same
-# weight decay as "muon" (config.scaled_weight_decay, down to 0 by half a cosine), times its own smaller learning rate.
+# name: (shape of the second moment from a Spec, update as above but with the Spec before it).
+# "adamw" follows the same weight decay as "muon" (config.scaled_weight_decay, down to 0 by half a
+# cosine), times its own smaller learning rate.
 OPTIMIZERS = {
     "muon": (lambda spec: muon_second_moment(_matrix_shape(spec)), _muon),
     "adamw": (lambda spec: spec.shape, _adamw),
@@ -194,8 +219,9 @@ OPTIMIZERS = {
 
 
 class OptState(NamedTuple):
-    """`hyper` holds float32 scalars: all that `update` knows of rates and schedules. `m` has the shapes of the
-    parameters; so has `v`, but for Muon's reduced second moments."""
+    """`hyper` holds float32 scalars: all that `update` knows of rates and schedules. `m` has the
+    shapes of the parameters; so has `v`, but for Muon's reduced second moments.
+    """
 
     step: jax.Array  # updates made
     hyper: dict
@@ -204,7 +230,9 @@ class OptState(NamedTuple):
 
 
 def hyper(config: Config, num_steps: int) -> dict:
-    """The `hyper` of a fresh state; put it into an old state to go on with other rates or another horizon."""
+    """The `hyper` of a fresh state; put it into an old state to go on with other rates or another
+    horizon.
+    """
     values = dict(
         lr=group_lrs(config),
         weight_decay=config.scaled_weight_decay,
@@ -217,27 +245,33 @@ def hyper(config: Config, num_steps: int) -> dict:
 
 
 def compile_key(config: Config) -> Config:
-    """`config` with defaults for what a compiled train step finds in its state or not at all: rates, schedules, seed.
+    """`config` with defaults for what a compiled train step finds in its state or not at all:
+    rates, schedules, seed.
 
     Configs with equal keys can share one compiled step.
     """
     names = (
-        "matrix_lr embedding_lr unembedding_lr scalar_lr adamw_lr weight_decay reference_tokens num_steps "
+        "matrix_lr embedding_lr unembedding_lr scalar_lr adamw_lr weight_decay reference_tokens "
+        "num_steps "
         "tokens_per_param warmup_steps warmdown_ratio final_lr_frac seed"
     ).split()
     return config.replace(**{name: getattr(Config, name) for name in names})
 
 
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer that config.optimizer names, for the parameters of `config` and a horizon of `num_steps`.
+    """The optimizer that config.optimizer names, for the parameters of `config` and a horizon of
+    `num_steps`.
 
-    `update` needs the parameters; it returns what to add to them (optax.apply_updates) and the new OptState.
+    `update` needs the parameters; it returns what to add to them (optax.apply_updates) and the new
+    OptState.
     """
     specs = param_specs(config)
     second_moment, matrix_update = OPTIMIZERS[config.optimizer]
 
     def init(params):
-        shape = lambda spec: second_moment(spec) if spec.group == "matrix" else spec.shape
+        def shape(spec):
+            return second_moment(spec) if spec.group == "matrix" else spec.shape
+
         v = jax.tree.map(lambda spec: jnp.zeros(shape(spec)), specs, is_leaf=is_spec)
         return OptState(
             jnp.zeros((), jnp.int32),

@@ -18,7 +18,9 @@ from lib.train.optim import compile_key, make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes: float32 parameters, optimizer state, number of steps taken."""
+    """All that a step reads and writes: float32 parameters, optimizer state, number of steps
+    taken.
+    """
 
     params: Any
     opt_state: Any
@@ -26,7 +28,9 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, layout: Layout | None = None) -> TrainState:
-    """A fresh state, from config.seed alone: the same numbers on any layout of devices, made where they belong."""
+    """A fresh state, from config.seed alone: the same numbers on any layout of devices, made where
+    they belong.
+    """
     if layout is not None:
         return jax.jit(
             init_state,
@@ -52,7 +56,9 @@ def state_template(config: Config, layout: Layout | None = None) -> TrainState:
 
 
 def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
-    """(sum of losses, number of targets, gradient of that sum) over A microbatches, added up in float32."""
+    """(sum of losses, number of targets, gradient of that sum) over A microbatches, added up in
+    float32.
+    """
     grad = jax.value_and_grad(model.loss_sums, has_aux=True)
 
     def microbatch(total, batch):
@@ -71,7 +77,9 @@ def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Con
     specs = param_specs(config)
 
     def share(params, inputs_BT, targets_BT):
-        fold = lambda a: a.reshape(config.accumulate, -1, config.sequence_len)
+        def fold(a):
+            return a.reshape(config.accumulate, -1, config.sequence_len)
+
         with share_of(layout, config):
             loss, count, grads = summed_gradients(params, fold(inputs_BT), fold(targets_BT), config)
         return *jax.lax.psum((loss, count), AXES), reduce_gradients(layout, config, grads)
@@ -90,17 +98,18 @@ def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Con
 def train_step(
     state: TrainState, inputs_BT, targets_BT, config: Config, layout: Layout | None = None
 ):
-    """One optimizer step over B rows, config.microbatch of them at a time; returns (new state, {"loss", "grad_norm", "count"}).
+    """One optimizer step over B rows, config.microbatch of them at a time; returns (new state,
+    {"loss", "grad_norm", "count"}).
 
-    Gradients of summed losses add up in float32 and are divided once by the number of targets, so that A microbatches
-    equal one big batch however the ignored targets (negative) are spread, and so do several devices.
+    Gradients of summed losses add up in float32 and are divided once by the number of targets, so
+    that A microbatches equal one big batch however the ignored targets (negative) are spread, and
+    so do several devices.
     """
     with jax.named_scope("forward_backward"):
         if layout is None:
-            fold = lambda a: a.reshape(-1, config.microbatch, config.sequence_len)
-            loss, count, grads = summed_gradients(
-                state.params, fold(inputs_BT), fold(targets_BT), config
-            )
+            shape = -1, config.microbatch, config.sequence_len
+            rows = inputs_BT.reshape(shape), targets_BT.reshape(shape)
+            loss, count, grads = summed_gradients(state.params, *rows, config)
         else:
             loss, count, grads = _shared_gradients(
                 layout, state.params, inputs_BT, targets_BT, config
@@ -121,9 +130,11 @@ def train_step(
 
 
 def make_train_step(config: Config, layout: Layout | None = None) -> Callable:
-    """`train_step` for `config`, jitted with the state donated: (state, inputs_BT, targets_BT) -> (state, metrics).
+    """`train_step` for `config`, jitted with the state donated: (state, inputs_BT, targets_BT) ->
+    (state, metrics).
 
-    Configs that differ only in rates and horizon get the same function, so that they compile once. layout: the devices to share the work.
+    Configs that differ only in rates and horizon get the same function, so that they compile once.
+    layout: the devices to share the work.
     """
     return _jitted_step(compile_key(config), layout)
 
@@ -144,7 +155,9 @@ def _jitted_step(config: Config, layout: Layout | None):
 
 @functools.cache
 def token_losses_on(layout: Layout) -> Callable:
-    """`model.token_losses` on the devices of a layout: (params, config, inputs_BT, targets_BT), all rows on each process -> losses on all."""
+    """`model.token_losses` on the devices of a layout: (params, config, inputs_BT, targets_BT), all
+    rows on each process -> losses on all.
+    """
 
     @functools.partial(jax.jit, static_argnums=1, out_shardings=layout.sharding())
     def losses(params, config, inputs_BT, targets_BT):

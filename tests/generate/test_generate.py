@@ -95,7 +95,7 @@ def test_a_tool_that_refuses_forces_nothing_and_a_long_answer_crosses_chunks(mon
     call = [special["<|python_start|>"], 50, special["<|python_end|>"]]
     for answer in (None, "7" * 90):
         engine = scripted(monkeypatch, [call + [65] * 20 + [len(answer or "")]])
-        engine.tool = lambda text: answer
+        engine.tool = lambda text, answer=answer: answer
         engine.add([491, 70, 71], Sampling(60, temperature=0))
         (tokens,), _ = drain(engine)[0].values(), None
         forced = golden()[2].encode(answer) if answer else []

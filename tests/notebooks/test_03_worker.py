@@ -79,7 +79,8 @@ def test_a_trial_is_the_run_that_02_train_makes(workdir, sweep):
 
 
 def test_what_to_read_may_stand_in_the_sweep_itself(workdir, sweep):
-    text = f"method: grid\nparameters: {{depth: {{value: 2}}, source: {{values: [{CORPUS!r}, stdlib]}}}}"
+    texts = f"source: {{values: [{CORPUS!r}, stdlib]}}"
+    text = f"method: grid\nparameters: {{depth: {{value: 2}}, {texts}}}"
     done = script("03_worker", workdir, **sweep(text, "texts") | dict(source="", count=-1))
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (workdir / "runs/smoke/sweeps").glob("texts-*/sweep.json")
@@ -151,7 +152,10 @@ def test_a_wandb_sweep_from_start_to_table_and_joined_from_elsewhere_by_its_id(
         "HOME": str(tmp_path),
         "WANDB_DIR": str(tmp_path),
     }
-    text = "method: grid\nparameters: {depth: {value: 2}, num_steps: {value: 4}, matrix_lr: {values: [0.02, 0.05]}, microbatch: {values: [3, 2]}}"
+    text = (
+        "method: grid\nparameters: {depth: {value: 2}, num_steps: {value: 4}, "
+        "matrix_lr: {values: [0.02, 0.05]}, microbatch: {values: [3, 2]}}"
+    )
     done = script(
         "03_worker",
         workdir,

@@ -1,4 +1,6 @@
-"""Eight virtual devices, and two processes, against one device; each in processes of its own, which jax's device count needs."""
+"""Eight virtual devices, and two processes, against one device; each in processes of its own, which
+jax's device count needs.
+"""
 
 import json
 import re
@@ -49,7 +51,7 @@ def train(devices=1, processes=1, **arguments):
     if processes > 1:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            arguments["hosts"] = ["127.0.0.1:%d" % s.getsockname()[1], processes]
+            arguments["hosts"] = [f"127.0.0.1:{s.getsockname()[1]}", processes]
     env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
     jobs = [
         programs.start(
@@ -95,7 +97,9 @@ def eight(tmp_path_factory):
 
 
 def check_equal(many, single, steps=slice(None)):
-    """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible where gradients are nearly zero."""
+    """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible
+    where gradients are nearly zero.
+    """
     (losses, norms), (wanted, wanted_norms) = (
         np.transpose(many["losses"]),
         np.transpose(single["losses"][steps]),
@@ -119,7 +123,8 @@ def test_what_is_split_takes_less_room(single, eight):
 
 def test_collectives_are_the_expected_ones(eight):
     dp, zero, fsdp, *_ = (eight[str(x)] for x in LAYOUTS)
-    # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a batch or sequence in its shape
+    # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a
+    # batch or sequence in its shape
     assert set(dp["kinds"]) == {"all-reduce", "all-gather"} and dp["kinds"]["all-reduce"] <= 3
     widths = {CONFIG[k] for k in ("n_embd", "mlp_dim", "n_head", "head_dim", "n_layer")} | {
         12,
@@ -141,7 +146,9 @@ def test_collectives_are_the_expected_ones(eight):
 def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
     single, tmp_path, processes, strategy, mesh
 ):
-    """Trained five steps on all processes, saved by all, the rest on one, two and four devices of one process."""
+    """Trained five steps on all processes, saved by all, the rest on one, two and four devices of
+    one process.
+    """
     half = train(
         devices=processes,
         processes=processes,
@@ -181,7 +188,7 @@ def test_bad_layouts_in_one_sentence():
 def test_missing_processes_are_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % s.getsockname()[1]
+        address = f"127.0.0.1:{s.getsockname()[1]}"
     jobs = [programs.start("join_hosts", address, i, stderr=subprocess.PIPE) for i in (0, 1)]
     for job in jobs:
         assert (

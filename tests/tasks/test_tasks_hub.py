@@ -411,7 +411,8 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
         ),
         ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no number"),
         (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],'
+            '{"messages": [{"role": "user", "content": "a"}, '
+            '{"role": "assistant", "content": "b"}],'
             ' "answer": "5"}',
             "must end with the user's",
         ),

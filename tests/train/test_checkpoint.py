@@ -83,7 +83,7 @@ def names(folder):
     return sorted(str(path).rpartition("/")[2] for path, _ in checkpoint._scan(folder))
 
 
-# ---- round trip ------------------------------------------------------------------------------------------------------
+# ---- round trip ----------------------------------------------------------------------------------
 
 
 def test_round_trip_is_bitwise_for_every_kind_of_leaf(folder):
@@ -160,14 +160,14 @@ def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
 def test_two_hosts_save_and_restore_a_sharded_array(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % s.getsockname()[1]
+        address = f"127.0.0.1:{s.getsockname()[1]}"
     arguments = "save_on_two_hosts", tmp_path, address
     hosts = [programs.start(*arguments, i, env={"XLA_FLAGS": ""}) for i in (0, 1)]
     assert [host.wait(60) for host in hosts] == [0, 0]
     assert (restore(tmp_path)[0]["w"] == np.arange(8.0).reshape(4, 2)).all()
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 def test_keeps_the_newest_and_the_best_and_nan_is_never_best(folder):
@@ -210,7 +210,7 @@ def test_keeping_none_is_refused(tmp_path):
         Saver(tmp_path, keep=0)
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def truncate(path):
@@ -342,7 +342,7 @@ def test_what_is_no_array_is_refused_before_writing(tmp_path):
     assert names(tmp_path) == []
 
 
-# ---- failed saves ----------------------------------------------------------------------------------------------------
+# ---- failed saves --------------------------------------------------------------------------------
 
 
 def test_full_disk_harms_nothing_and_is_told_at_the_next_call(tmp_path, monkeypatch):
@@ -439,7 +439,7 @@ def test_killed_between_the_two_renames_of_a_replacement(tmp_path):
     ].sum() == 3
 
 
-# ---- Hub -------------------------------------------------------------------------------------------------------------
+# ---- Hub -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Conversations reach the step as the reference packs them, teach the assistant's words alone, and phases resume bit for bit."""
+"""Conversations reach the step as the reference packs them, teach the assistant's words alone, and
+phases resume bit for bit.
+"""
 
 import itertools
 import json
@@ -120,7 +122,8 @@ def test_the_text_of_a_mixture_is_that_of_training_only():
 def test_an_epoch_holds_every_conversation_once_and_its_own_order(tokenizer):
     def answers(**kwargs):
         out = []
-        for _, targets, cursor in data.chat_batches(MANY, tokenizer, 2, 64, loop=False, **kwargs):
+        batches = data.chat_batches(MANY, tokenizer, 2, 64, loop=False, **kwargs)
+        for _, targets, cursor in batches:  # noqa: B007  (the last one is returned)
             out += tokenizer.decode(targets[targets >= 0]).split("<|assistant_end|>")[:-1]
         return out, cursor
 
@@ -181,7 +184,9 @@ def test_no_target_is_no_nan():
 
 
 def test_loss_is_per_target_however_they_are_spread(tokenizer):
-    """Two microbatches, one with many targets and one with few, weigh by targets: the mean over all of them."""
+    """Two microbatches, one with many targets and one with few, weigh by targets: the mean over all
+    of them.
+    """
     state = train.init_state(TINY)
     x = np.random.default_rng(0).integers(0, 256, (4, 64)).astype(np.int32)
     y = np.where(np.arange(64) < np.array([[60], [50], [1], [2]]), np.roll(x, -1, 1), -1)

@@ -38,7 +38,9 @@ def fake_wandb(monkeypatch):
 
 @pytest.fixture
 def collector(monkeypatch):
-    """An OTLP collector on the loopback interface; the fixture's value is the list of request bodies."""
+    """An OTLP collector on the loopback interface; the fixture's value is the list of request
+    bodies.
+    """
     bodies = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

@@ -29,7 +29,7 @@ SMALL = Config(
 )
 
 
-# ---- against the reference ---------------------------------------------------------------------------------------
+# ---- against the reference -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group", range(9))
@@ -125,7 +125,7 @@ def test_rates_betas_and_decays_match_the_reference_at_every_size():
                 assert optim.ADAMW_GROUPS[ours] == (*theirs["betas"], theirs["weight_decay"])
 
 
-# ---- properties --------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 def test_config_knows_the_names():

@@ -1,4 +1,6 @@
-"""Steps match the reference's, accumulation equals one batch, resume is bitwise, and a broken loss stops the run."""
+"""Steps match the reference's, accumulation equals one batch, resume is bitwise, and a broken loss
+stops the run.
+"""
 
 import json
 import signal
@@ -140,7 +142,7 @@ def test_one_odd_batch_is_no_explosion():
     assert len(steps) == TINY.num_steps and steps[11].metrics["loss"] > 12
 
 
-# ---- whole processes: resume is bitwise, signals save ----------------------------------------------------------------
+# ---- whole processes: resume is bitwise, signals save --------------------------------------------
 
 
 def start(folder, stop_at):
