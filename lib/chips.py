@@ -58,7 +58,7 @@ SLICES = {"v6e": (V6E, FLAT), "v5e": (V5E, FLAT), "v5p": (V5P, CUBE), "v4": (V4,
 
 
 class Slice(NamedTuple):
-    """What a name like v6e-8 stands for: libtpu's topology and how many chips (jax devices) it has."""
+    """What a name like v6e-8 stands for: libtpu's topology and its chips (jax devices)."""
 
     name: str
     chip: Chip

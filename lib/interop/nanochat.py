@@ -1,4 +1,4 @@
-"""Weights and configs to and from nanochat's: the same numbers under its names and in its layouts."""
+"""Weights and configs to and from nanochat's: the same numbers under its names and layouts."""
 
 import math
 from typing import Any
@@ -155,7 +155,7 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
 
 
 def to_nanochat(params: dict, config: Config) -> dict[str, np.ndarray]:
-    """The nanochat state dict of our parameters: exactly what `from_nanochat` turns back into them."""
+    """The nanochat state dict of our parameters, which `from_nanochat` turns back into them."""
     out = {}
     for name, shape, path, at, linear in _layout(config):
         array = np.asarray(_get(params, path))[at]

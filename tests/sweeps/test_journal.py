@@ -175,10 +175,12 @@ def test_only_deaths_without_progress_count_against_a_trial(book, steps, deaths)
 
 HOSTILE = ["[]", "7", "null", '{"e": "claim"}', '{"e": "beat", "t": "now", "n": 1}', "[" * 100_000]
 HOSTILE += [
-    '{"e": "end", "t": 1, "n": 2, "id": "x", "state": "won", "value": 1, "reason": "", "curve": [], "facts": {}}'
+    '{"e": "end", "t": 1, "n": 2, "id": "x", "state": "won", "value": 1, '
+    '"reason": "", "curve": [], "facts": {}}'
 ]
 HOSTILE += [
-    '{"e": "end", "t": 1, "n": 2, "id": "x", "state": "done", "value": 1, "reason": "", "curve": [7], "facts": {}}'
+    '{"e": "end", "t": 1, "n": 2, "id": "x", "state": "done", "value": 1, '
+    '"reason": "", "curve": [7], "facts": {}}'
 ]
 
 
