@@ -48,7 +48,10 @@ def lr_at(config: Config, step: int) -> float:
 
 
 class Step(NamedTuple):
-    """What `steps` yields. `state` and `cursor` are there only where `pause(step)` asked for them."""
+    """What `steps` yields.
+
+    `state` and `cursor` are there only where `pause(step)` asked for them.
+    """
 
     step: int  # steps taken so far
     metrics: dict
@@ -65,7 +68,8 @@ def steps(
     pause: Callable[[int], bool] = lambda step: False,
     explode: float = EXPLODE,
 ) -> Iterator[Step]:
-    """Train to config.num_steps, yielding each step's metrics one step late so that the device never waits.
+    """Train to config.num_steps, yielding each step's metrics one step late so that the device
+    never waits.
 
     batches: yields (inputs_BT, targets_BT, cursor after this batch). pause(n): whether the caller
     wants the state after n steps (to evaluate, sample or save); that step is waited for. Metrics:
