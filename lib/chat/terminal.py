@@ -1,4 +1,6 @@
-"""Talking in a terminal (`python -m lib.chat`), and what every way of talking needs: fitting a chat, reading an answer."""
+"""Talking in a terminal (`python -m lib.chat`), and what every way of talking needs: fitting a
+chat, reading an answer.
+"""
 
 import codecs
 import contextlib
@@ -23,16 +25,19 @@ from lib.generate import Engine, Sampling, Token
 from lib.model import quantized
 from lib.runs import Model, load_model, open_run
 
-# ---- any chat ----------------------------------------------------------------------------------------------------------
+# ---- any chat ------------------------------------------------------------------------------------
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end an answer: all special ones but those around tool calls, which have no place inside a turn."""
+    """The tokens that end an answer: all special ones but those around tool calls, which have no
+    place inside a turn.
+    """
     return tuple(id for name, id in tokenizer.special.items() if name not in KINDS)
 
 
 class Piece(NamedTuple):
-    """A bit more of an answer: `text` of part number `index`, of kind text, python or python_output.
+    """A bit more of an answer: `text` of part number `index`, of kind text, python or
+    python_output.
 
     tokens: what it is made of; offsets: where in the spoken answer each one's text begins.
     joint: what the spoken answer has before it, so that no words are glued around a hidden call.
@@ -52,10 +57,12 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Turns tokens into text as they arrive; `parts` is the answer so far, as a chat message's list of {"type", "text"}.
+    """Turns tokens into text as they arrive; `parts` is the answer so far, as a chat message's list
+    of {"type", "text"}.
 
-    A character whose bytes are spread over tokens waits for the last of them, and is dropped if that never comes. Bytes that can't
-    be UTF-8 become U+FFFD. `finish` says why the answer ended, None before that.
+    A character whose bytes are spread over tokens waits for the last of them, and is dropped if
+    that never comes. Bytes that can't be UTF-8 become U+FFFD. `finish` says why the answer ended,
+    None before that.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -119,10 +126,11 @@ def compact(parts: list[dict]) -> str | list[dict]:
 def fit(
     tokenizer: Tokenizer, messages: list[dict], context: int, max_tokens: int
 ) -> tuple[list[int], int]:
-    """Ids that ask for an answer to a chat, and how many of its oldest messages were left out to make room for that.
+    """Ids that ask for an answer to a chat, and how many of its oldest messages were left out to
+    make room for that.
 
-    Room is made for max_tokens, but for half of the context at most; what the last message and the system's leave must do.
-    UserError if these two alone fill the context.
+    Room is made for max_tokens, but for half of the context at most; what the last message and the
+    system's leave must do. UserError if these two alone fill the context.
     """
     first = int(
         messages[:1] != [] and isinstance(messages[0], dict) and messages[0].get("role") == "system"
@@ -141,13 +149,17 @@ def fit(
     ids = without(drop)
     if len(ids) >= context:
         raise UserError(
-            f"the last message makes {len(ids)} tokens and the model's context has {context}: shorten it"
+            f"the last message makes {len(ids)} tokens and the model's context has {context}: "
+            "shorten it"
         )
     return ids, 2 * drop
 
 
 def reply(engine: Engine, ids: list[int], sampling: Sampling, reader: Reader) -> Iterator[Piece]:
-    """Write the answer to a prompt in an engine of its own, piece by piece. Leaving the loop early frees the slot."""
+    """Write the answer to a prompt in an engine of its own, piece by piece.
+
+    Leaving the loop early frees the slot.
+    """
     slot = engine.add(ids, sampling)
     try:
         while not reader.finish:
@@ -157,7 +169,7 @@ def reply(engine: Engine, ids: list[int], sampling: Sampling, reader: Reader) ->
         engine.cancel(slot)
 
 
-# ---- the terminal ------------------------------------------------------------------------------------------------------
+# ---- the terminal --------------------------------------------------------------------------------
 
 HELP = """/clear        forget the conversation
 /regen        another answer to your last message
@@ -167,7 +179,8 @@ HELP = """/clear        forget the conversation
 /help         this text
 /quit         leave (or Ctrl-D)
 //text        a message that begins with a slash
-A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of many lines and another ends it.
+A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of
+many lines and another ends it.
 Ctrl-C stops an answer."""
 TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 # a model may write escape sequences; a terminal must not obey them
@@ -193,11 +206,17 @@ class Settings:
     ckpt: str = ""
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
     prompt: str = ""
-    """answer this one message, print nothing but the answer and leave; - reads it from standard input"""
+    """answer this one message, print nothing but the answer and leave; - reads it from standard
+    input
+    """
     int8: bool = False
-    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
+    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN`
+    measures what that costs and brings here
+    """
     speculate: int = 0
-    """tokens to draft ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
+    """tokens to draft ahead from what was said before, checked all at once: the same text,
+    faster where it repeats itself; 0 for none
+    """
     system: str = ""
     """a system message, put before the conversation"""
     max_tokens: int = 512
@@ -246,7 +265,9 @@ class Talk:
         print(f"{self.colours[colour]}{text}{self.colours['end']}", file=sys.stderr, flush=True)
 
     def ask(self, text: str):
-        """Add the user's message and answer it; a message that can't be rendered or doesn't fit is taken back."""
+        """Add the user's message and answer it; a message that can't be rendered or doesn't fit is
+        taken back.
+        """
         self.messages.append({"role": "user", "content": text})
         try:
             self.answer()
@@ -260,13 +281,15 @@ class Talk:
             ids = tokenizer.encode(self.messages[-1]["content"], bos=True)
             if len(ids) >= self.context:
                 raise UserError(
-                    f"this makes {len(ids)} tokens and the model's context has {self.context}: shorten it"
+                    f"this makes {len(ids)} tokens and the model's context has {self.context}: "
+                    "shorten it"
                 )
             return ids
         ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
         if dropped:
             self.note(
-                f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens and were left out)"
+                f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens "
+                "and were left out)"
             )
         return ids
 
@@ -297,7 +320,9 @@ class Talk:
         self.messages.append({"role": "assistant", "content": compact(reader.parts)})
 
     def _show(self, piece: Piece, last: Piece | None) -> Piece:
-        """Print a piece, tool calls in brackets and their own colour; `last` is the piece before it."""
+        """Print a piece, tool calls in brackets and their own colour; `last` is the piece before
+        it.
+        """
         if piece.kind == "text" or self.tools:
             if last is None or last.index != piece.index:
                 mark = {"text": "", "python": self.colours["tool"] + "[", "python_output": " = "}[
@@ -361,7 +386,8 @@ class Talk:
                 self.sampling()
             except ValueError:
                 raise UserError(
-                    f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not {value!r}"
+                    f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not "
+                    f"{value!r}"
                 ) from None
             except UserError:
                 setattr(self.settings, name, old)
@@ -371,7 +397,9 @@ class Talk:
 
 @contextlib.contextmanager
 def _interrupted():
-    """An Event that the first Ctrl-C sets, so that an answer ends between two tokens; a second one interrupts at once."""
+    """An Event that the first Ctrl-C sets, so that an answer ends between two tokens; a second one
+    interrupts at once.
+    """
     flag = threading.Event()
 
     def handler(signum, frame):
@@ -405,7 +433,9 @@ def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
 
 
 def read_message(read) -> str:
-    """One message of the user from `read(prompt)`, which gives a line: joins continued lines and quoted blocks."""
+    """One message of the user from `read(prompt)`, which gives a line: joins continued lines and
+    quoted blocks.
+    """
     line = read("> ")
     if line.strip() == '"""':
         lines = []
@@ -420,7 +450,10 @@ def read_message(read) -> str:
 
 
 def converse(talk: Talk, read):
-    """Read, answer, repeat, until the input ends or /quit. An error is one line, and the conversation goes on."""
+    """Read, answer, repeat, until the input ends or /quit.
+
+    An error is one line, and the conversation goes on.
+    """
     while True:
         try:
             text = read_message(read)
@@ -444,7 +477,9 @@ def converse(talk: Talk, read):
 
 
 def main(settings: Settings, coloured: bool):
-    """Load the model and talk on standard input and output; `coloured`: the user wants colours where a terminal is."""
+    """Load the model and talk on standard input and output; `coloured`: the user wants colours
+    where a terminal is.
+    """
 
     sys.stdin.reconfigure(errors="replace")  # what is not text becomes U+FFFD
     single = settings.prompt
@@ -452,7 +487,8 @@ def main(settings: Settings, coloured: bool):
         single = sys.stdin.read()
     if settings.prompt and not single.strip():
         raise UserError(
-            "the prompt is empty: write a message after --prompt, or - and the message on standard input"
+            "the prompt is empty: write a message after --prompt, or - and the message on "
+            "standard input"
         )
     folder = (
         Path(settings.run)
@@ -474,11 +510,13 @@ def main(settings: Settings, coloured: bool):
         converse(talk, lambda prompt: _line(sys.stdin))
         return
     talk.note(
-        f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. /help tells the commands."
+        f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. "
+        "/help tells the commands."
     )
     if model.stage == "base":
         talk.note(
-            "This model was only pretrained and has not learnt to chat: it goes on with the text that you write."
+            "This model was only pretrained and has not learnt to chat: it goes on with the text "
+            "that you write."
         )
     you, end = talk.colours["you"], talk.colours["end"]
     with _line_editing(folder / ".chat_history"):
@@ -496,7 +534,9 @@ def _line(file) -> str:
 
 @contextlib.contextmanager
 def _line_editing(history: Path):
-    """Cursor keys and the lines of earlier sessions, where Python has readline and the folder can be written."""
+    """Cursor keys and the lines of earlier sessions, where Python has readline and the folder can
+    be written.
+    """
     try:
         import readline
     except ImportError:
@@ -505,7 +545,8 @@ def _line_editing(history: Path):
     if not os.access(history.parent, os.W_OK):
         yield
         return
-    # a link may lead out of the run folder, which may be a stranger's: it is neither read nor written
+    # a link may lead out of the run folder, which may be a stranger's: it is neither read nor
+    # written
     if history.is_file() and not history.is_symlink():
         readline.read_history_file(history)
     readline.set_history_length(1000)

@@ -1,4 +1,6 @@
-"""OpenAI's API over one decoding engine, without the web around it: the engine's thread, checked requests, and their answers."""
+"""OpenAI's API over one decoding engine, without the web around it: the engine's thread, checked
+requests, and their answers.
+"""
 
 import asyncio
 import collections
@@ -45,11 +47,13 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-# ---- the thread that owns the engine -----------------------------------------------------------------------------------
+# ---- the thread that owns the engine -------------------------------------------------------------
 
 
 def warm_up(engine: Engines, length: int):
-    """Answer a prompt of so many tokens into the void, so that no guest waits for what that compiles."""
+    """Answer a prompt of so many tokens into the void, so that no guest waits for what that
+    compiles.
+    """
     [slot] = engine.add_many([[0] * length], [Sampling(max_tokens=1)])
     engine.step()
     engine.cancel(slot)
@@ -57,9 +61,11 @@ def warm_up(engine: Engines, length: int):
 
 @dataclass(eq=False)
 class Job:
-    """One answer to be written. `deliver(tokens, reason)` is called with what is new: a list of tokens, and why it ended or None.
+    """One answer to be written. `deliver(tokens, reason)` is called with what is new: a list of
+    tokens, and why it ended or None.
 
-    reason: stop or length as the engine says, "time" past `deadline` (time.monotonic), or an ApiError.
+    reason: stop or length as the engine says, "time" past `deadline` (time.monotonic), or an
+    ApiError.
     """
 
     prompt: list[int]
@@ -70,9 +76,11 @@ class Job:
 
 
 class Worker:
-    """A thread that writes jobs in an engine, as many together as it has slots, in the order they came.
+    """A thread that writes jobs in an engine, as many together as it has slots, in the order they
+    came.
 
-    If the engine fails, every job gets an error, `failed` holds the exception and on_failure() is called: nothing more is written.
+    If the engine fails, every job gets an error, `failed` holds the exception and on_failure() is
+    called: nothing more is written.
     """
 
     def __init__(self, engine: Engines, queue: int, metrics, on_failure=lambda: None):
@@ -85,7 +93,9 @@ class Worker:
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def submit(self, jobs: list[Job]):
-        """Line up all of `jobs` or none: ApiError if the line is too long, or if nothing is written any more."""
+        """Line up all of `jobs` or none: ApiError if the line is too long, or if nothing is written
+        any more.
+        """
         with self.wake:
             if self.failed or self.closing:
                 why = (
@@ -97,13 +107,15 @@ class Worker:
             if len(jobs) > self.queue:
                 raise ApiError(
                     400,
-                    f"this asks for {len(jobs)} answers at once and the server takes {self.queue}: ask for fewer",
+                    f"this asks for {len(jobs)} answers at once and the server takes {self.queue}: "
+                    "ask for fewer",
                     code="too_many_answers",
                 )
             if len(self.waiting) + len(jobs) > self.queue:
                 raise ApiError(
                     429,
-                    f"too many people are waiting ({len(self.waiting)} answers): try again in a moment",
+                    f"too many people are waiting ({len(self.waiting)} answers): try again in a "
+                    "moment",
                     code="queue_full",
                     headers={"Retry-After": "2"},
                 )
@@ -111,7 +123,10 @@ class Worker:
             self.wake.notify()
 
     def cancel(self, jobs: list[Job]):
-        """Forget jobs; those that are being written end at the next step. Finished ones don't mind."""
+        """Forget jobs; those that are being written end at the next step.
+
+        Finished ones don't mind.
+        """
         with self.wake:
             for job in jobs:
                 job.cancelled = True
@@ -191,7 +206,7 @@ class Worker:
         return True
 
 
-# ---- what a request may hold -------------------------------------------------------------------------------------------
+# ---- what a request may hold ---------------------------------------------------------------------
 
 NUMBERS = {  # field: (type, lowest, highest, default)
     "max_tokens": (int, 1, 2**31 - 1, None),
@@ -272,7 +287,8 @@ def _number(body: dict, name: str):
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         _bad(
-            f"{name} must be {'a number' if kind is float else 'an integer'}, not {type(value).__name__}",
+            f"{name} must be {'a number' if kind is float else 'an integer'}, not "
+            f"{type(value).__name__}",
             name,
             "invalid_type",
         )
@@ -373,7 +389,9 @@ def _messages(messages) -> list[dict]:
 
 
 class Api:
-    """What requests mean for this model: checking them, and the names and bounds that answers need."""
+    """What requests mean for this model: checking them, and the names and bounds that answers
+    need.
+    """
 
     def __init__(self, model: Model, settings):
         self.model, self.settings, self.tokenizer = model, settings, model.tokenizer
@@ -399,7 +417,8 @@ class Api:
 
     def _too_long(self, tokens, param: str):
         _bad(
-            f"this model's maximum context length is {self.context} tokens and your {param} has {tokens}: shorten it",
+            f"this model's maximum context length is {self.context} tokens and your {param} has "
+            f"{tokens}: shorten it",
             param,
             "context_length_exceeded",
         )
@@ -410,10 +429,11 @@ class Api:
             self._too_long(f"more than {self.context}", param)
 
     def _room(self, ids: list[int], wanted: int | None, param: str) -> int:
-        """How many tokens the answer to a prompt may have: what is wanted, or as many as there is room for.
+        """How many tokens the answer to a prompt may have: what is wanted, or as many as there is
+        room for.
 
-        Client libraries send a max_tokens that nobody chose, so that more than there is room for is no error: an
-        answer that was cut says so by its finish_reason, length.
+        Client libraries send a max_tokens that nobody chose, so that more than there is room for is
+        no error: an answer that was cut says so by its finish_reason, length.
         """
         room = self.context - len(ids)
         if room < 1:
@@ -426,7 +446,8 @@ class Api:
         _fields(body, CHAT_FIELDS, self.id)
         if self.model.stage == "base":
             _bad(
-                "this model was only pretrained and has not learnt to chat: let it go on with a text at /v1/completions",
+                "this model was only pretrained and has not learnt to chat: let it go on with a "
+                "text at /v1/completions",
                 code="not_a_chat_model",
             )
         wanted, other = _number(body, "max_completion_tokens"), _number(body, "max_tokens")
@@ -475,7 +496,8 @@ class Api:
             prompt = [prompt]
         if not isinstance(prompt, list) or not prompt or len(prompt) > self.settings.queue:
             _bad(
-                f"prompt must be a text, a list of token ids, or a list of 1 to {self.settings.queue} of these",
+                "prompt must be a text, a list of token ids, or a list of 1 to "
+                f"{self.settings.queue} of these",
                 "prompt",
                 "invalid_type",
             )
@@ -537,7 +559,10 @@ class Api:
     # ---- answers
 
     def _token(self, id: int, logprob: float) -> dict:
-        """A token as logprobs show it. A piece of a character can't be text, and is spelled as OpenAI does."""
+        """A token as logprobs show it.
+
+        A piece of a character can't be text, and is spelled as OpenAI does.
+        """
         logprob = max(logprob, -9999.0)  # JSON has no infinity; this is OpenAI's stand-in
         if id >= len(self.tokenizer.tokens):
             name = next((n for n, i in self.tokenizer.special.items() if i == id), f"<|{id}|>")
@@ -570,7 +595,10 @@ class Api:
 
 
 class Answers:
-    """The answers to one request while they are written. Made in the event loop; ApiError if there is no room for them."""
+    """The answers to one request while they are written.
+
+    Made in the event loop; ApiError if there is no room for them.
+    """
 
     def __init__(self, api: Api, asked: Asked, kind: str, worker: Worker):
         self.api, self.asked, self.kind, self.worker = api, asked, kind, worker
@@ -603,7 +631,9 @@ class Answers:
             self.worker.metrics.add("rawchat_cancelled_answers_total", len(unfinished))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, list[chat.Piece], str | None] | None]:
-        """(which answer, what is new, None or why it ended) until all have; None when nothing came for a while."""
+        """(which answer, what is new, None or why it ended) until all have; None when nothing came
+        for a while.
+        """
         while not all(reader.finish for reader in self.readers):
             try:
                 # unlike wait_for, it can't lose what comes at the last moment
@@ -689,7 +719,10 @@ class Answers:
         return self._envelope(name) | {"choices": choices, "usage": self._usage()}
 
     async def stream(self) -> AsyncIterator[str]:
-        """The same as server-sent events. Tool calls are in `parts` of a delta, beside `content`, which has only the text."""
+        """The same as server-sent events.
+
+        Tool calls are in `parts` of a delta, beside `content`, which has only the text.
+        """
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         empty = self._envelope(name) | ({"usage": None} if self.asked.usage_wanted else {})
 

@@ -1,7 +1,8 @@
 """A chat page and an OpenAI-compatible API over one model (`python -m lib.serve`).
 
-One thread owns the decoding engine, where everybody's answers are written together; the web server's event loop hands it jobs and
-gets tokens back. Nothing is kept: a conversation lives in the browser, or wherever the caller keeps it.
+One thread owns the decoding engine, where everybody's answers are written together; the web
+server's event loop hands it jobs and gets tokens back. Nothing is kept: a conversation lives in the
+browser, or wherever the caller keeps it.
 """
 
 import asyncio
@@ -38,7 +39,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 @dataclass(frozen=True)
 class Settings:
-    """Serve a trained model: a chat page at /, an OpenAI-compatible API under /v1, /health and /metrics."""
+    """Serve a trained model: a chat page at /, an OpenAI-compatible API under /v1, /health and
+    /metrics.
+    """
 
     run: str = ""
     """run folder, runs/NAME or a path; empty for the newest"""
@@ -47,20 +50,29 @@ class Settings:
     ckpt: str = ""
     """empty for the newest checkpoint, best, or a checkpoint's path or address"""
     int8: bool = False
-    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN` measures what that costs and brings here"""
+    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN`
+    measures what that costs and brings here
+    """
     speculate: int = 0
-    """tokens to draft ahead from what was said before, checked all at once: the same text, faster where it repeats itself; 0 for none"""
+    """tokens to draft ahead from what was said before, checked all at once: the same text,
+    faster where it repeats itself; 0 for none
+    """
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 for everybody who can reach this machine, which needs a token"""
+    """address to listen on; 0.0.0.0 for everybody who can reach this machine, which needs a
+    token
+    """
     port: int = 8000
     """port to listen on; 0 for any free one"""
     token: str = ""
-    """what callers must send (Authorization: Bearer …) and the page asks for; auto makes one up and prints it. Other users of the
-    machine don't see it if it is given as the environment variable RAWCHAT_TOKEN instead"""
+    """what callers must send (Authorization: Bearer …) and the page asks for; auto makes one up and
+    prints it. Other users of the machine don't see it if it is given as the environment variable
+    RAWCHAT_TOKEN instead"""
     insecure: bool = False
     """listen on other addresses than loopback without a token"""
     hosts: tuple[str, ...] = ()
-    """names under which the server may be addressed: on loopback besides localhost, by a proxy for example; elsewhere none means all"""
+    """names under which the server may be addressed: on loopback besides localhost, by a proxy
+    for example; elsewhere none means all
+    """
     slots: int = 8
     """answers written at the same time; each takes its part of the cache"""
     queue: int = 64
@@ -87,7 +99,8 @@ class Settings:
             raise UserError(f"port must be at most 65535, not {self.port}")
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
             raise UserError(
-                "the token must be printable ASCII without blanks: browsers can't send any other in a header"
+                "the token must be printable ASCII without blanks: browsers can't send any other "
+                "in a header"
             )
 
     @property
@@ -99,19 +112,25 @@ class Settings:
             return False
 
     def check_token(self):
-        """UserError if everybody on the network could use the server without a token, and nobody said that this is wanted."""
+        """UserError if everybody on the network could use the server without a token, and nobody
+        said that this is wanted.
+        """
         if not self.loopback and not self.token and not self.insecure:
             raise UserError(
-                f"listening on {self.host} lets everybody who reaches this machine use it: give a --token (auto makes "
+                f"listening on {self.host} lets everybody who reaches this machine use it: give a "
+                "--token (auto makes "
                 "one), or say --insecure if that is what you want"
             )
 
 
-# ---- figures for /metrics ----------------------------------------------------------------------------------------------
+# ---- figures for /metrics ------------------------------------------------------------------------
 
 
 class Metrics:
-    """Counters and histograms in Prometheus' text format. Each name is written by one thread only."""
+    """Counters and histograms in Prometheus' text format.
+
+    Each name is written by one thread only.
+    """
 
     def __init__(self):
         self.counters = collections.Counter()
@@ -155,11 +174,12 @@ def resident_bytes() -> int | None:
         return None
 
 
-# ---- the web application -----------------------------------------------------------------------------------------------
+# ---- the web application -------------------------------------------------------------------------
 
 
 def page(framed: bool = False) -> tuple[bytes, str]:
-    """The chat page and its Content-Security-Policy: its own script and style by their hashes, requests to this server, no more.
+    """The chat page and its Content-Security-Policy: its own script and style by their hashes,
+    requests to this server, no more.
 
     framed: whether other sites may show it in a frame, as Colab does.
     """
@@ -173,7 +193,8 @@ def page(framed: bool = False) -> tuple[bytes, str]:
         )
 
     policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'" + ("" if framed else "; frame-ancestors 'none'")
     )
     return html.encode(), policy
@@ -182,10 +203,12 @@ def page(framed: bool = False) -> tuple[bytes, str]:
 def guarded(
     app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Metrics, paths: set[str]
 ):
-    """`app` behind the checks that every request has to pass, with safe headers and a count on every answer.
+    """`app` behind the checks that every request has to pass, with safe headers and a count on
+    every answer.
 
-    hosts: the names under which this server may be addressed, None for any. A page elsewhere whose name was made to point at
-    loopback (DNS rebinding) sends its own name as Host; a page that just posts to us sends its own address as Origin.
+    hosts: the names under which this server may be addressed, None for any. A page elsewhere whose
+    name was made to point at loopback (DNS rebinding) sends its own name as Host; a page that just
+    posts to us sends its own address as Origin.
     """
 
     async def asgi(scope, receive, send):
@@ -241,7 +264,10 @@ def _refusal(scope, settings: Settings, hosts) -> ApiError | None:
         if scheme.lower() != "bearer" or not hmac.compare_digest(
             given.strip().encode("latin-1"), settings.token.encode()
         ):
-            why = "the token is missing or wrong: send it as Authorization: Bearer TOKEN (for OpenAI's client, as api_key)"
+            why = (
+                "the token is missing or wrong: send it as Authorization: Bearer TOKEN "
+                "(for OpenAI's client, as api_key)"
+            )
             return ApiError(
                 401, why, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
             )
@@ -295,28 +321,101 @@ async def _gone(request):
         pass
 
 
-def make_app(
-    model: Model, settings: Settings, hosts: tuple[str, ...] | None = None, on_failure=lambda: None
-):
-    """The FastAPI application: page, API, health and metrics. hosts: see `guarded`. on_failure is called when the engine dies."""
-    from fastapi import FastAPI, Request
-    from fastapi.responses import Response, StreamingResponse
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect
-
+def _engine(model: Model, settings: Settings, context: int) -> Engines:
+    """What answers are written with: the model's weights in their form, and the calculator."""
     from lib.sandbox import calculator
 
-    api, metrics = Api(model, settings), Metrics()
     params = quantized(model.params, model.config) if settings.int8 else model.params
-    engine = Engines(
+    return Engines(
         params,
         model.config,
         settings.slots,
-        api.context,
+        context,
         model.tokenizer,
         calculator,
         speculate=settings.speculate,
     )
+
+
+def _add_monitoring(app, metrics: Metrics):
+    """Routes that tell how the server is and what it serves."""
+    from fastapi.responses import Response
+
+    worker, api = app.state.worker, app.state.api
+    engine = worker.engine
+
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health():
+        state = {
+            "status": "failed" if worker.failed else "ok",
+            "slots": engine.slots,
+            "busy": len(worker.busy),
+            "waiting": len(worker.waiting),
+            "warming": len(worker.cold),
+        }
+        return _json_response(state, 503 if worker.failed else 200)
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"])
+    async def show_metrics():
+        gauges = {
+            "rawchat_slots": engine.slots,
+            "rawchat_busy_slots": len(worker.busy),
+            "rawchat_queue_depth": len(worker.waiting),
+            "process_resident_memory_bytes": resident_bytes(),
+            "process_start_time_seconds": api.created,
+        }
+        text = metrics.text({name: value for name, value in gauges.items() if value is not None})
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.api_route("/v1/models", methods=["GET", "HEAD"])
+    async def models():
+        return _json_response({"object": "list", "data": [api.card()]})
+
+    @app.api_route("/v1/models/{name}", methods=["GET", "HEAD"])
+    async def one_model(name: str):
+        if name != api.id:
+            raise no_model(name, api.id)
+        return _json_response(api.card())
+
+
+def _add_errors(app):
+    """Answers to what goes wrong, all in OpenAI's form."""
+    from fastapi.responses import Response
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    @app.exception_handler(ApiError)
+    async def api_error(request, e):
+        return _json_response(e.body, e.status, e.headers)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request, e):
+        what = f"{request.method} {request.url.path[:100]}: {e.detail}"
+        return await api_error(request, ApiError(e.status_code, what, headers=e.headers))
+
+    @app.exception_handler(ClientDisconnect)
+    async def hung_up(request, e):
+        return Response(status_code=499)  # nobody reads it; nginx's number, for the count
+
+    @app.exception_handler(Exception)
+    async def bug(request, e):  # Starlette logs the traceback as well
+        return await api_error(
+            request, ApiError(500, "the server made a mistake; its log says which")
+        )
+
+
+def make_app(
+    model: Model, settings: Settings, hosts: tuple[str, ...] | None = None, on_failure=lambda: None
+):
+    """The FastAPI application: page, API, health and metrics. hosts: see `guarded`. on_failure is
+    called when the engine dies.
+    """
+    from fastapi import FastAPI, Request
+    from fastapi.responses import Response, StreamingResponse
+    from starlette.requests import ClientDisconnect
+
+    api, metrics = Api(model, settings), Metrics()
+    engine = _engine(model, settings, api.context)
     worker = Worker(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
     for name in (
@@ -337,7 +436,9 @@ def make_app(
     app.state.worker, app.state.api = worker, api
 
     class Events(StreamingResponse):
-        """A stream that stops the writing when it ends, however it ends, and that a client who doesn't read can't keep open."""
+        """A stream that stops the writing when it ends, however it ends, and that a client who
+        doesn't read can't keep open.
+        """
 
         def __init__(self, answers: Answers):
             super().__init__(
@@ -380,38 +481,7 @@ def make_app(
             html, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
         )
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
-    async def health():
-        state = {
-            "status": "failed" if worker.failed else "ok",
-            "slots": engine.slots,
-            "busy": len(worker.busy),
-            "waiting": len(worker.waiting),
-            "warming": len(worker.cold),
-        }
-        return _json_response(state, 503 if worker.failed else 200)
-
-    @app.api_route("/metrics", methods=["GET", "HEAD"])
-    async def show_metrics():
-        gauges = {
-            "rawchat_slots": engine.slots,
-            "rawchat_busy_slots": len(worker.busy),
-            "rawchat_queue_depth": len(worker.waiting),
-            "process_resident_memory_bytes": resident_bytes(),
-            "process_start_time_seconds": api.created,
-        }
-        text = metrics.text({name: value for name, value in gauges.items() if value is not None})
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.api_route("/v1/models", methods=["GET", "HEAD"])
-    async def models():
-        return _json_response({"object": "list", "data": [api.card()]})
-
-    @app.api_route("/v1/models/{name}", methods=["GET", "HEAD"])
-    async def one_model(name: str):
-        if name != api.id:
-            raise no_model(name, api.id)
-        return _json_response(api.card())
+    _add_monitoring(app, metrics)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request):
@@ -421,31 +491,13 @@ def make_app(
     async def completions(request: Request):
         return await respond(request, "completion")
 
-    @app.exception_handler(ApiError)
-    async def api_error(request, e):
-        return _json_response(e.body, e.status, e.headers)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request, e):
-        what = f"{request.method} {request.url.path[:100]}: {e.detail}"
-        return await api_error(request, ApiError(e.status_code, what, headers=e.headers))
-
-    @app.exception_handler(ClientDisconnect)
-    async def hung_up(request, e):
-        return Response(status_code=499)  # nobody reads it; nginx's number, for the count
-
-    @app.exception_handler(Exception)
-    async def bug(request, e):  # Starlette logs the traceback as well
-        return await api_error(
-            request, ApiError(500, "the server made a mistake; its log says which")
-        )
-
+    _add_errors(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     app.add_middleware(guarded, settings=settings, hosts=hosts, metrics=metrics, paths=paths)
     return app
 
 
-# ---- running it --------------------------------------------------------------------------------------------------------
+# ---- running it ----------------------------------------------------------------------------------
 
 
 def check_installed():
@@ -455,23 +507,29 @@ def check_installed():
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The socket that the settings name, listening; UserError if the port is taken, or no such address is ours."""
+    """The socket that the settings name, listening; UserError if the port is taken, or no such
+    address is ours.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
     except (OSError, OverflowError) as e:
         why = getattr(e, "strerror", None) or str(e)
         raise UserError(
-            f"cannot listen on {settings.host} port {settings.port} ({why}): choose another --port, or 0 for a free "
+            f"cannot listen on {settings.host} port {settings.port} ({why}): choose another "
+            "--port, or 0 for a free "
             "one"
         ) from None
-    # connections inherit it; asyncio sets it only on sockets it made itself, and without it each answer waits 40 ms for an ACK
+    # connections inherit it; asyncio sets it only on sockets it made itself, and without it each
+    # answer waits 40 ms for an ACK
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def patient_until(grace: float, worker: Worker, base):
-    """`base`, uvicorn's server, that ends answers which outlast the grace period with an error that clients can read."""
+    """`base`, uvicorn's server, that ends answers which outlast the grace period with an error that
+    clients can read.
+    """
 
     class Graceful(base):
         async def shutdown(self, sockets=None):
@@ -486,7 +544,9 @@ def patient_until(grace: float, worker: Worker, base):
 
 
 class Server:
-    """A server that listens from the moment it is made; `run` serves in this thread, `start` in one of its own."""
+    """A server that listens from the moment it is made; `run` serves in this thread, `start` in one
+    of its own.
+    """
 
     def __init__(
         self,
@@ -568,26 +628,34 @@ def with_token(settings: Settings) -> Settings:
 
 
 def address(url: str, settings: Settings) -> str:
-    """The page's address with the token behind it, where the browser finds it and sends it to nobody."""
+    """The page's address with the token behind it, where the browser finds it and sends it to
+    nobody.
+    """
     return url.rstrip("/") + (f"/#token={quote(settings.token, safe='')}" if settings.token else "")
 
 
 def colab_url(port: int) -> str:
-    """In a Colab kernel, the address at which this browser (and nobody else) reaches a port of the machine."""
+    """In a Colab kernel, the address at which this browser (and nobody else) reaches a port of the
+    machine.
+    """
     from google.colab import output
 
     return output.eval_js(f"google.colab.kernel.proxyPort({port})")
 
 
 def start(settings: Settings) -> Server:
-    """For notebooks: serve from a thread of the kernel, which owns the accelerator; prints where the page is. `.close()` ends it."""
+    """For notebooks: serve from a thread of the kernel, which owns the accelerator; prints where
+    the page is. `.close()` ends it.
+    """
     from lib import notebook
 
     settings = with_token(settings)
-    # Colab's proxy asks under names of its own, and nobody's browser can reach a Colab machine's loopback otherwise
+    # Colab's proxy asks under names of its own, and nobody's browser can reach a Colab machine's
+    # loopback otherwise
     server = Server(load(settings), settings, () if notebook.in_colab() else None).start()
     print(
-        f"chat page: {address(colab_url(server.port) if notebook.in_colab() else server.url, settings)}"
+        "chat page: "
+        f"{address(colab_url(server.port) if notebook.in_colab() else server.url, settings)}"
     )
     return server
 

@@ -1,4 +1,6 @@
-"""Reading answers piece by piece, fitting a chat into the context, and the terminal, plain and as a real one."""
+"""Reading answers piece by piece, fitting a chat into the context, and the terminal, plain and as a
+real one.
+"""
 
 import json
 import os
@@ -123,7 +125,7 @@ def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():
     engine = Engine(m.params, m.config, 1, m.config.sequence_len, m.tokenizer)
     ids = m.tokenizer.render_for_completion(parrot.messages("hello")[:1])
     sampling = Sampling(200, temperature=0, stop=chat.ends(m.tokenizer))
-    for piece in chat.reply(engine, ids, sampling, chat.Reader(m.tokenizer)):
+    for piece in chat.reply(engine, ids, sampling, chat.Reader(m.tokenizer)):  # noqa: B007
         break
     assert engine.free == 1
     reader = chat.Reader(m.tokenizer)
@@ -278,7 +280,9 @@ class Terminal:
         return text
 
     def waits(self):
-        """Return once the program sleeps: its prompt is shown a moment before it waits for a key."""
+        """Return once the program sleeps: its prompt is shown a moment before it waits for a
+        key.
+        """
         stat, ends = Path(f"/proc/{self.process.pid}/stat"), time.monotonic() + 60
         while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
             assert time.monotonic() < ends, "the program never sleeps"

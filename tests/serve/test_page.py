@@ -74,7 +74,10 @@ def browser():
 
 @pytest.fixture
 def context(browser, server):
-    """A browser of its own: nothing stored, greedy by settings. Any error in the console fails the test."""
+    """A browser of its own: nothing stored, greedy by settings.
+
+    Any error in the console fails the test.
+    """
     context = browser.new_context(viewport={"width": 1100, "height": 800}, base_url=server.url)
     context.set_default_timeout(60_000)
     context.add_init_script(
@@ -115,7 +118,9 @@ def questions(page):
 
 
 def until(page, check, timeout=60):
-    """Wait until a JavaScript expression holds (playwright's own wait needs eval, which the page's policy forbids)."""
+    """Wait until a JavaScript expression holds (playwright's own wait needs eval, which the page's
+    policy forbids).
+    """
     ends = time.monotonic() + timeout
     while not page.evaluate(check):
         assert time.monotonic() < ends, f"{check}: not after {timeout} s"
@@ -267,7 +272,8 @@ PAYLOADS = [
     '```"><img src=x onerror=window.hacked=1>\ncode\n```',
     "<svg/onload=window.hacked=1>",
     "`<b>`",
-    "| <img src=x onerror=window.hacked=1> | b |\n|---|---|\n| <script>window.hacked=1</script> | [a](javascript:1) |",
+    "| <img src=x onerror=window.hacked=1> | b |\n|---|---|\n| <script>window.hacked=1</script> | "
+    "[a](javascript:1) |",
     "# <iframe srcdoc='<script>parent.hacked=1</script>'>",
     "- <a href='javascript:window.hacked=1'>x</a>",
     "> <style>*{display:none}</style>",
@@ -322,7 +328,8 @@ def test_odd_markdown_is_rendered_quickly_and_whole(page):
     ]
     page.evaluate(RENDER, [texts[:1], ELEMENTS])
     milliseconds = page.evaluate(
-        "texts => texts.map(t => { const box = document.createElement('div'), began = performance.now();"
+        "texts => texts.map(t => { const box = document.createElement('div'), began = "
+        "performance.now();"
         " showMarkdown(box, t); return performance.now() - began; })",
         texts,
     )
@@ -570,7 +577,8 @@ def test_everything_has_a_name_and_the_keyboard_reaches_it(page):
         page.keyboard.press("Tab")
         seen.add(
             page.evaluate(
-                "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText.trim()"
+                "document.activeElement.getAttribute('aria-label') || "
+                "document.activeElement.innerText.trim()"
             )
         )
     assert {

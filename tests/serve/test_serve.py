@@ -1,4 +1,6 @@
-"""The server as its users meet it: OpenAI's own client, raw requests, crowds, people who hang up, and requests that make no sense."""
+"""The server as its users meet it: OpenAI's own client, raw requests, crowds, people who hang up,
+and requests that make no sense.
+"""
 
 import asyncio
 import concurrent.futures
@@ -438,7 +440,9 @@ def test_the_oldest_turns_are_left_out_when_asked(ai, name):
 
 
 def test_32_streaming_clients_get_what_each_would_get_alone(http, name):
-    """A crowd with settings of their own, more than there are slots: each answer is the one its seed gives to a lonely client."""
+    """A crowd with settings of their own, more than there are slots: each answer is the one its
+    seed gives to a lonely client.
+    """
     questions = list(ASK)
     asks = [
         dict(
