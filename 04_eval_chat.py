@@ -57,8 +57,7 @@ import time
 import jax
 import numpy as np
 
-from lib import data, evals, pictures, report, train
-from lib.chat import terminal as chat
+from lib import chat, data, evals, pictures, report, train
 from lib.config import Config
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import contamination, core, questions, records, stats

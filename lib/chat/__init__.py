@@ -1,0 +1,9 @@
+"""Talking with a model.
+
+`messages` reads an answer as it is written and fits a conversation into the context: the terminal,
+the server and the notebook use the same. `terminal` is `python -m lib.chat`.
+"""
+
+from lib.chat.messages import Piece, Reader, compact, ends, fit, reply
+
+__all__ = ["Piece", "Reader", "compact", "ends", "fit", "reply"]

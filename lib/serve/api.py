@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.chat import terminal as chat
+from lib import chat
 from lib.data.roles import BadMessage, in_turns
 from lib.data.speech import spoken
 from lib.files import UserError
@@ -75,7 +75,7 @@ class Job:
     cancelled: bool = False
 
 
-class Worker:
+class EngineThread:
     """A thread that writes jobs in an engine, as many together as it has slots, in the order they
     came.
 
@@ -600,7 +600,7 @@ class Answers:
     Made in the event loop; ApiError if there is no room for them.
     """
 
-    def __init__(self, api: Api, asked: Asked, kind: str, worker: Worker):
+    def __init__(self, api: Api, asked: Asked, kind: str, worker: EngineThread):
         self.api, self.asked, self.kind, self.worker = api, asked, kind, worker
         self.began, self.first = time.monotonic(), None
         self.id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"

@@ -7,7 +7,6 @@ browser, or wherever the caller keeps it.
 
 import asyncio
 import base64
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -15,7 +14,6 @@ import hmac
 import importlib.util
 import ipaddress
 import json
-import os
 import re
 import secrets
 import socket
@@ -29,12 +27,11 @@ from lib.files import UserError
 from lib.generate import Engines
 from lib.model import quantized
 from lib.runs import Model, load_model, open_run
-from lib.serve.api import QUIET, Answers, Api, ApiError, Worker, no_model, warm_up
+from lib.serve.api import QUIET, Answers, Api, ApiError, EngineThread, no_model, warm_up
+from lib.serve.counters import Counters, resident_bytes
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-# seconds, of the histograms
-BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -123,57 +120,6 @@ class Settings:
             )
 
 
-# ---- figures for /metrics ------------------------------------------------------------------------
-
-
-class Metrics:
-    """Counters and histograms in Prometheus' text format.
-
-    Each name is written by one thread only.
-    """
-
-    def __init__(self):
-        self.counters = collections.Counter()
-        self.histograms = {}
-
-    def add(self, name: str, amount: float = 1, **labels):
-        self.counters[name, tuple((k, str(v)) for k, v in labels.items())] += amount
-
-    def observe(self, name: str, seconds: float):
-        counts, total = self.histograms.setdefault(name, ([0] * (len(BUCKETS) + 1), [0.0]))
-        counts[next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))] += 1
-        total[0] += seconds
-
-    def text(self, gauges: dict[str, float]) -> str:
-        """Everything so far, and `gauges`: what is read now."""
-        lines, seen = [], set()
-        # sorted copies first: another thread may add a name
-        for (name, labels), value in sorted(self.counters.items()):
-            if name not in seen:
-                lines.append(f"# TYPE {name} counter")
-                seen.add(name)
-            inner = ",".join(f'{k}="{v}"' for k, v in labels)
-            lines.append(f"{name}{{{inner}}} {value}" if inner else f"{name} {value}")
-        for name, (counts, total) in self.histograms.items():
-            lines.append(f"# TYPE {name} histogram")
-            running = 0
-            for bound, count in zip((*BUCKETS, "+Inf"), counts):
-                running += count
-                lines.append(f'{name}_bucket{{le="{bound}"}} {running}')
-            lines += [f"{name}_sum {total[0]}", f"{name}_count {running}"]
-        for name, value in gauges.items():
-            lines += [f"# TYPE {name} gauge", f"{name} {value}"]
-        return "\n".join(lines) + "\n"
-
-
-def resident_bytes() -> int | None:
-    """Memory that this process holds now, None where the system doesn't say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
-
-
 # ---- the web application -------------------------------------------------------------------------
 
 
@@ -201,7 +147,7 @@ def page(framed: bool = False) -> tuple[bytes, str]:
 
 
 def guarded(
-    app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Metrics, paths: set[str]
+    app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Counters, paths: set[str]
 ):
     """`app` behind the checks that every request has to pass, with safe headers and a count on
     every answer.
@@ -337,7 +283,7 @@ def _engine(model: Model, settings: Settings, context: int) -> Engines:
     )
 
 
-def _add_monitoring(app, metrics: Metrics):
+def _add_monitoring(app, metrics: Counters):
     """Routes that tell how the server is and what it serves."""
     from fastapi.responses import Response
 
@@ -414,9 +360,9 @@ def make_app(
     from fastapi.responses import Response, StreamingResponse
     from starlette.requests import ClientDisconnect
 
-    api, metrics = Api(model, settings), Metrics()
+    api, metrics = Api(model, settings), Counters()
     engine = _engine(model, settings, api.context)
-    worker = Worker(engine, settings.queue, metrics, on_failure)
+    worker = EngineThread(engine, settings.queue, metrics, on_failure)
     warm_up(engine, 1)
     for name in (
         "rawchat_prompt_tokens_total",
@@ -526,7 +472,7 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def patient_until(grace: float, worker: Worker, base):
+def patient_until(grace: float, worker: EngineThread, base):
     """`base`, uvicorn's server, that ends answers which outlast the grace period with an error that
     clients can read.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.chat import terminal as chat
+from lib.chat import messages, terminal
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate import Engine, Sampling, Token
@@ -41,7 +41,7 @@ def tokens(*ids):
 def test_a_character_waits_for_its_last_token():
     tokenizer = model().tokenizer
     ids = [i for byte in "é🙂".encode() for i in [tokenizer.tokens.index(bytes([byte]))]]
-    reader = chat.Reader(tokenizer)
+    reader = messages.Reader(tokenizer)
     pieces = [reader.read(tokens(i)) for i in ids]
     assert [[p.text for p in ps] for ps in pieces] == [[], ["é"], [], [], [], ["🙂"]]
     assert [len(p.tokens) for ps in pieces for p in ps] == [2, 4], (
@@ -54,7 +54,7 @@ def test_a_character_waits_for_its_last_token():
 
 def test_bytes_that_are_no_text_become_one_mark_and_what_follows_is_kept():
     tokenizer = model().tokenizer
-    reader = chat.Reader(tokenizer)
+    reader = messages.Reader(tokenizer)
     reader.read(tokens(*[tokenizer.tokens.index(bytes([b])) for b in b"a\xffb\xe2\x9cc"]))
     assert reader.parts[0]["text"] == "a\ufffdb\ufffdc"
 
@@ -69,7 +69,7 @@ def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
     )
     begin = ids.index(tokenizer.special["<|assistant_start|>"]) + 1
-    reader, seen = chat.Reader(tokenizer), {}
+    reader, seen = messages.Reader(tokenizer), {}
     for at in range(begin, len(ids), size):
         for piece in reader.read(tokens(*ids[at : at + size])):
             kind, text = seen.setdefault(piece.index, (piece.kind, ""))
@@ -77,10 +77,10 @@ def test_tool_calls_are_parts_of_their_own_however_the_tokens_arrive(size):
     assert reader.parts == content
     assert [dict(type=kind, text=text) for _, (kind, text) in sorted(seen.items())] == content
     assert (
-        chat.spoken(reader.parts) == "Let me see. 37 plus 85 is **122**."
-        and chat.compact(reader.parts) == content
+        messages.spoken(reader.parts) == "Let me see. 37 plus 85 is **122**."
+        and messages.compact(reader.parts) == content
     )
-    assert chat.compact([{"type": "text", "text": "just"}]) == "just"
+    assert messages.compact([{"type": "text", "text": "just"}]) == "just"
 
 
 def turns(n, words="word " * 10):
@@ -90,7 +90,7 @@ def turns(n, words="word " * 10):
 def test_a_chat_that_fits_is_left_alone():
     tokenizer, messages = model().tokenizer, turns(3)
     ids = tokenizer.render_for_completion(messages)
-    assert chat.fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
+    assert messages.fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
@@ -98,7 +98,7 @@ def test_the_oldest_turns_go_first_and_as_few_as_possible(system):
     tokenizer, messages = model().tokenizer, system + turns(21)
     full = len(tokenizer.render_for_completion(messages))
     for context in range(200, full, 97):
-        ids, dropped = chat.fit(tokenizer, messages, context, 40)
+        ids, dropped = messages.fit(tokenizer, messages, context, 40)
         assert dropped % 2 == 0 and dropped > 0
         rest = system + messages[len(system) + dropped :]
         assert ids == tokenizer.render_for_completion(rest) and len(ids) <= context - 40
@@ -112,25 +112,26 @@ def test_a_long_last_message_takes_the_answers_room_and_then_is_refused():
     tokenizer = model().tokenizer
     messages = turns(2) + [{"role": "user", "content": "word " * 40}]
     alone = len(tokenizer.render_for_completion(messages[2:]))
-    assert chat.fit(tokenizer, messages, alone + 5, 1000) == (
+    assert messages.fit(tokenizer, messages, alone + 5, 1000) == (
         tokenizer.render_for_completion(messages[2:]),
         2,
     )
     with pytest.raises(UserError, match=f"{alone} tokens"):
-        chat.fit(tokenizer, messages, alone, 1000)
+        messages.fit(tokenizer, messages, alone, 1000)
 
 
 def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():
     m = model()
     engine = Engine(m.params, m.config, 1, m.config.sequence_len, m.tokenizer)
     ids = m.tokenizer.render_for_completion(parrot.messages("hello")[:1])
-    sampling = Sampling(200, temperature=0, stop=chat.ends(m.tokenizer))
-    for piece in chat.reply(engine, ids, sampling, chat.Reader(m.tokenizer)):  # noqa: B007
+    sampling = Sampling(200, temperature=0, stop=messages.ends(m.tokenizer))
+    for piece in messages.reply(engine, ids, sampling, messages.Reader(m.tokenizer)):  # noqa: B007
         break
     assert engine.free == 1
-    reader = chat.Reader(m.tokenizer)
+    reader = messages.Reader(m.tokenizer)
     assert (
-        "".join(p.text for p in chat.reply(engine, ids, sampling, reader)) == parrot.CHATS["hello"]
+        "".join(p.text for p in messages.reply(engine, ids, sampling, reader))
+        == parrot.CHATS["hello"]
     )
     assert reader.finish == "stop"
 
@@ -138,7 +139,7 @@ def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():
 def test_what_is_read_as_one_message():
     def message(*lines):
         lines = list(lines)
-        return chat.read_message(lambda prompt: lines.pop(0)), lines
+        return terminal.read_message(lambda prompt: lines.pop(0)), lines
 
     assert message("one", "two") == ("one", ["two"])
     assert message("one\\", "two\\", "three", "four") == ("one\ntwo\nthree", ["four"])
@@ -152,12 +153,12 @@ def test_words_around_a_hidden_call_are_not_glued_and_offsets_point_into_what_wa
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
     ids = tokenizer.render_conversation(turns)[0][len(tokenizer.render_for_completion(turns)) :]
     for size in (1, 3, 99):
-        reader, said, starts = chat.Reader(tokenizer), "", []
+        reader, said, starts = messages.Reader(tokenizer), "", []
         for at in range(0, len(ids), size):
             for piece in reader.read(tokens(*ids[at : at + size])):
                 said += piece.said
                 starts += zip(piece.offsets, piece.tokens, strict=False)
-        assert said == chat.spoken(reader.parts) == "é r r y\nThe 東"
+        assert said == messages.spoken(reader.parts) == "é r r y\nThe 東"
         for offset, token in starts:
             text = tokenizer.tokens[token.id].decode(errors="ignore")
             assert said[offset:].startswith(text)
@@ -334,13 +335,13 @@ def test_no_color_is_respected():
 
 
 def test_escape_sequences_of_the_model_do_not_reach_the_terminal(capsys):
-    talk = chat.Talk(model(), chat.Settings(temperature=0))
-    talk._show(chat.Piece(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
+    talk = terminal.Talk(model(), terminal.Settings(temperature=0))
+    talk._show(messages.Piece(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
     assert capsys.readouterr().out == "a]0;titleb31m\tc\n"
 
 
 def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monkeypatch, capsys):
-    talk, step = chat.Talk(model(), chat.Settings(temperature=0)), Engine.step
+    talk, step = terminal.Talk(model(), terminal.Settings(temperature=0)), Engine.step
     made = []
 
     def interrupted(engine):
@@ -363,20 +364,22 @@ def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monk
 
 
 def test_int8_weights_say_the_same(capsys):
-    talk = chat.Talk(model(), chat.Settings(temperature=0, int8=True))
+    talk = terminal.Talk(model(), terminal.Settings(temperature=0, int8=True))
     assert talk.engine.params[0]["head"]["int8"].dtype == "int8"
     talk.ask("hello")
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
 
 def test_speculation_says_the_same(capsys):
-    talk = chat.Talk(model(), chat.Settings(temperature=0, speculate=3))
+    talk = terminal.Talk(model(), terminal.Settings(temperature=0, speculate=3))
     talk.ask("hello")
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.drafted
 
 
 def test_a_base_model_goes_on_with_the_text(capsys):
-    talk = chat.Talk(model()._replace(stage="base"), chat.Settings(temperature=0, max_tokens=5))
+    talk = terminal.Talk(
+        model()._replace(stage="base"), terminal.Settings(temperature=0, max_tokens=5)
+    )
     talk.ask("hello")
     talk.messages.append({"role": "user", "content": "there"})
     assert talk.prompt() == model().tokenizer.encode("there", bos=True), (
@@ -388,7 +391,7 @@ def test_a_base_model_goes_on_with_the_text(capsys):
 
 
 def test_a_conversation_longer_than_the_context_goes_on_and_says_so(capsys):
-    talk = chat.Talk(model(), chat.Settings(temperature=0, max_tokens=30))
+    talk = terminal.Talk(model(), terminal.Settings(temperature=0, max_tokens=30))
     talk.messages = turns(41)[:40]
     talk.ask("hello")
     assert (
@@ -399,7 +402,7 @@ def test_a_conversation_longer_than_the_context_goes_on_and_says_so(capsys):
 
 def test_tokenizer_specials_are_all_accounted_for():
     tokenizer: Tokenizer = model().tokenizer
-    inside = {tokenizer.special[name] for name in chat.KINDS}
-    assert inside | set(chat.ends(tokenizer)) == set(
+    inside = {tokenizer.special[name] for name in messages.KINDS}
+    assert inside | set(messages.ends(tokenizer)) == set(
         tokenizer.special.values()
-    ) and not inside & set(chat.ends(tokenizer))
+    ) and not inside & set(messages.ends(tokenizer))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.chat.terminal import Reader
+from lib.chat import Reader
 from lib.data.speech import joint, parts_of, pieces, said, spoken
 from lib.data.tokenizer import Tokenizer
 from lib.generate import Token

@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lib.chat import terminal as chat
+from lib.chat import messages
 from lib.files import UserError
 from lib.generate import Sampling, generate
 from lib.runs import load_model
@@ -147,7 +147,7 @@ def test_a_streamed_chat_is_the_same_and_never_cuts_a_character(ai, name):
         )
         deltas = [c.choices[0].delta for c in chunks if c.choices]
         assert deltas[0].role == "assistant" and len({c.id for c in chunks}) == 1
-        assert "".join(d.content or "" for d in deltas) == chat.spoken(parrot.CHATS[question])
+        assert "".join(d.content or "" for d in deltas) == messages.spoken(parrot.CHATS[question])
         assert not any("\ufffd" in (d.content or "") for d in deltas) and len(deltas) > 4
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
         assert (
@@ -241,11 +241,11 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     ]
     assert several == alone
     ids = model().tokenizer.render_for_completion(ASK["hello"])
-    sampling = Sampling(24, temperature=1.7, seed=5, stop=chat.ends(model().tokenizer))
+    sampling = Sampling(24, temperature=1.7, seed=5, stop=messages.ends(model().tokenizer))
     made = generate(model().params, model().config, [ids], sampling)[0]
-    reader = chat.Reader(model().tokenizer)
-    reader.read([chat.Token(i, 0.0) for i in made])
-    assert several[0] == chat.spoken(reader.parts), "the server writes what generate writes"
+    reader = messages.Reader(model().tokenizer)
+    reader.read([messages.Token(i, 0.0) for i in made])
+    assert several[0] == messages.spoken(reader.parts), "the server writes what generate writes"
     streamed = ["", "", ""]
     for chunk in ai.chat.completions.create(n=3, seed=5, stream=True, **ask):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
@@ -503,7 +503,7 @@ def test_requests_leave_nothing_behind(http):
     load(http.server.url, 40)
     settle(http)
     gc.collect()
-    left = [o for o in gc.get_objects() if isinstance(o, api.Answers | api.Job | chat.Reader)]
+    left = [o for o in gc.get_objects() if isinstance(o, api.Answers | api.Job | messages.Reader)]
     assert len(left) <= 3, left
 
 
@@ -708,7 +708,7 @@ def test_a_bug_of_ours_is_counted_as_500():
     async def app(scope, receive, send):
         raise RuntimeError("a bug")
 
-    metrics = serve.Metrics()
+    metrics = serve.Counters()
     asgi = serve.guarded(app, serve.Settings(), None, metrics, {"/"})
     with pytest.raises(RuntimeError):
         asyncio.run(asgi({"type": "http", "path": "/", "headers": []}, None, None))
