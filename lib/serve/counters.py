@@ -2,6 +2,7 @@
 
 import collections
 import os
+from pathlib import Path
 
 # seconds, of the histograms
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)

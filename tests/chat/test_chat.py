@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.chat import messages, terminal
+from lib.chat import fit, messages, terminal
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate import Engine, Sampling, Token
@@ -90,7 +90,7 @@ def turns(n, words="word " * 10):
 def test_a_chat_that_fits_is_left_alone():
     tokenizer, messages = model().tokenizer, turns(3)
     ids = tokenizer.render_for_completion(messages)
-    assert messages.fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
+    assert fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
@@ -98,7 +98,7 @@ def test_the_oldest_turns_go_first_and_as_few_as_possible(system):
     tokenizer, messages = model().tokenizer, system + turns(21)
     full = len(tokenizer.render_for_completion(messages))
     for context in range(200, full, 97):
-        ids, dropped = messages.fit(tokenizer, messages, context, 40)
+        ids, dropped = fit(tokenizer, messages, context, 40)
         assert dropped % 2 == 0 and dropped > 0
         rest = system + messages[len(system) + dropped :]
         assert ids == tokenizer.render_for_completion(rest) and len(ids) <= context - 40
@@ -112,12 +112,12 @@ def test_a_long_last_message_takes_the_answers_room_and_then_is_refused():
     tokenizer = model().tokenizer
     messages = turns(2) + [{"role": "user", "content": "word " * 40}]
     alone = len(tokenizer.render_for_completion(messages[2:]))
-    assert messages.fit(tokenizer, messages, alone + 5, 1000) == (
+    assert fit(tokenizer, messages, alone + 5, 1000) == (
         tokenizer.render_for_completion(messages[2:]),
         2,
     )
     with pytest.raises(UserError, match=f"{alone} tokens"):
-        messages.fit(tokenizer, messages, alone, 1000)
+        fit(tokenizer, messages, alone, 1000)
 
 
 def test_leaving_an_answer_frees_the_slot_and_the_next_one_is_the_same():

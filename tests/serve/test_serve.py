@@ -250,10 +250,9 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     for chunk in ai.chat.completions.create(n=3, seed=5, stream=True, **ask):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == several
-    assert (
-        ai.chat.completions.create(**ask).choices[0].message.content
-        != ai.chat.completions.create(**ask).choices[0].message.content
-    )
+    # without a seed answers differ; what was called counts too, for some say nothing aloud
+    drawn = [ai.chat.completions.create(**ask).choices[0].message.parts for _ in range(4)]
+    assert any(parts != drawn[0] for parts in drawn)
 
 
 def test_stop_strings_and_lengths(ai, name):
