@@ -96,10 +96,18 @@ def eight(tmp_path_factory):
     }
 
 
-def check_equal(many, single, steps=slice(None)):
-    """Sums are taken in another order, and an Adam with an eps of 1e-10 makes rounding visible
-    where gradients are nearly zero.
+@pytest.fixture(scope="module")
+def noise(single):
+    """How far one device comes from itself when each batch's rows change places.
+
+    The sums are the same, taken in another order; an Adam with an eps of 1e-10 makes their rounding
+    visible where gradients are nearly zero, on one processor more than on another.
     """
+    return max(distance(other, single) for other in train(orders=[1, 2, 3]))
+
+
+def check_equal(many, single, noise, steps=slice(None)):
+    """The same losses, norms and parameters, up to what the order of sums makes of them."""
     (losses, norms), (wanted, wanted_norms) = (
         np.transpose(many["losses"]),
         np.transpose(single["losses"][steps]),
@@ -107,12 +115,18 @@ def check_equal(many, single, steps=slice(None)):
     np.testing.assert_allclose(losses, wanted, rtol=2e-5)
     np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
     if steps.stop is None:
-        assert distance(many, single) < 2e-3
+        assert distance(many, single) < 3 * noise
 
 
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
-def test_every_strategy_equals_one_device(single, eight, layout):
-    check_equal(eight[layout], single)
+def test_every_strategy_equals_one_device(single, eight, noise, layout):
+    check_equal(eight[layout], single, noise)
+
+
+def test_the_noise_is_small_beside_a_mistake(single, noise):
+    """Three times the noise is far from what two forgotten rows of sixteen do."""
+    (forgotten,) = train(drop=2)
+    assert 0 < 3 * noise < 0.1 * distance(forgotten, single)
 
 
 def test_what_is_split_takes_less_room(single, eight):
@@ -144,7 +158,7 @@ def test_collectives_are_the_expected_ones(eight):
     "processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})]
 )
 def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
-    single, tmp_path, processes, strategy, mesh
+    single, noise, tmp_path, processes, strategy, mesh
 ):
     """Trained five steps on all processes, saved by all, the rest on one, two and four devices of
     one process.
@@ -156,7 +170,7 @@ def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
         steps=5,
         save=str(tmp_path),
     )
-    check_equal(half[0], single, slice(0, 5))
+    check_equal(half[0], single, noise, slice(0, 5))
     files = {p.name for p in next(tmp_path.glob("step_*")).iterdir()}
     assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(
         list(tmp_path.iterdir())
@@ -166,7 +180,7 @@ def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
         (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]),
     )[: 3 - processes // 2]:
         for rest in train(devices=devices, layouts=layouts, restore=str(tmp_path)):
-            check_equal(rest, single, slice(5, None))
+            check_equal(rest, single, noise, slice(5, None))
 
 
 def test_bad_layouts_in_one_sentence():

@@ -2,8 +2,10 @@
 JSON, which process.
 
 The JSON holds config, steps, layouts ([strategy, mesh] each), and where wanted save, restore
-(folders), hosts (address and how many), text (whether to read collectives from what was compiled).
-Prints RESULT and a list, one entry a layout.
+(folders), hosts (address and how many), text (whether to read collectives from what was compiled),
+orders (seeds by which the rows of each batch change places: the same sums in another order), drop
+(so many rows of each batch teach nothing, as if a device's share had been forgotten).
+Prints RESULT and a list, one entry a layout and order.
 """
 
 import json
@@ -36,7 +38,8 @@ def compiled_text(step, layout):
 
 
 results = []
-for strategy, mesh in asked["layouts"]:
+runs = [(layout, order) for layout in asked["layouts"] for order in asked.get("orders", [None])]
+for (strategy, mesh), order in runs:
     layout = parallel.make_layout(strategy, config, mesh=mesh) if strategy else None
     state = train.init_state(config, layout)
     step = train.make_train_step(config, layout)
@@ -44,9 +47,12 @@ for strategy, mesh in asked["layouts"]:
         state, _ = checkpoint.restore(asked["restore"], train.state_template(config, layout))
     losses = []
     for tokens_BT in tokens[int(state.step) :]:
+        if order is not None:
+            tokens_BT = np.random.default_rng(order).permutation(tokens_BT)
         # some targets are left out, as in fine-tuning
         inputs, targets = tokens_BT[own, :-1], tokens_BT[own, 1:]
         targets = np.where(targets < 20, -1, targets)
+        targets[: asked.get("drop", 0)] = -1
         state, metrics = step(
             state, parallel.put_batch(layout, inputs), parallel.put_batch(layout, targets)
         )
