@@ -85,6 +85,7 @@ from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
 from lib.runs import STAGES, enter, results_table, set_aside
 from lib.runtime import ends_within, give_back, host
 from lib.train import checkpoint
+from lib.train.changes import allowed_changes
 from lib.train.due import AT_LEAST_EVERY, SAMPLED_STEPS, Due
 from lib.train.metrics import Metrics, column, read_jsonl, trace_window
 
@@ -262,14 +263,9 @@ if saved:
         | meta["settings"]
         | {"tokenizer": meta["tokenizer"]}
     )
-    if meta.get("ways", 1) != ways:  # on other devices the same batch is cut otherwise
-        then["microbatch"] = portable.microbatch
-    changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
-    if changed:
-        raise UserError(
-            f"{folder} was trained with other settings ({'; '.join(changed[:3])}): set them back to continue, "
-            "pass if_exists=fresh to start anew, or take another run name"
-        )
+    changes = allowed_changes(then, now, folder, meta["step"])
+    for change in changes.rates:
+        print(f"from step {meta['step']} on, {change}")
 
 # %% [markdown]
 # ## Will it fit, how fast, what will it cost?
@@ -353,9 +349,14 @@ print(
     f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)"
 )
 
-cursor = None
+cursor, history_of_changes = None, []
 if saved:
+    history_of_changes = meta.get("changes", []) + [
+        [meta["step"], change] for change in changes.rates
+    ]
     state, meta = checkpoint.restore(saved, template)
+    if changes.rates:
+        state = train.with_rates(state, config)
     cursor = meta["cursor"]
     print(f"continuing {saved} at step {int(state.step)} of {config.num_steps}")
 else:
@@ -457,6 +458,7 @@ with (
                             settings=settings,
                             tokenizer=tokenizer.fingerprint,
                             loss=values["loss"],
+                            changes=history_of_changes,
                         ),
                         metric=values.get("val_bpb"),
                     )

@@ -1,7 +1,7 @@
 """From a loss to a trained model.
 
-`step` is one optimizer step, compiled; `loop` repeats it and never lets the device wait; `run` is a
-training run as every stage has it: opened or resumed, measured, saved, stopped. `optim` holds
+`step` is one optimizer step, compiled; `loop` repeats it and never lets the device wait; `due` says
+when to measure and save, `changes` what may change when a training goes on. `optim` holds
 optimizers and schedules, `checkpoint` what is written and read back bit for bit, `metrics` what is
 logged, `finetune` what the stages after pretraining add.
 """
@@ -14,6 +14,7 @@ from lib.train.step import (
     state_template,
     token_losses_on,
     train_step,
+    with_rates,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "steps",
     "token_losses_on",
     "train_step",
+    "with_rates",
 ]

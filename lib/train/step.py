@@ -14,7 +14,7 @@ from lib.config import Config
 from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
 from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
 from lib.params import is_spec, param_specs
-from lib.train.optim import compile_key, make_optimizer
+from lib.train.optim import compile_key, hyper, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -53,6 +53,14 @@ def state_template(config: Config, layout: Layout | None = None) -> TrainState:
         template,
         state_shardings(layout, config, template),
     )
+
+
+def with_rates(state: TrainState, config: Config) -> TrainState:
+    """The state with rates, schedule and horizon of `config` instead of those it began with."""
+    before = state.opt_state.hyper
+    now = hyper(config, config.num_steps)
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), now, before)
+    return state._replace(opt_state=state.opt_state._replace(hyper=placed))
 
 
 def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
