@@ -96,14 +96,21 @@ def eight(tmp_path_factory):
     }
 
 
+# how much farther than its own noise another program may be from one device
+FACTOR = 5
+
+
 @pytest.fixture(scope="module")
 def noise(single):
-    """How far one device comes from itself when each batch's rows change places.
+    """How far one device comes from itself when it takes the same sums in another order.
 
-    The sums are the same, taken in another order; an Adam with an eps of 1e-10 makes their rounding
-    visible where gradients are nearly zero, on one processor more than on another.
+    The rows of each batch change places, or come in other microbatches. An Adam with an eps of
+    1e-10 makes the rounding of nearly zero gradients visible, on one processor more than another.
     """
-    return max(distance(other, single) for other in train(orders=[1, 2, 3]))
+    others = train(orders=[1, 2])
+    for microbatch in (2, 4):
+        others += train(config=CONFIG | {"microbatch": microbatch}, orders=[None, 1])
+    return max(distance(other, single) for other in others)
 
 
 def check_equal(many, single, noise, steps=slice(None)):
@@ -115,7 +122,7 @@ def check_equal(many, single, noise, steps=slice(None)):
     np.testing.assert_allclose(losses, wanted, rtol=2e-5)
     np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
     if steps.stop is None:
-        assert distance(many, single) < 3 * noise
+        assert distance(many, single) < FACTOR * noise
 
 
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
@@ -124,9 +131,9 @@ def test_every_strategy_equals_one_device(single, eight, noise, layout):
 
 
 def test_the_noise_is_small_beside_a_mistake(single, noise):
-    """Three times the noise is far from what two forgotten rows of sixteen do."""
+    """What is allowed is far from what two forgotten rows of sixteen do."""
     (forgotten,) = train(drop=2)
-    assert 0 < 3 * noise < 0.1 * distance(forgotten, single)
+    assert 0 < FACTOR * noise < 0.1 * distance(forgotten, single)
 
 
 def test_what_is_split_takes_less_room(single, eight):
