@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib import runtime
 from lib.files import UserError, first_line, read_json, replacing, sha256, write_json, writing
-from lib.runtime import progress
 
 CACHE = ".cache"
 # Attempts before a download is given up; a server that says that it is busy gets twice as many.
@@ -119,8 +119,9 @@ def final_words(status: int | None, error: BaseException) -> str:
 
 
 def tell(sentence: str):
-    """Say something that is no result, where it disturbs no output."""
-    print(sentence, file=sys.stderr, flush=True)
+    """Say something that is no result, where it disturbs no output and looks like no error."""
+    in_kernel = runtime.shell() is not None
+    print(sentence, file=sys.stdout if in_kernel else sys.stderr, flush=True)
 
 
 # ---- the Hub -----------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def fetch(url: str, path, digest: str = "", tries: int = 0):
 def _fetch_once(url: str, path: Path, digest: str):
     with replacing(path) as part, urllib.request.urlopen(url, timeout=30) as response:
         length = response.headers["Content-Length"]
-        bar = progress(
+        bar = runtime.progress(
             total=int(length) if length else None,
             unit="B",
             unit_scale=True,
