@@ -312,8 +312,7 @@ def fallback(fault: str) -> str:
     mend = f"; python -m pip install '{named}' mends it" if named else ""
     return (
         f"note: libtpu {version('libtpu')} does not compile Pallas kernels of jax {version('jax')} "
-        f"({fault}), so attention=auto is jax: steps take twice as long or more, and need up to "
-        "2.4 "
+        f"({fault}), so attention=auto is jax: steps take twice as long or more and need up to 2.4 "
         f"times the memory (attention=einsum: 1.2 times the time){mend}"
     )
 

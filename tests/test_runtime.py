@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib import runtime
+from lib.config import Config
 from lib.files import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,21 @@ def test_a_pair_that_cannot_be_mended_is_said_in_one_line(pair, monkeypatch, cap
     note = runtime.fallback("Unsupported version")
     assert "attention=auto is jax: steps take twice as long" in note
     assert "pip install 'libtpu==0.0.23' mends it" in note
+
+
+@pytest.mark.parametrize(
+    "backend, fault, attention",
+    [
+        ("tpu", "", "splash"),
+        ("tpu", "Unsupported version", "jax"),
+        ("gpu", "", "jax"),
+        ("cpu", "", "einsum"),
+    ],
+)
+def test_attention_follows_what_compiles_here(monkeypatch, backend, fault, attention):
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    monkeypatch.setattr(runtime, "kernel_fault", lambda: fault)
+    assert Config.preset("colab_v5e").attention_name == attention
 
 
 # ---- devices, sessions ---------------------------------------------------------------------------

@@ -3,10 +3,18 @@
 `bash run_tests.sh --colab` does it in all that pins.toml describes, `--colab -k newest` in one.
 """
 
+import json
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from nbclient.exceptions import CellExecutionError
 
-from tests.colab.replica import images, installed, open_runtime, printed, run_all
+from lib.preflight.compile import ENVIRONMENT
+from tests.colab.replica import images, install, installed, open_runtime, printed, run, run_all
 from tests.helpers import ROOT
 from tests.helpers.notebooks import PRODUCTS, SMOKE, check_products
 
@@ -59,6 +67,77 @@ def test_run_all(used, notebook):
     assert [out for out in outputs if out.output_type == "execute_result"] == []
     assert [out.text for out in outputs if out.get("name") == "stderr"] == []
     assert "INVALID_ARGUMENT" not in printed(done)
+
+
+def test_a_notebook_that_is_told_to_end_saves_first(used):
+    """Hosts send SIGTERM to the kernel: the loop finishes its step, saves and says so."""
+    machine, folder = used[0], used[0].content / "rawchat" / "runs" / "ended"
+    folder.mkdir()
+    shutil.copy(folder.parent / "smoke" / "tokenizer.json", folder)
+    settings = SMOKE["02_train"] | dict(run="ended", num_steps=5000)
+    settings |= dict(eval_every=5000, sample_every=5000, save_every=5000)
+    note = "import os, pathlib; pathlib.Path('kernel').write_text(str(os.getpid()))"
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run_all, machine, ROOT / "02_train.ipynb", settings, note)
+        metrics = folder / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < 2:
+            assert not done.done(), done.result()
+            time.sleep(0.1)
+        os.kill(int((machine.content / "kernel").read_text()), signal.SIGTERM)
+        with pytest.raises(CellExecutionError, match="stopped at step [0-9]+ and saved"):
+            done.result()
+    assert list(folder.glob("checkpoints/step_*"))
+
+
+def test_commands_start_without_complaints_of_libtpu(used):
+    code = (
+        "from lib import notebook; import jax; notebook.setup(); print(jax.devices()[0].platform)"
+    )
+    done = run(used[0], "-c", code, timeout=120)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
+def test_the_real_steps_compile_for_tpus_with_the_mended_pair(used):
+    """Of two layers of each notebook's model, with Pallas kernels where it has them."""
+    chips = ["v5e-1", "v6e-1", "v5e-8"]
+    environment = ENVIRONMENT | {"PYTHONPATH": "."}
+    command = ["tests/colab/steps.py", *chips, "--layers", "2"]
+    done = run(used[0], *command, timeout=3000, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    programs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {program["chip"] for program in programs} == set(chips)
+    for program in programs:
+        assert program["peak"] > 0, program
+        assert (program["attention"], program["kernels"] > 0) == (
+            "splash",
+            program["program"] in ("train", "measure"),
+        ), program
+
+
+def test_a_pair_that_is_not_mended_makes_auto_attention_jax(used):
+    """Asked of the compiler, with a sentence on what it costs and what would mend it."""
+    machine, before, _ = used
+    code = (
+        "from lib.config import Config; from lib.preflight.compile import as_compiled; "
+        "print(as_compiled(Config.preset('colab_v5e')).attention)"
+    )
+    assert run(machine, "-c", code, **ENVIRONMENT).stdout == "splash\n"
+    install(machine, f"libtpu=={before['libtpu']}")
+    done = run(machine, "-c", code, **ENVIRONMENT)
+    assert done.stdout == "jax\n"
+    note = [line for line in done.stderr.splitlines() if line.startswith("note: libtpu")]
+    assert len(note) == 1 and "attention=auto is jax" in note[0]
+    assert "python -m pip install 'libtpu==0.0.23' mends it" in note[0]
+
+
+def test_a_kernel_that_has_jax_already_is_asked_to_restart(used):
+    """The right libtpu is installed then, so that a restart is all that is needed."""
+    machine, before, _ = used
+    install(machine, f"libtpu=={before['libtpu']}")
+    with pytest.raises(CellExecutionError, match="restart the session .* run all cells"):
+        run_all(machine, NOTEBOOKS[0], cells=1, before="import jax")
+    assert installed(machine)["libtpu"] == "0.0.23"
+    assert printed(run_all(machine, NOTEBOOKS[0], cells=1)) == ""
 
 
 def test_a_machine_without_network_is_one_sentence(fresh, tmp_path):
