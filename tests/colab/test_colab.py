@@ -98,20 +98,28 @@ def test_commands_start_without_complaints_of_libtpu(used):
 
 
 def test_the_real_steps_compile_for_tpus_with_the_mended_pair(used):
-    """Of two layers of each notebook's model, with Pallas kernels where it has them."""
-    chips = ["v5e-1", "v6e-1", "v5e-8"]
+    """Each notebook's own, with Pallas kernels where it has them.
+
+    RAWCHAT_LAYERS cuts the number of layers (0: all of them), which past runtimes always do.
+    """
+    machine = used[0]
+    layers = os.environ.get("RAWCHAT_LAYERS", "0") if machine.image.name == NAMES[0] else "1"
     environment = ENVIRONMENT | {"PYTHONPATH": "."}
-    command = ["tests/colab/steps.py", *chips, "--layers", "2"]
-    done = run(used[0], *command, timeout=3000, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    programs = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {program["chip"] for program in programs} == set(chips)
-    for program in programs:
-        assert program["peak"] > 0, program
-        assert (program["attention"], program["kernels"] > 0) == (
-            "splash",
-            program["program"] in ("train", "measure"),
-        ), program
+
+    def compiled(chip):
+        command = ["tests/colab/steps.py", chip, "--layers", layers]
+        return run(machine, *command, timeout=3600, **environment)
+
+    # two at a time: each holds about 3 GB and one core
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(compiled, ["v5e-1", "v6e-1", "v5e-8"]):
+            assert done.returncode == 0, done.stderr[-3000:]
+            programs = [json.loads(line) for line in done.stdout.splitlines()]
+            assert {"train", "prefill", "decode"} <= {program["program"] for program in programs}
+            for program in programs:
+                assert program["attention"] == "splash" and program["peak"] > 0, program
+                has_kernels = program["program"] in ("train", "measure")
+                assert (program["kernels"] > 0) == has_kernels, program
 
 
 def test_a_pair_that_is_not_mended_makes_auto_attention_jax(used):
