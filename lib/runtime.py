@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 from lib.files import UserError, first_line
 
-HOURS = {"colab": 12.0, "kaggle": 9.0}  # how long a session lasts at least, where it is ended
+# Hours that sessions last: free Colab and Pro 12, Pro+ 24; Kaggle's TPUs 9, its other machines 12.
+HOURS = {"colab": (12.0, 24.0), "kaggle": (9.0, 12.0)}
 CAREFUL_WITH = re.compile(r"jax|libtpu|numpy|ml[-_.]dtypes")  # packages that pip must leave alone
 
 
@@ -321,15 +322,14 @@ def fallback(fault: str) -> str:
 
 
 def seconds_left(hours: float = 0.0) -> float | None:
-    """Seconds until this session ends, None where nobody ends it.
+    """Seconds until this session ends, None where nobody ends it or it has lasted longer already.
 
-    hours: how long a session lasts (0: what the host gives, see HOURS). It began when the first
-    process of the machine did.
+    hours: how long a session lasts (0: as long as the host's do, the shortest of HOURS that is not
+    over). It began when the first process of the machine did.
     """
-    hours = hours or HOURS.get(host(), 0.0)
-    if not hours:
-        return None
-    return hours * 3600 - _age()
+    known = (hours,) if hours else HOURS.get(host(), ())
+    ahead = [length * 3600 - _age() for length in known]
+    return min((left for left in ahead if left > 0), default=None)
 
 
 def ends_within(seconds: float, hours: float = 0.0) -> bool:

@@ -226,13 +226,29 @@ def test_tpus_are_told_from_googles_other_devices(tmp_path):
     assert not runtime._is_tpu(tmp_path / "gone")
 
 
-def test_a_session_ends_some_hours_after_the_machine_began(monkeypatch):
-    assert runtime.seconds_left() is None  # nobody ends a script
-    age = runtime._age()
-    assert age > 0
-    assert runtime.seconds_left(24) == pytest.approx(24 * 3600 - age, abs=60)
-    monkeypatch.setattr(runtime, "host", lambda: "colab")
-    assert runtime.seconds_left() == pytest.approx(12 * 3600 - age, abs=60)
+@pytest.mark.parametrize(
+    "host, age, hours, left",
+    [
+        ("", 1, 0, None),  # nobody ends a machine of one's own
+        ("", 1, 8, 7),
+        ("colab", 1, 0, 11),
+        ("colab", 13, 0, 11),  # it lasts longer than 12 hours, so it is one of 24
+        ("colab", 25, 0, None),
+        ("colab", 1, 24, 23),
+        ("kaggle", 8, 0, 1),
+    ],
+)
+def test_a_session_ends_some_hours_after_the_machine_began(monkeypatch, host, age, hours, left):
+    monkeypatch.setattr(runtime, "host", lambda: host)
+    monkeypatch.setattr(runtime, "_age", lambda: age * 3600)
+    assert runtime.seconds_left(hours) == (None if left is None else left * 3600)
+    assert not runtime.ends_within(300, hours)
+    monkeypatch.setattr(runtime, "_age", lambda: (age + (left or 0)) * 3600 - 240)
+    assert runtime.ends_within(300, hours) == (left is not None)
+
+
+def test_the_age_of_the_machine_is_known():
+    assert 0 < runtime._age() < 10 * 365 * 86400
 
 
 def test_what_runs_before_anything_is_installed_needs_the_standard_library_alone():

@@ -38,7 +38,7 @@ class Image(NamedTuple):
     """One [[image]] of pins.toml."""
 
     name: str
-    kind: str  # colab or kaggle
+    kind: str  # colab, kaggle, or another for a machine of one's own
     date: str  # of the list
     python: str
     source: str  # where the list was published
@@ -131,15 +131,14 @@ def _stand_in(image, packages: Path, home: Path):
     if image.kind == "colab":
         shutil.copytree(HERE / "stand_in" / "google", packages / "google", dirs_exist_ok=True)
         (startup / "00-colab.py").write_text("import google.colab\n")
-    else:
+    if image.kind == "kaggle":
         shutil.copy(HERE / "stand_in" / "kaggle_secrets.py", packages)
 
 
 def _environment(image, venv: Path, home: Path) -> dict[str, str]:
     """The environment variables of the machine's processes: nothing in them helps us."""
-    place = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
-    if image.kind == "colab":
-        place = {"COLAB_RELEASE_TAG": image.name}
+    named = {"colab": "COLAB_RELEASE_TAG", "kaggle": "KAGGLE_KERNEL_RUN_TYPE"}
+    place = {named[image.kind]: image.name} if image.kind in named else {}
     inherited = {name: value for name, value in os.environ.items() if INHERITED.match(name)}
     own = {
         "PATH": f"{venv}/bin:/usr/local/bin:/usr/bin:/bin",

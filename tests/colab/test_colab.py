@@ -21,6 +21,12 @@ from tests.helpers.notebooks import PRODUCTS, SMOKE, check_products
 pytestmark = pytest.mark.colab
 NAMES = list(images())
 IDS = [f"newest-{NAMES[0]}", *NAMES[1:]]
+# What a Jupyter kernel needs, and no more.
+KERNEL = """
+    backcall debugpy decorator entrypoints ipykernel ipython jupyter_client jupyter_core
+    matplotlib-inline nest-asyncio packaging pexpect pickleshare pip platformdirs prompt_toolkit
+    psutil ptyprocess Pygments python-dateutil pyzmq setuptools six tornado traitlets wcwidth
+""".split()
 NOTEBOOKS = [ROOT / f"{stem}.ipynb" for stem in SMOKE]
 
 
@@ -137,6 +143,13 @@ def test_a_pair_that_is_not_mended_makes_auto_attention_jax(used):
     assert len(note) == 1 and "attention=auto is jax" in note[0]
     assert "python -m pip install 'libtpu==0.0.23' mends it" in note[0]
 
+    # the first cell says so too where it cannot mend it, and goes on
+    cut_off = machine._replace(env=machine.env | {"PIP_NO_INDEX": "1"})
+    said = printed(run_all(cut_off, NOTEBOOKS[0], cells=1)).splitlines()
+    assert said[0].startswith("installing libtpu==0.0.23")
+    assert said[1].startswith("note: pip could not install libtpu==0.0.23: ")
+    assert said[1].endswith(f"going on with libtpu {before['libtpu']}")
+
 
 def test_a_kernel_that_has_jax_already_is_asked_to_restart(used):
     """The right libtpu is installed then, so that a restart is all that is needed."""
@@ -146,6 +159,18 @@ def test_a_kernel_that_has_jax_already_is_asked_to_restart(used):
         run_all(machine, NOTEBOOKS[0], cells=1, before="import jax")
     assert installed(machine)["libtpu"] == "0.0.23"
     assert printed(run_all(machine, NOTEBOOKS[0], cells=1)) == ""
+
+
+def test_a_plain_jupyter_kernel_gets_everything(tmp_path):
+    """Such as VS Code's: no google.colab, no jax, and this notebook was downloaded alone."""
+    image = images()[NAMES[0]]
+    kernel = [package for package in image.packages if package.split("==")[0] in KERNEL]
+    machine = open_runtime(image._replace(kind="jupyter", packages=tuple(kernel)), tmp_path)
+    said = printed(run_all(machine, NOTEBOOKS[0], cells=1, timeout=1200)).splitlines()
+    assert len(said) == 1 and said[0].startswith("installing jax, ")
+    assert "libtpu" not in installed(machine)
+    run_all(machine, NOTEBOOKS[0], SMOKE["01_tokenizer"])
+    check_products("01_tokenizer", machine.content / "rawchat" / "runs" / "smoke")
 
 
 def test_a_machine_without_network_is_one_sentence(fresh, tmp_path):
