@@ -14,6 +14,7 @@
 # # 01 · Train a tokenizer
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
 #
 # A language model reads numbers, not letters. The tokenizer decides which pieces of text become one number each: it
 # starts from the 256 bytes and keeps merging the pair of pieces that occurs most often, until the vocabulary is full.

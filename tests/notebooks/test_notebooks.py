@@ -44,6 +44,16 @@ def test_addresses_agree():
         assert set(found) == {ours}, path.name
 
 
+@each_notebook
+def test_buttons_open_the_notebook_that_they_stand_in(source):
+    """In Colab and in Kaggle, here and in the README."""
+    address = f"github.com/rawchat/rawchat/blob/main/{source.stem}.ipynb"
+    in_colab = f"https://colab.research.google.com/{address.replace('.com', '', 1)}"
+    in_kaggle = f"https://kaggle.com/kernels/welcome?src=https://{address}"
+    for path in (source, ROOT / "README.md"):
+        assert in_colab in path.read_text() and in_kaggle in path.read_text(), path.name
+
+
 def test_each_notebook_asks_for_the_machine_that_it_needs():
     """Training for a TPU that free accounts have; the others for nothing."""
     asked = {}
