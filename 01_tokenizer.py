@@ -153,7 +153,7 @@ def merge(word, pair):
     return word  # your code here
 
 
-check("merge", merge)
+solved = check("merge", merge)
 
 # %% [markdown]
 # ## Training
