@@ -59,6 +59,7 @@ import numpy as np
 
 from lib import chat, data, evals, pictures, report, train
 from lib.config import Config
+from lib.data.speech import spoken
 from lib.data.tokenizer import FILE, load_tokenizer
 from lib.evals import contamination, core, questions, records, stats
 from lib.files import UserError, choose, update_json
@@ -583,7 +584,7 @@ for words in filter(None, map(str.strip, say.split("|"))):
     print(f"you    {words}\nmodel  ", end="")
     talk(words)
 said = [
-    dict(prompt=asked["content"], text=chat.spoken(answer["content"]), parts=answer["content"])
+    dict(prompt=asked["content"], text=spoken(answer["content"]), parts=answer["content"])
     for asked, answer in zip(conversation[::2], conversation[1::2])
 ]
 if taught:
