@@ -20,6 +20,8 @@ from lib import model
 from lib.chips import tpu_slice
 from lib.config import Config
 from lib.generate import engine
+from lib.generate.decode import decode as decode_rows
+from lib.generate.decode import prefill as prefill_rows
 from lib.generate.sampling import empty_rows
 from lib.model.kernels import compiled_kernels
 from lib.parallel.layout import make_layout
@@ -71,8 +73,8 @@ def decoding(config: Config, device):
 
     placed = deviceless._on(device, (params, cache, rows, numbers, prompts, forced, scalar))
     params, cache, rows, numbers, prompts, forced, scalar = placed
-    prefill = engine._prefill.lower(params, config, cache, numbers, prompts, True)
-    decode = engine._decode.lower(params, config, cache, rows, forced, scalar, pause=-1)
+    prefill = prefill_rows.lower(params, config, cache, numbers, prompts, True)
+    decode = decode_rows.lower(params, config, cache, rows, forced, scalar, pause=-1)
     return prefill, decode
 
 
