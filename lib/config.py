@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -317,13 +318,15 @@ class Config:
             raise UserError(f"depth must be at least 1, got {depth}")
         # one row a step, so that nothing but the shape can be wrong yet
         shape = _shape(depth, aspect_ratio, **_known(overrides))
-        one_row = dict(total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1)
+        one_row: dict[str, Any] = dict(
+            total_batch_size=shape["sequence_len"], microbatch=1, num_steps=1
+        )
         probe = cls(**shape | one_row)
         # the rules are anchored at depth 12, with everything but its sizes as asked
         others = {name: value for name, value in overrides.items() if name not in _SIZES}
         at_12 = cls(**_shape(12, aspect_ratio, **others) | one_row)
 
-        config = dict(shape, reference_tokens=float(at_12.target_tokens))
+        config: dict[str, Any] = dict(shape, reference_tokens=float(at_12.target_tokens))
         if "total_batch_size" not in overrides:
             growth = probe.target_tokens / at_12.target_tokens
             batch = 2 ** round(math.log2(REFERENCE_BATCH * growth**0.383))
@@ -416,13 +419,14 @@ def _not_a_config(path, error) -> UserError:
 def _check_types(config: Config):
     """Values have their field's type; a whole number does for a real one."""
     for f in dataclasses.fields(config):
+        kind: Any = f.type
         value = getattr(config, f.name)
         is_bool = isinstance(value, bool)
-        if f.type is float and isinstance(value, int) and not is_bool:
+        if kind is float and isinstance(value, int) and not is_bool:
             object.__setattr__(config, f.name, float(value))
-        elif not isinstance(value, f.type) or (f.type is int and is_bool):
-            raise UserError(f"config field {f.name} must be {f.type.__name__}, got {value!r}")
-        elif f.type is float and not math.isfinite(value):
+        elif not isinstance(value, kind) or (kind is int and is_bool):
+            raise UserError(f"config field {f.name} must be {kind.__name__}, got {value!r}")
+        elif kind is float and not math.isfinite(value):
             raise UserError(f"config field {f.name} must be a finite number, got {value}")
 
 
@@ -516,7 +520,7 @@ def _known(d: dict) -> dict:
     return d
 
 
-def _shape(depth: int, aspect_ratio: int, **overrides) -> dict:
+def _shape(depth: int, aspect_ratio: int, **overrides) -> dict[str, Any]:
     """Field values for a depth: width in whole heads, as many kv heads as heads, mlp four times as
     wide.
     """

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Optional
+from typing import Annotated, Any, Literal, NamedTuple, Optional
 
 from lib import runtime
 from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
@@ -52,7 +52,9 @@ def _keep_compiled():
     """Let jax find compiled programs of earlier runs, unless the environment says where to look."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    # jax makes the names of its options at run time
+    options: Any = jax.config
+    if options.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -159,7 +161,8 @@ def parameters(source: str) -> list[Param]:
             comments.append(comment[1].strip())
             continue
         if match := PARAM.match(line):
-            params.append(_param(*match.groups(default=""), comments))
+            name, literal, choices, form = match.groups(default="")
+            params.append(_param(name, literal, choices, form, comments))
         elif line.strip() and not line.startswith("#"):
             raise ValueError(
                 f"a parameters cell holds only `name = value  # @param …` lines, not {line!r}"
@@ -224,7 +227,8 @@ def parse_overrides(text: str, cls) -> dict:
     type.
     """
     types = {f.name: f.type for f in dataclasses.fields(cls)}
-    words = dict(pair.partition("=")[::2] for pair in text.replace(",", " ").split())
+    pairs = [pair.partition("=") for pair in text.replace(",", " ").split()]
+    words = {name: word for name, _, word in pairs}
     values = {}
     for name, word in words.items():
         kind = choose("config field", name, types)
@@ -269,13 +273,13 @@ def secret(name: str) -> str | None:
 
 
 def _colab_secret(name: str) -> str:
-    from google.colab import userdata
+    from google.colab import userdata  # pyright: ignore[reportMissingImports]
 
     return userdata.get(name)
 
 
 def _kaggle_secret(name: str) -> str:
-    from kaggle_secrets import UserSecretsClient
+    from kaggle_secrets import UserSecretsClient  # pyright: ignore[reportMissingImports]
 
     return UserSecretsClient().get_secret(name)
 

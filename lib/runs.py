@@ -76,7 +76,7 @@ HIDDEN = ("began",)
 # ---- the folder ----------------------------------------------------------------------------------
 
 
-def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
+def open_run(name: str, needs: str = "", runs_dir: str | Path = "runs") -> Path:
     """The folder runs/NAME, made if missing; with `needs` it must hold that file or folder already.
 
     An empty name stands for the run whose `needs` changed last.
@@ -94,7 +94,7 @@ def open_run(name: str, needs: str = "", runs_dir="runs") -> Path:
     return run
 
 
-def newest_run(runs_dir="runs", holding: str = "config.json") -> Path:
+def newest_run(runs_dir: str | Path = "runs", holding: str = "config.json") -> Path:
     """The run folder whose `holding` file or folder changed last; UserError where there is none."""
     candidates = [path.parent for path in Path(runs_dir).glob(f"*/{holding}")]
     if not candidates:

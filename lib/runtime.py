@@ -19,7 +19,7 @@ import tempfile
 import time
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lib.files import UserError, first_line
 
@@ -47,7 +47,7 @@ def host() -> str:
     return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
 
 
-def progress(**options):
+def progress(**options: Any):
     """A progress bar of tqdm's with these options, fit for where it is shown.
 
     In a notebook a widget, or text on stdout where widgets are not installed: stderr and tqdm's own
@@ -58,7 +58,8 @@ def progress(**options):
     if shell() is None:
         return tqdm(**options)
     if importlib.util.find_spec("ipywidgets") is None:
-        return tqdm(**options | dict(file=sys.stdout))
+        options["file"] = sys.stdout
+        return tqdm(**options)
     from tqdm.notebook import tqdm as widget
 
     return widget(**options)
@@ -136,7 +137,9 @@ def satisfies(installed: str, versions: str) -> bool:
 
 
 def _meets(installed: str, clause: str) -> bool:
-    comparison, wanted = re.fullmatch(r"([=!<>~]+)(.*)", clause).groups()
+    parts = re.fullmatch(r"([=!<>~]+)(.*)", clause)
+    assert parts, f"{clause!r} compares with no version"
+    comparison, wanted = parts.groups()
     if comparison == "===":
         return installed == wanted
     have, want = _release(installed), _release(wanted)
@@ -151,7 +154,9 @@ def _meets(installed: str, clause: str) -> bool:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.match(r"\D*(\d+(?:\.\d+)*)", text)[1].split(".")))
+    release = re.match(r"\D*(\d+(?:\.\d+)*)", text)
+    assert release, f"{text!r} is no version"
+    return tuple(map(int, release[1].split(".")))
 
 
 def missing(requirements) -> list[Requirement]:
@@ -353,7 +358,7 @@ def give_back():
     """Give a Colab runtime back, which ends this session and what it costs; elsewhere say so."""
     if host() != "colab":
         return print("give_back: this is no Colab runtime, so nothing was given back")
-    from google.colab import runtime
+    from google.colab import runtime  # pyright: ignore[reportMissingImports]
 
     print("giving the runtime back: nothing more is charged for it")
     runtime.unassign()

@@ -2,7 +2,7 @@
 
 import codecs
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from lib.data.speech import KINDS, spoken
@@ -138,7 +138,9 @@ def fit(
     return ids, 2 * drop
 
 
-def reply(engine: Engine, ids: list[int], sampling: Sampling, reader: Reader) -> Iterator[Piece]:
+def reply(
+    engine: Engine, ids: list[int], sampling: Sampling, reader: Reader
+) -> Generator[Piece, None, None]:
     """Write the answer to a prompt in an engine of its own, piece by piece.
 
     Leaving the loop early frees the slot.

@@ -101,7 +101,7 @@ class Talk:
         self.clear()
 
     def clear(self):
-        self.messages = (
+        self.messages: list[dict] = (
             [{"role": "system", "content": self.settings.system}] if self.settings.system else []
         )
 
@@ -329,7 +329,8 @@ def main(settings: Settings, coloured: bool):
     where a terminal is.
     """
 
-    sys.stdin.reconfigure(errors="replace")  # what is not text becomes U+FFFD
+    # what is not text becomes U+FFFD; a TextIOWrapper, though its type is that of any text stream
+    sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     single = settings.prompt
     if single == "-":
         single = sys.stdin.read()

@@ -8,7 +8,7 @@ in the feed that hands it pieces, and in their `Packing`.
 import bisect
 import collections
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -420,7 +420,9 @@ def epochs(planned: int, available: int) -> tuple[float, str]:
 # ---- ahead of the device -----------------------------------------------------------------------
 
 
-def prefetch(iterator: Iterator[tuple], put: Callable, depth: int = 2) -> Iterator[tuple]:
+def prefetch(
+    iterator: Iterator[tuple], put: Callable, depth: int = 2
+) -> Generator[tuple, None, None]:
     """The items of `batches`, arrays moved by `put((inputs, targets))` (such as jax.device_put),
     `depth` items ahead.
 

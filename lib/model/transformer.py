@@ -186,7 +186,7 @@ def embed(params, config: Config, tokens_BT, last_B=None):
     return x_BTD + share_BT[..., None] * before_BTD
 
 
-def value_embeddings(params, tokens_BT, config: Config):
+def value_embeddings(params, tokens_BT, config: Config) -> Any:
     """The value embeddings of these tokens, (Lv, B, T, K, H) or {layer: (B, T, K, H)} as the tables
     are.
 

@@ -21,10 +21,10 @@ from lib.parallel.layout import AXES, BATCH, Layout
 from lib.params import is_spec, named_specs, param_specs
 
 # (Layout, {parameter name: PartitionSpec}) while a share is traced
-_share = ContextVar("share", default=None)
+_share: ContextVar[tuple[Layout, dict] | None] = ContextVar("share", default=None)
 
 # the Layout whose devices share out the optimizer's matrices
-_spread = ContextVar("spread", default=None)
+_spread: ContextVar[Layout | None] = ContextVar("spread", default=None)
 
 
 @contextlib.contextmanager
@@ -46,13 +46,15 @@ def gather(name: str, w, stacked: bool = False) -> jax.Array:
 
     stacked: the weight's layer axis is gone.
     """
-    if _share.get() is None:
+    share = _share.get()
+    if share is None:
         return w
-    partition = tuple(_share.get()[1][name])[stacked:]
+    _, partitions = share
+    partition = tuple(partitions[name])[stacked:]
     for axis, over in enumerate(partition):
         if over == "fsdp":
             w = _gather(w, axis)
-    return w
+    return w  # pyright: ignore[reportReturnType]  (partial hides what custom_vjp returns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -91,7 +93,8 @@ def _scatter(g, over: str, axis: int):
 
 
 def _tensor_size() -> int:
-    return 1 if _share.get() is None else _share.get()[0].size("tensor")
+    share = _share.get()
+    return 1 if share is None else share[0].size("tensor")
 
 
 @jax.custom_vjp

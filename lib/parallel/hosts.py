@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
 
@@ -42,7 +43,9 @@ def start_hosts(coordinator: str = "", count: int = 0, index: int = -1, timeout:
     UserError that all others get; JAX itself would abort them.
     """
     # process 0 may have an upload to finish
-    patience = dict(initialization_timeout=int(timeout), shutdown_timeout_seconds=PATIENCE)
+    patience: dict[str, Any] = dict(
+        initialization_timeout=int(timeout), shutdown_timeout_seconds=PATIENCE
+    )
     if not coordinator:
         try:
             jax.distributed.initialize(**patience)
@@ -138,10 +141,12 @@ def _count_heads(address, count: int, deadline: float) -> str:
 # ---- agreeing ------------------------------------------------------------------------------------
 
 
-def _store():
+def _store() -> Any:
     """The key-value store of a job of several processes, or None."""
     if jax.distributed.is_initialized() and jax.process_count() > 1:
-        return jax._src.distributed.global_state.client
+        # jax has no public name for it
+        internals = jax._src  # pyright: ignore[reportAttributeAccessIssue]
+        return internals.distributed.global_state.client
     return None
 
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lib import chat
 from lib.data.roles import BadMessage, in_turns
@@ -280,7 +281,7 @@ def no_model(wanted: str, ours: str) -> ApiError:
     )
 
 
-def _number(body: dict, name: str):
+def _number(body: dict, name: str) -> Any:
     kind, low, high, default = NUMBERS[name]
     value = body.get(name)
     if value is None:
@@ -746,7 +747,7 @@ class Answers:
                 tokens = [token for piece in heard for token in piece.tokens]
                 offsets = [offset for piece in heard for offset in piece.offsets]
                 if self.kind == "chat" and pieces:
-                    delta = {"content": text} if text else {}
+                    delta: dict[str, Any] = {"content": text} if text else {}
                     delta["parts"] = [
                         {"index": p.index, "type": p.kind, "text": p.text} for p in pieces
                     ]

@@ -3,6 +3,7 @@
 import collections
 import os
 from pathlib import Path
+from typing import Any
 
 # seconds, of the histograms
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
@@ -15,7 +16,8 @@ class Counters:
     """
 
     def __init__(self):
-        self.counters = collections.Counter()
+        # of real numbers too, which the type of a Counter does not know
+        self.counters: Any = collections.Counter()
         self.histograms = {}
 
     def add(self, name: str, amount: float = 1, **labels):

@@ -21,6 +21,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from lib.files import UserError
@@ -438,7 +439,8 @@ def make_app(
         return await respond(request, "completion")
 
     _add_errors(app)
-    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    routes: list[Any] = app.routes  # not all kinds have a path
+    paths = {route.path for route in routes if hasattr(route, "path")}
     app.add_middleware(guarded, settings=settings, hosts=hosts, metrics=metrics, paths=paths)
     return app
 
@@ -584,7 +586,7 @@ def colab_url(port: int) -> str:
     """In a Colab kernel, the address at which this browser (and nobody else) reaches a port of the
     machine.
     """
-    from google.colab import output
+    from google.colab import output  # pyright: ignore[reportMissingImports]
 
     return output.eval_js(f"google.colab.kernel.proxyPort({port})")
 

@@ -48,7 +48,8 @@ def best_so_far(trials, spec: dict):
     if pruned:
         axis.scatter(*zip(*pruned), color=GREY, s=18, label=f"pruned ({len(pruned)})")
     if done:
-        _staircase(axis, *map(np.array, zip(*done)), spec["metric"]["goal"])
+        numbers, values = map(np.array, zip(*done))
+        _staircase(axis, numbers, values, spec["metric"]["goal"])
     for i in failed:
         label = f"failed ({len(failed)})" if i == failed[0] else None
         axis.axvline(i, color="C3", alpha=0.4, linewidth=1, label=label)

@@ -8,7 +8,7 @@ residuals, seeded, so that the same runs give the same numbers.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,8 @@ def interval(draws, level: float = LEVEL) -> tuple[float, float]:
     good = draws[np.isfinite(draws)]
     if len(good) * 2 < max(len(draws), 1):
         return math.nan, math.nan
-    return tuple(float(x) for x in np.quantile(good, [(1 - level) / 2, (1 + level) / 2]))
+    low, high = np.quantile(good, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 # ---- approach 2: a parabola per budget, power laws through their minima --------------------------
@@ -124,7 +125,7 @@ def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
         )
 
     used = [(budget, spread) for budget, spread in fitted if budget.inside]
-    result = dict(budgets=[budget for budget, _ in fitted], used=len(used))
+    result: dict[str, Any] = dict(budgets=[budget for budget, _ in fitted], used=len(used))
     C = [budget.C for budget, _ in used]
     for j, name in enumerate("NDL"):
         k, p = power_law(C, [getattr(budget, name) for budget, _ in used])
@@ -295,12 +296,12 @@ def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
     x = C / C.min()
 
     def fit(L):  # for each power the rest is linear, and neither constant may be negative
-        best = None
+        best: tuple[float, ...] = tuple([math.inf])
         for p in np.geomspace(0.02, 2, 120):
             basis = np.stack([np.ones_like(x), x**-p], axis=1)
             (E, k), _ = nnls(basis / L[:, None], np.ones_like(L))
             miss = float(np.sum(np.log(np.maximum(basis @ [E, k], 1e-12) / L) ** 2))
-            best = min(best or (math.inf,), (miss, E, k * C.min() ** p, p))
+            best = min(best, (miss, E, k * C.min() ** p, p))
         return dict(E=float(best[1]), k=float(best[2]), p=float(best[3]))
 
     found, rng = fit(L), np.random.default_rng(seed)

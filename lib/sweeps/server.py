@@ -130,7 +130,8 @@ def parse_path(text: str) -> tuple[str, str, str]:
             "worker "
             "say"
         )
-    return tuple(parts)
+    entity, project, sweep = parts
+    return entity, project, sweep
 
 
 def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from lib.config import Config
 from lib.files import UserError, choose, local_path, read_text
@@ -204,7 +204,7 @@ def check(spec: dict) -> dict:
     return spec
 
 
-def _numbers(x):
+def _numbers(x) -> Any:
     """`x` with texts like 1e-4 made numbers:
 
     YAML 1.1 takes them for texts unless they have a point.
@@ -249,7 +249,7 @@ def _is_int(x) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _is_number(x) -> bool:
+def _is_number(x) -> TypeGuard[float]:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
@@ -441,7 +441,7 @@ def config_of(assignment: dict) -> Config:
 
     UserError for an impossible one, before any compute.
     """
-    fields = {
+    fields: dict[str, Any] = {
         name: typed(name, value, choose("sweep parameter", name, PARAMETERS))
         for name, value in assignment.items()
         if name not in SETTINGS

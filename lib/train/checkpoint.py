@@ -61,7 +61,12 @@ def _named(tree) -> dict:
 
 
 def _is_key(x) -> bool:
-    return hasattr(x, "dtype") and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    if not hasattr(x, "dtype"):
+        return False
+    # public in jax's manual, not in its types
+    return jax.dtypes.issubdtype(  # pyright: ignore[reportPrivateImportUsage]
+        x.dtype, jax.dtypes.prng_key
+    )
 
 
 def _to_host(tree) -> tuple[dict, dict]:
@@ -267,9 +272,9 @@ def _write_share(folder, record, arrays, keep):
     index, count = jax.process_index(), jax.process_count()
     # a name that all know and no earlier save had; remote folders have no rename, so parts go where
     # they stay
-    place = (
-        target if is_remote(folder) else Path(folder) / f".{target.name}.{record['time']:.6f}.tmp"
-    )
+    place = target
+    if not is_remote(folder):
+        place = Path(folder) / f".{Path(target).name}.{record['time']:.6f}.tmp"
 
     def listed(i):
         return f"share-{record['time']:.6f}-{i}-of-{count}.json"

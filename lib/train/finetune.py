@@ -10,6 +10,7 @@ lib.train.step's, the very one of pretraining.
 import collections
 import hashlib
 import json
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -99,10 +100,10 @@ def parse_mixture(text: str) -> dict[str, float]:
     return mixture
 
 
-def _source(name: str, bad_lines: str) -> list[list[dict] | str]:
+def _source(name: str, bad_lines: str) -> Sequence[list[dict] | str]:
     if name.endswith((".jsonl", ".jsonl.gz")):
         return read_chats(name, skip_bad=bad_lines == "skip")
-    chats = [item.get("messages") or item.get("text") for item in items_of(name, "train")]
+    chats: list = [item.get("messages") or item.get("text") for item in items_of(name, "train")]
     if not all(
         chat and (isinstance(chat, str) or chat[-1]["role"] == "assistant") for chat in chats
     ):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -67,7 +67,7 @@ def steps(
     *,
     pause: Callable[[int], bool] = lambda step: False,
     explode: float = EXPLODE,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Train to config.num_steps, yielding each step's metrics one step late so that the device
     never waits.
 

@@ -18,7 +18,7 @@ import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -197,8 +197,14 @@ def _tensorboard(run: Run):
     TensorFlow it finds.
     """
     try:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        # protobuf makes these classes at run time
+        from tensorboard.compat.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue]
+            SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+        from tensorboard.compat.proto.summary_pb2 import (
+            Summary,  # pyright: ignore[reportAttributeAccessIssue]
+        )
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
         raise UserError("the tensorboard writer needs a package: pip install tensorboard") from None
@@ -227,7 +233,7 @@ def _tensorboard(run: Run):
     return write, events.close
 
 
-def _wandb(run: Run, mode: str):
+def _wandb(run: Run, mode: Literal["online", "offline"]):
     """A Weights & Biases run named after the run folder; joins the sweep's run when one is
     active.
     """

@@ -307,4 +307,5 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
         )
         return updates, OptState(step + 1, h, m, v)
 
-    return optax.GradientTransformation(init, update)
+    # optax calls it by position, and always with the parameters, which optax's type lets be None
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
