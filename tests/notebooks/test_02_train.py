@@ -178,7 +178,7 @@ def test_02_in_two_processes_stops_and_goes_on_as_one(alone):
         ),
         (
             dict(coordinator="127.0.0.1:1", host_count=2),
-            "process -1 of 2: give host:port of process 0, and an index from 0",
+            "coordinator '127.0.0.1:1', process -1 of 2: give process 0's host:port, and an index",
         ),
         (
             dict(host_count=2, host_index=0),
@@ -232,7 +232,8 @@ def test_core_is_measured_while_training_and_again_by_04(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read_jsonl(run / "metrics.jsonl")
     assert [(row["step"], "core" in row, "val_bpb" in row, "samples" in row) for row in rows] == [
-        (1, False, False, False),
+        # a first sample comes after the first step already
+        (1, False, False, True),
         (2, True, False, False),
         (3, False, False, False),
         (4, True, True, True),
