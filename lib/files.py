@@ -259,6 +259,7 @@ def set_aside(folder, *names: str) -> Path:
     old.mkdir()
     for name in names:
         if (Path(folder) / name).exists():
+            (old / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).rename(old / name)
     return old
 

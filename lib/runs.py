@@ -4,7 +4,6 @@ Notebooks, chat, server, measurements and reports open a run and load its model 
 else.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
-from lib.files import UserError, choose, set_aside, writing
+from lib.files import UserError, choose, read_json, set_aside, write_json, writing
 from lib.home import Mirror, open_home, pull
 from lib.params import templates
 from lib.train import checkpoint
@@ -29,8 +28,8 @@ __all__ = [
     "newest_run",
     "open_run",
     "results_table",
-    "set_aside",
     "stages",
+    "start_afresh",
 ]
 
 # stage of training: its folder of checkpoints in a run, in the order of training
@@ -133,6 +132,47 @@ def enter(
     return folder, Mirror(place, folder, token)
 
 
+# of results.json: what 01 and the machine say, and no training
+LASTING = (
+    "bytes_per_token",
+    "vocab_size",
+    "compression",
+    "tokenizer_s",
+    "device",
+    "devices",
+    "jax",
+    "python",
+    "commit",
+)
+
+
+def start_afresh(run, stage: str = "base") -> Path:
+    """Move a stage's work, and what was measured of it and of later stages, into RUN/old-N.
+
+    No figure of the old model then stands under the new one's name. The tokenizer stays.
+    """
+    names = list(STAGES)
+    later = names[names.index(stage) :]
+    moved = [STAGES[name] for name in later] + [f"evals/{name}.json" for name in later]
+    moved += ["plots/tasks.png", "plots/fine_tuning.png", "plots/kinds.png", "report.html"]
+    if stage == "base":
+        moved += ["metrics.jsonl", "config.json", "trace", "plots/training.png"]
+        moved += ["plots/surprise.png", "evals"]
+
+    path = Path(run) / "results.json"
+    results = read_json(path) if path.exists() else {}
+    old = set_aside(run, *moved)
+    if results:
+        write_json(old / "results.json", results)
+        prefixes = tuple(f"{name}_" for name in later)
+        kept = {name: value for name, value in results.items() if not name.startswith(prefixes)}
+        if stage == "base":
+            kept = {name: results[name] for name in LASTING if name in results}
+        write_json(path, kept)
+    print(f"fresh start: what was there is now in {old}")
+    return old
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 
@@ -219,7 +259,7 @@ def results_table(run) -> str:
             f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py "
             f"--run {Path(run).name} first"
         )
-    results = json.loads(path.read_text())
+    results = read_json(path)
 
     # the known figures first, in their own words, then everything else that is one number or word
     table = []

@@ -25,6 +25,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib import locks
 from lib.files import UserError, read_json, to_json, write_json, writing
 from lib.sweeps import space
 
@@ -124,30 +125,6 @@ def host() -> str:
     return socket.gethostname()
 
 
-def _flock(file, wait: bool) -> bool | None:
-    """True once locked, False where another holds it, None where this file system has no locks."""
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
-
-def _open_lock(path: Path):
-    """A lock file, open. Nothing is ever written to it, and a link in its place is not followed."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as e:
-        if e.errno not in (errno.ELOOP, errno.ENXIO):
-            raise
-        raise UserError(f"{path} is not a plain file: remove it, then run again") from None
-    return os.fdopen(descriptor, "r+b", buffering=0)
-
-
 class Journal:
     """A worker's place in a sweep's folder; a context manager. Everything it writes is on disk when
     the call returns.
@@ -162,8 +139,8 @@ class Journal:
         self.path = self.folder / "journal" / f"{self.worker}.jsonl"
         self._lock, self._stop, self._seq = threading.Lock(), threading.Event(), 0
         with writing(self.path):
-            self._alive = _open_lock(self.path.with_suffix(".lock"))
-        _flock(self._alive, wait=False)
+            self._alive = locks.open_lock(self.path.with_suffix(".lock"))
+        locks.take(self._alive, wait=False)
         self.write("worker", host=host())
         self._thread = threading.Thread(target=self._beats, daemon=True, name="sweep-heartbeat")
         self._thread.start()
@@ -194,8 +171,8 @@ class Journal:
     @contextlib.contextmanager
     def deciding(self):
         """While this is held, no other worker on a file system with locks takes anything."""
-        with writing(self.folder), _open_lock(self.folder / "lock") as f:
-            _flock(f, wait=True)
+        with writing(self.folder), locks.open_lock(self.folder / "lock") as f:
+            locks.take(f, wait=True)
             yield
 
     def close(self):
@@ -304,7 +281,7 @@ def _dead(folder, worker: str, events: list, lease: float, me: str) -> bool:
     if events[0].get("host") == host():
         try:
             with open(Path(folder) / "journal" / f"{worker}.lock", "r+b", buffering=0) as f:
-                free = _flock(f, wait=False)
+                free = locks.take(f, wait=False)
         except FileNotFoundError:
             return True
         except OSError:

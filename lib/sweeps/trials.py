@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -256,52 +257,6 @@ def every(config: Config, settings: dict) -> int:
     return max(1, config.num_steps // settings["evals"])
 
 
-class Progress:
-    """What a trial has come to; a checkpoint keeps it, and whoever takes the trial over goes on
-    with it.
-    """
-
-    def __init__(self, config: Config, meta: dict | None = None):
-        meta = meta or dict(cursor=None, curve=[], reports=[], seconds=0.0)
-        self.config, self.cursor = config, meta["cursor"]
-        self.curve, self.reports = meta["curve"], meta["reports"]
-        self.before, self.clock = meta["seconds"], time.perf_counter()
-
-    @property
-    def values(self) -> dict:
-        """Those of the last validation."""
-        return self.reports[-1][1] if self.reports else {}
-
-    @property
-    def seconds(self) -> float:
-        """Spent on it by all of its workers."""
-        return self.before + time.perf_counter() - self.clock
-
-    def meta(self, cursor) -> dict:
-        """What a checkpoint keeps."""
-        return dict(
-            config=self.config.to_dict(),
-            cursor=cursor,
-            curve=self.curve,
-            reports=self.reports,
-            seconds=self.seconds,
-        )
-
-    def outcome(self, state: str, n: int) -> Outcome:
-        """How it ended, after step `n`."""
-        facts = facts_of(self.config, n, self.seconds)
-        return Outcome(state, self.values, "", self.curve, facts)
-
-
-def _start(config: Config, folder) -> tuple:
-    """(state, progress) of a trial, from its checkpoint where it has one."""
-    path = checkpoint.latest(folder) if folder and folder.exists() else None
-    if path is None:
-        return train.init_state(config), Progress(config)
-    state, meta = checkpoint.restore(path, train.state_template(config))
-    return state, Progress(config, meta)
-
-
 def train_trial(
     config: Config,
     settings: dict,
@@ -319,58 +274,65 @@ def train_trial(
     folder: where checkpoints of a long trial go, and where one is found again; `saved` hears of
     each. Raises what train.steps raises.
     """
-    state, progress = _start(config, folder)
+    run = train.TrainingRun(
+        config,
+        feed=lambda cursor: bench.batches(config, settings, cursor),
+        folder=folder or Path(),  # nothing is written there: a trial has no metrics of its own
+        store=folder,
+        identity=settings,
+        past=_past(folder),
+    )
+    notes = run.notes
+    # points of the training loss, and [step, values] of every validation
+    curve, reports = notes.setdefault("curve", []), notes.setdefault("reports", [])
+    clock, before = time.perf_counter(), notes.get("seconds", 0.0)
+
+    def outcome(state: str, n: int) -> Outcome:
+        seconds = before + time.perf_counter() - clock
+        values = reports[-1][1] if reports else {}
+        return Outcome(state, values, "", curve, facts_of(config, n, seconds))
+
     # tell again what was measured: the one who judges may not have heard of it
-    for n, values in progress.reports:
+    for n, values in reports:
         if why := report(n, values):
-            return progress.outcome(why, n)
+            return outcome(why, n)
 
-    last, interval, n = config.num_steps, every(config, settings), int(state.step)
+    last = config.num_steps
     spaced = max(1, last // CURVE)
-    saved_at = time.monotonic()
-
-    def measured(n: int) -> bool:
-        return n % interval == 0 or n == last
-
-    def due() -> bool:
-        return folder is not None and time.monotonic() - saved_at > bench.save_seconds
-
-    def pause(n: int) -> bool:
-        return measured(n) or stop() or due()
-
-    with contextlib.ExitStack() as stack:
-        batches = bench.batches(config, settings, progress.cursor)
-        stack.enter_context(contextlib.closing(batches))
-        steps = train.steps(train.make_train_step(config), state, batches, config, pause=pause)
-        stack.enter_context(contextlib.closing(steps))
-        saver = None
-        for step in steps:
+    validate = train.Measurement(
+        lambda params: bench.validate(params, config, settings), every(config, settings)
+    )
+    saving = train.Saving(
+        every=0,
+        seconds=max(bench.save_seconds, 1e-9),  # 0 means never there, and always here
+        keep=1,
+        at_end=False,
+        then=lambda step, wait: saved(step),
+    )
+    n = run.done
+    stepping = run.steps([validate], saving, writers=None, stop=stop, signals=False)
+    with contextlib.closing(stepping):
+        for step in stepping:
             n, why = step.step, ""
+            notes["seconds"] = before + time.perf_counter() - clock
             if n % spaced == 0 or n == last:
-                progress.curve.append([n, step.metrics["loss"]])
+                curve.append([n, step.metrics["loss"]])
 
-            # a validation, after which the trial may have to stop
-            if step.state is not None and measured(n):
-                values = {k: step.metrics[k] for k in ("loss", "lr")}
-                values |= bench.validate(step.state.params, config, settings)
-                progress.reports.append([n, values])
+            # after a validation the trial may have to stop
+            if "val_bpb" in step.metrics:
+                names = ("loss", "lr", "val_bpb", "val_loss")
+                values = {name: step.metrics[name] for name in names}
+                reports.append([n, values])
                 why = report(n, values)
-            if n == last:  # now stopping would save nothing
-                break
-            if why := why or poll():
-                return progress.outcome(why, n)
+            if n < last and (why := why or poll()):
+                return outcome(why, n)
+    return outcome("done" if n == last else "free", n)
 
-            # a checkpoint, from time to time and before leaving
-            leaving = stop()
-            if step.state is not None and (leaving or due()):
-                if folder is not None:
-                    saver = saver or stack.enter_context(checkpoint.Saver(folder, keep=1))
-                    saver.save(n, step.state, progress.meta(step.cursor))
-                    saved(n)
-                    saved_at = time.monotonic()
-                if leaving:
-                    return progress.outcome("free", n)
-    return progress.outcome("done", n)
+
+def _past(folder) -> train.Past | None:
+    """The checkpoint that another worker, or an earlier turn of this one, has left of a trial."""
+    path = checkpoint.latest(folder) if folder and folder.exists() else None
+    return train.Past(path, checkpoint.read_meta(path), [], False) if path else None
 
 
 # ---- a worker's turn -----------------------------------------------------------------------------

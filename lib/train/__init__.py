@@ -1,12 +1,14 @@
 """From a loss to a trained model.
 
-`step` is one optimizer step, compiled; `loop` repeats it and never lets the device wait; `due` says
-when to measure and save, `changes` what may change when a training goes on. `optim` holds
+`step` is one optimizer step, compiled; `loop` repeats it and never lets the device wait; `run` is
+all of a training that can be left and taken up again: `due` says when it measures and saves,
+`changes` what may change when it goes on. `optim` holds
 optimizers and schedules, `checkpoint` what is written and read back bit for bit, `metrics` what is
 logged, `finetune` what the stages after pretraining add.
 """
 
 from lib.train.loop import Step, Watch, lr_at, steps
+from lib.train.run import Measurement, Past, Saving, TrainingRun, find_past, portable
 from lib.train.step import (
     TrainState,
     init_state,
@@ -18,12 +20,18 @@ from lib.train.step import (
 )
 
 __all__ = [
+    "Measurement",
+    "Past",
+    "Saving",
     "Step",
     "TrainState",
+    "TrainingRun",
     "Watch",
+    "find_past",
     "init_state",
     "lr_at",
     "make_train_step",
+    "portable",
     "state_template",
     "steps",
     "token_losses_on",

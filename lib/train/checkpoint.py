@@ -219,6 +219,18 @@ class Saver:
         job, self._job = self._job, None
         return job.result() if job else None
 
+    def failure(self) -> BaseException | None:
+        """What the last save met, once it has ended badly; None while it is well or under way.
+
+        It is told once: a later `save` or `wait` doesn't raise it again.
+        """
+        if self._job is None or not self._job.done():
+            return None
+        error = self._job.exception()
+        if error is not None:
+            self._job = None
+        return error
+
     def __enter__(self):
         return self
 
@@ -244,8 +256,13 @@ def _check_folder(folder, size):
         )
 
 
+def path_of(folder, step: int):
+    """Where in `folder` the checkpoint of a step stands."""
+    return join(folder, f"step_{step:08d}")
+
+
 def _write(folder, record, arrays, keep):
-    target = join(folder, f"step_{record['step']:08d}")
+    target = path_of(folder, record["step"])
     if is_remote(folder):
         with tempfile.TemporaryDirectory() as tmp:
             with writing(tmp):
@@ -268,7 +285,7 @@ def _write_share(folder, record, arrays, keep):
     """`_write` on one of several processes: each leaves its files and a list of them, process 0 the
     record once all lists are there.
     """
-    target = join(folder, f"step_{record['step']:08d}")
+    target = path_of(folder, record["step"])
     index, count = jax.process_index(), jax.process_count()
     # a name that all know and no earlier save had; remote folders have no rename, so parts go where
     # they stay

@@ -8,9 +8,13 @@ lib.train.step's, the very one of pretraining.
 """
 
 import collections
+import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +22,12 @@ import numpy as np
 
 from lib import model
 from lib.config import Config
-from lib.data import Chats, Tokenizer, read_chats, render
+from lib.data import Chats, Tokenizer, chat_batches, prefetch, read_chats, render
 from lib.files import UserError, choose
 from lib.tasks import items_of, tasks
-from lib.train.optim import hyper, make_optimizer
-from lib.train.step import TrainState
+from lib.train.optim import make_optimizer
+from lib.train.run import Measurement, Saving, TrainingRun, find_past
+from lib.train.step import TrainState, with_rates
 
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
 VAL_EVERY, VAL_MOST = 50, 200
@@ -166,6 +171,121 @@ def plan(
 
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "adamw_lr")
 
+# validations and checkpoints of a phase, in all
+VALIDATIONS, SAVES = 10, 3
+
+
+class Base(NamedTuple):
+    """What a phase begins with: a trained model, and where it comes from."""
+
+    params: dict
+    config: Config
+    tokenizer: Tokenizer
+    source: str  # of the text that it was pretrained on
+    opt_state: Any = None  # to go on with its moments; None begins with fresh ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase of fine-tuning: what is taught, how often, at which share of the rates.
+
+    mixture: as from `parse_mixture`. bad_lines: of files of chats, "refuse" or "skip".
+    """
+
+    stage: str
+    mixture: dict[str, float]
+    epochs: float = 1.0
+    lr: float = 1.0
+    bad_lines: str = "refuse"
+
+    @functools.cached_property
+    def chats(self) -> Chats:
+        """The conversations that it learns."""
+        return open_mixture(self.mixture, "train", self.bad_lines)
+
+    @functools.cached_property
+    def held_out(self) -> Chats:
+        """The conversations that it is validated on."""
+        return open_mixture(self.mixture, "val", self.bad_lines)
+
+
+def open_phase(
+    phase: Phase, base: Base, store, if_exists: str, start_afresh: Callable[[], object]
+) -> TrainingRun:
+    """The training run of a phase in the folder `store`, begun or gone on with.
+
+    if_exists, start_afresh: as in lib.train.run.find_past. A finished phase is a run with nothing
+    left to do.
+    """
+    warm = base.opt_state is not None
+    planned = plan(phase.chats, base.tokenizer, base.config, phase.epochs)
+    config = phase_config(base.config, planned["steps"], phase.lr, warm)
+    identity = dict(
+        tokenizer=base.tokenizer.fingerprint,
+        mixture=phase.mixture,
+        conversations=phase.chats.identity,
+        source=base.source,
+        optimizer_state="warm" if warm else "fresh",
+        start=fingerprint(base.params),
+    )
+    past = find_past(store, if_exists, config, identity, store, start_afresh)
+    rows = config.total_batch_size // config.sequence_len
+
+    def feed(cursor):
+        batches = chat_batches(
+            phase.chats,
+            base.tokenizer,
+            rows,
+            config.sequence_len,
+            cursor=cursor,
+            seed=config.seed,
+        )
+        return prefetch(batches, jax.device_put)
+
+    print(f"{phase.stage}: {PHASES[phase.stage]}")
+    print("  " + "  ".join(f"{name} {n:,}" for name, n in planned["conversations"].items()))
+    print(
+        f"  {planned['tokens']:,} tokens x {phase.epochs:g} epochs = {config.num_steps} steps of "
+        f"{rows} x {config.sequence_len}, {phase.lr:g} x rates"
+    )
+    return TrainingRun(
+        config,
+        feed,
+        folder=Path(store),
+        store=store,
+        identity=identity,
+        past=past,
+        begin=lambda: start(base.params, config, base.opt_state),
+    )
+
+
+def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurement:
+    """The loss on a phase's held-out conversations, ten times in its run."""
+    config = run.config
+    rows = list(
+        chat_batches(phase.held_out, tokenizer, config.microbatch, config.sequence_len, loop=False)
+    )
+    return Measurement(
+        lambda params: {"val_loss": validation_loss(params, config, rows)},
+        every=max(1, config.num_steps // VALIDATIONS),
+    )
+
+
+def saving(run: TrainingRun, then: Callable = lambda step, wait: None) -> Saving:
+    """When a phase is saved: three times, the last one kept."""
+    every = max(1, run.config.num_steps // SAVES)
+    return Saving(every, keep=1, metric="val_loss", then=then)
+
+
+def packing_line(cursor: dict) -> str:
+    """How a phase's conversations filled its rows, in words."""
+    return (
+        f"  {cursor['conversations']:,} conversations, {cursor['truncated']} cut to the length of "
+        f"a row, {cursor['empty']} left out, having nothing to learn; "
+        f"{cursor['targets'] / cursor['cells']:.0%} of the tokens learnt, "
+        f"{cursor['padding'] / cursor['cells']:.1%} padding"
+    )
+
 
 def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) -> Config:
     """The config of a phase: the model and batch of `config`, with its own horizon and `lr` times
@@ -195,16 +315,13 @@ def start(params, config: Config, opt_state=None) -> TrainState:
     its moments (give `phase_config` warm=True too). Its count of updates goes on as well, as Adam's
     bias correction needs it; so the schedule is moved up by it.
     """
-    params = jax.tree.map(jnp.copy, params)  # the step is given its state to overwrite
+    # a copy: the step is given its state to overwrite
+    params = jax.tree.map(jnp.copy, params)
+    step = jnp.zeros((), jnp.int32)
     if opt_state is None:
-        return TrainState(
-            params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32)
-        )
-    total = int(opt_state.step) + config.num_steps
-    moved = config.replace(warmdown_ratio=config.warmdown_ratio * config.num_steps / total)
-    return TrainState(
-        params, opt_state._replace(hyper=hyper(moved, total)), jnp.zeros((), jnp.int32)
-    )
+        opt_state = make_optimizer(config, config.num_steps).init(params)
+        return TrainState(params, opt_state, step)
+    return with_rates(TrainState(params, opt_state, step), config)
 
 
 _loss_sums = jax.jit(model.loss_sums, static_argnames="config")

@@ -56,11 +56,19 @@ def state_template(config: Config, layout: Layout | None = None) -> TrainState:
 
 
 def with_rates(state: TrainState, config: Config) -> TrainState:
-    """The state with rates, schedule and horizon of `config` instead of those it began with."""
+    """The state with rates, schedule and horizon of `config` instead of those it began with.
+
+    An optimizer that goes on with the moments of an earlier stage counts that stage's updates too,
+    as Adam's bias correction needs it; so the schedule is moved up by them.
+    """
+    earlier = int(state.opt_state.step) - int(state.step)
+    total = earlier + config.num_steps
+    moved = config.replace(warmdown_ratio=config.warmdown_ratio * config.num_steps / total)
     before = state.opt_state.hyper
-    now = hyper(config, config.num_steps)
-    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), now, before)
-    return state._replace(opt_state=state.opt_state._replace(hyper=placed))
+    now = jax.tree.map(
+        lambda new, old: jax.device_put(new, old.sharding), hyper(moved, total), before
+    )
+    return state._replace(opt_state=state.opt_state._replace(hyper=now))
 
 
 def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):

@@ -119,7 +119,7 @@ def test_a_silent_worker_elsewhere_loses_its_trial_when_its_lease_ends(book):
 
 
 def test_without_locks_the_earlier_claim_holds(book, monkeypatch):
-    monkeypatch.setattr(journal, "_flock", lambda file, wait: None)
+    monkeypatch.setattr(journal.locks, "take", lambda file, wait: None)
     boss, a = drivers.Local(book, sweep()), {"depth": 1, "seed": 1}
     mine = boss.take()[0]
     assert mine.assignment == a

@@ -6,14 +6,18 @@ from lib.config import Config
 from lib.files import UserError
 from lib.train.changes import HOW, RATES, allowed_changes
 
-BEFORE = Config.from_depth(2, num_steps=100).to_dict() | {"source": "a", "tokenizer": "t"}
+BEFORE = Config.from_depth(2, num_steps=100).to_dict() | {
+    "source": "a",
+    "packing": "bestfit",
+    "tokenizer": "t",
+}
 
 
 def test_nothing_changed():
     assert allowed_changes(BEFORE, dict(BEFORE), "run", 10) == ([], [])
 
 
-@pytest.mark.parametrize("name", ["microbatch", "remat", "attention", "loss_chunk"])
+@pytest.mark.parametrize("name", ["microbatch", "remat", "attention", "loss_chunk", "source"])
 def test_how_it_is_computed_stops_no_resume(name):
     how, rates = allowed_changes(BEFORE, BEFORE | {name: "other"}, "run", 10)
     assert len(how) == 1 and name in how[0] and rates == []
@@ -25,7 +29,7 @@ def test_rates_and_horizon_change_with_a_line(name):
     assert how == [] and f"{name} was {BEFORE[name]!r} and is 12345" == rates[0]
 
 
-@pytest.mark.parametrize("name", ["n_layer", "seed", "source", "tokenizer", "total_batch_size"])
+@pytest.mark.parametrize("name", ["n_layer", "seed", "packing", "tokenizer", "total_batch_size"])
 def test_what_mixes_experiments_is_refused(name):
     with pytest.raises(UserError, match=f"other settings .{name} was .*if_exists=fresh"):
         allowed_changes(BEFORE, BEFORE | {name: "other"}, "run", 10)

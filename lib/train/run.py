@@ -1,0 +1,484 @@
+"""A training run: it goes on where it was left, trains, measures, saves, and stops when told to.
+
+Pretraining, each phase of fine-tuning, reinforcement learning and a trial of a sweep are such runs.
+What makes them different is handed in: the batches, what is measured, what may not change.
+
+    past = find_past(store, "continue", config, identity, folder)
+    run = TrainingRun(config, feed, folder, store, identity, past)
+    for step in run.steps([Measurement(validate, every=100)], Saving(every=500)):
+        print(step.step, step.metrics["loss"])
+    run.finish()
+"""
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lib.config import Config
+from lib.files import UserError, choose, first_line
+from lib.interrupts import interruptible
+from lib.locks import check_free, working_in
+from lib.parallel.hosts import from_each, from_first, stop_together
+from lib.parallel.layout import BATCH, Layout, equal
+from lib.train import checkpoint, loop
+from lib.train.changes import allowed_changes
+from lib.train.due import AT_LEAST_EVERY, Due
+from lib.train.metrics import Metrics, trace_window
+from lib.train.step import TrainState, init_state, make_train_step, state_template, with_rates
+
+# this process: a fresh start that it has made itself is not set aside when its cell is run again
+SESSION = uuid.uuid4().hex
+
+# a save that failed is tried again after so many seconds
+TRY_AGAIN = 60.0
+
+
+# ---- what was trained before ---------------------------------------------------------------------
+
+
+class Past(NamedTuple):
+    """The checkpoint that a run goes on from."""
+
+    path: Any
+    meta: dict
+    changes: list  # [step, what changed there] of all its life, those asked for now included
+    new_rates: bool  # whether rates, schedule or horizon are others than before
+
+
+def portable(config: Config, layout: Layout | None) -> Config:
+    """`config` as checkpoints remember it: with the rows that one device takes at a time, so that
+    it goes on, is measured and fine-tuned on any number of them.
+    """
+    ways = layout.size(*BATCH) if layout else 1
+    return config.replace(microbatch=config.microbatch // ways)
+
+
+def find_past(
+    store,
+    if_exists: str,
+    config: Config,
+    identity: dict,
+    folder,
+    start_afresh: Callable[[], object],
+) -> Past | None:
+    """What was trained in `store` and shall go on; None where a run begins.
+
+    if_exists: "continue"; "fresh", for which `start_afresh` moves away what is there; or "stop",
+    which refuses. config, identity: what is asked for now. What may not change (lib.train.changes)
+    is refused in a sentence; what may is printed. On several hosts all must call it.
+    """
+    choose("if_exists", if_exists, ("continue", "fresh", "stop"))
+    check_free(folder)
+    path = from_first("checkpoint", lambda: _newest(store, if_exists))
+    if not path:
+        return None
+    if if_exists == "stop":
+        raise UserError(
+            f"{folder} was trained before: pass if_exists=continue or fresh, or another run"
+        )
+    if if_exists == "fresh" and not _begun_here(path, config, identity, folder):
+        from_first("fresh start", lambda: start_afresh() and None)
+        return None
+
+    meta = checkpoint.read_meta(path)
+    changes = allowed_changes(_described(meta), config.to_dict() | identity, folder, meta["step"])
+    for change in changes.rates:
+        print(f"from step {meta['step']} on, {change}")
+    told = meta.get("changes", []) + [[meta["step"], change] for change in changes.rates]
+    return Past(path, meta, told, bool(changes.rates))
+
+
+def _newest(store, if_exists: str) -> str | None:
+    """The newest checkpoint; "damaged" for a fresh start where none of them can be read."""
+    try:
+        path = checkpoint.latest(store)
+    except UserError:
+        if if_exists != "fresh":
+            raise
+        return "damaged"
+    return str(path) if path else None
+
+
+def _begun_here(path, config: Config, identity: dict, folder) -> bool:
+    """Whether a checkpoint is of the fresh start that this very process has made: a cell that is
+    run again goes on with it.
+    """
+    with contextlib.suppress(UserError):
+        meta = checkpoint.read_meta(path)
+        allowed_changes(_described(meta), config.to_dict() | identity, folder, meta["step"])
+        return meta.get("session") == SESSION
+    return False
+
+
+def _described(meta: dict) -> dict:
+    """Config, settings and tokenizer of a checkpoint, as a run describes itself."""
+    config = Config.from_dict(meta["config"]).to_dict()
+    return config | meta["settings"] | {"tokenizer": meta["tokenizer"]}
+
+
+# ---- what is done besides training ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Something measured of the parameters every so many steps, and at the last one.
+
+    measure(params) returns {name: number or text}, which is logged with the step's loss. by_clock:
+    also when ten minutes have passed since it was last done. at: single steps more.
+    """
+
+    measure: Callable[[Any], dict]
+    every: int
+    by_clock: bool = False
+    at: tuple[int, ...] = ()
+
+    def due(self, last: int) -> Due:
+        """Tells at which steps it is due, in a run of `last` steps."""
+        return Due(self.every, last, _clock(self.by_clock), self.at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When checkpoints are made and how many are kept, besides the best one and the last.
+
+    every: steps. seconds: also when so many have passed (0: never). metric: the measured number
+    that is lowest in the best one. then(step, wait) is called after each save was begun; wait()
+    returns its path once it is written.
+    """
+
+    every: int
+    seconds: float = AT_LEAST_EVERY
+    keep: int = 2
+    metric: str = "val_bpb"
+    at_end: bool = True
+    then: Callable[[int, Callable], None] = lambda step, wait: None
+
+
+def _clock(wanted: bool | float) -> float:
+    """Seconds after which something is due by the clock: hosts' clocks differ, so never on
+    several.
+    """
+    if jax.process_count() > 1:
+        return 0.0
+    return AT_LEAST_EVERY if wanted is True else float(wanted)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A training that can be left and taken up again, in this process or another, bit for bit.
+
+    feed(cursor): a generator of (*arrays of a batch, cursor after it), from where `cursor` (None:
+    the beginning) says. folder: for metrics and trace. store: for checkpoints, local or remote;
+    None makes none.
+    identity: what a checkpoint remembers besides the config, {"tokenizer": fingerprint, setting:
+    value, ...}; `find_past` compares it. begin: makes the first state, where it isn't the random
+    one of config.seed. make_step: as lib.train.step.make_train_step. peak_flops: of all devices,
+    for mfu. watch_state: every step comes with its state, for a feed that looks at it. notes:
+    JSON-able, kept in checkpoints for the caller.
+    """
+
+    config: Config
+    feed: Callable[[dict | None], Generator]
+    folder: Path
+    store: Any
+    identity: dict
+    past: Past | None = None
+    layout: Layout | None = None
+    begin: Callable[[], TrainState] | None = None
+    make_step: Callable[[Config, Layout | None], Callable] = make_train_step
+    peak_flops: float | None = None
+    watch_state: bool = False
+    notes: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self.step_fn = self.make_step(self.config, self.layout)
+        self.compile_seconds = 0.0
+        self.seconds = 0.0  # of steps, by all processes that worked on it
+        self.measured: dict = {}  # the newest value of everything that was measured
+        self.cursor: dict | None = None
+        self._state: TrainState | None = None
+        if self.past:
+            self._remember(self.past.meta)
+
+    def _remember(self, meta: dict):
+        """Take over what a checkpoint says besides its arrays."""
+        self.cursor = meta["cursor"]
+        self.seconds = meta.get("seconds", 0.0)
+        self.measured = meta.get("measured", {})
+        self.notes = meta.get("notes", {})
+
+    @property
+    def template(self) -> TrainState:
+        """The state's shapes, dtypes and shardings; allocates nothing."""
+        return state_template(self.config, self.layout)
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last step that was waited for; the saved one where it is gone, as
+        after a Ctrl-C in the middle of a step.
+        """
+        if self._state is None or _is_gone(self._state):
+            self._state = self._load()
+        return self._state
+
+    def _load(self) -> TrainState:
+        if self.past is None:
+            self.cursor = None
+            return self.begin() if self.begin else init_state(self.config, self.layout)
+        state: Any
+        state, meta = checkpoint.restore(self.past.path, self.template)
+        self._remember(meta)
+        return with_rates(state, self.config) if self.past.new_rates else state
+
+    @property
+    def done(self) -> int:
+        """Steps taken so far."""
+        return int(self.state.step)
+
+    @property
+    def finished(self) -> bool:
+        return self.done >= self.config.num_steps
+
+    def compile(self):
+        """Compile the step ahead of the loop; returns jax's compiled program, which knows its
+        memory.
+        """
+        rows = self.config.total_batch_size // self.config.sequence_len
+        batch = jax.ShapeDtypeStruct((rows, self.config.sequence_len), np.int32)
+        clock = time.perf_counter()
+        step_fn = self.make_step(self.config, self.layout)
+        lowered: Any = step_fn
+        self.step_fn = lowered.lower(self.template, batch, batch).compile()
+        self.compile_seconds = time.perf_counter() - clock
+        return self.step_fn
+
+    def steps(
+        self,
+        measurements: Sequence[Measurement],
+        saving: Saving,
+        *,
+        writers: Sequence[str] | None = ("console",),
+        trace: tuple[int, int] = (1, 0),
+        stop: Callable[[], bool] = lambda: False,
+        signals: bool = True,
+    ) -> Generator[loop.Step, None, None]:
+        """Train to the last step, yielding each, one step late; call it again to go on.
+
+        A step that something was due at comes with its state. Whatever the caller adds to `notes`
+        before it asks for the next step is in that step's checkpoint. Ctrl-C, SIGTERM or stop()
+        saves and ends it (signals: False leaves signals to the caller). writers: of
+        lib.train.metrics, None writes nothing. trace: the first and last step that are profiled.
+        Raises what lib.train.loop.steps raises, with the last good checkpoint.
+        """
+        if self.finished:
+            return
+        last, state = self.config.num_steps, self.state
+        due = [(one, one.due(last)) for one in measurements]
+        save_due = Due(saving.every, last if saving.at_end else -1, _clock(saving.seconds))
+        wanted, todo = False, {}
+
+        def pause(n: int) -> bool:
+            """Whether the state is looked at after step n; remembers for what."""
+            nonlocal wanted
+            wanted = stop_together(n, (signal is not None and signal.stop) or stop())
+            measure = [one for one, is_due in due if is_due(n)]
+            save = save_due(n) or saver.overdue() or wanted
+            save = save and (saving.at_end or n < last)
+            todo[n] = measure, save, wanted or n == last
+            traced = n in (trace[0] - 1, trace[1])
+            return self.watch_state or bool(measure) or save or traced
+
+        with contextlib.ExitStack() as stack:
+            if writers is not None and jax.process_index() == 0:
+                stack.enter_context(working_in(self.folder))
+            batches: Any = stack.enter_context(contextlib.closing(self.feed(self.cursor)))
+            log = self._log(stack, writers)
+            saver = _Saver(stack, self, saving)
+            signal = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
+            tick = stack.enter_context(trace_window(self.folder, *trace))
+            tick(self.done + 1, state)
+            stepping = loop.steps(self.step_fn, state, batches, self.config, pause=pause)
+            stack.enter_context(contextlib.closing(stepping))
+            del state  # the loop alone holds it, and gives it to each step to overwrite
+
+            for step in self._watched(stepping, saver):
+                measure, save, leave = todo.pop(step.step)
+                self.seconds += step.metrics["step_time"]
+                if self.peak_flops:
+                    flops = step.metrics["tokens_per_s"] * self.config.flops_per_token
+                    step.metrics["mfu"] = flops / self.peak_flops
+
+                # what was due at this step, while its state is there
+                if step.state is not None:
+                    self._state, self.cursor = step.state, step.cursor
+                    for one in measure:
+                        step.metrics.update(one.measure(step.state.params))
+                    self.measured |= _measured(step.metrics)
+                log(step.step, step.metrics)
+                yield step
+                if save:
+                    saver.save(step, leave)
+                saver.look()
+                if leave:
+                    return
+                if step.state is not None:
+                    tick(step.step + 1, step.state)
+
+    def _log(self, stack: contextlib.ExitStack, writers) -> Callable:
+        """metrics.log, or nothing where no metrics are written."""
+        if writers is None:
+            return lambda step, values: None
+        config = self.config.to_dict()
+        done = self.done or None
+        last = self.config.num_steps
+        metrics = Metrics(self.folder, last, list(writers), resumed=done, config=config)
+        return stack.enter_context(metrics).log
+
+    def _watched(self, stepping, saver) -> Iterator[loop.Step]:
+        """The steps; a training that went bad says from where to go on."""
+        try:
+            yield from stepping
+        except UserError as e:
+            with contextlib.suppress(UserError, OSError):
+                saver.wait()
+            path = self.past and self.past.path
+            where = f"the last good one is {path}" if path else "none was saved yet, so start again"
+            raise UserError(f"{e} ({where})") from e
+
+    def meta(self, metrics: dict) -> dict:
+        """What a checkpoint says besides its arrays."""
+        settings = {name: value for name, value in self.identity.items() if name != "tokenizer"}
+        return dict(
+            config=portable(self.config, self.layout).to_dict(),
+            ways=self.layout.size(*BATCH) if self.layout else 1,
+            cursor=self.cursor,
+            settings=settings,
+            tokenizer=self.identity.get("tokenizer", ""),
+            loss=metrics["loss"],
+            seconds=self.seconds,
+            measured=self.measured,
+            notes=self.notes,
+            changes=self.past.changes if self.past else [],
+            session=SESSION,
+        )
+
+    def finish(self) -> bool:
+        """Wait for all processes, and read the newest checkpoint back: whether it is the state, bit
+        for bit. UserError where the run was stopped before its end.
+        """
+        done = self.done
+        from_each("end", done)  # until the last one has written
+        if not self.finished:
+            raise UserError(
+                f"stopped at step {done} and saved: run again with the same settings "
+                "(if_exists=continue) to go on"
+            )
+        back, _ = checkpoint.restore(checkpoint.latest(self.store), self.template)
+        return equal(back, self.state)
+
+
+def _is_gone(state) -> bool:
+    """Whether its buffers were given to a step that never came back."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def _measured(metrics: dict) -> dict:
+    """What a checkpoint keeps of a step's numbers: not what its own steps say anyway."""
+    passing = {"loss", "grad_norm", "lr", "step_time", "tokens_per_s", "mfu"}
+    return {name: value for name, value in metrics.items() if name not in passing}
+
+
+class _Saver:
+    """Makes a run's checkpoints.
+
+    A place that fails is told of at the next step and tried again after a while. Where it still
+    fails at the end, the checkpoint is kept on this machine, so that nothing trained is lost.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, run: TrainingRun, saving: Saving):
+        self.run, self.saving = run, saving
+        self.pending: Past | None = None
+        self.again_at = math.inf
+        self.saver: checkpoint.Saver | None = None
+        if run.store is None:
+            return
+        size = checkpoint.nbytes(run.template)
+        stack.callback(self._settle)  # after the Saver has written what it was writing
+        self.saver = stack.enter_context(checkpoint.Saver(run.store, keep=saving.keep, size=size))
+
+    def overdue(self) -> bool:
+        """Whether a save that failed is to be tried again now."""
+        return time.monotonic() >= self.again_at
+
+    def save(self, step: loop.Step, leaving: bool):
+        """Begin to write the state of a step; when the loop is left, wait for it."""
+        if self.saver is None:
+            return
+        self.again_at = math.inf
+        meta = self.run.meta(step.metrics)
+        changes = self.run.past.changes if self.run.past else []
+        try:
+            self.wait()
+            self.saver.save(step.step, step.state, meta, step.metrics.get(self.saving.metric))
+            where = checkpoint.path_of(self.run.store, step.step)
+            self.pending = Past(where, meta, changes, False)
+            self.saving.then(step.step, self.wait)
+            if leaving:
+                self.wait()
+        except (UserError, OSError) as e:
+            self._failed(e)
+            if leaving:
+                raise UserError(self._keep_here(step, meta, e)) from e
+
+    def look(self):
+        """Say at this step, not at the next save, that a save has failed meanwhile."""
+        error = self.saver and self.saver.failure()
+        if error:
+            self._failed(error)
+
+    def wait(self):
+        """The path of what was saved last, once it is written; raises what that met."""
+        path = self.saver and self.saver.wait()
+        if self.pending is not None:
+            self.run.past, self.pending = self.pending, None
+        return path
+
+    def _settle(self):
+        """Let the run go on from what was saved last, however the loop was left."""
+        if self.pending is not None:
+            with contextlib.suppress(UserError):
+                checkpoint.read_meta(self.pending.path)
+                self.run.past = self.pending
+
+    def _failed(self, error: BaseException):
+        self.pending = None
+        self.again_at = time.monotonic() + TRY_AGAIN
+        warnings.warn(
+            f"no checkpoint was written ({first_line(error)}); training goes on, and it is tried "
+            f"again in {TRY_AGAIN:.0f} s",
+            stacklevel=2,
+        )
+
+    def _keep_here(self, step: loop.Step, meta: dict, error: Exception) -> str:
+        """Keep the last checkpoint on this machine; the sentence that says where."""
+        for folder in (self.run.folder / "kept", Path(tempfile.gettempdir()) / "rawchat-kept"):
+            with contextlib.suppress(UserError, OSError):
+                path = checkpoint.save(folder, step.step, step.state, meta)
+                return (
+                    f"{self.run.store} cannot be written ({first_line(error)}): the checkpoint of "
+                    f"step {step.step} is in {path}; move it to {self.run.store} and run again"
+                )
+        return f"step {step.step} could not be saved anywhere: {first_line(error)}"
