@@ -26,6 +26,10 @@ class UserError(Exception):
     """
 
 
+class Unreachable(UserError):
+    """A disk or mount does not answer: what stands there may be sound all the same."""
+
+
 class Interrupted(UserError):
     """Work was left off because someone asked for it; the sentence says how to go on."""
 
@@ -44,7 +48,7 @@ def choose(kind: str, name: str, options) -> Any:
 
 
 ELSEWHERE = "choose another folder"
-# What to do when writing fails with an error of the system.
+# what to do when writing fails with an error of the system
 ADVICE = {
     errno.ENOSPC: f"the disk is full: free some space or {ELSEWHERE}, then run again",
     errno.EDQUOT: f"your disk quota is used up: free some space or {ELSEWHERE}, then run again",
@@ -56,14 +60,28 @@ ADVICE = {
 }
 
 
+# how the system tells that a place has gone away: a lost Drive or network mount, a broken disk
+LOST = {
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+}
+COME_BACK = f"the disk or mount that it is on does not answer: mount it again or {ELSEWHERE}"
+
+
 @contextlib.contextmanager
 def writing(path):
-    """Turn a full disk, a missing permission or a name clash met while writing `path` into a
-    UserError.
+    """Turn a full disk, a missing permission, a name clash or a lost mount, met while writing
+    `path`, into a UserError.
     """
     try:
         yield
     except OSError as e:
+        if e.errno in LOST:
+            raise Unreachable(f"cannot reach {path}: {COME_BACK}, then run again") from e
         if e.errno not in ADVICE:
             raise
         raise UserError(f"cannot write {path}: {ADVICE[e.errno]}") from e
@@ -116,8 +134,9 @@ def write_atomic(path, data: bytes | str):
 
 
 def to_json(obj, indent: int | None = 1) -> str:
-    """JSON text as others can read it too: a NaN or an infinity, which JSON has not, becomes
-    null.
+    """JSON text as others can read it too.
+
+    A NaN or an infinity, which JSON has not, becomes null.
     """
     return json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False)
 
@@ -171,22 +190,30 @@ def read_json(path, expect: type | None = dict, cure: str = "delete it and run a
     return parse_json(read_bytes(path), path, expect, cure)
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever the system says while `path` is read into a UserError."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in LOST:
+            raise Unreachable(f"cannot reach {path}: {COME_BACK}, then run again") from e
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+
+
 def regular(path):
     """The path, if it is that of an ordinary file; opening a pipe would hang for ever."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UserError(f"cannot read {path}: it is no ordinary file")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    with reading(path):
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise UserError(f"cannot read {path}: it is no ordinary file")
     return path
 
 
 def read_bytes(path) -> bytes:
     """A whole file; UserError where it cannot be read."""
-    try:
+    with reading(path):
         return Path(regular(path)).read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
 
 
 def read_text(path) -> str:

@@ -10,7 +10,6 @@ checksums of their own, so what a killed upload leaves is noticed by whoever loa
 """
 
 import contextlib
-import json
 import os
 import re
 import tempfile
@@ -26,7 +25,9 @@ from lib.files import (
     filesystem,
     first_line,
     is_remote,
+    parse_json,
     reaching,
+    read_json,
     replacing,
     sha256,
     write_atomic,
@@ -228,6 +229,17 @@ def _place(home: Home, token: Callable[[], str | None]):
 # ---- in and out ----------------------------------------------------------------------------------
 
 
+def _manifest(place, home: Home, name: str) -> dict:
+    """What a run's manifest at home says: its "files" and the "time" they were sent."""
+    where = f"{home.name}/{name}"
+    cure = "delete it there and send the run again"
+    manifest = parse_json(place.read(name), where, cure=cure)
+    files, time_sent = manifest.get("files"), manifest.get("time")
+    if not isinstance(files, dict) or not isinstance(time_sent, int | float):
+        raise UserError(f"{where} is damaged, it lists no files: {cure}")
+    return manifest
+
+
 def pull(home: Home, run: str = "", token: Callable[[], str | None] = lambda: None) -> str:
     """Bring a run from the home to this machine; the run's name, "" where the home has none.
 
@@ -238,7 +250,7 @@ def pull(home: Home, run: str = "", token: Callable[[], str | None] = lambda: No
         return run
     place = _place(home, token)
     manifests = [name for name in place.names() if re.fullmatch(rf"runs/[^/]+/{MANIFEST}", name)]
-    sent = {name.split("/")[1]: json.loads(place.read(name)) for name in manifests}
+    sent = {name.split("/")[1]: _manifest(place, home, name) for name in manifests}
     run = run or max(sent, key=lambda name: sent[name]["time"], default="")
     if run not in sent:
         return run
@@ -367,6 +379,6 @@ def _agree(run: Path, checksums: dict[str, str]):
 
 
 def _read(path: Path) -> dict:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+    with contextlib.suppress(UserError):
+        return read_json(path)
     return {}

@@ -5,6 +5,7 @@ else.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -107,8 +108,22 @@ def newest_run(runs_dir: str | Path = "runs", holding: str = "config.json") -> P
 
 
 def stages(run) -> list[str]:
-    """Those of STAGES that have a usable checkpoint in the run folder, in the order of training."""
-    return [stage for stage, name in STAGES.items() if checkpoint.latest(Path(run) / name)]
+    """Those of STAGES that have a usable checkpoint in the run folder, in the order of training.
+
+    UserError where there are checkpoints and all of them are damaged.
+    """
+    usable, error = [], None
+    for stage, name in STAGES.items():
+        try:
+            if checkpoint.latest(Path(run) / name):
+                usable.append(stage)
+        except UserError as e:
+            # the other stages are of use all the same
+            warnings.warn(f"stage {stage} is passed over: {e}", stacklevel=2)
+            error = e
+    if error and not usable:
+        raise error
+    return usable
 
 
 def enter(
@@ -194,7 +209,11 @@ def load_model(run, ckpt: str = "", stage: str = "") -> Model:
     loss, or a checkpoint's own path or address (gs://..., hf://USER/NAME). stage: one of STAGES, or
     empty for the furthest that the run has. The tokenizer is the run's; for hf:// the repository's.
     """
-    run = Path(run)
+    # a training that goes on meanwhile may prune the checkpoint that was newest
+    return checkpoint.retried(lambda: _load(Path(run), ckpt, stage))
+
+
+def _load(run: Path, ckpt: str, stage: str) -> Model:
     if ckpt in ("", "best"):
         stage = _choose_stage(run, stage)
         path = _choose_checkpoint(run / STAGES[stage], ckpt)
@@ -205,13 +224,26 @@ def load_model(run, ckpt: str = "", stage: str = "") -> Model:
     repository = ckpt.removeprefix("hf://")
     tokenizer = load_tokenizer(f"hf:{repository}" if ckpt.startswith("hf://") else run)
     meta = checkpoint.read_meta(path)
+    if not isinstance(meta.get("config"), dict) or "tokenizer" not in meta:
+        raise UserError(
+            f"{path}/meta.json tells no model's config and tokenizer: name a checkpoint that "
+            "02_train.py or 04_eval_chat.py has written"
+        )
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
             f"{path} was trained with another tokenizer than {run} has: name the run it belongs to"
         )
-    config = Config.from_dict(meta["config"])
+    config = _config(path, meta)
     params, _ = checkpoint.restore(path, templates(config), only="params")
     return Model(jax.device_put(params), config, tokenizer, meta, stage, str(path))
+
+
+def _config(path, meta: dict) -> Config:
+    """The config of a checkpoint; the UserError of a bad one names the file."""
+    try:
+        return Config.from_dict(meta["config"])
+    except UserError as e:
+        raise UserError(f"{path}/meta.json: {e}") from e
 
 
 def _choose_stage(run: Path, stage: str) -> str:
@@ -229,8 +261,7 @@ def _choose_stage(run: Path, stage: str) -> str:
 
 
 def _choose_checkpoint(store: Path, which: str):
-    """The newest checkpoint of a stage's folder, or with "best" that of the lowest validation "
-    "loss."""
+    """The newest checkpoint of a stage's folder, or with "best" that of the lowest loss."""
     if which != "best":
         return checkpoint.latest(store)
     path = checkpoint.best(store)

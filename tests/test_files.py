@@ -1,5 +1,6 @@
 """lib/files.py: JSON that others can read, one reader, one way to read a path."""
 
+import errno
 import json
 import os
 import shlex
@@ -52,6 +53,62 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
         for read in (files.read_json, files.read_text, files.read_bytes):
             with pytest.raises(UserError, match=message):
                 read(tmp_path / path)
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOTCONN", "ESTALE", "ETIMEDOUT"])
+def test_a_lost_mount_is_one_sentence(tmp_path, code):
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+    for context in (files.writing, files.reading, files.reaching):
+        with pytest.raises(UserError, match="cannot reach .*place: .*mount it again") as caught:
+            with context(tmp_path / "place"):
+                raise error
+        assert "\n" not in str(caught.value)
+
+
+# ---- whole files
+
+
+@pytest.fixture
+def journal(monkeypatch):
+    """What is synced to the disk and renamed, in this order."""
+    events = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def synced(fd):
+        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+        fsync(fd)
+
+    def moved(move):
+        def spy(old, new):
+            events.append(("move", os.path.basename(new)))
+            move(old, new)
+
+        return spy
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", moved(replace))
+    monkeypatch.setattr(os, "rename", moved(rename))
+    return events
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_the_name_is(tmp_path, journal):
+    files.write_atomic(tmp_path / "a.json", "{}")
+    (sync, tmp), move, folder = journal
+    assert sync == "sync" and tmp.startswith(".a.json.") and tmp.endswith(".tmp")
+    assert move == ("move", "a.json") and folder == ("sync", tmp_path.name)
+
+
+def test_so_is_a_folder_with_all_that_is_in_it(tmp_path, journal):
+    for _ in range(2):  # the second time it replaces one
+        with files.replacing(tmp_path / "step") as tmp:
+            (tmp / "sub").mkdir(parents=True)
+            for name in ("a", "sub/b"):
+                (tmp / name).write_text(name)
+        named = journal.index(("move", "step"))
+        assert {name for kind, name in journal[:named]} >= {"a", "b", "sub"}
+        assert journal[-1] == ("sync", tmp_path.name) and journal.index(journal[-1]) > named
+        journal.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
 
 
 # ---- paths

@@ -2,11 +2,16 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from lib import runs
+from lib.config import Config
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
+from lib.params import init_params
+from lib.train import checkpoint
 
 
 def test_open_run(tmp_path):
@@ -62,3 +67,104 @@ def test_results_table(tmp_path):
     ):
         assert re.search(line, table), line
     assert "nested" not in table and "None" not in table
+
+
+# ---- the model -----------------------------------------------------------------------------------
+
+CONFIG = Config(
+    vocab_size=280,
+    sequence_len=16,
+    n_layer=1,
+    n_embd=32,
+    n_head=1,
+    n_kv_head=1,
+    head_dim=32,
+    mlp_dim=32,
+    total_batch_size=64,
+    microbatch=4,
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a tokenizer and `save(step, **meta)`, which leaves a base checkpoint."""
+    tokenizer = Tokenizer.train(["some text to learn from"], 280)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    params = init_params(0, CONFIG)
+    own = dict(config=CONFIG.to_dict(), tokenizer=tokenizer.fingerprint)
+
+    def save(step, stage="checkpoints", keep=3, **meta):
+        place = tmp_path / stage
+        return checkpoint.save(place, step, {"params": params}, own | meta, keep=keep, metric=step)
+
+    return tmp_path, save
+
+
+def test_the_model_of_a_run(run):
+    folder, save = run
+    with pytest.raises(UserError, match="no checkpoint in .*: train one with 02_train.py"):
+        runs.load_model(folder)
+    first, second, tuned = save(1), save(2), save(1, "sft")
+    for ckpt, stage, path in (
+        ("", "", tuned),
+        ("", "base", second),
+        ("best", "base", first),
+        (str(first), "", first),
+    ):
+        model = runs.load_model(folder, ckpt, stage)
+        assert (model.path, model.stage) == (str(path), "sft" if path == tuned else "base")
+        assert model.config == CONFIG and model.meta["step"] == int(path.name[5:])
+    with pytest.raises(UserError, match="has no mid checkpoint, only base, sft"):
+        runs.load_model(folder, stage="mid")
+
+
+@pytest.mark.parametrize(
+    "meta, sentence",
+    [
+        (dict(tokenizer="another"), "trained with another tokenizer"),
+        (dict(config=None), "meta.json tells no model's config"),
+        (dict(config=CONFIG.to_dict() | dict(n_layer=10**8)), "meta.json: n_layer=100000000"),
+        (dict(config=CONFIG.to_dict() | dict(n_layer="2")), "meta.json: .*n_layer"),
+        (dict(config=CONFIG.to_dict() | dict(mlp_dim=64)), "does not fit"),
+        (dict(config={"colour": 1}), "meta.json: .*colour"),
+    ],
+)
+def test_what_is_no_model_of_this_run_is_one_sentence(run, meta, sentence):
+    folder, save = run
+    save(1, **meta)
+    with pytest.raises(UserError, match=f"step_00000001.*{sentence}") as caught:
+        runs.load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_pruned_while_it_is_loaded_is_looked_for_again(run, monkeypatch):
+    folder, save = run
+    save(1)
+    read, more = checkpoint.read_meta, [2, 3]
+
+    def slowly(path):
+        if more:
+            older = checkpoint.latest(folder / "checkpoints")
+            save(more.pop(0))
+            shutil.rmtree(older)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read_meta", slowly)
+    assert runs.load_model(folder).meta["step"] == 3 and not more
+
+
+def test_a_stage_that_is_damaged_does_not_hide_the_others(run):
+    folder, save = run
+    base, tuned = save(1), save(2, "sft")
+    (tuned / "params.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match="stage sft is passed over"):
+        assert runs.load_model(folder).path == str(base)
+    (base / "params.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="no checkpoint of 1 in"):
+        runs.stages(folder)
+
+
+def test_damaged_results_are_one_sentence(tmp_path):
+    (tmp_path / "results.json").write_text("")
+    with pytest.raises(UserError, match="results.json: not JSON"):
+        runs.results_table(tmp_path)

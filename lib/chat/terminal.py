@@ -1,7 +1,6 @@
 """Talking in a terminal: `python -m lib.chat`."""
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -14,7 +13,7 @@ from pathlib import Path
 from lib.chat.messages import Piece, Reader, compact, ends, fit, reply
 from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, replacing, write_json
+from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
 from lib.generate import Engine, Sampling
 from lib.model import quantized
 from lib.runs import Model, load_model, open_run
@@ -270,10 +269,10 @@ def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
     if not path:
         raise UserError("/load needs the name of a file that /save wrote")
     try:
-        messages = in_turns(json.loads(Path(path).expanduser().read_text())["messages"])
+        messages = in_turns(read_json(local_path(path), cure="")["messages"])
         tokenizer.render_conversation(messages)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        why = type(e).__name__
+    except (UserError, ValueError, KeyError, TypeError) as e:
+        why = first_line(e) if isinstance(e, UserError) else type(e).__name__
         raise UserError(
             f"{path} cannot be read as a saved conversation ({why}): name a file that /save wrote"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lib.files import write_json
+from lib.files import UserError, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache" / "preflight"
@@ -33,8 +33,9 @@ def kept(folder: Path | None, question: list, answer: Callable | None = None) ->
     if folder is None:
         return answer() if answer else None
     path = _place(folder, question)
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(path.read_text())
+    # what is missing or damaged is asked again
+    with contextlib.suppress(UserError):
+        return read_json(path, expect=None)
     if answer is None:
         return None
     result = json.loads(json.dumps(answer()))

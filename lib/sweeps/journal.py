@@ -14,7 +14,6 @@ worker finds out at its next report and leaves the trial, and only one result ev
 import contextlib
 import errno
 import itertools
-import json
 import math
 import os
 import re
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import locks
-from lib.files import UserError, read_json, to_json, write_json, writing
+from lib.files import UserError, parse_json, read_json, to_json, write_json, writing
 from lib.sweeps import space
 
 FORMAT = 1
@@ -265,8 +264,8 @@ def _events(folder):
             if not line.endswith(b"\n"):
                 break
             try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
+                event = parse_json(line, path, expect=None)
+            except UserError:
                 event = None
             if not _is_event(event):
                 raise UserError(f"{path} line {number} is not an event: remove that line")

@@ -75,7 +75,9 @@ def run() -> Path:
     """
     lib = ROOT / "lib"
     sources = [Path(__file__), lib / "config.py", lib / "params.py", lib / "data" / "tokenizer.py"]
-    sources += [lib / "train" / "checkpoint.py", *sorted((lib / "model").glob("*.py"))]
+    files = ("checkpoint", "records", "saving", "trees")
+    sources += [lib / "train" / f"{name}.py" for name in files]
+    sources += sorted((lib / "model").glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     folder = ROOT / ".cache" / f"parrot-{digest[:12]}"
     folder.parent.mkdir(exist_ok=True)

@@ -1,12 +1,15 @@
 import errno
+import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +20,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lib.files import UserError, filesystem
-from lib.train import checkpoint
+from lib.files import Unreachable, UserError, filesystem
+from lib.train import checkpoint, records, saving
 from lib.train.checkpoint import (
     Saver,
     best,
@@ -80,7 +83,7 @@ def folder(request, tmp_path):
 
 
 def names(folder):
-    return sorted(str(path).rpartition("/")[2] for path, _ in checkpoint._scan(folder))
+    return sorted(str(path).rpartition("/")[2] for path, _ in checkpoint.scan(folder))
 
 
 # ---- round trip ----------------------------------------------------------------------------------
@@ -123,16 +126,28 @@ def test_template_sharding_is_used(tmp_path):
     assert got["w"].sharding == sharding and bits(got) == bits({"w": array})
 
 
-def test_the_saved_state_is_that_of_the_call_though_buffers_are_donated_and_overwritten(tmp_path):
+def test_the_saved_state_is_that_of_the_call_though_buffers_are_donated_and_overwritten(
+    tmp_path, monkeypatch
+):
     step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
     x, host, cursor = jnp.arange(300_000.0), np.zeros(1000), {"row": 1}
     want = np.asarray(x).tobytes()
+    overwritten = threading.Event()
+    write = safetensors.numpy.save_file
+
+    def write_late(arrays, path):
+        assert overwritten.wait(60)
+        write(arrays, path)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", write_late)
     with Saver(tmp_path) as saver:
         saver.save(1, {"x": x, "host": host}, cursor)
         for _ in range(3):
             x = step(x)
+        x.block_until_ready()
         host[:] = 1
         cursor["row"] = 2
+        overwritten.set()
     got, meta = restore(tmp_path, {"x": x, "host": host})
     assert np.asarray(got["x"]).tobytes() == want and not got["host"].any() and meta["row"] == 1
     files = latest(tmp_path) / "state.safetensors"
@@ -192,6 +207,61 @@ def test_a_run_taken_up_at_an_earlier_step_is_the_newest(tmp_path):
     ]
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The machine's clock, as checkpoints see it: set(hours)."""
+    now = [1e9]
+    monkeypatch.setattr(saving.time, "time", lambda: now[0])
+
+    def set_to(hours):
+        now[0] = 1e9 + 3600 * hours
+
+    return set_to
+
+
+def test_a_clock_that_was_ahead_changes_nothing(folder, clock):
+    clock(24)
+    save(folder, 100, {"w": np.ones(1)})
+    # set right, and the run goes on in another process
+    clock(1)
+    with Saver(folder) as saver:
+        for step in (200, 300):
+            saver.save(step, {"w": np.ones(1)})
+    assert str(latest(folder)).endswith("step_00000300")
+    times = [record.time for _, record in reversed(checkpoint.scan(folder))]
+    assert times == sorted(set(times)) and times[0] == 1e9 + 24 * 3600
+    assert len({record.began for _, record in checkpoint.scan(folder)}) == 1
+
+    # taken up again at an earlier step: newer than all of before, whatever the clock says
+    clock(0)
+    save(folder, 150, {"w": np.ones(1)})
+    assert str(latest(folder)).endswith("step_00000150")
+    save(folder, 160, {"w": np.ones(1)})
+    assert str(latest(folder)).endswith("step_00000160")
+    assert restore(folder)[1]["step"] == 160
+
+
+def test_within_a_training_the_last_step_is_the_newest(tmp_path, clock):
+    clock(5)
+    for step in (10, 20):
+        save(tmp_path, step, {"w": np.ones(1)})
+    # as if the clock had gone back between the two
+    edit(time=1e9)(tmp_path / "step_00000020")
+    assert latest(tmp_path).name == "step_00000020"
+
+
+def test_checkpoints_that_tell_no_training_are_ordered_by_time(tmp_path, clock):
+    for step, hours in ((500, 1), (1000, 2), (600, 3)):
+        path = save(tmp_path, step, {"w": np.ones(1)}, keep=9)
+        record = json.loads((path / "meta.json").read_text())
+        del record["began"]
+        (path / "meta.json").write_text(json.dumps(record | {"time": 1e9 + 3600 * hours}))
+    assert latest(tmp_path).name == "step_00000600"
+    clock(0)
+    save(tmp_path, 700, {"w": np.ones(1)}, keep=9)
+    assert latest(tmp_path).name == "step_00000700"
+
+
 def test_saving_a_step_again_replaces_it(folder):
     for value in (1, 2):
         save(folder, 5, {"w": np.full(3, value)})
@@ -242,6 +312,19 @@ def edit(**entries):
     return change
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def promised_pipe(path):
+    """A pipe of the size that meta.json promises: reading it would wait for ever."""
+    replace_by_pipe(path / "params.safetensors")
+    record = json.loads((path / "meta.json").read_text())
+    record["files"]["params.safetensors"]["bytes"] = 0
+    (path / "meta.json").write_text(json.dumps(record))
+
+
 DAMAGE = {
     "truncated": (truncate, "params.safetensors has 50 bytes instead of"),
     "bit flipped": (flip, "params.safetensors does not match its checksum"),
@@ -255,7 +338,27 @@ DAMAGE = {
         edit(files={"../x.safetensors": {"bytes": 1, "sha256": ""}}),
         "meta.json is damaged",
     ),
-    "no files": (edit(files=None), "meta.json is damaged"),
+    "no files": (edit(files=None), "meta.json is damaged .files"),
+    "no checksum": (
+        edit(files={"params.safetensors": {"bytes": 1}}),
+        "meta.json is damaged .files",
+    ),
+    "size is text": (
+        edit(files={"params.safetensors": {"bytes": "1", "sha256": "0" * 64}}),
+        "meta.json is damaged .files",
+    ),
+    "time is text": (edit(time="now"), "meta.json is damaged .time"),
+    "step is null": (edit(step=None), "meta.json is damaged .step"),
+    "metric is text": (edit(metric="low"), "meta.json is damaged .metric"),
+    "meta is a list": (edit(meta=[1]), "meta.json is damaged .meta"),
+    "format is text": (edit(format="1"), "meta.json is damaged .format"),
+    "shapes of text": (edit(split={"x": ["a"]}), "meta.json is damaged .split"),
+    "deep": (lambda path: (path / "meta.json").write_text('{"a":' * 200_000), "json is damaged"),
+    "deep list": (lambda path: (path / "meta.json").write_text("[" * 200_000), "json is damaged"),
+    "no text": (lambda path: (path / "meta.json").write_bytes(b"\xff\0"), "json is damaged"),
+    "pipe for meta": (lambda path: replace_by_pipe(path / "meta.json"), "no ordinary file"),
+    "pipe": (lambda path: replace_by_pipe(path / "params.safetensors"), "has 0 bytes instead"),
+    "empty pipe": (lambda path: promised_pipe(path), "no ordinary file"),
 }
 
 
@@ -274,6 +377,82 @@ def test_damage_is_refused_and_the_newest_good_one_offered(kind, tmp_path):
     shutil.rmtree(tmp_path / "step_00000001")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="no checkpoint of 1 in"):
         latest(tmp_path)
+
+
+def forge(path, content: bytes, **entries):
+    """Replace a checkpoint's params, with the checksum that belongs to them."""
+    file = path / "params.safetensors"
+    file.write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit(files={file.name: entry}, **entries)(path)
+
+
+HEADER = 2**62
+FORGED = {
+    "no safetensors": (b"x" * 100, {}),
+    "endless header": (HEADER.to_bytes(8, "little") + b"{}", {}),
+    "part without a start": ({"params.w@": np.ones(2)}, {"split": {"params.w": [2]}}),
+    "start in words": ({"params.w@…": np.ones(2)}, {"split": {"params.w": [2]}}),
+    "part of nothing": ({"params.w@0": np.ones(2)}, {}),
+    "part of too much": ({"params.w@0": np.ones(2)}, {"split": {"params.w": [10**15]}}),
+    "part outside": ({"params.w@7": np.ones(2)}, {"split": {"params.w": [2]}}),
+    "too many axes": ({"params.w@0,0": np.ones(2)}, {"split": {"params.w": [2]}}),
+    "below an array": ({"params.w": np.ones(2), "params.w.b": np.ones(2)}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_arrays_are_one_sentence(kind, tmp_path):
+    content, entries = FORGED[kind]
+    if isinstance(content, dict):
+        content = safetensors.numpy.save(content)
+    path = save(tmp_path, 1, {"params": {"w": np.ones(2)}})
+    forge(path, content, **entries)
+    with pytest.raises(UserError, match="step_00000001.*delete this checkpoint") as caught:
+        restore(path, only="params")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read_is_looked_for_again(tmp_path, monkeypatch):
+    """A training goes on beside whoever loads its model."""
+    save(tmp_path, 1, {"w": np.full(3, 1)})
+    real, others = records.sha256, [2, 3]
+
+    def slowly(path):
+        if others:
+            step = others.pop(0)
+            save(tmp_path, step, {"w": np.full(3, step)}, keep=1)
+        return real(path)
+
+    monkeypatch.setattr(records, "sha256", slowly)
+    tree, meta = restore(tmp_path)
+    assert meta["step"] == tree["w"][0] == 3 and not others
+
+    others += [4, 5]
+    assert latest(tmp_path).name == "step_00000005"
+    # named by its own path there is no other one
+    with pytest.raises(checkpoint.Gone, match="step_00000001 is not a checkpoint"):
+        restore(tmp_path / "step_00000001")
+
+
+def test_a_checkpoint_that_is_a_link_can_be_read_and_pruned(tmp_path):
+    elsewhere = save(tmp_path / "elsewhere", 1, {"w": np.ones(2)})
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "step_00000001").symlink_to(elsewhere)
+    (tmp_path / "here" / "step_00000009").symlink_to(tmp_path / "nothing")
+    assert restore(tmp_path / "here" / "step_00000001")[0]["w"].sum() == 2
+    save(tmp_path / "here", 2, {"w": np.ones(2)}, keep=1)
+    assert {p.name for p in (tmp_path / "here").iterdir()} == {"step_00000002", "step_00000009"}
+    assert restore(elsewhere)[0]["w"].sum() == 2
+
+
+def test_no_probe_is_written_through_a_link(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".probe").symlink_to(tmp_path / "mine.txt")
+    Saver(tmp_path / "store")
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert [p.name for p in (tmp_path / "store").iterdir()] == [".probe"]
 
 
 def test_remote_bit_flip_is_noticed(tmp_path):
@@ -339,6 +518,8 @@ def test_what_is_no_array_is_refused_before_writing(tmp_path):
             save(tmp_path, 1, tree)
     with pytest.raises(ValueError, match="same path"):
         save(tmp_path, 1, {"a.b": 1, "a": {"b": 2}})
+    with pytest.raises(ValueError, match="a@0"):
+        save(tmp_path, 1, {"a@0": 1})
     assert names(tmp_path) == []
 
 
@@ -363,6 +544,79 @@ def test_full_disk_harms_nothing_and_is_told_at_the_next_call(tmp_path, monkeypa
     assert bits(restore(tmp_path, make_state(1))[0]) == bits(make_state(1))
     saver.save(4, make_state(4))  # room again
     assert saver.wait().name == "step_00000004"
+
+
+def test_a_failed_save_is_told_at_once_and_only_once(tmp_path, monkeypatch):
+    saver, started = Saver(tmp_path), threading.Event()
+    assert saver.failure() is None
+
+    def lost(arrays, path):
+        assert started.wait(60)
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(safetensors.numpy, "save_file", lost)
+        saver.save(1, make_state())
+        assert saver.failure() is None  # under way: it does not wait
+        started.set()
+        while not (error := saver.failure()):
+            time.sleep(0.01)
+    assert re.fullmatch(r"cannot reach .*step_00000001: .*mount it again.*", str(error))
+    assert isinstance(error, UserError)
+    assert saver.failure() is None and saver.wait() is None
+    # the place is back
+    saver.save(2, make_state())
+    assert saver.wait().name == "step_00000002" and saver.failure() is None
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOTCONN", "ESTALE", "ETIMEDOUT"])
+def test_a_place_that_went_away_is_one_sentence_wherever_it_is_met(tmp_path, monkeypatch, code):
+    path = save(tmp_path, 1, {"w": np.ones(2)})
+    error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    def lost(*args, **kwargs):
+        raise error
+
+    sentences = []
+    for place, name in (
+        (os, "stat"),
+        (os, "scandir"),
+        (os, "listdir"),
+        (os, "makedirs"),
+        (records, "sha256"),
+        (shutil, "disk_usage"),
+        (safetensors.numpy, "save_file"),
+    ):
+        with monkeypatch.context() as disk:
+            disk.setattr(place, name, lost)
+            disk.setattr(os, "mkdir", lost)
+            for action in (
+                lambda: restore(path),
+                lambda: read_meta(tmp_path),
+                lambda: save(tmp_path, 2, {"w": np.ones(2)}),
+            ):
+                try:
+                    action()
+                except UserError as e:
+                    sentences.append(str(e))
+    assert len(sentences) > 10
+    assert all("does not answer: mount it again" in sentence for sentence in sentences)
+
+
+def test_a_place_that_went_away_is_no_damage_to_pass_over(tmp_path, monkeypatch):
+    """Otherwise a training would go on from an older checkpoint."""
+    for step in (1, 2):
+        save(tmp_path, step, {"w": np.ones(2)})
+    real = records.sha256
+
+    def lost(path):
+        if "step_00000002" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(records, "sha256", lost)
+    with pytest.raises(Unreachable, match="step_00000002"):
+        latest(tmp_path)
 
 
 def test_disk_without_room_is_known_before_the_run(tmp_path):
@@ -414,6 +668,16 @@ def test_remote_upload_that_breaks_leaves_the_older_one(monkeypatch):
     with pytest.warns(UserWarning, match="no meta.json"):
         assert latest(folder).endswith("step_00000001")
     assert latest(save(folder, 2, make_state(2)).rpartition("/")[0]).endswith("step_00000002")
+
+    # nor does the meta.json of an earlier save stand over the files of a second that breaks
+    with monkeypatch.context() as network:
+        network.setattr(MemoryFileSystem, "put_file", breaking)
+        with pytest.raises(UserError, match="network is gone"):
+            save(folder, 2, make_state(5))
+    fs, root = filesystem(folder)
+    assert not fs.exists(f"{root}/step_00000002/meta.json")
+    with pytest.warns(UserWarning, match="no meta.json"):
+        assert latest(folder).endswith("step_00000001")
     filesystem(folder)[0].rm("/b", recursive=True)
 
 

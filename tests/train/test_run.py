@@ -13,7 +13,7 @@ import pytest
 from lib import locks, train
 from lib.config import Config
 from lib.files import UserError
-from lib.train import checkpoint
+from lib.train import checkpoint, saving
 from lib.train import run as runs
 from lib.train.metrics import read_jsonl
 
@@ -209,14 +209,14 @@ def test_a_lock_is_no_way_out_of_the_folder(tmp_path):
 
 def test_a_place_that_fails_is_told_of_and_tried_again(tmp_path, whole, monkeypatch):
     """The first two saves fail: the next step says so, and the third has everything."""
-    real, failures = checkpoint._write, iter([OSError(5, "Input/output error")] * 2)
+    real, failures = saving._write, iter([OSError(5, "Input/output error")] * 2)
 
     def write(*args):
         for error in failures:
             raise error
         return real(*args)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(saving, "_write", write)
     monkeypatch.setattr(runs, "TRY_AGAIN", 0.0)
     run = open_run(tmp_path)
     with pytest.warns(UserWarning, match="no checkpoint was written .*Input/output error"):
@@ -226,14 +226,14 @@ def test_a_place_that_fails_is_told_of_and_tried_again(tmp_path, whole, monkeypa
 
 
 def test_a_place_that_stays_away_costs_nothing_that_was_trained(tmp_path, whole, monkeypatch):
-    real = checkpoint._write
+    real = saving._write
 
     def write(folder, *args):
         if folder == tmp_path / "checkpoints":
             raise OSError(107, "Transport endpoint is not connected")
         return real(folder, *args)
 
-    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(saving, "_write", write)
     run = open_run(tmp_path)
     with pytest.warns(UserWarning), pytest.raises(UserError) as told:
         go_on(run)
@@ -243,7 +243,7 @@ def test_a_place_that_stays_away_costs_nothing_that_was_trained(tmp_path, whole,
     assert digest(state) == whole[1]
 
     # what the sentence says to do works
-    monkeypatch.setattr(checkpoint, "_write", real)
+    monkeypatch.setattr(saving, "_write", real)
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     kept.rename(tmp_path / "checkpoints" / kept.name)
     assert open_run(tmp_path).finished
