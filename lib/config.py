@@ -168,6 +168,9 @@ class Config:
     smear: bool = True  # gated mixing of the previous token's embedding
     backout: bool = True  # subtract a share of the middle layer's output before the head
     tied_head: bool = False
+    # other people's models (lib.interop) have no norm on token embeddings, and a larger eps
+    embed_norm: bool = True
+    norm_eps: float = 2.0**-23  # added to the mean square in every norm: float32's machine epsilon
     # computation
     # a key of lib.model.attention.ATTENTION, or auto: splash on TPU, jax on GPU, einsum on CPU
     attention: str = "auto"
@@ -206,6 +209,7 @@ class Config:
         _check_types(self)
         _check_choices(self)
         _check_counts(self)
+        _check_norms(self)
         _check_heads(self)
         _check_windows(self)
         _check_gates(self)
@@ -444,6 +448,11 @@ def _check_counts(config: Config):
             raise UserError(f"config field {name} must be at least 1, got {count}")
     if config.n_layer > MAX_LAYERS:
         raise UserError(f"n_layer={config.n_layer} is more than {MAX_LAYERS}: use fewer layers")
+
+
+def _check_norms(config: Config):
+    if config.norm_eps <= 0:
+        raise UserError(f"norm_eps={config.norm_eps} must be above 0: use 1e-6 or 1e-5")
 
 
 def _check_heads(config: Config):

@@ -58,6 +58,8 @@ def _check_convertible(config: Config):
         smear=True,
         backout=True,
         tied_head=False,
+        embed_norm=True,
+        norm_eps=2.0**-23,
     )
     for field, value in fixed.items():
         ours = getattr(config, field)

@@ -39,12 +39,12 @@ SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def rms_norm(x):
-    """x / rms(x) over the last axis, without weights; eps is float32's machine epsilon, as
-    PyTorch's is.
+def rms_norm(x, eps: float = Config.norm_eps):
+    """x / rms(x) over the last axis, without weights; the usual eps is float32's machine epsilon,
+    as PyTorch's is.
     """
     x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + jnp.finfo(jnp.float32).eps)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * scale).astype(x.dtype)
 
 
@@ -103,11 +103,12 @@ def block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, attend):
         x_BTD = x_BTD + w["x0_scale"].astype(x_BTD.dtype) * x0_BTD
 
     with jax.named_scope("attn"):
-        h_BTD = enter(rms_norm(x_BTD))
+        h_BTD = enter(rms_norm(x_BTD, config.norm_eps))
         out_BTD, kept = self_attention(h_BTD, w, ve_BTKH, config, rope, attend)
         x_BTD = x_BTD + leave(out_BTD)
     with jax.named_scope("mlp"):
-        x_BTD = x_BTD + leave(mlp(enter(rms_norm(x_BTD)), w, config))
+        h_BTD = enter(rms_norm(x_BTD, config.norm_eps))
+        x_BTD = x_BTD + leave(mlp(h_BTD, w, config))
     return x_BTD, kept
 
 
@@ -130,7 +131,8 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
     with jax.named_scope("rope"):
         q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
         if config.qk_norm:
-            q_BTNH, k_BTKH = rms_norm(q_BTNH), rms_norm(k_BTKH)
+            q_BTNH = rms_norm(q_BTNH, config.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, config.norm_eps)
         q_BTNH, k_BTKH = q_BTNH * config.qk_scale, k_BTKH * config.qk_scale
 
     with jax.named_scope("attention"):
@@ -158,7 +160,7 @@ def mlp(h_BTD, w, config: Config):
 
 
 def embed(params, config: Config, tokens_BT, last_B=None):
-    """Normed token embeddings, each with a gated share of the one before it (`smear`).
+    """Token embeddings, normed (`embed_norm`), each with a gated share of the one before it (`smear`).
 
     last_B: the token before each row's first, where the rows are continued; -1, or None for all,
     where there is none.
@@ -166,7 +168,8 @@ def embed(params, config: Config, tokens_BT, last_B=None):
     table_VD = gather("embed", params["embed"])
 
     def look_up(ids):
-        return rms_norm(table_VD[ids].astype(config.dtype))
+        rows = table_VD[ids].astype(config.dtype)
+        return rms_norm(rows, config.norm_eps) if config.embed_norm else rows
 
     x_BTD = look_up(tokens_BT)
     if not config.smear:
@@ -343,7 +346,7 @@ def final_norm(x_BTD, middle_BTD, params, config: Config):
     """The stream without its learned share of the middle layer's output, normed."""
     if config.backout:
         x_BTD = x_BTD - params["backout"].astype(x_BTD.dtype) * middle_BTD
-    return rms_norm(x_BTD)
+    return rms_norm(x_BTD, config.norm_eps)
 
 
 def forward(params, config: Config, tokens_BT, cache: Cache | None = None) -> tuple[Any, Any]:
