@@ -1,0 +1,13 @@
+"""Models leave for other programs, and other people's weights come in, each with a proof.
+
+`python -m lib.interop export` writes a model of a run in one of `FORMATS` and compares it, run by
+its own program, with ours before it says so. `families.py` says which architecture holds which
+config, `folding.py` turns our weights into theirs, `proof.py` is the comparison; each format has a
+file of its own. `nanochat.py` reads and writes nanochat's state dicts.
+"""
+
+from lib.interop.exports import FORMATS, export_run
+from lib.interop.families import FAMILIES, fitting, misfits
+from lib.interop.proof import Proof
+
+__all__ = ["FAMILIES", "FORMATS", "Proof", "export_run", "fitting", "misfits"]

@@ -46,9 +46,7 @@ FAMILIES = {
     "nanochat": Family(
         "nanochat",
         "NanoChatForCausalLM",
-        holds=dict(
-            mlp=("relu2", "gelu"), qk_norm=(True,), qk_scale=(1.0,), embed_norm=(True,)
-        ),
+        holds=dict(mlp=("relu2", "gelu"), qk_norm=(True,), qk_scale=(1.0,), embed_norm=(True,)),
     ),
 }
 

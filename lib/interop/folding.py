@@ -16,7 +16,7 @@ from lib.config import Config
 
 
 class Plain(NamedTuple):
-    """A plain transformer's weights, float32 numpy, with explicit head axes and the true vocabulary.
+    """Weights of a plain transformer in numpy: explicit head axes, the true vocabulary.
 
     embed: (V, D) as the table is, not yet normed. head: (D, V). layers: per layer wq (D, N, H),
     wk and wv (D, K, H), wo (N, H, D), w_in and perhaps w_gate (D, F), w_out (F, D).

@@ -160,7 +160,8 @@ def mlp(h_BTD, w, config: Config):
 
 
 def embed(params, config: Config, tokens_BT, last_B=None):
-    """Token embeddings, normed (`embed_norm`), each with a gated share of the one before it (`smear`).
+    """Token embeddings, normed (`embed_norm`), each with a gated share of the one before it
+    (`smear`).
 
     last_B: the token before each row's first, where the rows are continued; -1, or None for all,
     where there is none.
