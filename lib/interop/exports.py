@@ -1,0 +1,27 @@
+"""From a run to a file that another program opens."""
+
+from pathlib import Path
+
+from lib.files import choose
+from lib.interop import huggingface
+from lib.interop.proof import Proof
+from lib.runs import load_model
+
+# name of a format: (params, config, tokenizer, path) -> Proof; adding one is one entry
+FORMATS = {
+    "transformers": huggingface.export,
+}
+# the folder of a run that they are written to, by default
+FOLDER = "exports"
+
+
+def export_run(run, format: str, stage: str = "", ckpt: str = "", out="") -> Proof:
+    """Write a model of a run folder in one of FORMATS and prove it: what the proof showed.
+
+    stage, ckpt: as in `load_model`. out: the path to write; RUN/exports/FORMAT by default. What
+    stood there is replaced only by an export that its proof has held.
+    """
+    write = choose("export format", format, FORMATS)
+    model = load_model(run, ckpt, stage)
+    path = Path(out) if out else Path(run) / FOLDER / format
+    return write(model.params, model.config, model.tokenizer, path)
