@@ -3,11 +3,14 @@
 `python -m lib.interop export` writes a model of a run in one of `FORMATS` and compares it, run by
 its own program, with ours before it says so. `families.py` says which architecture holds which
 config, `folding.py` turns our weights into theirs, `proof.py` is the comparison; each format has a
-file of its own. `nanochat.py` reads and writes nanochat's state dicts.
+file of its own. `python -m lib.interop import` makes a run of open weights (`imports.py`): those of
+the Llama family by `llama.py`, their tokenizer by `tokenizer_import.py`. `nanochat.py` reads and
+writes nanochat's state dicts.
 """
 
 from lib.interop.exports import FORMATS, export_run
 from lib.interop.families import FAMILIES, fitting, misfits
+from lib.interop.imports import import_run
 from lib.interop.proof import Proof
 
-__all__ = ["FAMILIES", "FORMATS", "Proof", "export_run", "fitting", "misfits"]
+__all__ = ["FAMILIES", "FORMATS", "Proof", "export_run", "fitting", "import_run", "misfits"]

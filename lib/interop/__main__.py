@@ -1,10 +1,10 @@
-"""`python -m lib.interop`: a trained model for other programs."""
+"""`python -m lib.interop`: a model of ours for other programs, other people's model as a run."""
 
 from pathlib import Path
 
 import tyro
 
-from lib.interop import export_run
+from lib.interop import export_run, import_run
 from lib.notebook import setup
 from lib.runs import newest_run
 
@@ -31,6 +31,27 @@ def export(
     print(export_run(folder, format, stage, ckpt, out).table())
 
 
+def import_(
+    source: str,
+    run: str,
+    sequence_len: int = 0,
+    prove: bool = True,
+    runs_dir: str = "runs",
+):
+    """Make a run of open weights of the Llama family (SmolLM, Llama, Qwen3 of uniform norms).
+
+    Args:
+        source: a model's folder, or hf:USER/NAME, or hf:USER/NAME@REVISION
+        run: name of the new run
+        sequence_len: context to use; 0 takes the model's own
+        prove: compare its logits with transformers' before it is kept (extra hf)
+        runs_dir: folder that holds the runs
+    """
+    print(import_run(source, Path(runs_dir) / run, sequence_len, prove))
+
+
+COMMANDS = {"export": export, "import": import_}
+
 if __name__ == "__main__":
     setup()
-    tyro.extras.subcommand_cli_from_dict({"export": export}, prog="python -m lib.interop")
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m lib.interop")

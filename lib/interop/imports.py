@@ -1,0 +1,165 @@
+"""Open weights become a run: a tokenizer, a config and a base checkpoint, as if trained here."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lib.config import Config
+from lib.data.tokenizer import FILE, Tokenizer
+from lib.files import UserError, first_line, local_path, read_json
+from lib.interop import proof
+from lib.interop.llama import config_from_llama, from_llama, revocabulary
+from lib.interop.packages import optional
+from lib.interop.tokenizer_import import read_tokenizer
+from lib.runs import STAGES
+from lib.train import checkpoint
+
+# what a model's repository holds that is read here
+WANTED = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+
+
+class Imported(NamedTuple):
+    """A model that came in; theirs[i] is the old id of its id i, lost what is not as it was."""
+
+    params: dict
+    config: Config
+    tokenizer: Tokenizer
+    theirs: np.ndarray
+    lost: tuple[str, ...]
+
+
+def import_run(source: str, run, sequence_len: int = 0, prove: bool = True) -> str:
+    """Make a run folder of somebody's model; what came in and how it was compared, as text.
+
+    source: a folder, or hf:USER/NAME (hf:USER/NAME@REVISION). sequence_len: as in
+    `config_from_llama`. prove: compare logits with transformers (extra hf) before anything is kept.
+    UserError where the model is of a kind that we have not, and where the run has a model already.
+    """
+    run = Path(run)
+    taken = [name for name in (FILE, *STAGES.values()) if (run / name).exists()]
+    if taken:
+        raise UserError(f"{run} has a {taken[0]} already: choose another --run")
+    folder = fetch(source)
+    model = read_model(folder, source, sequence_len)
+    lines = [f"imported {source}: {model.config.n_layer} layers, {model.config.n_embd} wide"]
+    if prove:
+        lines.append(compared(model, folder))
+    lines += [f"not as it was: {sentence}" for sentence in model.lost]
+
+    model.tokenizer.save(run / FILE)
+    meta = dict(
+        config=model.config.to_dict(),
+        tokenizer=model.tokenizer.fingerprint,
+        # the text that measurements and mixtures of text take where none is named
+        settings=dict(source="stdlib", packing="bestfit", shards=8),
+        imported=source,
+    )
+    path = checkpoint.save(run / STAGES["base"], 0, {"params": model.params}, meta)
+    model.config.save(run / "config.json")
+    return "\n".join([*lines, f"kept as {path}"])
+
+
+def fetch(source: str) -> Path:
+    """The folder of a model, downloaded from the Hub where `source` is hf:USER/NAME."""
+    if not source.startswith("hf:"):
+        folder = local_path(source)
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder} holds no config.json: give a model's folder or hf:USER/NAME")
+        return folder
+
+    import huggingface_hub
+
+    repo, _, revision = source.removeprefix("hf:").partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"{source} is no repository: write hf:USER/NAME")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=list(WANTED)
+        )
+    except Exception as e:
+        raise UserError(
+            f"cannot fetch {source} ({first_line(e)}): check its name, the network and, for a "
+            "model behind a licence, your token"
+        ) from e
+    return Path(folder)
+
+
+def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:
+    """The model in a folder as transformers writes it: weights, config and tokenizer."""
+    settings = read_json(folder / "config.json", cure="get it again")
+    config = config_from_llama(settings, sequence_len)
+    bos = settings.get("bos_token_id")
+    if bos is None:
+        bos = settings.get("eos_token_id")
+    vocabulary = read_tokenizer(folder, bos[0] if isinstance(bos, list) else bos, source)
+    if vocabulary.theirs.max() >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has the id {vocabulary.theirs.max()}, its tables only "
+            f"{config.vocab_size} rows: they do not belong together"
+        )
+    params, config = from_llama(read_tensors(folder), config)
+    params, config = revocabulary(params, config, vocabulary.theirs)
+    return Imported(params, config, *vocabulary)
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder's safetensors files as float32, whatever they are stored in."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(read_json(index, cure="get it again").get("weight_map", {}).values()))
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        path = folder / name
+        # an index of a stranger's may point anywhere
+        if Path(name).name != name or not path.exists():
+            raise UserError(f"{folder} lacks {name}: get all files of the model")
+        try:
+            # numpy has no bfloat16, jax has
+            file: Any
+            with safe_open(path, framework="flax") as file:
+                for key in file.keys():
+                    tensors[key] = np.asarray(file.get_tensor(key), np.float32)
+        except SafetensorError as e:
+            raise UserError(f"{path} is damaged ({first_line(e)}): get it again") from e
+    return tensors
+
+
+def compared(model: Imported, folder: Path) -> str:
+    """How transformers' logits and ids agree with ours; UserError where the logits do not."""
+    torch, transformers = optional("hf", "torch", "transformers")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as e:
+        raise UserError(f"transformers cannot open {folder}: {first_line(e)}") from e
+
+    # ids that both have, each in its own numbering
+    known = np.flatnonzero(model.theirs >= 0)
+    picks = np.random.default_rng(0).integers(len(known), size=(2, 64))
+    tokens_BT = known[picks][:, : model.config.sequence_len]
+    with torch.no_grad():
+        output = network.eval()(torch.as_tensor(model.theirs[tokens_BT])).logits.numpy()
+    ours = proof.our_logits(model.params, model.config, tokens_BT)[..., known]
+    difference, bound = proof.apart(ours, output[..., model.theirs[known]])
+    if difference > bound:
+        raise UserError(
+            f"{folder} was not imported: its logits are up to {difference:.1e} from ours "
+            f"(allowed {bound:.1e})"
+        )
+
+    texts = proof.probe_texts()
+    equal = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        equal += list(ids) == model.theirs[model.tokenizer.encode(text)].tolist()
+    return (
+        f"compared with transformers: largest logit difference {difference:.1e} (may be "
+        f"{bound:.1e}), {equal} of {len(texts)} texts of equal ids"
+    )
