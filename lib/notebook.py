@@ -222,6 +222,24 @@ def flags(namespace: dict, args: list[str] | None = None) -> dict:
     )
 
 
+def options(kind, prog: str, args: list[str] | None = None) -> Any:
+    """Settings from the command line: those of each base of the dataclass `kind` are a group of
+    `--help`, headed by the base's docstring.
+    """
+    import tyro
+
+    bases = {base.__name__.lower(): base for base in kind.__bases__}
+    groups = [(name, base, dataclasses.field(default=base())) for name, base in bases.items()]
+    command: Any = dataclasses.make_dataclass("Options", groups)
+    flat: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
+    about = " ".join(kind.__doc__.split())
+    chosen = tyro.cli(flat, prog=prog, args=args, description=about)
+    values = {}
+    for group in vars(chosen).values():
+        values |= vars(group)
+    return kind(**values)
+
+
 def parse_overrides(text: str, cls) -> dict:
     """Fields of the dataclass `cls` from "name=value name=value", each value parsed as its field's
     type.

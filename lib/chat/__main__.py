@@ -2,11 +2,9 @@
 
 import os
 
-import tyro
-
 from lib import notebook
 from lib.chat.terminal import Settings, main
 
 notebook.setup()
-settings = tyro.cli(Settings, prog="python -m lib.chat")
+settings = notebook.options(Settings, "python -m lib.chat")
 main(settings, coloured=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")

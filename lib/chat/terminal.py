@@ -1,22 +1,25 @@
 """Talking in a terminal: `python -m lib.chat`."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import secrets
+import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.chat.messages import Piece, Reader, compact, ends, fit, reply
+from lib.chat.settings import Which, Writing
 from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
 from lib.generate import Engine, Sampling
-from lib.model import quantized
-from lib.runs import Model, load_model, open_run
+from lib.runs import Model
 
 HELP = """/clear        forget the conversation
 /regen        another answer to your last message
@@ -26,13 +29,16 @@ HELP = """/clear        forget the conversation
 /help         this text
 /quit         leave (or Ctrl-D)
 //text        a message that begins with a slash
-A line that ends in \\ goes on in the next one; a line of three quotes (\"\"\") begins a text of
-many lines and another ends it.
+Lines that are pasted together are one message. A line that ends in \\ goes on in the next one; a
+line of three quotes (\"\"\") begins a text of many lines and another ends it.
 Ctrl-C stops an answer."""
-TUNABLE = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+NOT_CHATTY = (
+    "This model was only pretrained and has not learnt to chat: it goes on with the text that you "
+    "write."
+)
+
 # a model may write escape sequences; a terminal must not obey them
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-PLAIN = dict.fromkeys(("you", "tool", "note", "bad", "end"), "")
 COLOURS = {
     "you": "\033[1;36m",
     "tool": "\033[2;33m",
@@ -40,32 +46,30 @@ COLOURS = {
     "bad": "\033[31m",
     "end": "\033[0m",
 }
+PLAIN = dict.fromkeys(COLOURS, "")
+
+# seconds in which the next line of a pasted text is there: a hand is slower
+PASTED = 0.03
 
 
-@dataclass
-class Settings:
-    """Talk to a trained model in the terminal; /help there tells the commands."""
+# ---- settings ------------------------------------------------------------------------------------
 
-    run: str = ""
-    """run folder, runs/NAME or a path; empty for the newest"""
-    stage: str = ""
-    """base, mid, sft or rl; empty for the furthest that the run has"""
-    ckpt: str = ""
-    """empty for the newest checkpoint, best, or a checkpoint's path or address"""
+
+@dataclass(frozen=True)
+class Saying:
+    """What is said to it."""
+
     prompt: str = ""
     """answer this one message, print nothing but the answer and leave; - reads it from standard
-    input
-    """
-    int8: bool = False
-    """decode with the matrices as 8-bit integers; `python -m benchmarks.decode --run RUN`
-    measures what that costs and brings here
-    """
-    speculate: int = 0
-    """tokens to draft ahead from what was said before, checked all at once: the same text,
-    faster where it repeats itself; 0 for none
-    """
+    input"""
     system: str = ""
     """a system message, put before the conversation"""
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How tokens are chosen."""
+
     max_tokens: int = 512
     """longest answer, in tokens"""
     temperature: float = 0.6
@@ -82,34 +86,69 @@ class Settings:
     """the same seed gives the same answers; none for others each time"""
 
 
+@dataclass(frozen=True)
+class Settings(Which, Writing, Saying, Choosing):
+    """Talk to a trained model in the terminal; /help there tells the commands."""
+
+
+# what /set changes
+TUNABLE = tuple(field.name for field in dataclasses.fields(Choosing) if field.name != "seed")
+
+
+# ---- the conversation ----------------------------------------------------------------------------
+
+
 class Talk:
-    """One conversation with a model: what was said, the settings, and where the answers go."""
+    """One conversation with a model: what was said, the settings, and where the answers go.
+
+    tools: whether calls are shown.
+    """
 
     def __init__(self, model: Model, settings: Settings, colours: dict = PLAIN, tools: bool = True):
         from lib.sandbox import calculator
 
-        # tools: whether calls are shown
-        self.model, self.settings, self.colours, self.tools = model, settings, colours, tools
+        self.model = model
+        self.settings = settings
+        self.colours = colours
+        self.tools = tools
         self.context = model.config.sequence_len
-        params = quantized(model.params, model.config) if settings.int8 else model.params
         self.engine = Engine(
-            params, model.config, 1, self.context, model.tokenizer, calculator, settings.speculate
+            settings.weights(model),
+            model.config,
+            1,
+            self.context,
+            model.tokenizer,
+            calculator,
+            settings.speculate,
         )
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
-        self.sampling()  # bad settings are told now
+        # bad settings are told now
+        self.sampling()
         self.clear()
 
     def clear(self):
-        self.messages: list[dict] = (
-            [{"role": "system", "content": self.settings.system}] if self.settings.system else []
-        )
+        """Begin anew, with nothing but the system's message."""
+        self.messages: list[dict] = []
+        if self.settings.system:
+            self.messages.append({"role": "system", "content": self.settings.system})
 
     def sampling(self, **changes) -> Sampling:
+        """How the next answer is sampled; UserError if that makes no sense."""
         chosen = {name: getattr(self.settings, name) for name in TUNABLE}
         return Sampling(**chosen | changes, seed=self.seed, stop=ends(self.model.tokenizer))
 
     def note(self, text: str, colour: str = "note"):
+        """Say something that is not the model's."""
         print(f"{self.colours[colour]}{text}{self.colours['end']}", file=sys.stderr, flush=True)
+
+    def greet(self, name: str):
+        """Say who is there: the run's name, and what may be expected of it."""
+        about = f"{name}, {self.model.stage}, step {self.model.meta['step']}"
+        self.note(f"{about}, context {self.context} tokens. /help tells the commands.")
+        if self.model.stage == "base":
+            self.note(NOT_CHATTY)
+
+    # ---- answers
 
     def ask(self, text: str):
         """Add the user's message and answer it; a message that can't be rendered or doesn't fit is
@@ -123,8 +162,10 @@ class Talk:
             raise
 
     def prompt(self) -> list[int]:
+        """The ids that ask for an answer to the last message."""
         tokenizer = self.model.tokenizer
-        if self.model.stage == "base":  # has never seen a chat: it goes on where the text ends
+        # one that has never seen a chat goes on where the text ends
+        if self.model.stage == "base":
             ids = tokenizer.encode(self.messages[-1]["content"], bos=True)
             if len(ids) >= self.context:
                 raise UserError(
@@ -132,6 +173,7 @@ class Talk:
                     "shorten it"
                 )
             return ids
+
         ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
         if dropped:
             self.note(
@@ -144,102 +186,133 @@ class Talk:
         """Write the answer to the last message and remember it, also when Ctrl-C cuts it short."""
         ids = self.prompt()
         reader = Reader(self.model.tokenizer)
-        sampling = self.sampling(max_tokens=min(self.settings.max_tokens, self.context - len(ids)))
+        most = min(self.settings.max_tokens, self.context - len(ids))
+        sampling = self.sampling(max_tokens=most)
         self.seed += 1
-        stopped, last = False, None
         try:
-            with (
-                _interrupted() as flag,
-                contextlib.closing(reply(self.engine, ids, sampling, reader)) as pieces,
-            ):
-                for piece in pieces:
-                    last = self._show(piece, last)
-                    if stopped := flag.is_set():
-                        break
-        except KeyboardInterrupt:  # the next message must find an answer before it
-            self.messages.append({"role": "assistant", "content": compact(reader.parts)})
+            stopped = self._write(ids, sampling, reader)
+        except KeyboardInterrupt:
+            # the next message must find an answer before it
+            self._remember(reader)
             raise
-        print(self._close(last), flush=True)
+        self._remember(reader)
         if stopped:
             self.note("(stopped)")
         elif reader.finish == "length":
             self.note(f"(cut after {sampling.max_tokens} tokens)")
+
+    def _remember(self, reader: Reader):
+        """Add what was written to the conversation."""
         self.messages.append({"role": "assistant", "content": compact(reader.parts)})
+
+    def _write(self, ids: list[int], sampling: Sampling, reader: Reader) -> bool:
+        """Print an answer as it is written; whether Ctrl-C stopped it."""
+        last = None
+        stopped = False
+        pieces = reply(self.engine, ids, sampling, reader)
+        with _interrupted() as flag, contextlib.closing(pieces):
+            for piece in pieces:
+                last = self._show(piece, last)
+                stopped = flag.is_set()
+                if stopped:
+                    break
+        print(self._close(last), flush=True)
+        return stopped
 
     def _show(self, piece: Piece, last: Piece | None) -> Piece:
         """Print a piece, tool calls in brackets and their own colour; `last` is the piece before
         it.
         """
-        if piece.kind == "text" or self.tools:
-            if last is None or last.index != piece.index:
-                mark = {"text": "", "python": self.colours["tool"] + "[", "python_output": " = "}[
-                    piece.kind
-                ]
-                print((self._close(last) if piece.kind != "python_output" else "") + mark, end="")
-            # calls that are shown stand between the words themselves
-            text = piece.text if self.tools else piece.said
-            print(UNPRINTABLE.sub("", text), end="", flush=True)
+        if piece.kind != "text" and not self.tools:
+            return piece
+        begins = last is None or last.index != piece.index
+        if begins and piece.kind != "python_output":
+            print(self._close(last), end="")
+        if begins:
+            opening = {"python": self.colours["tool"] + "[", "python_output": " = "}
+            print(opening.get(piece.kind, ""), end="")
+        # calls that are shown stand between the words themselves
+        text = piece.text if self.tools else piece.said
+        print(UNPRINTABLE.sub("", text), end="", flush=True)
         return piece
 
     def _close(self, last: Piece | None) -> str:
-        return f"]{self.colours['end']} " if self.tools and last and last.kind != "text" else ""
+        """What ends a tool call that was shown."""
+        if not self.tools or last is None or last.kind == "text":
+            return ""
+        return f"]{self.colours['end']} "
+
+    # ---- commands
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; False when it asks to leave. Raises UserError."""
         name, _, rest = line[1:].strip().partition(" ")
-        rest = rest.strip()
         if name in ("quit", "exit", "q"):
             return False
-        if name == "help":
-            self.note(HELP)
-        elif name == "clear":
-            self.clear()
-            self.note("(forgotten)")
-        elif name == "regen":
-            if not self.messages or self.messages[-1]["role"] == "system":
-                raise UserError("there is no message to answer yet: write one")
-            if self.messages[-1]["role"] == "assistant":
-                self.messages.pop()
-            self.answer()
-        elif name == "save":
-            if not rest:
-                raise UserError("/save needs the name of a file to write, such as /save chat.json")
-            try:
-                write_json(Path(rest).expanduser(), {"messages": self.messages})
-            # a folder, a name that is too long, text that is not Unicode
-            except (OSError, ValueError) as e:
-                raise UserError(
-                    f"cannot save to {rest} ({type(e).__name__}): name another file"
-                ) from None
-            self.note(f"(saved {len(self.messages)} messages to {rest})")
-        elif name == "load":
-            self.messages = _load(rest, self.model.tokenizer)
-            self.note(f"(took up {len(self.messages)} messages from {rest})")
-        elif name == "set":
-            self.set(rest)
-        else:
+        commands = {
+            "help": lambda rest: self.note(HELP),
+            "clear": lambda rest: self.forget(),
+            "regen": lambda rest: self.regenerate(),
+            "save": self.save,
+            "load": self.load,
+            "set": self.set,
+        }
+        if name not in commands:
             raise UserError(f"there is no command /{name}: /help lists them")
+        commands[name](rest.strip())
         return True
+
+    def forget(self):
+        """/clear"""
+        self.clear()
+        self.note("(forgotten)")
+
+    def regenerate(self):
+        """/regen: another answer to the last message."""
+        if not self.messages or self.messages[-1]["role"] == "system":
+            raise UserError("there is no message to answer yet: write one")
+        if self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        self.answer()
+
+    def save(self, path: str):
+        """/save: write the conversation into a file."""
+        if not path:
+            raise UserError("/save needs the name of a file to write, such as /save chat.json")
+        try:
+            write_json(local_path(path), {"messages": self.messages})
+        except (OSError, ValueError) as e:
+            # a folder, a name that is too long, text that is not Unicode
+            why = type(e).__name__
+            raise UserError(f"cannot save to {path} ({why}): name another file") from None
+        self.note(f"(saved {len(self.messages)} messages to {path})")
+
+    def load(self, path: str):
+        """/load: take up the conversation of a file."""
+        self.messages = _load(path, self.model.tokenizer)
+        self.note(f"(took up {len(self.messages)} messages from {path})")
 
     def set(self, text: str):
         """/set: show the sampling settings, or change one."""
         if text:
-            name, _, value = text.replace("=", " ").partition(" ")
-            if name not in TUNABLE:
-                raise UserError(f"there is no setting {name!r}: choose one of {', '.join(TUNABLE)}")
-            old = getattr(self.settings, name)
-            try:
-                setattr(self.settings, name, type(old)(value))
-                self.sampling()
-            except ValueError:
-                raise UserError(
-                    f"{name} is {'an integer' if isinstance(old, int) else 'a number'}, not "
-                    f"{value!r}"
-                ) from None
-            except UserError:
-                setattr(self.settings, name, old)
-                raise
+            self._change(*text.replace("=", " ").split(maxsplit=1))
         self.note("  ".join(f"{name} {getattr(self.settings, name)}" for name in TUNABLE))
+
+    def _change(self, name: str, value: str = ""):
+        """Change one sampling setting; UserError leaves it as it was."""
+        if name not in TUNABLE:
+            raise UserError(f"there is no setting {name!r}: choose one of {', '.join(TUNABLE)}")
+        before = self.settings
+        kind = type(getattr(before, name))
+        try:
+            self.settings = dataclasses.replace(before, **{name: kind(value)})
+            self.sampling()
+        except ValueError:
+            due = "an integer" if kind is int else "a number"
+            raise UserError(f"{name} is {due}, not {value!r}") from None
+        except UserError:
+            self.settings = before
+            raise
 
 
 @contextlib.contextmanager
@@ -279,103 +352,120 @@ def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
     return messages
 
 
-def read_message(read) -> str:
-    """One message of the user from `read(prompt)`, which gives a line: joins continued lines and
-    quoted blocks.
+# ---- reading -------------------------------------------------------------------------------------
+
+
+# gives a line behind a prompt; EOFError at the end
+Read = Callable[[str], str]
+
+
+def read_message(read: Read, more: Callable[[], bool] = lambda: False) -> str:
+    """One message of the user from `read(prompt)`, which gives a line: joins continued lines,
+    quoted blocks and pasted lines.
+
+    more(): whether another line is there already, as behind the first line of a pasted text.
     """
     line = read("> ")
     if line.strip() == '"""':
-        lines = []
-        while (line := read("… ")).strip() != '"""':
-            lines.append(line)
-        return "\n".join(lines)
+        return _block(read)
+    lines = [line]
+    while True:
+        if lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+        elif is_command(lines[0]) or not more():
+            return "\n".join(lines)
+        lines.append(read("… "))
+
+
+def _block(read: Read) -> str:
+    """The lines up to one of three quotes."""
     lines = []
-    while line.endswith("\\"):
-        lines.append(line[:-1])
-        line = read("… ")
-    return "\n".join([*lines, line])
+    while (line := read("… ")).strip() != '"""':
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def converse(talk: Talk, read):
+def is_command(text: str) -> bool:
+    """Whether a message is for this program; two slashes begin one for the model."""
+    return text.startswith("/") and not text.startswith("//") and "\n" not in text
+
+
+def more_is_typed() -> bool:
+    """Whether the terminal holds another line that nobody can have typed by hand so fast."""
+    return bool(select.select([sys.stdin], [], [], PASTED)[0])
+
+
+def converse(talk: Talk, read: Read, more: Callable[[], bool] = lambda: False):
     """Read, answer, repeat, until the input ends or /quit.
 
     An error is one line, and the conversation goes on.
     """
     while True:
         try:
-            text = read_message(read)
+            text = read_message(read, more)
         except EOFError:
             return
         except KeyboardInterrupt:
             talk.note("\n(Ctrl-D or /quit leaves)")
             continue
+
         try:
-            if text.startswith("//"):
-                talk.ask(text[1:])
-            elif text.startswith("/") and "\n" not in text:
+            if is_command(text):
                 if not talk.command(text):
                     return
             elif text.strip():
-                talk.ask(text)
+                talk.ask(text[1:] if text.startswith("//") else text)
         except UserError as e:
             talk.note(f"Error: {e}", "bad")
         except KeyboardInterrupt:
             talk.note("\n(interrupted)")
 
 
+# ---- the program ---------------------------------------------------------------------------------
+
+
 def main(settings: Settings, coloured: bool):
     """Load the model and talk on standard input and output; `coloured`: the user wants colours
     where a terminal is.
     """
-
     # what is not text becomes U+FFFD; a TextIOWrapper, though its type is that of any text stream
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
-    single = settings.prompt
-    if single == "-":
-        single = sys.stdin.read()
+    single = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if settings.prompt and not single.strip():
         raise UserError(
             "the prompt is empty: write a message after --prompt, or - and the message on "
             "standard input"
         )
-    folder = (
-        Path(settings.run)
-        if "/" in settings.run
-        else open_run(settings.run, needs="tokenizer.json")
-    )
-    model = load_model(folder, settings.ckpt, settings.stage)
-    tty = sys.stdin.isatty() and sys.stdout.isatty() and not single
-    talk = Talk(
-        model,
-        settings,
-        COLOURS if coloured and sys.stdout.isatty() and sys.stderr.isatty() else PLAIN,
-        tools=not single,
-    )
+
+    colours = PLAIN
+    if coloured and sys.stdout.isatty() and sys.stderr.isatty():
+        colours = COLOURS
+    talk = Talk(settings.load(), settings, colours, tools=not single)
     if single:
         talk.ask(single)
-        return
-    if not tty:
+    elif sys.stdin.isatty() and sys.stdout.isatty():
+        _in_a_terminal(talk, settings.folder())
+    else:
         converse(talk, lambda prompt: _line(sys.stdin))
-        return
-    talk.note(
-        f"{folder.name}, {model.stage}, step {model.meta['step']}, context {talk.context} tokens. "
-        "/help tells the commands."
-    )
-    if model.stage == "base":
-        talk.note(
-            "This model was only pretrained and has not learnt to chat: it goes on with the text "
-            "that you write."
-        )
+
+
+def _in_a_terminal(talk: Talk, folder: Path):
+    """Talk with a person, whose lines are kept in the run folder."""
+    talk.greet(folder.name)
     you, end = talk.colours["you"], talk.colours["end"]
-    with _line_editing(folder / ".chat_history"):
+
+    def read(prompt: str) -> str:
         # \x01 and \x02 tell readline that what is between them takes no room
-        converse(
-            talk, lambda prompt: input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt)
-        )
+        return input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt)
+
+    with _line_editing(folder / ".chat_history"):
+        converse(talk, read, more_is_typed)
 
 
 def _line(file) -> str:
-    if not (line := file.readline()):
+    """The next line of a file; EOFError behind the last."""
+    line = file.readline()
+    if not line:
         raise EOFError
     return line.rstrip("\n")
 

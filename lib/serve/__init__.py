@@ -1,9 +1,11 @@
 """A chat page and an OpenAI-compatible API over one model: `python -m lib.serve`.
 
-`api` turns requests into work for one engine and its answers into OpenAI's form, `counters` counts
-for Prometheus, `web` is the server around them, `page.html` the page.
+`api` checks requests, `worker` is the thread that writes their answers, `answers` brings these into
+OpenAI's form. `web` is the application around them behind `guard`, `connections` keeps idle ones
+from filling it, `counters` counts for Prometheus, `server` runs it, `page.html` is the page.
 """
 
-from lib.serve.web import Settings, start
+from lib.serve.server import start
+from lib.serve.settings import Settings
 
 __all__ = ["Settings", "start"]

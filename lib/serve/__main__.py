@@ -3,14 +3,11 @@
 import dataclasses
 import os
 
-import tyro
-
 from lib import notebook
-from lib.serve.web import Settings, main
+from lib.serve.server import main
+from lib.serve.settings import Settings
 
 notebook.setup()
-settings = tyro.cli(Settings, prog="python -m lib.serve")
-settings = dataclasses.replace(
-    settings, token=settings.token or os.environ.get("RAWCHAT_TOKEN", "")
-)
-main(settings, in_colab="COLAB_RELEASE_TAG" in os.environ)
+settings = notebook.options(Settings, "python -m lib.serve")
+token = settings.token or os.environ.get("RAWCHAT_TOKEN", "")
+main(dataclasses.replace(settings, token=token), in_colab="COLAB_RELEASE_TAG" in os.environ)

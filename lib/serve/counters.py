@@ -2,11 +2,34 @@
 
 import collections
 import os
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
 # seconds, of the histograms
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+
+
+class Histogram:
+    """How many times were as long as each bucket, and all together."""
+
+    def __init__(self):
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float):
+        # the last count is of what is longer than every bucket
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+    def lines(self, name: str) -> list[str]:
+        """As Prometheus reads it: each bucket counts the shorter ones too."""
+        lines = [f"# TYPE {name} histogram"]
+        running = 0
+        for bound, count in zip((*BUCKETS, "+Inf"), self.counts):
+            running += count
+            lines.append(f'{name}_bucket{{le="{bound}"}} {running}')
+        return [*lines, f"{name}_sum {self.total}", f"{name}_count {running}"]
 
 
 class Counters:
@@ -18,33 +41,33 @@ class Counters:
     def __init__(self):
         # of real numbers too, which the type of a Counter does not know
         self.counters: Any = collections.Counter()
-        self.histograms = {}
+        self.histograms: dict[str, Histogram] = {}
 
     def add(self, name: str, amount: float = 1, **labels):
-        self.counters[name, tuple((k, str(v)) for k, v in labels.items())] += amount
+        """Count `amount` more under a name and labels."""
+        labelled = tuple((key, str(value)) for key, value in labels.items())
+        self.counters[name, labelled] += amount
 
     def observe(self, name: str, seconds: float):
-        counts, total = self.histograms.setdefault(name, ([0] * (len(BUCKETS) + 1), [0.0]))
-        counts[next((i for i, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))] += 1
-        total[0] += seconds
+        """Note how long something took."""
+        self.histograms.setdefault(name, Histogram()).observe(seconds)
 
     def text(self, gauges: dict[str, float]) -> str:
         """Everything so far, and `gauges`: what is read now."""
-        lines, seen = [], set()
-        # sorted copies first: another thread may add a name
+        lines = []
+        # the type stands once, before all lines of a name
+        typed = set()
+        # a sorted copy first: another thread may add a name
         for (name, labels), value in sorted(self.counters.items()):
-            if name not in seen:
+            if name not in typed:
                 lines.append(f"# TYPE {name} counter")
-                seen.add(name)
-            inner = ",".join(f'{k}="{v}"' for k, v in labels)
-            lines.append(f"{name}{{{inner}}} {value}" if inner else f"{name} {value}")
-        for name, (counts, total) in self.histograms.items():
-            lines.append(f"# TYPE {name} histogram")
-            running = 0
-            for bound, count in zip((*BUCKETS, "+Inf"), counts):
-                running += count
-                lines.append(f'{name}_bucket{{le="{bound}"}} {running}')
-            lines += [f"{name}_sum {total[0]}", f"{name}_count {running}"]
+                typed.add(name)
+            inner = ",".join(f'{key}="{label}"' for key, label in labels)
+            braces = f"{{{inner}}}" if inner else ""
+            lines.append(f"{name}{braces} {value}")
+
+        for name, histogram in list(self.histograms.items()):
+            lines += histogram.lines(name)
         for name, value in gauges.items():
             lines += [f"# TYPE {name} gauge", f"{name} {value}"]
         return "\n".join(lines) + "\n"
@@ -53,6 +76,7 @@ class Counters:
 def resident_bytes() -> int | None:
     """Memory that this process holds now, None where the system doesn't say."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = Path("/proc/self/statm").read_text().split()[1]
     except OSError:
         return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

@@ -9,8 +9,9 @@ from functools import cache
 
 import pytest
 
+from lib import serve
 from lib.runs import load_model
-from lib.serve import web as serve
+from lib.serve.server import Server
 from tests.helpers import parrot
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -44,7 +45,7 @@ def model():
 
 @contextlib.contextmanager
 def serving(**settings):
-    server = serve.Server(
+    server = Server(
         model(), serve.Settings(run=str(parrot.run()), port=0, max_tokens=700, **settings)
     ).start()
     try:

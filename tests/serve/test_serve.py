@@ -22,12 +22,17 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lib import serve
 from lib.chat import messages
 from lib.files import UserError
 from lib.generate import Sampling, generate
 from lib.runs import load_model
 from lib.serve import api
-from lib.serve import web as serve
+from lib.serve.answers import Answers
+from lib.serve.counters import Counters
+from lib.serve.guard import guarded
+from lib.serve.server import Server
+from lib.serve.worker import Job
 from tests.helpers import parrot
 
 openai = pytest.importorskip("openai")
@@ -43,7 +48,7 @@ def model():
 def serving(**settings):
     """A server on a free port, and a raw client for it."""
     settings = serve.Settings(run=str(parrot.run()), port=0, **settings)
-    server = serve.Server(model(), settings).start()
+    server = Server(model(), settings).start()
     try:
         with httpx.Client(base_url=server.url, timeout=120) as client:
             client.server = server
@@ -502,7 +507,7 @@ def test_requests_leave_nothing_behind(http):
     load(http.server.url, 40)
     settle(http)
     gc.collect()
-    left = [o for o in gc.get_objects() if isinstance(o, api.Answers | api.Job | messages.Reader)]
+    left = [o for o in gc.get_objects() if isinstance(o, Answers | Job | messages.Reader)]
     assert len(left) <= 3, left
 
 
@@ -529,6 +534,8 @@ def process(*args, **env):
 def test_memory_stays_flat():
     """The short version of benchmarks/serve.py, in a process of its own."""
     with process() as server, httpx.Client(base_url=server.url) as client:
+        # what is compiled in idle time takes memory too
+        until(client, timeout=120, warming=0)
         sizes = []
         for n in (60, 60, 120):
             load(server.url, n)
@@ -563,7 +570,9 @@ def _counter(http, name) -> float:
 @pytest.fixture(scope="module")
 def narrow():
     """A server of one slot and little patience."""
-    with serving(slots=1, queue=2, seconds=3.0, body_kib=8, max_tokens=700) as client:
+    with serving(
+        slots=1, queue=2, seconds=3.0, body_seconds=1.0, body_kib=8, max_tokens=700
+    ) as client:
         while client.server.app.state.worker.cold:  # compiling in idle time would take its patience
             time.sleep(0.05)
         yield client
@@ -707,8 +716,8 @@ def test_a_bug_of_ours_is_counted_as_500():
     async def app(scope, receive, send):
         raise RuntimeError("a bug")
 
-    metrics = serve.Counters()
-    asgi = serve.guarded(app, serve.Settings(), None, metrics, {"/"})
+    metrics = Counters()
+    asgi = guarded(app, serve.Settings(), None, metrics, {"/"})
     with pytest.raises(RuntimeError):
         asyncio.run(asgi({"type": "http", "path": "/", "headers": []}, None, None))
     assert 'rawchat_requests_total{path="/",status="500"} 1' in metrics.text({})
@@ -976,7 +985,7 @@ def test_settings_out_of_bounds_are_told():
 
 def test_a_taken_port_is_told(http):
     with pytest.raises(UserError, match="choose another --port"):
-        serve.Server(model(), serve.Settings(port=http.server.port))
+        Server(model(), serve.Settings(port=http.server.port))
 
 
 def test_colabs_address_is_printed(monkeypatch, capsys):
