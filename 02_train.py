@@ -11,25 +11,25 @@
 # ---
 
 # %% [markdown]
-# # 02 · Pretrain a GPT
+# # 02 · Train a language model
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/02_train.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/02_train.ipynb)
 #
-# From random weights to a model of language, in raw JAX: parameters are a plain dict, the model is a function, the training
-# step is one compiled program.
+# A language model is asked one question, billions of times: *which token comes next?* Here you build a small one in
+# forty lines, see what the real one adds to it, plan what a training will cost, and run it.
 #
-# **At the end you have** a checkpoint in `runs/NAME/checkpoints` that survives crashes and resumes bit for bit, curves of
-# loss and throughput, and samples of what the model writes.
+# **At the end you have** a checkpoint that goes on bit for bit wherever it was left, curves, samples from step 1 to
+# the last, and you can say where in the model each FLOP goes.
 #
-# **Hardware and time:** the preset follows the device. Two CPU cores: some minutes (`cpu_demo`). One Colab TPU v5e or v6e, or
-# one GPU: hours; the plan below says what to expect before anything is spent. In Colab this notebook asks for a TPU v5e-1, which
-# free accounts have too; a v6e-1 (Runtime > Change runtime type, paid) has 4.7 times its FLOP/s.
-
+# **Hardware and time.** A laptop's two cores train the default in about three minutes, to 1.9 bits per byte of Python
+# code. A free Colab v5e takes the `colab_free_v5e` preset: planned at under an hour, as `docs/colab.md` says, and not
+# yet measured by us on a chip. For a v6e, choose it under *Runtime > Change runtime type*: the preset follows.
+#
 # %% [markdown]
 # ## Set-up
 
-# %%
+# %% cellView="form"
 # @title Get the code and what it needs (half a minute in a new runtime, later seconds)
 import os
 import sys
@@ -51,45 +51,31 @@ except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
 
 setup()
 
-# %%
+# %% cellView="form"
+# @title Imports
+import itertools
 import math
-import platform
-import time
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from lib import data, evals, model, parallel, pictures, report, train
+from lib import model, parallel, pictures, pretrain, train
 from lib.config import Config
-from lib.data.tokenizer import FILE, load_tokenizer
+from lib.data.tokenizer import FILE
 from lib.data.vocabulary import read_by
-from lib.evals import core
-from lib.files import UserError, choose, is_remote, update_json
-from lib.generate import Sampling, generate
-from lib.interrupts import interruptible
-from lib.notebook import (
-    device_report,
-    flags,
-    join_hosts,
-    parse_overrides,
-    parse_steps,
-    secret,
-)
-from lib.params import count_params, named_specs
+from lib.model.products import products_table
+from lib.notebook import device_report, flags, join_hosts, parse_steps, secret, show_source
+from lib.params import init_params, named_specs
 from lib.pictures import show
-from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
 from lib.preflight.overview import print_overview
-from lib.preflight.plan import Payment, compare, count_tokens, epochs_text
-from lib.preflight.search import with_microbatch
-from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
-from lib.runs import STAGES, enter, results_table, set_aside
+from lib.preflight.plan import Payment, count_tokens, epochs_text
+from lib.puzzles import check
+from lib.runs import enter, results_table
 from lib.runtime import ends_within, give_back, host
-from lib.train import checkpoint
-from lib.train.changes import allowed_changes
-from lib.train.due import AT_LEAST_EVERY, SAMPLED_STEPS, Due
-from lib.train.metrics import Metrics, column, read_jsonl, trace_window
+from lib.train.due import SAMPLED_STEPS
+from lib.train.metrics import column, read_jsonl
 
-# %% tags=["parameters"]
+# %% cellView="form" tags=["parameters"]
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last, or begins one
 run = ""  # @param {type:"string"}
@@ -101,8 +87,19 @@ preset = "auto"  # @param ["auto", "cpu_demo", "colab_free_v5e", "colab_free_t4"
 depth = 0  # @param {type:"integer"}
 # @markdown Optimizer steps (0: what the preset or the scaling rules say)
 num_steps = 0  # @param {type:"integer"}
+# @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files; empty: what the tokenizer read
+source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
 # @markdown Any other Config field by name, such as: optimizer=adamw mlp=swiglu matrix_lr=0.01
 overrides = ""  # @param {type:"string"}
+# @markdown When the run was trained before: continue it, start it afresh (the old one is set aside), or stop
+if_exists = "continue"  # @param ["continue", "fresh", "stop"]
+# @markdown Hours that this session lasts: it saves and stops five minutes before (0: 12 in Colab, 9 on Kaggle, else for ever)
+session_hours = 0.0  # @param {type:"number"}
+# @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
+writers = "console"  # @param {type:"string"}
+
+# %% cellView="form" tags=["parameters"]
+# @title Advanced
 # @markdown Rows per forward pass: preset, auto (searched: with rematerialisation and blocks, the fastest that fits this device), both for
 # @markdown each device of several, or a number for all together
 microbatch = "preset"  # @param ["preset", "auto"] {allow-input: true}
@@ -110,14 +107,10 @@ microbatch = "preset"  # @param ["preset", "auto"] {allow-input: true}
 pay = "on-demand"  # @param ["on-demand", "flex-start", "spot", "colab"]
 # @markdown Dollars per device and hour, instead of that table's (0: the table's)
 price_per_hour = 0.0  # @param {type:"number"}
-# @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files; empty: what the tokenizer read
-source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
 # @markdown Training shards to download of a source from the Hub, about 100 MB each (0: as many as the plan needs)
 shards = 0  # @param {type:"integer"}
 # @markdown How documents fill rows: bestfit wastes nearly nothing, reference is nanochat's, stream cuts anywhere
 packing = "bestfit"  # @param ["bestfit", "reference", "stream"]
-# @markdown When the run was trained before: continue it, start it afresh (the old one is set aside), or stop
-if_exists = "continue"  # @param ["continue", "fresh", "stop"]
 # @markdown Steps between validations (0: ten of them in all, and one every ten minutes)
 eval_every = 0  # @param {type:"integer"}
 # @markdown Steps between samples, beside steps 1, 10, 100 and 1,000 (0: two of them in all)
@@ -136,14 +129,10 @@ eval_bytes = 200000  # @param {type:"integer"}
 keep = 2  # @param {type:"integer"}
 # @markdown Where checkpoints go: empty for the run folder, or a Drive path, gs:// or s3:// address that outlives this machine
 checkpoints = ""  # @param {type:"string"}
-# @markdown Hours that this session lasts: it saves and stops five minutes before (0: 12 in Colab, 9 on Kaggle, else for ever)
-session_hours = 0.0  # @param {type:"number"}
 # @markdown At the end give the Colab runtime back, so that nothing more is charged for it
 give_runtime_back = False  # @param {type:"boolean"}
 # @markdown Hugging Face Hub repository (USER/NAME) that every checkpoint is uploaded to, in the background, with the secret HF_TOKEN; empty uploads nothing
 push_to = ""  # @param {type:"string"}
-# @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
-writers = "console"  # @param {type:"string"}
 # @markdown Profile these steps, like 10:12 (open runs/NAME/trace in TensorBoard); empty for none
 trace = ""  # @param {type:"string"}
 # @markdown How several devices share the work: dp (each holds everything), zero (splits the optimizer's state), fsdp (splits the parameters
@@ -165,432 +154,337 @@ globals().update(flags(globals()))
 # of several processes this one writes and prints
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
 folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
-trace_start, trace_stop = parse_steps(trace)
-mesh_sizes = parse_mesh(mesh)
+wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strategy, mesh)
 
 # %% [markdown]
 # ## The device
+#
+# JAX computes on what is there: a TPU, a GPU or the CPU. The tokenizer is 01's; where the run has none yet, it is made
+# now.
 
 # %%
 device = device_report()
-chosen, why = (preset, "asked for") if preset != "auto" else pick_preset(device)
-print(f"preset {chosen}: {why}")
-parallel.from_first(
-    "tokenizer", lambda: tokenizer_of(folder, preset, source, device, bool(host())).fingerprint
-)
-tokenizer = load_tokenizer(folder)
-if source and source != read_by(tokenizer):
-    print(f"note: the tokenizer read {read_by(tokenizer)}, and training will read {source}")
+tokenizer = pretrain.open_tokenizer(folder, wishes, source, device)
 source = source or read_by(tokenizer)
+
+# %% [markdown]
+# ## A model in forty lines
+#
+# Before the real thing, the whole idea on one page. A vector per token (the *residual stream*), to which each layer
+# adds what it finds out. Letters of a name are its axes: **B** batch, **T** query position, **S** key position,
+# **D** width, **N** heads, **H** head width, **F** width of the MLP, **V** vocabulary.
+#
+# - **norm**: $x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, so that no layer drowns another
+#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights)
+# - **rotary**: each pair of channels is turned by an angle that grows with the position; a query times a key then knows
+#   how far apart they are ([Su et al.](https://arxiv.org/abs/2104.09864))
+# - **attention**: $\mathrm{softmax}(QK^\top / \sqrt H + \mathrm{mask})\,V$; the mask hides the future
+#   ([Vaswani et al.](https://arxiv.org/abs/1706.03762))
+# - **relu²**: $\max(0, x)^2$ between two matrices ([Primer](https://arxiv.org/abs/2109.08668))
+
+
+# %%
+def norm(x):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1.1920929e-07)
+
+
+def rotary(x_BTNH, base=100_000):
+    half = x_BTNH.shape[-1] // 2
+    position_T11 = jnp.arange(x_BTNH.shape[1])[:, None, None]
+    angle = position_T11 * base ** (-jnp.arange(half) / half)
+    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+# %%
+def attention(q_BTNH, k_BSNH, v_BSNH):
+    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / math.sqrt(q_BTNH.shape[-1])
+    length = q_BTNH.shape[1]
+    visible_TS = jnp.arange(length)[:, None] >= jnp.arange(length)
+    weights_BNTS = jax.nn.softmax(jnp.where(visible_TS, scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
+
+
+# %%
+def layer(x_BTD, w):
+    h_BTD = norm(x_BTD)
+    q, k, v = (jnp.einsum("BTD,DNH->BTNH", h_BTD, w[name]) for name in ("wq", "wk", "wv"))
+    o_BTNH = attention(norm(rotary(q)), norm(rotary(k)), v)
+    x_BTD = x_BTD + jnp.einsum("BTNH,NHD->BTD", o_BTNH, w["wo"])
+    a_BTF = jnp.square(jax.nn.relu(jnp.einsum("BTD,DF->BTF", norm(x_BTD), w["w_in"])))
+    return x_BTD + jnp.einsum("BTF,FD->BTD", a_BTF, w["w_out"])
+
+
+def small_model(params, tokens_BT):
+    x_BTD = norm(params["embed"][tokens_BT])
+    for i in range(len(params["blocks"]["wq"])):
+        x_BTD = layer(x_BTD, {name: stack[i] for name, stack in params["blocks"].items()})
+    return norm(x_BTD) @ params["head"]
+
+
+# %% [markdown]
+# Is that really the model? With everything else switched off, `lib.model.forward` must give the same logits. (New
+# weights end in zeros, which would hide a mistake, so all of them are drawn anew.)
+
+# %%
+plain = Config.from_depth(
+    2, n_embd=64, n_head=2, n_kv_head=2, head_dim=32, vocab_size=64, sequence_len=32, softcap=0.0,
+    window_pattern="L", qk_scale=1.0, resid_scales=False, x0_scales=False, value_embeds=False,
+    smear=False, backout=False, compute_dtype="float32", attention="einsum",
+)  # fmt: skip
+shapes, structure = jax.tree.flatten(init_params(0, plain))
+keys = jax.random.split(jax.random.key(0), len(shapes))
+drawn = [0.1 * jax.random.normal(key, a.shape) for key, a in zip(keys, shapes)]
+plain_params = jax.tree.unflatten(structure, drawn)
+tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+ours, _ = model.forward(plain_params, plain, tokens)
+difference = jnp.abs(small_model(plain_params, tokens) - ours).max()
+print(f"largest difference of the logits: {difference:.1e}", "ok" if difference < 1e-4 else "FAIL")
+
+# %% [markdown]
+# **JAX for people from PyTorch**
+#
+# | PyTorch | here | why |
+# |---|---|---|
+# | `nn.Module` with hidden parameters | a function of `params`, a dict of arrays (a *pytree*) | what changes a result is an argument |
+# | `loss.backward()`, `.grad` | `jax.value_and_grad(loss)(params)` returns both | a gradient is the value of a function, not a state |
+# | eager, then `torch.compile` | `jax.jit`, once per shape | the compiler sees the whole step, fuses it and plans its memory |
+# | `torch.manual_seed` | a *key*, split for each use | the same numbers on one chip or on eight |
+# | `optimizer.step()` in place | `state = step(state, batch)`, the old state *donated* | its memory is used again, as if in place |
+#
+# **A puzzle:** the mask of a *windowed* layer. May the query at position `t` see the key at position `s`, when it sees
+# itself and `window` keys before it? (`None`: all of the past.)
+#
+# <details><summary>Hint</summary>
+#
+# Two conditions: the key is not in the future, and not more than <code>window</code> positions back.
+#
+# </details>
+
+
+# %%
+def visible(t, s, window):
+    """Whether query t sees key s."""
+    return True  # your code here
+
+
+solved = check("mask", visible)
+
+# %% [markdown]
+# ## The real model
+#
+# The same layer, with what [nanochat](https://github.com/karpathy/nanochat) and the
+# [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) speed runs found to pay:
+#
+# - **scales**: each layer scales the stream (`resid_scale`) and mixes the first embedding back in (`x0_scale`)
+# - **value embeddings**: in every other layer the values get an embedding of the token itself, let in by a *gate* of
+#   each head: knowledge about single words that costs no FLOPs
+# - **smear**: a gated share of the token before, so that layer 0 already knows pairs of tokens
+# - **backout**: a share of the middle layer is subtracted at the end: what was only needed on the way
+# - **grouped heads**: several query heads share a key and a value head, so that chatting needs less memory
+#   ([GQA](https://arxiv.org/abs/2305.13245))
+# - **windows**: most layers see only the near past (`S`), some all of it (`L`)
+
+# %%
+show_source(model.transformer.block)
 
 # %% [markdown]
 # ## The plan
 #
-# One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; anything can be overridden by name.
+# One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; any field of `Config` can be
+# set by name under `overrides`. What was trained in this run before goes on, if nothing changed that would mix two
+# experiments.
 
 # %%
-asked = (
-    dict(vocab_size=tokenizer.vocab_size)
-    | ({"depth": depth} if depth else {})
-    | ({"num_steps": num_steps} if num_steps else {})
-)
-config = Config.preset(chosen, **asked | parse_overrides(overrides, Config))
-shards = shards or pick_shards(source, config.num_steps * config.total_batch_size)
-train_tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
-if source.startswith("stdlib") and "num_steps" not in asked | parse_overrides(overrides, Config):
-    config, why = fit_horizon(config, count_tokens(train_tokens))
-    if why:
-        print(why)
+config = pretrain.choose_model(wishes, device, tokenizer)
+text = pretrain.open_text(source, tokenizer, config, shards, packing, eval_bytes)
+config = pretrain.fit_text(config, text, wishes)
 store = checkpoints or folder / "checkpoints"
-saved = parallel.from_first(
-    "checkpoint", lambda: (found := checkpoint.latest(store)) and str(found)
-)
-if push_to:
-    if is_remote(store):
-        raise UserError(
-            f"push_to uploads local checkpoints, and these go to {store}: leave one of the two empty"
-        )
-    hub_token = secret("HF_TOKEN")
-    if first:
-        checkpoint.check_hub(push_to, hub_token)
-        tokenizer.push_to_hub(push_to, hub_token)
-if saved and choose("if_exists", if_exists, ("continue", "fresh", "stop")) == "stop":
-    raise UserError(
-        f"{folder} was trained before: pass if_exists=continue or fresh, or another run"
-    )
-if saved and if_exists == "fresh":
-    if checkpoints:
-        raise UserError(
-            f"{checkpoints} holds another training's checkpoints: name an empty folder to start afresh"
-        )
-    if first:
-        old = [*STAGES.values(), "evals", "metrics.jsonl", "config.json"]
-        print(f"fresh start: what was there is now in {set_aside(folder, *old)}")
-    saved = None
-config = with_microbatch(
-    config,
-    microbatch,
-    device,
-    keep=parse_overrides(overrides, Config),
-    before=checkpoint.read_meta(saved)["config"] if saved else None,
-)
-grow = microbatch in ("preset", "auto") and "microbatch" not in parse_overrides(overrides, Config)
-config, layout, why = choose_layout(
-    config, strategy, mesh_sizes, memory=device["memory"], grow=grow
-)
-print(f"devices     {why}")
-ways = layout.size(*parallel.BATCH) if layout else 1  # how many devices share the rows
-# what a checkpoint remembers: the rows that one device took at a time, so that it goes on, is measured and fine-tuned on any number of them
-portable = config.replace(microbatch=config.microbatch // ways)
-settings = dict(source=source, packing=packing, shards=shards)
-places = dict(run=str(folder), checkpoints=str(store), tokenizer=tokenizer.fingerprint)
-parallel.check_same("settings", portable.to_dict() | settings | places)
-# made now, so that a missing bundle stops the run before any compute
-measure_core = (
-    core.during_training(config, tokenizer, core_bundle or None, limit=core_limit)
-    if core_every
-    else None
-)
-if saved or first:
-    data.check_text(folder, source, shards, resumed=bool(saved))
-if saved:
-    meta = checkpoint.read_meta(saved)
-    # the text is known by its content, however its path is spelt
-    meta["settings"]["source"] = source
-    now = portable.to_dict() | settings | {"tokenizer": tokenizer.fingerprint}
-    then = (
-        Config.from_dict(meta["config"]).to_dict()
-        | meta["settings"]
-        | {"tokenizer": meta["tokenizer"]}
-    )
-    changes = allowed_changes(then, now, folder, meta["step"])
-    for change in changes.rates:
-        print(f"from step {meta['step']} on, {change}")
+sender = pretrain.Sender(mirror, push_to, store, tokenizer)
+past = pretrain.find_past(folder, store, if_exists, config, text)
+config, layout = pretrain.share_out(config, wishes, device, past)
+cores = pretrain.core_measurement(config, layout, tokenizer, core_every, core_bundle, core_limit)
 
 # %% [markdown]
-# ## Will it fit, how fast, what will it cost?
-#
-# From shapes alone, before anything is compiled. For a TPU that you don't have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks
-# its compiler, which runs on any Linux machine.
+# Will it fit, how fast, what will it cost? From shapes alone, before anything is compiled. For a TPU that you don't
+# have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks its compiler, on any Linux machine.
 
 # %%
-payment = Payment(pay, price_per_hour).at(host())
-plan, memory = print_overview(config, layout, device, payment)
+plan, memory = print_overview(config, layout, device, Payment(pay, price_per_hour).at(host()))
+plan = plan._replace(tokens_there=count_tokens(text.train))
+print(epochs_text(plan))
+
+# %% [markdown]
+# Where the FLOPs go. Each product of a token with a weight of W numbers takes 2 W forward and 4 W backward, for the
+# gradients of the input and of the weight. The sum is the plan's *FLOPs per token*.
+
+# %%
+print(products_table(config))
+
+# %% [markdown]
+# And what each kind of layer may look at. Light is hidden: the future, and what lies before the window.
+
+# %%
+show(pictures.masks(config.windows, config.sequence_len), folder / "plots" / "masks.png")
 
 # %% [markdown]
 # ## The data
 #
 # Documents are tokenised in processes of their own and cached; rows of one length are packed from them, each beginning
-# with `<|bos|>`. Below is the beginning of the first row, as the model will see it.
+# with `<|bos|>`. This is the beginning of the first row, as the model will see it.
 
 # %%
-validation = data.tokens_of(
-    data.head(data.documents(source, "val", shards=shards), eval_bytes), tokenizer
-)
-plan = plan._replace(tokens_there=count_tokens(train_tokens))
-print(epochs_text(plan))
-rows = config.total_batch_size // config.sequence_len
-
-
-def val_batches():
-    return data.batches(
-        validation, config.microbatch, config.sequence_len, packing=packing, loop=False
-    )
-
-
-def train_batches(cursor):
-    """Every process packs the same rows and keeps those of its devices: packing is fast, and the curve the same on any number of them."""
-    return data.prefetch(
-        data.batches(
-            train_tokens,
-            rows,
-            config.sequence_len,
-            packing=packing,
-            cursor=cursor,
-            seed=config.seed,
-        ),
-        lambda batch: parallel.put_batch(layout, batch, whole=True),
-    )
-
-
-first_inputs, _, first_cursor = next(
-    data.batches(train_tokens, rows, config.sequence_len, packing=packing, seed=config.seed)
-)
+first_inputs, waste = text.first_rows(config)
 print(tokenizer.decode(first_inputs[0][:120].tolist()))
-print(
-    "\npacking of the first batch: "
-    + ", ".join(f"{share:.2%} {what}" for what, share in data.waste(first_cursor).items())
-)
+print("\npacking: " + ", ".join(f"{share:.2%} {what}" for what, share in waste.items()))
 
 # %% [markdown]
 # ## The parameters
+#
+# Every weight, with the optimizer group it belongs to. Matrices are trained by
+# [Muon](https://kellerjordan.github.io/posts/muon/): the step is the momentum with all its singular values set to
+# about 1, so that every direction of a matrix moves alike. Embeddings, head and scalars are trained by
+# [AdamW](https://arxiv.org/abs/1711.05101).
 
 # %%
+print(f"{'weight':24} {'shape':24} {'axes':32} optimizer group")
 for name, spec in named_specs(config):
-    print(f"{name:24} {str(spec.shape):24} {' '.join(map(str, spec.axes)):32} {spec.group}")
+    axes = " ".join(map(str, spec.axes))
+    print(f"{name:24} {str(spec.shape):24} {axes:32} {spec.group}")
 
 # %% [markdown]
-# ## The first step
+# ## One step
 #
-# Compiling is the slow part of it, once; the compiler also says exactly how much memory the step needs.
+# Training is four lines: take rows, compute the loss and its gradient, let the optimizer move the parameters, go on.
+#
+# **Guess before you run it:** what should the loss of a model be that knows nothing? It gives each of V tokens the
+# same probability, and the loss is the mean of $-\ln p$.
 
 # %%
-template = train.state_template(config, layout)
-batch_template = jax.ShapeDtypeStruct((rows, config.sequence_len), np.int32)
-clock = time.perf_counter()
-step_fn = (
-    train.make_train_step(config, layout).lower(template, batch_template, batch_template).compile()
-)
-compile_seconds = time.perf_counter() - clock
-used = step_fn.memory_analysis()
-peak_memory = peak_bytes(step_fn)
-print(
-    f"compiled in {compile_seconds:.1f} s; the step needs {peak_memory / 2**30:.2f} GiB{' a device' if layout else ''} "
-    f"({used.temp_size_in_bytes / 2**30:.2f} of it temporary)"
-)
+tiny = Config.from_depth(
+    1, n_embd=64, n_head=1, n_kv_head=1, head_dim=64, sequence_len=64, total_batch_size=256,
+    microbatch=4, vocab_size=tokenizer.vocab_size, num_steps=4, warmup_steps=0,
+)  # fmt: skip
+state, step_fn = train.init_state(tiny), train.make_train_step(tiny)
+for inputs_BT, targets_BT, _ in itertools.islice(text.feed(tiny, None)(), 4):
+    state, metrics = step_fn(state, inputs_BT, targets_BT)
+    print(f"loss {metrics['loss']:.3f}")
+print(f"knowing nothing: ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.3f}")
 
-cursor, history_of_changes = None, []
-if saved:
-    history_of_changes = meta.get("changes", []) + [
-        [meta["step"], change] for change in changes.rates
-    ]
-    state, meta = checkpoint.restore(saved, template)
-    if changes.rates:
-        state = train.with_rates(state, config)
-    cursor = meta["cursor"]
-    print(f"continuing {saved} at step {int(state.step)} of {config.num_steps}")
-else:
-    state = train.init_state(config, layout)
-if first:
-    portable.save(folder / "config.json")
-token_losses = train.token_losses_on(layout) if layout else evals.token_losses
+# %% [markdown]
+# The real step is this one. *Microbatches* are added up where a batch doesn't fit; on several devices each takes its
+# share of the rows and the sums go round once.
+
+# %%
+show_source(train.train_step)
+
+# %% [markdown]
+# Compiling is the slow part, once; the compiler also says exactly how much memory the step needs.
+
+# %%
+training = pretrain.open_run(config, layout, text, folder, store, past, device)
 
 # %% [markdown]
 # ## The loop
 #
-# The numbers of a step are read after the next one was sent to the device, so that it never waits.
+# What else a loop has to do, `training.steps` does around those four lines: it sends the next step to the device
+# before it reads the numbers of the last one, so that the device never waits; it measures, saves and logs when that is
+# due; at Ctrl-C, SIGTERM or the end of the session it saves and stops; and it stops a training that diverges. Run the
+# cell again, or the notebook again, and it goes on.
 
 # %%
 last = config.num_steps
-by_clock = AT_LEAST_EVERY if jax.process_count() == 1 else 0  # hosts' clocks differ
-due = dict(
-    eval=Due(eval_every or max(1, last // 10), last, by_clock),
-    core=Due(core_every, last) if core_every else lambda _: False,
-    sample=Due(sample_every or max(1, last // 2), last, steps=SAMPLED_STEPS),
-    save=Due(save_every or max(1, last // 4), last, by_clock),
-)
-prompts = (
-    ["def ", "import ", "# The ", "class "]
-    if source == "stdlib"
-    else ["The ", "Once upon a time", "In the year", "I think"]
-)
-prompt_ids = [tokenizer.encode(p, bos=True) for p in prompts]
-done = int(state.step)
-samples, val_bpb, seconds, stopping, todo, history = [], None, 0.0, False, {}, {}
-
-
-def write_samples(params):
-    params = parallel.whole(layout, params, config.dtype)
-    sampling = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=(tokenizer.bos,))
-    new = generate(params, config, prompt_ids, sampling)
-    return [p + tokenizer.decode(ids) for p, ids in zip(prompts, new)]
-
-
-def pause(n):
-    """Whether to look at the state after n steps, and what for."""
-    global stopping
-    stopping = parallel.stop_together(n, signal.stop or ends_within(300, session_hours))
-    todo[n] = {what for what, is_due in due.items() if is_due(n)}
-    return stopping or bool(todo[n]) or n in (trace_start - 1, trace_stop)
-
-
-with (
-    Metrics(
-        folder,
-        config.num_steps,
-        [w for w in writers.split(",") if w],
-        resumed=done if saved else None,
-        config=config.to_dict(),
-    ) as metrics,
-    checkpoint.Saver(store, keep=keep, size=checkpoint.nbytes(state)) as saver,
-    interruptible() as signal,
-    trace_window(folder, trace_start, trace_stop) as tick,
-):
-    tick(done + 1, state)
-    try:
-        for step in train.steps(step_fn, state, train_batches(cursor), config, pause=pause):
-            values, n = step.metrics, step.step
-            todo_now = todo.pop(n)
-            if device["flops"]:
-                values["mfu"] = (
-                    values["tokens_per_s"]
-                    * config.flops_per_token
-                    / (device["flops"] * device["count"])
-                )
-            seconds += values["step_time"]
-            stop = stopping and step.state is not None
-            if step.state is not None:
-                state = step.state
-                if "eval" in todo_now:
-                    measured = evals.bits_per_byte(
-                        state.params,
-                        config,
-                        val_batches(),
-                        tokenizer.token_bytes,
-                        losses_of=token_losses,
-                    )
-                    val_bpb = values["val_bpb"] = measured.bpb
-                    values["val_loss"] = measured.loss
-                if "core" in todo_now:
-                    values |= measure_core(parallel.whole(layout, state.params, config.dtype))
-                if "sample" in todo_now:
-                    samples = history[n] = write_samples(state.params)
-                    values["samples"] = "\n\n".join(samples)
-                    print(f"\nstep {n}: {samples[0]}")
-                if "save" in todo_now or stop:
-                    saver.save(
-                        n,
-                        state,
-                        dict(
-                            config=portable.to_dict(),
-                            ways=ways,
-                            cursor=step.cursor,
-                            settings=settings,
-                            tokenizer=tokenizer.fingerprint,
-                            loss=values["loss"],
-                            changes=history_of_changes,
-                        ),
-                        metric=values.get("val_bpb"),
-                    )
-                    mirror.send()
-                    if push_to and first:
-                        upload = checkpoint.upload_to_hub(saver.wait(), push_to, hub_token)
-                tick(n + 1, state)
-            metrics.log(n, values)
-            if stop:
-                break
-    except UserError as e:
-        saver.wait()
-        raise UserError(
-            f"{e} (the last good checkpoint is {checkpoint.latest(checkpoints or folder / 'checkpoints')})"
-        ) from e
-parallel.from_each("end", int(state.step))  # until the last one has written
-if int(state.step) < config.num_steps:
-    raise UserError(
-        f"stopped at step {int(state.step)} and saved: run again with the same settings to go on"
-    )
-
-# %% [markdown]
-# ## What was saved
-#
-# The newest checkpoint is read back and compared. It is the last thing that several hosts do together.
+measurements = [
+    train.Measurement(
+        pretrain.validation(training, text), eval_every or max(1, last // 10), by_clock=True
+    ),
+    train.Measurement(
+        pretrain.sampling(training, text), sample_every or max(1, last // 2), at=SAMPLED_STEPS
+    ),
+    *cores,
+]
+saving = train.Saving(save_every or max(1, last // 4), keep=keep, then=sender)
 
 # %%
-back, _ = checkpoint.restore(checkpoint.latest(store), template)
-same = parallel.equal(back, state)
-samples = samples or write_samples(state.params)
-params = parallel.whole(layout, state.params, config.dtype)
+for step in training.steps(
+    measurements,
+    saving,
+    writers=[name for name in writers.split(",") if name],
+    trace=parse_steps(trace),
+    stop=lambda: ends_within(300, session_hours),
+):
+    if "samples" in step.metrics and first:
+        print(f"\nstep {step.step}: {step.metrics['samples'][:120]!r}")
+same = training.finish()
+
+# %% [markdown]
+# Only what needs all processes of a job is done by all; the pictures are the first one's.
+
+# %%
+params = parallel.whole(layout, training.state.params, config.dtype)
+samples = pretrain.write_samples(params, config, text)
 if not first:
     raise SystemExit
 
 # %% [markdown]
 # ## Curves
 #
-# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The training curve lies a little above
-# the validation one though that text is new: it also counts where a document ends, which nothing in the text foretells, and its
-# running mean remembers worse times.
+# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The training curve lies a
+# little above the validation one though that text is new: it also counts where a document ends, which nothing in the
+# text foretells, and its running mean remembers worse times.
 
 # %%
-rows_logged = read_jsonl(folder / "metrics.jsonl")
-_, losses = column(rows_logged, "loss")
-show(pictures.training_curves(rows_logged), folder / "plots" / "training.png")
+rows = read_jsonl(folder / "metrics.jsonl")
+show(pictures.training_curves(rows), folder / "plots" / "training.png")
 
 # %% [markdown]
 # ## Samples
 #
-# The same beginning at growing steps: first noise, then common words, then sentences or lines of code. Below it, the others
-# at the end.
+# The same beginning at growing steps: first noise, then common words, then sentences or lines of code. Below it, what
+# the model writes at the end.
 
 # %%
-for n, written in history.items():
-    print(f"step {n:>6}  {written[0]!r}")
+for n, written in zip(*column(rows, "samples")):
+    print(f"step {n:>6}  {written[:100]!r}")
 print("\n" + "\n\n".join(samples))
 
 # %% [markdown]
 # ## Checks
 
 # %%
-_, throughput = column(rows_logged, "tokens_per_s")
-speed = float(np.median(throughput[1:] or throughput))
-probe = np.asarray(first_inputs[:1])
-changed = np.where(
-    np.arange(probe.shape[1]) < probe.shape[1] // 2, probe, (probe + 1) % config.vocab_size
-)
-logits = [model.forward(params, config, p)[0][0, : probe.shape[1] // 2] for p in (probe, changed)]
-checks = {
-    f"first loss {losses[0]:.2f} is near ln(vocabulary) = {math.log(config.vocab_size):.2f}": abs(
-        losses[0] - math.log(config.vocab_size)
-    )
-    < 0.5,
-    f"loss went down to {losses[-1]:.2f}": losses[-1] < losses[0],
-    "the saved checkpoint equals the state bit for bit": same,
-    "later tokens do not change earlier predictions": bool(
-        np.array_equal(*map(np.asarray, logits))
-    ),
-}
-for what, good in checks.items():
+_, losses = column(rows, "loss")
+for what, good in pretrain.checks(training, params, losses, same).items():
     print("ok  " if good else "FAIL", what)
 
 # %% [markdown]
 # ## Results
+#
+# `val_bpb` is the headline: bits per byte of text that the model never saw, comparable between tokenizers. 04 measures
+# more text, with an error.
 
 # %%
-results = dict(
-    preset=chosen,
-    source=source,
-    params=count_params(config)["total"],
-    steps=config.num_steps,
-    train_tokens=config.num_steps * config.total_batch_size,
-    train_tokens_per_s=round(speed),
-    train_loss=losses[-1],
-    step_memory_bytes=peak_memory,
-    samples=samples,
-    device=device["kind"],
-    devices=device["count"],
-    sharding=layout.strategy if layout else "none",
-    plan=plan.to_dict(),
-    began=rows_logged[0]["time"],
-    jax=jax.__version__,
-    python=platform.python_version(),
-    commit=report.commit_id(),
-)
-if done < config.num_steps:  # a finished run that is only looked at again keeps what it measured
-    results |= dict(
-        val_bpb=val_bpb,
-        val_source=source,
-        compile_seconds=round(compile_seconds, 1),
-        train_seconds=round(seconds, 1),
-        packing_waste=data.waste(step.cursor),
-    )
-update_json(folder / "results.json", **results)
-print(
-    compare(
-        plan,
-        seconds,
-        (int(state.step) - done) * config.total_batch_size,
-        config.flops_per_token,
-        device["flops"] and device["flops"] * device["count"],
-    )
-)
+pretrain.write_results(training, text, wishes, device, plan, samples)
 print(results_table(folder))
-if push_to and int(state.step) > done:
-    print(f"last checkpoint uploaded: {upload.result()}")
-mirror.wait()
+sender.wait()
 if give_runtime_back:
     give_back()
 
 # %% [markdown]
+# ## Questions
+#
+# 1. Which product in the table takes most of the FLOPs, and which would if rows were four times as long?
+# 2. Why is the very first loss so near to ln V, whatever the text?
+# 3. A batch of 16 rows is computed as 4 microbatches of 4. What stays the same, and what do you pay and win?
+# 4. The windows are a quarter of the row. How can the last layer still know of the first token?
+# 5. Why is a checkpoint read back and compared bit for bit, and not only written?
+#
 # ## Where to go next
 #
-# `04_eval_chat` measures this checkpoint in bits per byte and lets you write with it. To train longer or larger, set `depth`,
-# `num_steps` or `source` above and take a new run name; to go on after an interruption, run all cells again.
+# - [04_eval_chat](04_eval_chat.ipynb) measures this checkpoint, teaches it to chat and lets you talk to it.
+# - Longer or larger: set `depth`, `num_steps` or `source` and take a new run name. [03_worker](03_worker.ipynb) finds
+#   out what pays.
+# - Papers: [GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf),
+#   [scaling laws](https://arxiv.org/abs/2203.15556), [how to scale](https://jax-ml.github.io/scaling-book/).
+# - The code: [transformer](lib/model/transformer.py), [step](lib/train/step.py), [run](lib/train/run.py),
+#   [optim](lib/train/optim.py), [packing](lib/data/packing.py)

@@ -268,6 +268,21 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+# ---- what a chapter shows ------------------------------------------------------------------------
+
+
+def show_source(*functions):
+    """Show the source of functions below a notebook's cell, coloured; a script prints nothing."""
+    if not in_notebook():
+        return
+    import inspect
+
+    from IPython.display import Code, display
+
+    for function in functions:
+        display(Code(inspect.getsource(function), language="python"))
+
+
 # ---- secrets -------------------------------------------------------------------------------------
 
 

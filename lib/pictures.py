@@ -243,6 +243,31 @@ def _fill_rows(pieces, columns: int) -> tuple[list[str], list[list]]:
 
 
 @styled
+def masks(windows: Sequence[int], length: int):
+    """What each layer's queries may see: one square per kind of window, query down, key across.
+
+    windows: of each layer, in keys before itself (lib.config.Config.windows).
+    """
+    position = np.arange(length)
+    distance = position[:, None] - position[None, :]
+    kinds = sorted(set(windows))
+    figure, axes = subplots(1, len(kinds), size=(2.6, 2.8), squeeze=False)
+    for axis, window in zip(axes[0], kinds):
+        visible = (distance >= 0) & (distance <= window)
+        shades = np.where(visible, 1.0, 0.0)
+        axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, extent=(0, length, length, 0))
+        layers = [str(i) for i, other in enumerate(windows) if other == window]
+        more = ", …" if len(layers) > 6 else ""
+        axis.set(
+            title=f"window {window}: layers {', '.join(layers[:6])}{more}",
+            xlabel="key",
+            ylabel="query",
+        )
+        axis.grid(False)
+    return figure
+
+
+@styled
 def training_curves(rows: list[dict]):
     """Loss, learning rate and throughput over the steps of a metrics.jsonl."""
     # what it is judged by

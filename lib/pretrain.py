@@ -1,0 +1,396 @@
+"""Pretraining, apart from the story that 02_train tells: its model, text, devices, measurements.
+
+Each function is one cell's work. What they hand on is a Config, a Text and a TrainingRun.
+"""
+
+import dataclasses
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lib import data, evals, model, parallel, report, train
+from lib.config import Config
+from lib.data.tokenizer import Tokenizer, load_tokenizer
+from lib.data.vocabulary import read_by
+from lib.evals import core
+from lib.files import UserError, is_remote, update_json
+from lib.generate import Sampling, generate
+from lib.home import Mirror
+from lib.notebook import parse_overrides, secret
+from lib.parallel.layout import Layout
+from lib.params import count_params
+from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
+from lib.preflight.plan import Plan, compare, count_tokens
+from lib.preflight.search import with_microbatch
+from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
+from lib.runs import start_afresh
+from lib.runtime import host
+from lib.train import checkpoint
+from lib.train.metrics import column, read_jsonl
+
+# what a model is asked to go on with while it trains: of code, and of prose
+CODE = ("def ", "import ", "# The ", "class ")
+PROSE = ("The ", "Once upon a time", "In the year", "I think")
+
+# ---- what is to be trained -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What the forms ask of the model and of the devices; see 02's forms for each."""
+
+    preset: str = "auto"
+    depth: int = 0
+    num_steps: int = 0
+    overrides: str = ""
+    microbatch: str = "preset"
+    strategy: str = "auto"
+    mesh: str = ""
+
+    @property
+    def fields(self) -> dict:
+        """The Config fields that were set by name."""
+        chosen = {"depth": self.depth, "num_steps": self.num_steps}
+        given = {name: value for name, value in chosen.items() if value}
+        return given | parse_overrides(self.overrides, Config)
+
+
+def open_tokenizer(folder: Path, wishes: Wishes, source: str, device: dict) -> Tokenizer:
+    """The run's tokenizer; where there is none, the first process makes it as 01 does."""
+    parallel.from_first(
+        "tokenizer",
+        lambda: tokenizer_of(folder, wishes.preset, source, device, bool(host())).fingerprint,
+    )
+    tokenizer = load_tokenizer(folder)
+    if source and source != read_by(tokenizer):
+        print(f"note: the tokenizer read {read_by(tokenizer)}, and training will read {source}")
+    return tokenizer
+
+
+def choose_model(wishes: Wishes, device: dict, tokenizer: Tokenizer) -> Config:
+    """The config of a preset, the device's own where none is named, with what was wished for."""
+    chosen, why = wishes.preset, "asked for"
+    if chosen == "auto":
+        chosen, why = pick_preset(device)
+    print(f"preset      {chosen}: {why}")
+    return Config.preset(chosen, vocab_size=tokenizer.vocab_size, **wishes.fields)
+
+
+# ---- the text ------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """What a model reads: opened token shards, and a held-out part that it is validated on."""
+
+    source: str
+    shards: int
+    packing: str
+    tokenizer: Tokenizer
+    train: Any
+    held_out: Any
+
+    def feed(self, config: Config, layout: Layout | None) -> Callable:
+        """feed(cursor) of a training run: batches on the devices, made ahead of time.
+
+        Every process packs the same rows and keeps those of its devices: packing is fast, and the
+        curve is the same on any number of them.
+        """
+        rows = config.total_batch_size // config.sequence_len
+
+        def batches(cursor=None):
+            packed = data.batches(
+                self.train,
+                rows,
+                config.sequence_len,
+                packing=self.packing,
+                cursor=cursor,
+                seed=config.seed,
+            )
+            return data.prefetch(
+                packed, lambda batch: parallel.put_batch(layout, batch, whole=True)
+            )
+
+        return batches
+
+    def held_out_rows(self, config: Config):
+        """The held-out part as batches, once."""
+        return data.batches(
+            self.held_out, config.microbatch, config.sequence_len, packing=self.packing, loop=False
+        )
+
+    def first_rows(self, config: Config):
+        """(inputs, how the rows were filled) of the very first batch, on the host."""
+        rows = config.total_batch_size // config.sequence_len
+        inputs_BT, _, cursor = next(
+            data.batches(
+                self.train, rows, config.sequence_len, packing=self.packing, seed=config.seed
+            )
+        )
+        return inputs_BT, data.waste(cursor)
+
+
+def open_text(
+    source: str, tokenizer: Tokenizer, config: Config, shards: int, packing: str, eval_bytes: int
+) -> Text:
+    """The text of a training: as many shards as its plan needs, where `shards` is 0."""
+    shards = shards or pick_shards(source, config.num_steps * config.total_batch_size)
+    tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
+    texts = data.head(data.documents(source, "val", shards=shards), eval_bytes)
+    return Text(source, shards, packing, tokenizer, tokens, data.tokens_of(texts, tokenizer))
+
+
+def fit_text(config: Config, text: Text, wishes: Wishes) -> Config:
+    """The config, with a shorter horizon where the embedded text would be learnt by heart."""
+    if not text.source.startswith("stdlib") or "num_steps" in wishes.fields:
+        return config
+    config, why = fit_horizon(config, count_tokens(text.train))
+    if why:
+        print(why)
+    return config
+
+
+# ---- where it was left, and on which devices it goes on ------------------------------------------
+
+
+def identity_of(text: Text) -> dict:
+    """What a checkpoint remembers of its training besides the config."""
+    return dict(
+        tokenizer=text.tokenizer.fingerprint,
+        source=text.source,
+        packing=text.packing,
+        shards=text.shards,
+    )
+
+
+def find_past(folder: Path, store, if_exists: str, config: Config, text: Text) -> train.Past | None:
+    """What was trained in the run's folder and goes on; refused where the text has changed."""
+    identity = identity_of(text)
+    places = dict(run=str(folder), checkpoints=str(store))
+    parallel.check_same("settings", config.to_dict() | identity | places)
+
+    def aside():
+        if store != folder / "checkpoints":
+            raise UserError(
+                f"{store} holds another training's checkpoints: name an empty folder to start "
+                "afresh"
+            )
+        start_afresh(folder)
+
+    past = train.find_past(store, if_exists, config, identity, folder, aside)
+    if past or jax.process_index() == 0:
+        data.check_text(folder, text.source, text.shards, resumed=bool(past))
+    return past
+
+
+def share_out(
+    config: Config, wishes: Wishes, device: dict, past: train.Past | None
+) -> tuple[Config, Layout | None]:
+    """The config with the microbatch for these devices, and how they share the work."""
+    named = parse_overrides(wishes.overrides, Config)
+    before = past.meta["config"] if past else None
+    config = with_microbatch(config, wishes.microbatch, device, keep=named, before=before)
+    # a microbatch that nobody named is for one device: each of several gets as much
+    grow = wishes.microbatch in ("preset", "auto") and "microbatch" not in named
+    config, layout, why = choose_layout(
+        config, wishes.strategy, parse_mesh(wishes.mesh), memory=device["memory"], grow=grow
+    )
+    print(f"devices     {why}")
+    return config, layout
+
+
+def open_run(
+    config: Config,
+    layout: Layout | None,
+    text: Text,
+    folder: Path,
+    store,
+    past: train.Past | None,
+    device: dict,
+) -> train.TrainingRun:
+    """The training run, compiled; its config is written into the run's folder."""
+    run = train.TrainingRun(
+        config,
+        text.feed(config, layout),
+        folder,
+        store,
+        identity_of(text),
+        past,
+        layout,
+        peak_flops=device["flops"] and device["flops"] * device["count"],
+    )
+    compiled = run.compile()
+    # a finished run that is only looked at keeps what it took
+    run.notes.setdefault("compile_seconds", run.compile_seconds)
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    each = " a device" if layout else ""
+    print(
+        f"compiled in {run.compile_seconds:.1f} s; the step needs "
+        f"{peak_bytes(compiled) / 2**30:.2f} GiB{each} ({temporary / 2**30:.2f} of it temporary)"
+    )
+    if past:
+        print(f"continuing {past.path} at step {run.done} of {config.num_steps}")
+    if jax.process_index() == 0:
+        train.portable(config, layout).save(folder / "config.json")
+    return run
+
+
+# ---- what is measured on the way -----------------------------------------------------------------
+
+
+def validation(run: train.TrainingRun, text: Text) -> Callable:
+    """measure(params): bits per byte and loss of the held-out text."""
+    losses_of = train.token_losses_on(run.layout) if run.layout else evals.token_losses
+
+    def measure(params) -> dict:
+        score = evals.bits_per_byte(
+            params,
+            run.config,
+            text.held_out_rows(run.config),
+            text.tokenizer.token_bytes,
+            losses_of=losses_of,
+        )
+        return dict(val_bpb=score.bpb, val_loss=score.loss)
+
+    return measure
+
+
+def write_samples(params, config: Config, text: Text) -> list[str]:
+    """What the model goes on with after four beginnings; `params` whole, on this device."""
+    beginnings = CODE if text.source.startswith("stdlib") else PROSE
+    prompts = [text.tokenizer.encode(words, bos=True) for words in beginnings]
+    stop = (text.tokenizer.bos,)
+    sampling = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=stop)
+    written = generate(params, config, prompts, sampling)
+    return [words + text.tokenizer.decode(ids) for words, ids in zip(beginnings, written)]
+
+
+def sampling(run: train.TrainingRun, text: Text) -> Callable:
+    """measure(params): samples, as one text."""
+
+    def measure(params) -> dict:
+        params = parallel.whole(run.layout, params, run.config.dtype)
+        return {"samples": "\n\n".join(write_samples(params, run.config, text))}
+
+    return measure
+
+
+def core_measurement(
+    config: Config, layout: Layout | None, tokenizer: Tokenizer, every: int, bundle: str, limit: int
+) -> list[train.Measurement]:
+    """CORE every so many steps; nothing for 0. A missing bundle is said before any compute."""
+    if not every:
+        return []
+    measure = core.during_training(config, tokenizer, bundle or None, limit=limit)
+    return [
+        train.Measurement(
+            lambda params: measure(parallel.whole(layout, params, config.dtype)), every
+        )
+    ]
+
+
+# ---- where checkpoints go ------------------------------------------------------------------------
+
+
+class Sender:
+    """Sends what is saved to the run's home and to a Hub repository; checked before any compute."""
+
+    def __init__(self, mirror: Mirror, push_to: str, store, tokenizer: Tokenizer):
+        self.mirror, self.push_to, self.upload = mirror, push_to, None
+        self.first = jax.process_index() == 0
+        if not push_to:
+            return
+        if is_remote(store):
+            raise UserError(
+                f"push_to uploads local checkpoints, and these go to {store}: leave one of the two "
+                "empty"
+            )
+        self.token = secret("HF_TOKEN")
+        if self.first:
+            checkpoint.check_hub(push_to, self.token)
+            tokenizer.push_to_hub(push_to, self.token)
+
+    def __call__(self, step: int, wait: Callable):
+        """Send the checkpoint of a step; `wait` returns its path once it is written."""
+        if self.push_to and self.first:
+            self.upload = checkpoint.upload_to_hub(wait(), self.push_to, self.token)
+        self.mirror.send()
+
+    def wait(self):
+        """Return when all is where it belongs."""
+        if self.upload is not None:
+            print(f"last checkpoint uploaded: {self.upload.result()}")
+        self.mirror.wait()
+
+
+# ---- at the end ----------------------------------------------------------------------------------
+
+
+def checks(run: train.TrainingRun, params, losses: Sequence[float], same: bool) -> dict[str, bool]:
+    """What must be true of any training that went well, in words."""
+    config = run.config
+    expected = math.log(config.vocab_size)
+    # tokens of the second half are changed: no prediction of the first half may move
+    half = config.sequence_len // 2
+    rng = np.random.default_rng(0)
+    probe = rng.integers(0, config.vocab_size, (1, config.sequence_len), dtype=np.int32)
+    changed = np.where(
+        np.arange(config.sequence_len) < half, probe, (probe + 1) % config.vocab_size
+    )
+    before, after = (
+        np.asarray(model.forward(params, config, x)[0][0, :half]) for x in (probe, changed)
+    )
+    return {
+        f"first loss {losses[0]:.2f} is near ln(vocabulary) = {expected:.2f}": abs(
+            losses[0] - expected
+        )
+        < 0.5,
+        f"loss went down to {losses[-1]:.2f}": losses[-1] < losses[0],
+        "the saved checkpoint equals the state bit for bit": same,
+        "later tokens do not change earlier predictions": bool(
+            np.array_equal(np.asarray(before), np.asarray(after))
+        ),
+    }
+
+
+def write_results(
+    run: train.TrainingRun, text: Text, wishes: Wishes, device: dict, plan: Plan, samples: list[str]
+):
+    """Add what came out to the run's results.json, and print how it compares with the plan."""
+    config = run.config
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    _, losses = column(rows, "loss")
+    _, speeds = column(rows, "tokens_per_s")
+    preset = wishes.preset if wishes.preset != "auto" else pick_preset(device).name
+    update_json(
+        run.folder / "results.json",
+        preset=preset,
+        source=text.source,
+        params=count_params(config)["total"],
+        steps=config.num_steps,
+        train_tokens=config.num_steps * config.total_batch_size,
+        # the first step of a process waits for more than itself
+        train_tokens_per_s=round(float(np.median(speeds[1:] or speeds))),
+        train_loss=losses[-1],
+        train_seconds=round(run.seconds, 1),
+        compile_seconds=round(run.notes["compile_seconds"], 1),
+        step_memory_bytes=peak_bytes(run.step_fn),
+        val_bpb=run.measured["val_bpb"],
+        val_source=text.source,
+        packing_waste=data.waste(run.cursor or {}),
+        samples=samples,
+        device=device["kind"],
+        devices=device["count"],
+        sharding=run.layout.strategy if run.layout else "none",
+        plan=plan.to_dict(),
+        began=rows[0]["time"],
+        jax=jax.__version__,
+        python=platform.python_version(),
+        commit=report.commit_id(),
+    )
+    tokens = config.num_steps * config.total_batch_size
+    print(compare(plan, run.seconds, tokens, config.flops_per_token, run.peak_flops))
