@@ -283,6 +283,22 @@ def show_source(*functions):
         display(Code(inspect.getsource(function), language="python"))
 
 
+def show_page(path):
+    """Show a page that needs nothing else below a notebook's cell, with a link to keep it; a script
+    prints where it is.
+    """
+    print(f"page: {path}")
+    if not in_notebook():
+        return
+    import html
+
+    from IPython.display import HTML, FileLink, display
+
+    content = html.escape(Path(path).read_text(), quote=True)
+    display(HTML(f'<iframe srcdoc="{content}" style="width:100%;height:700px;border:0"></iframe>'))
+    display(FileLink(str(path), result_html_prefix="to keep it: "))
+
+
 # ---- secrets -------------------------------------------------------------------------------------
 
 

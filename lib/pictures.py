@@ -327,6 +327,31 @@ def surprise(tokenizer, ids: Sequence[int], bits: Sequence[float]):
 
 
 @styled
+def attention_maps(pieces: Sequence[str], maps: Sequence[np.ndarray], heads: int = 4):
+    """Where layers look: a row per layer, a square per head, query down and key across.
+
+    pieces: the text of each token. maps: of each shown layer (N, T, S), weights that add up to 1
+    along the last axis.
+    """
+    heads = min(heads, len(maps[0]))
+    labels = [piece.replace("\n", "↵").replace(" ", "·") for piece in pieces]
+    side = 0.9 + 0.115 * len(pieces)
+    figure, axes = subplots(len(maps), heads, size=(side, side), squeeze=False)
+    for layer, (row, weights) in enumerate(zip(axes, maps)):
+        for head, axis in enumerate(row):
+            # roots, so that small shares are seen too
+            axis.imshow(np.sqrt(weights[head]), cmap="Blues", vmin=0, vmax=1)
+            axis.set_title(f"layer {layer}, head {head}")
+            axis.grid(False)
+            style = dict(fontsize=6, family="monospace", parse_math=False)
+            axis.set_yticks(range(len(labels)), labels if head == 0 else [], **style)
+            across = labels if layer == len(maps) - 1 else []
+            axis.set_xticks(range(len(labels)) if across else [], across, rotation=90, **style)
+            axis.tick_params(length=0)
+    return figure
+
+
+@styled
 def bits_by_kind(by_stage: dict[str, dict]):
     """Bits per byte of each kind of text, with two standard errors.
 

@@ -25,6 +25,7 @@ __all__ = [
     "RESULTS",
     "STAGES",
     "enter",
+    "enter_trained",
     "load_model",
     "newest_run",
     "open_run",
@@ -186,6 +187,25 @@ def start_afresh(run, stage: str = "base") -> Path:
         write_json(path, kept)
     print(f"fresh start: what was there is now in {old}")
     return old
+
+
+def enter_trained(
+    home: str, name: str, ckpt: str, token: Callable[[], str | None] = lambda: None
+) -> tuple[Path, Mirror]:
+    """`enter` for what begins with a trained model: `ckpt` as in `load_model`.
+
+    Where there is none, the ways to get one are named.
+    """
+    if ckpt.startswith("hf://"):
+        return enter(home, name or ckpt.rpartition("/")[2], token=token)
+    needs = "checkpoints" if ckpt in ("", "best") else "tokenizer.json"
+    try:
+        return enter(home, name, needs, token=token)
+    except UserError as e:
+        raise UserError(
+            f"{e}; a model comes from 02_train, from another tab or machine by the same home as "
+            "there, or from the Hub with ckpt=hf://USER/NAME"
+        ) from None
 
 
 # ---- the model -----------------------------------------------------------------------------------

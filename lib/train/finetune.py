@@ -248,6 +248,10 @@ def open_phase(
         f"  {planned['tokens']:,} tokens x {phase.epochs:g} epochs = {config.num_steps} steps of "
         f"{rows} x {config.sequence_len}, {phase.lr:g} x rates"
     )
+    if past:
+        step = past.meta["step"]
+        finished = step == config.num_steps
+        print(f"  finished before: {past.path}" if finished else f"  continuing at step {step}")
     return TrainingRun(
         config,
         feed,

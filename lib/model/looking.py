@@ -1,0 +1,51 @@
+"""What the layers of a model look at: the weights that attention gives to every position."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lib.config import Config
+from lib.model.transformer import block, embed, rope_tables, value_embeddings
+from lib.params import unstack
+
+
+def attention_weights(params, config: Config, tokens_BT) -> list[np.ndarray]:
+    """Per layer (B, N, T, S): what share of its attention each query gives to each key.
+
+    The model's own block, handed an attention that keeps its weights. For pictures of short texts:
+    the weights of all positions are held at once.
+    """
+    tokens_BT = jnp.asarray(tokens_BT)
+    x0_BTD = x_BTD = embed(params, config, tokens_BT)
+    ve = value_embeddings(params, tokens_BT, config)
+    layers = unstack({**params, "value_embeds": ve}, config)
+    rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config)
+
+    kept = []
+    for i, w in enumerate(layers["blocks"]):
+        attend = _keeping(config.windows[i])
+        ve_BTKH = layers["value_embeds"].get(i)
+        x_BTD, weights_BNTS = block(x_BTD, x0_BTD, w, ve_BTKH, config, rope, attend)
+        kept.append(np.asarray(weights_BNTS))
+    return kept
+
+
+def _keeping(window: int):
+    """attend(q, k, v) -> (o, weights) with that window, by the formula."""
+
+    def attend(q_BTNH, k_BSKH, v_BSKH):
+        group = q_BTNH.shape[2] // k_BSKH.shape[2]
+        k_BSNH = jnp.repeat(k_BSKH, group, axis=2)
+        v_BSNH = jnp.repeat(v_BSKH, group, axis=2)
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32)
+        scores_BNTS = scores_BNTS / math.sqrt(q_BTNH.shape[-1])
+
+        distance_TS = jnp.arange(q_BTNH.shape[1])[:, None] - jnp.arange(k_BSKH.shape[1])
+        visible_TS = (distance_TS >= 0) & (distance_TS <= window)
+        weights_BNTS = jax.nn.softmax(jnp.where(visible_TS, scores_BNTS, -jnp.inf), axis=-1)
+        o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+        return o_BTNH, weights_BNTS
+
+    return attend
