@@ -30,7 +30,7 @@
 # %% [markdown]
 # ## Set-up
 
-# %%
+# %% cellView="form"
 # @title Get the code and what it needs (half a minute in a new runtime, later seconds)
 import os
 import sys
@@ -52,7 +52,8 @@ except ModuleNotFoundError:  # Colab, Kaggle, or this file was downloaded alone
 
 setup("sweeps")
 
-# %%
+# %% cellView="form"
+# @title Imports
 import json
 import math
 import time
@@ -81,7 +82,7 @@ from lib.sweeps import (
     trials,
 )
 
-# %% tags=["parameters"]
+# %% cellView="form" tags=["parameters"]
 # @title Parameters
 # @markdown Name of the run, runs/NAME, whose tokenizer all trials use; empty takes the one made last
 run = ""  # @param {type:"string"}
@@ -89,24 +90,27 @@ run = ""  # @param {type:"string"}
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown What to search: a preset, or the path of a sweep in wandb's YAML
 sweep = "search"  # @param ["search", "miniseries", "isoflop", "ablate"] {allow-input: true}
-# @markdown Join a sweep by its id (local), or by ENTITY/PROJECT/ID (wandb), instead of starting one; nothing else is needed then
-join = ""  # @param {type:"string"}
 # @markdown Sizes and rates; auto takes small on a CPU, chip on an accelerator; a YAML file also takes a preset of 02_train
 budget = "auto"  # @param ["auto", "small", "chip", "smoke"] {allow-input: true}
-# @markdown Config fields that are the same in all trials, such as: sequence_len=512 optimizer=adamw
-overrides = ""  # @param {type:"string"}
+# @markdown What to read: a name, or a path or glob, as in 02_train; empty for what the sweep itself says, else stdlib
+source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
+# @markdown Trials this worker takes before it stops (0: until the sweep is over; -1: none, only show what there is)
+count = 0  # @param {type:"integer"}
 # @markdown local needs no account: workers meet in a folder. wandb: workers meet on its server
 driver = "local"  # @param ["local", "wandb"]
+# @markdown Join a sweep by its id (local), or by ENTITY/PROJECT/ID (wandb), instead of starting one; nothing else is needed then
+join = ""  # @param {type:"string"}
+
+# %% cellView="form" tags=["parameters"]
+# @title Advanced
+# @markdown Config fields that are the same in all trials, such as: sequence_len=512 optimizer=adamw
+overrides = ""  # @param {type:"string"}
 # @markdown Folder where workers meet, such as one on a mounted Drive; empty for runs/NAME/sweeps
 store = ""  # @param {type:"string"}
 # @markdown Project on wandb that a new sweep goes to, PROJECT or ENTITY/PROJECT
 project = "rawchat"  # @param {type:"string"}
-# @markdown Trials this worker takes before it stops (0: until the sweep is over; -1: none, only show what there is)
-count = 0  # @param {type:"integer"}
 # @markdown Trials of equal shape that train at once as one program, with driver local; pays where a small model leaves the chip idle
 population = 1  # @param {type:"integer"}
-# @markdown What to read: a name, or a path or glob, as in 02_train; empty for what the sweep itself says, else stdlib
-source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {allow-input: true}
 # @markdown Training shards to download of a source from the Hub (0: what the sweep itself says, else 8)
 shards = 0  # @param {type:"integer"}
 # @markdown Minutes between checkpoints of a trial, so that whoever takes it over need not begin again
@@ -352,7 +356,19 @@ if interrupted:
     raise Interrupted("interrupted: the trial at hand was given back; run again to go on")
 
 # %% [markdown]
+# ## Questions
+#
+# 1. Two trials differ in seed alone. What does the difference of their losses tell about all other differences?
+# 2. Random search and a grid have 16 trials for 4 parameters. How many values of each parameter does either try?
+# 3. Hyperband stops trials early that look bad. Which learning rates does it wrong by that?
+# 4. At twice the compute, should the model or the text grow, and by how much? (See the parabolas' minima.)
+# 5. An ablation's interval contains zero. What may you say about that part, and what not?
+#
 # ## Where to go next
 #
-# Put the best rates into `02_train` as overrides and train for longer. More workers make a sweep faster: run the line under *join it*
-# in other terminals, or this notebook in other tabs with `join` set.
+# - Put the best rates into [02_train](02_train.ipynb) as overrides and train for longer.
+# - More workers make a sweep faster: run the line under *join it* in other terminals, or this notebook in other tabs
+#   with `join` set.
+# - Papers: [random search](https://jmlr.org/papers/v13/bergstra12a.html), [Hyperband](https://arxiv.org/abs/1603.06560),
+#   [Chinchilla](https://arxiv.org/abs/2203.15556) (the laws).
+# - The code: [space](lib/sweeps/space.py), [trials](lib/sweeps/trials.py), [scaling](lib/sweeps/scaling.py)
