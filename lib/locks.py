@@ -29,12 +29,16 @@ def open_lock(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "r+b", buffering=0)
 
 
-def take(file: IO[bytes], wait: bool) -> bool | None:
-    """True once locked, False where another holds it, None where this file system has no locks."""
+def take(file: IO[bytes], wait: bool, shared: bool = False) -> bool | None:
+    """True once locked, False where another holds it, None where this file system has no locks.
+
+    shared: only together with others who ask so, as those who merely look.
+    """
     import fcntl
 
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, kind | (0 if wait else fcntl.LOCK_NB))
         return True
     except BlockingIOError:
         return False
@@ -52,11 +56,7 @@ def working_in(folder) -> Iterator[None]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open_lock(Path(folder) / NAME)
     with file:
-        if take(file, wait=False) is False:
-            holder = file.read(200).decode("utf-8", "replace") or "another process"
-            raise UserError(
-                f"{folder} is being written by {holder}: stop that one, or take another run name"
-            )
+        _refuse_second(folder, file, take(file, wait=False))
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # a full disk keeps nobody from working
             file.truncate(0)
@@ -66,6 +66,15 @@ def working_in(folder) -> Iterator[None]:
 
 def check_free(folder):
     """UserError where somebody works in `folder` now: said before any compute is spent."""
-    if not is_remote(folder) and (Path(folder) / NAME).exists():
-        with working_in(folder):
-            pass
+    if is_remote(folder) or not (Path(folder) / NAME).exists():
+        return
+    with writing(folder), open_lock(Path(folder) / NAME) as file:
+        _refuse_second(folder, file, take(file, wait=False, shared=True))
+
+
+def _refuse_second(folder, file: IO[bytes], taken: bool | None):
+    if taken is False:
+        holder = file.read(200).decode("utf-8", "replace") or "another process"
+        raise UserError(
+            f"{folder} is being written by {holder}: stop that one, or take another run name"
+        )

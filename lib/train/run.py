@@ -78,7 +78,8 @@ def find_past(
     is refused in a sentence; what may is printed. On several hosts all must call it.
     """
     choose("if_exists", if_exists, ("continue", "fresh", "stop"))
-    check_free(folder)
+    if jax.process_index() == 0:
+        check_free(folder)
     path = from_first("checkpoint", lambda: _newest(store, if_exists))
     if not path:
         return None

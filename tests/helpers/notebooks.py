@@ -49,7 +49,13 @@ SMOKE = {
 }
 PRODUCTS = {
     "01_tokenizer": ["tokenizer.json", "results.json", "plots/tokenizer_compression.png"],
-    "02_train": ["config.json", "metrics.jsonl", "checkpoints", "plots/training.png"],
+    "02_train": [
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "plots/training.png",
+        "plots/masks.png",
+    ],
     "03_worker": [
         f"sweeps/*/{name}"
         for name in (
@@ -67,6 +73,7 @@ PRODUCTS = {
     ],
     "04_eval_chat": [
         "plots/surprise.png",
+        "plots/attention.png",
         "plots/fine_tuning.png",
         "plots/tasks.png",
         "mid",
