@@ -262,17 +262,7 @@ def pull(home: Home, run: str = "", token: Callable[[], str | None] = lambda: No
             )
 
     folder = home.runs_dir / run
-    before, now = _agreed(folder), _checksums(folder)
-    wanted = [name for name, digest in sent[run]["files"].items() if now.get(name) != digest]
-    both = [name for name in wanted if name in now and now[name] != before.get(name)]
-    both = [name for name in both if sent[run]["files"][name] != before.get(name)]
-    if both:
-        raise UserError(
-            f"{folder} and {home.name} have both changed since they last agreed ({both[0]} and "
-            f"{len(both) - 1} more): two machines work on this run; stop one, and move {folder} "
-            "away to go on with what the home has"
-        )
-
+    wanted = _wanted(home, folder, sent[run]["files"])
     for name in wanted:
         with replacing(folder / name) as tmp:
             place.get(f"runs/{run}/{name}", tmp)
@@ -280,6 +270,22 @@ def pull(home: Home, run: str = "", token: Callable[[], str | None] = lambda: No
         print(f"home: {len(wanted)} files of {run} came from {home.name}")
     _agree(folder, sent[run]["files"])
     return run
+
+
+def _wanted(home: Home, folder: Path, files: dict[str, str]) -> list[str]:
+    """The files that home has otherwise than this machine; refused where both have changed them."""
+    before, now = _agreed(folder), _checksums(folder)
+    wanted = [name for name, digest in files.items() if now.get(name) != digest]
+    both = [
+        name for name in wanted if name in now and before.get(name) not in (now[name], files[name])
+    ]
+    if both:
+        raise UserError(
+            f"{folder} and {home.name} have both changed since they last agreed ({both[0]} and "
+            f"{len(both) - 1} more): two machines work on this run; stop one, and move {folder} "
+            "away to go on with what the home has"
+        )
+    return wanted
 
 
 class Mirror:

@@ -51,6 +51,12 @@ class Members:
         facts |= dict(population=len(self.configs))
         self.outcomes[i] = Outcome(state, self.values[i], reason, self.curves[i], facts)
 
+    def leave(self, n: int, poll: Callable, stop: Callable):
+        """End the members that are not wanted any more, or all where the worker stops."""
+        for i in self.open():
+            if why := poll(i) or ("free" if stop() else ""):
+                self.settle(i, why, n)
+
     def read(self, n: int, metrics: dict):
         """Take in the losses of step `n`; a member that diverged or exploded ends here."""
         losses = np.asarray(metrics["loss"], np.float64)
@@ -97,9 +103,7 @@ def train_population(
         ]
         waiting = None  # the numbers of a step are read after the next one was dispatched
         for n in range(1, last + 1):
-            rows = [next(feed)[:2] for feed in feeds]
-            inputs, targets = rows[0] if shared else map(jnp.stack, zip(*rows))
-            state, metrics = step_fn(state, inputs, targets)
+            state, metrics = step_fn(state, *_rows(feeds, shared))
             if waiting is not None:
                 members.read(*waiting)
             waiting = (n, metrics)
@@ -107,12 +111,18 @@ def train_population(
                 members.read(*waiting)
                 waiting = None
                 _validate(members, n, metrics, state, settings, bench=bench, report=report)
-            for i in members.open():
-                if why := poll(i) or ("free" if stop() else ""):
-                    members.settle(i, why, n)
+            members.leave(n, poll, stop)
             if not members.open():
                 break
     return [outcome for outcome in members.outcomes if outcome is not None]
+
+
+def _rows(feeds: list, shared: bool):
+    """The next batch: one for all members, or each one's own along a leading axis."""
+    batches = [next(feed)[:2] for feed in feeds]
+    if shared:
+        return batches[0]
+    return tuple(jnp.stack(arrays) for arrays in zip(*batches))
 
 
 def _validate(members: Members, n: int, metrics, state, settings: dict, *, bench: Bench, report):

@@ -282,23 +282,12 @@ def train_trial(
         identity=settings,
         past=_past(folder),
     )
-    notes = run.notes
-    # points of the training loss, and [step, values] of every validation
-    curve, reports = notes.setdefault("curve", []), notes.setdefault("reports", [])
-    clock, before = time.perf_counter(), notes.get("seconds", 0.0)
-
-    def outcome(state: str, n: int) -> Outcome:
-        seconds = before + time.perf_counter() - clock
-        values = reports[-1][1] if reports else {}
-        return Outcome(state, values, "", curve, facts_of(config, n, seconds))
-
+    progress = Progress(run)
     # tell again what was measured: the one who judges may not have heard of it
-    for n, values in reports:
+    for n, values in progress.reports:
         if why := report(n, values):
-            return outcome(why, n)
+            return progress.outcome(why, n)
 
-    last = config.num_steps
-    spaced = max(1, last // CURVE)
     validate = train.Measurement(
         lambda params: bench.validate(params, config, settings), every(config, settings)
     )
@@ -313,20 +302,47 @@ def train_trial(
     stepping = run.steps([validate], saving, writers=None, stop=stop, signals=False)
     with contextlib.closing(stepping):
         for step in stepping:
-            n, why = step.step, ""
-            notes["seconds"] = before + time.perf_counter() - clock
-            if n % spaced == 0 or n == last:
-                curve.append([n, step.metrics["loss"]])
+            n = step.step
+            values = progress.note(step)
+            # after a validation the trial may have to stop; at the end that would save nothing
+            why = report(n, values) if values else ""
+            if n < config.num_steps and (why := why or poll()):
+                return progress.outcome(why, n)
+    return progress.outcome("done" if n == config.num_steps else "free", n)
 
-            # after a validation the trial may have to stop
-            if "val_bpb" in step.metrics:
-                names = ("loss", "lr", "val_bpb", "val_loss")
-                values = {name: step.metrics[name] for name in names}
-                reports.append([n, values])
-                why = report(n, values)
-            if n < last and (why := why or poll()):
-                return outcome(why, n)
-    return outcome("done" if n == last else "free", n)
+
+class Progress:
+    """What a trial has come to, kept in its checkpoints: whoever takes it over goes on with it."""
+
+    def __init__(self, run: train.TrainingRun):
+        self.config, self.notes = run.config, run.notes
+        # points of the training loss, and [step, values] of every validation
+        self.curve = self.notes.setdefault("curve", [])
+        self.reports = self.notes.setdefault("reports", [])
+        self.before, self.clock = self.notes.get("seconds", 0.0), time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Spent on it by all of its workers."""
+        return self.before + time.perf_counter() - self.clock
+
+    def note(self, step: train.Step) -> dict:
+        """Take in a step; its values where it was validated."""
+        self.notes["seconds"] = self.seconds
+        last = self.config.num_steps
+        if step.step % max(1, last // CURVE) == 0 or step.step == last:
+            self.curve.append([step.step, step.metrics["loss"]])
+        if "val_bpb" not in step.metrics:
+            return {}
+        values = {name: step.metrics[name] for name in ("loss", "lr", "val_bpb", "val_loss")}
+        self.reports.append([step.step, values])
+        return values
+
+    def outcome(self, state: str, n: int) -> Outcome:
+        """How it ended, after step `n`."""
+        values = self.reports[-1][1] if self.reports else {}
+        facts = facts_of(self.config, n, self.seconds)
+        return Outcome(state, values, "", self.curve, facts)
 
 
 def _past(folder) -> train.Past | None:

@@ -286,57 +286,48 @@ class TrainingRun:
         """
         if self.finished:
             return
-        last, state = self.config.num_steps, self.state
-        due = [(one, one.due(last)) for one in measurements]
-        save_due = Due(saving.every, last if saving.at_end else -1, _clock(saving.seconds))
-        wanted, todo = False, {}
-
-        def pause(n: int) -> bool:
-            """Whether the state is looked at after step n; remembers for what."""
-            nonlocal wanted
-            wanted = stop_together(n, (signal is not None and signal.stop) or stop())
-            measure = [one for one, is_due in due if is_due(n)]
-            save = save_due(n) or saver.overdue() or wanted
-            save = save and (saving.at_end or n < last)
-            todo[n] = measure, save, wanted or n == last
-            traced = n in (trace[0] - 1, trace[1])
-            return self.watch_state or bool(measure) or save or traced
-
         with contextlib.ExitStack() as stack:
             if writers is not None and jax.process_index() == 0:
                 stack.enter_context(working_in(self.folder))
-            batches: Any = stack.enter_context(contextlib.closing(self.feed(self.cursor)))
+            batches = stack.enter_context(contextlib.closing(self.feed(self.cursor)))
             log = self._log(stack, writers)
             saver = _Saver(stack, self, saving)
-            signal = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
+            flag = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
+            agenda = _Agenda(self, measurements, saving, trace)
+            agenda.saver = saver
+            agenda.stop = lambda: (flag is not None and flag.stop) or stop()
             tick = stack.enter_context(trace_window(self.folder, *trace))
-            tick(self.done + 1, state)
-            stepping = loop.steps(self.step_fn, state, batches, self.config, pause=pause)
+            tick(self.done + 1, self.state)
+            stepping = loop.steps(
+                self.step_fn, self.state, batches, self.config, pause=agenda.pause
+            )
             stack.enter_context(contextlib.closing(stepping))
-            del state  # the loop alone holds it, and gives it to each step to overwrite
 
             for step in self._watched(stepping, saver):
-                measure, save, leave = todo.pop(step.step)
-                self.seconds += step.metrics["step_time"]
-                if self.peak_flops:
-                    flops = step.metrics["tokens_per_s"] * self.config.flops_per_token
-                    step.metrics["mfu"] = flops / self.peak_flops
-
-                # what was due at this step, while its state is there
-                if step.state is not None:
-                    self._state, self.cursor = step.state, step.cursor
-                    for one in measure:
-                        step.metrics.update(one.measure(step.state.params))
-                    self.measured |= _measured(step.metrics)
+                due = agenda.take(step.step)
+                self._note(step, due.measure)
                 log(step.step, step.metrics)
                 yield step
-                if save:
-                    saver.save(step, leave)
+                if due.save:
+                    saver.save(step, due.leave)
                 saver.look()
-                if leave:
+                if due.leave:
                     return
                 if step.state is not None:
                     tick(step.step + 1, step.state)
+
+    def _note(self, step: loop.Step, measure: Sequence[Measurement]):
+        """Add to a step's numbers what they make, and what is due to be measured of its state."""
+        self.seconds += step.metrics["step_time"]
+        if self.peak_flops:
+            flops = step.metrics["tokens_per_s"] * self.config.flops_per_token
+            step.metrics["mfu"] = flops / self.peak_flops
+        if step.state is None:
+            return
+        self._state, self.cursor = step.state, step.cursor
+        for one in measure:
+            step.metrics.update(one.measure(step.state.params))
+        self.measured |= _measured(step.metrics)
 
     def _log(self, stack: contextlib.ExitStack, writers) -> Callable:
         """metrics.log, or nothing where no metrics are written."""
@@ -400,6 +391,49 @@ def _measured(metrics: dict) -> dict:
     """What a checkpoint keeps of a step's numbers: not what its own steps say anyway."""
     passing = {"loss", "grad_norm", "lr", "step_time", "tokens_per_s", "mfu"}
     return {name: value for name, value in metrics.items() if name not in passing}
+
+
+class _Todo(NamedTuple):
+    """What is done after a step."""
+
+    measure: list[Measurement]
+    save: bool
+    leave: bool
+
+
+class _Agenda:
+    """Decides what is due after each step, when the loop asks whether to pause there."""
+
+    saver: "_Saver"
+    stop: Callable[[], bool]
+
+    def __init__(
+        self,
+        run: TrainingRun,
+        measurements: Sequence[Measurement],
+        saving: Saving,
+        trace: tuple[int, int],
+    ):
+        self.run, self.saving = run, saving
+        self.last = run.config.num_steps
+        self.due = [(one, one.due(self.last)) for one in measurements]
+        self.save_due = Due(saving.every, self.last, _clock(saving.seconds))
+        self.looked_at = (trace[0] - 1, trace[1])  # whole steps are profiled
+        self.todo: dict[int, _Todo] = {}
+
+    def pause(self, n: int) -> bool:
+        """Whether the state is looked at after step n; remembers for what."""
+        wanted = stop_together(n, self.stop())
+        measure = [one for one, is_due in self.due if is_due(n)]
+        save = self.save_due(n) or self.saver.overdue() or wanted
+        if n == self.last:
+            save = self.saving.at_end
+        self.todo[n] = _Todo(measure, save, wanted or n == self.last)
+        return self.run.watch_state or bool(measure) or save or n in self.looked_at
+
+    def take(self, n: int) -> _Todo:
+        """What was remembered for step n."""
+        return self.todo.pop(n)
 
 
 class _Saver:
