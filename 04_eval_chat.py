@@ -84,7 +84,7 @@ prompt = "def fibonacci(n):\n"  # @param {type:"string"}
 mid = "auto"  # @param ["auto", "none", "embedded_mid", "nanochat_mid"] {allow-input: true}
 # @markdown Second phase, the smaller and cleaner mixture, likewise
 sft_mixture = "auto"  # @param ["auto", "none", "embedded_sft", "nanochat_sft"] {allow-input: true}
-# @markdown Tasks to ask before and after: names, or .jsonl files of your own; auto takes those that the mixtures teach and code_completion,
+# @markdown Tasks to ask before and after: names and .jsonl files of your own; auto stands for those that the mixtures teach and code_completion,
 # @markdown all adds those of the Hugging Face Hub (MMLU, ARC, GSM8K, HumanEval and others), none asks nothing
 tasks = "auto"  # @param ["auto", "all", "none"] {allow-input: true}
 # @markdown What to say to the model at the end, one turn after the other, between them |

@@ -290,13 +290,14 @@ class Config:
     def attention_name(self) -> str:
         """The key of ATTENTION in use, with auto decided by the default backend.
 
-        On a TPU whose libtpu does not compile Pallas kernels (tried once a process), auto is jax.
+        On a TPU whose libtpu does not compile Pallas kernels (tried once a process), auto is
+        einsum: of the two without kernels the one that holds less and takes less time (LOG.md).
         """
         if self.attention != "auto":
             return self.attention
         backend = jax.default_backend()
-        if backend == "tpu" and not runtime.kernel_fault():
-            return "splash"
+        if backend == "tpu":
+            return "einsum" if runtime.kernel_fault() else "splash"
         return "einsum" if backend == "cpu" else "jax"
 
     @property

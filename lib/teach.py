@@ -216,21 +216,21 @@ def write_results(examiner: Examiner, stage: str, curves: dict[str, list[dict]])
 
 
 def task_names(asked: str, phases: list[Phase]) -> list[str]:
-    """The tasks to put to a model: none, auto (what the phases teach), all, or names."""
+    """The tasks to put to a model: none, or words, among which auto stands for what the phases
+    teach and all for those of the Hub too.
+    """
+    if asked == "none":
+        return []
     taught = [
         name
         for phase in phases
         for name in phase.mixture
         if not name.endswith((".jsonl", ".jsonl.gz"))
     ]
-    auto = list(dict.fromkeys([*taught, "code_completion"]))
-    if asked == "none":
-        return []
-    if asked == "auto":
-        return auto
-    if asked == "all":
-        return list(dict.fromkeys([*auto, *known_tasks()]))
-    return asked.split()
+    auto = [*taught, "code_completion"]
+    groups = {"auto": auto, "all": [*auto, *known_tasks()]}
+    names = [name for word in asked.split() for name in groups.get(word, [word])]
+    return list(dict.fromkeys(names))
 
 
 def documents_of(meta: dict) -> Iterable[str]:

@@ -103,7 +103,7 @@ def capacity(device) -> int:
 
 def for_tpu(config: Config, kernels: bool = True) -> Config:
     """`config` with what "auto" means on a TPU named; kernels: whether Pallas kernels compile."""
-    attention = "splash" if kernels else "jax"
+    attention = "splash" if kernels else "einsum"
     meaning = dict(attention=attention, compute_dtype="bfloat16")
     named = {name: value for name, value in meaning.items() if getattr(config, name) == "auto"}
     return config.replace(**named)
