@@ -9,7 +9,15 @@ cache that decoding reads, and int8 (`decoding.py`).
 from lib.model.cache import Cache, init_cache
 from lib.model.decoding import decoding_params, quantized
 from lib.model.head import logits
-from lib.model.transformer import block, forward, hidden, loss_fn, loss_sums, token_losses
+from lib.model.transformer import (
+    block,
+    forward,
+    hidden,
+    loss_fn,
+    loss_sums,
+    token_logprobs,
+    token_losses,
+)
 from lib.params import init_params
 
 __all__ = [
@@ -24,5 +32,6 @@ __all__ = [
     "loss_fn",
     "loss_sums",
     "quantized",
+    "token_logprobs",
     "token_losses",
 ]

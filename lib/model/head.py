@@ -52,6 +52,29 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
+def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, Any]:
+    """Log-probability of each target and entropy of the whole distribution, (B, T) in nats; 0 where
+    the target is negative.
+
+    For gradients too: the logits of one chunk of tokens at a time are made again on the way back.
+    """
+    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
+    head_DV = head_DV.astype(x_MCD.dtype)
+
+    @jax.checkpoint
+    def chunk(x_CD, t_C):
+        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, t_C, head_DV, config)
+        p_CV = jnp.exp(logits_CV - lse_C[:, None])
+        entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
+        return -loss_C, jnp.where(t_C >= 0, entropy_C, 0.0)
+
+    results = jax.lax.map(lambda xt: chunk(*xt), (x_MCD, t_MC))
+    logp_BT, entropy_BT = (
+        a.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape) for a in results
+    )
+    return logp_BT, entropy_BT
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a

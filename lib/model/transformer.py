@@ -24,7 +24,7 @@ from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 from lib.model.attention import ATTENTION
 from lib.model.cache import Cache, advance, cached_attention
 from lib.model.decoding import cast_matrices, is_unstacked
-from lib.model.head import head_matrix, logits, losses_by_token, summed_loss
+from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_token, summed_loss
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
 from lib.model.linear import grad_barrier, linear, merge_heads
 from lib.parallel.collectives import enter, gather, leave, own_part
@@ -393,3 +393,11 @@ def token_losses(params, config: Config, tokens_BT, targets_BT):
     """
     x_BTD, _ = hidden(params, config, tokens_BT)
     return losses_by_token(x_BTD, head_matrix(params, config), targets_BT, config)
+
+
+def token_logprobs(params, config: Config, tokens_BT, targets_BT) -> tuple[Any, Any]:
+    """Log-probability of each target and entropy of what was foreseen there, (B, T) in nats, 0
+    where the target is negative; for gradients too.
+    """
+    x_BTD, _ = hidden(params, config, tokens_BT)
+    return logprobs_by_token(x_BTD, head_matrix(params, config), targets_BT, config)
