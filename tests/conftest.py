@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers import ROOT  # noqa: E402
+from tests.helpers.hub_models import model_hub  # noqa: E402, F401  (a fixture)
 from tests.helpers.hub_stand_in import hub_server  # noqa: E402, F401  (a fixture)
 
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
