@@ -168,46 +168,49 @@ def _number(rng, digits: int) -> int:
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
+def _written(n: int, commas: bool) -> str:
+    """A number as people write it, at times with commas between its thousands."""
+    return f"{n:,}" if commas else str(n)
+
+
 def arithmetic(rng, split):
     kind = rng.random()
     sign = rng.choice(["+", "+", "-", "-", "*", "*", "//", "%"])
     a = _number(rng, rng.choice([1, 2, 2, 3, 3, 4]))
-    b = _number(
-        rng, rng.choice([1, 2, 2, 3, 3, 4]) if sign in "+-" else rng.choice([1, 1, 2, 2, 3])
-    )
+    digits = [1, 2, 2, 3, 3, 4] if sign in "+-" else [1, 1, 2, 2, 3]
+    b = _number(rng, rng.choice(digits))
+    if 0.2 <= kind < 0.35:
+        return _of_three(rng, a, b)
+
+    # a third of the large numbers have commas, which the calculator drops
+    commas = (a + b) % 3 == 0
     if kind < 0.2:
         sign, story = rng.choice(STORIES)
         a, b = (max(a, b), min(a, b)) if sign in "-//" else (a, b)
-        question = story.format(a=a, b=b, things=rng.choice(THINGS), who=rng.choice(PEOPLE))
-        expression = f"{a}{sign}{b}"
-    elif kind < 0.35:
-        c, second = _number(rng, rng.choice([1, 2, 3])), rng.choice("+-*")
-        sign = rng.choice("+-*")
-        expression = f"{a}{sign}{b}{second}{c}"
-        question = rng.choice(ASK).format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
-        if second == sign == "+" and rng.random() < 0.3:
-            question = rng.choice(ASK).format(f"the sum of {a}, {b} and {c}")
-        return (
-            f"{sorted((a, b, c))}",
-            question,
-            [
-                *call(expression, n := _evaluate(a, sign, b, second, c)),
-                text(rng.choice(RESULT).format(n)),
-            ],
-            str(n),
-        )
+        first, second = _written(a, commas), _written(b, commas)
+        things, who = rng.choice(THINGS), rng.choice(PEOPLE)
+        question = story.format(a=first, b=second, things=things, who=who)
     else:
-        question = rng.choice(ASK).format(rng.choice(WORDS_FOR[sign]).format(a=a, b=b))
-        expression = f"{a}{sign}{b}"
+        first, second = _written(a, commas), _written(b, commas)
+        question = rng.choice(ASK).format(rng.choice(WORDS_FOR[sign]).format(a=first, b=second))
     if sign in ("//", "%") and b == 0:
         return None
     n = APPLY[sign](a, b)
-    return (
-        f"{sorted((a, b))}",
-        question,
-        [*call(expression, n), text(rng.choice(RESULT).format(n))],
-        str(n),
-    )
+    answer = [*call(f"{first}{sign}{second}", n), text(rng.choice(RESULT).format(n))]
+    return f"{sorted((a, b))}", question, answer, str(n)
+
+
+def _of_three(rng, a: int, b: int):
+    """An expression of three numbers."""
+    c, second = _number(rng, rng.choice([1, 2, 3])), rng.choice("+-*")
+    sign = rng.choice("+-*")
+    expression = f"{a}{sign}{b}{second}{c}"
+    question = rng.choice(ASK).format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
+    if second == sign == "+" and rng.random() < 0.3:
+        question = rng.choice(ASK).format(f"the sum of {a}, {b} and {c}")
+    n = _evaluate(a, sign, b, second, c)
+    answer = [*call(expression, n), text(rng.choice(RESULT).format(n))]
+    return f"{sorted((a, b, c))}", question, answer, str(n)
 
 
 def _evaluate(a, sign, b, second, c) -> int:

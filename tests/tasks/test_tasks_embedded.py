@@ -152,8 +152,17 @@ def test_variety():
         }
         assert len(shapes) >= 10, (name, shapes)
     calls = [item["messages"][1]["content"][0]["text"] for item in items_of("arithmetic", "train")]
-    signs = collections.Counter(re.sub(r"\d", "", call) for call in calls)
+    signs = collections.Counter(re.sub(r"[\d,]", "", call) for call in calls)
     assert {"+", "-", "*", "//", "%", "+*", "--"} <= set(signs) and signs["+"] < 0.4 * signs.total()
+
+
+def test_numbers_with_commas_are_taught_and_the_calculator_takes_them():
+    """In a few of a hundred sums, in question and call alike."""
+    written = [item for item in items_of("arithmetic", "train") if re.search(r"\d,\d", asked(item))]
+    assert 500 < len(written) < 1500
+    for item in written:
+        call, output = item["messages"][1]["content"][:2]
+        assert re.search(r"\d,\d{3}", call["text"]) and calculator(call["text"]) == output["text"]
 
 
 @pytest.mark.parametrize(
