@@ -271,3 +271,22 @@ def test_epochs_of_a_plan():
     passes, warning = data.epochs(1000, 100)
     assert passes == 10 and "10.0 passes over 100 tokens" in warning
     assert data.epochs(5, 0)[1]
+
+
+def test_a_file_beside_others_is_another_shard(tmp_path, monkeypatch):
+    """What else is there decides what of a file is held out, so its cached tokens differ too."""
+    monkeypatch.setattr(sources, "SHARD_BYTES", 1000)
+    # of one length, so that only the hashes differ
+    same = [text_of_words(1300, seed)[:1200] for seed in range(30)]
+    shards = {}
+    for name, other in (("one", 100), ("two", 200)):
+        rest = [text_of_words(1300, other + seed)[:1200] for seed in range(30)]
+        folder = write_corpus(tmp_path / name, "files", [])
+        for part, texts in (("a", same), ("b", rest)):
+            lines = [json.dumps(dict(text=text)) for text in texts]
+            (tmp_path / name / f"{part}.jsonl").write_text("\n".join(lines))
+        shards[name] = data.find_shards(folder, "train")
+    first, second = ({(s.longest, s.last_hash) for s in shards[name]} for name in shards)
+    assert first != second, "the rule held out others"
+    together = [{s.identity for s in shards[name]} for name in shards]
+    assert not together[0] & together[1]
