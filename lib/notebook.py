@@ -277,10 +277,10 @@ def show_source(*functions):
         return
     import inspect
 
-    from IPython.display import Code, display
+    from IPython.display import Markdown, display
 
     for function in functions:
-        display(Code(inspect.getsource(function), language="python"))
+        display(Markdown(f"```python\n{inspect.getsource(function)}```"))
 
 
 def show_page(path):

@@ -250,13 +250,15 @@ def masks(windows: Sequence[int], length: int):
     """
     position = np.arange(length)
     distance = position[:, None] - position[None, :]
-    kinds = sorted(set(windows))
+    # a window that is longer than the row sees all of it
+    reach = [min(window, length) for window in windows]
+    kinds = sorted(set(reach))
     figure, axes = subplots(1, len(kinds), size=(2.6, 2.8), squeeze=False)
     for axis, window in zip(axes[0], kinds):
         visible = (distance >= 0) & (distance <= window)
         shades = np.where(visible, 1.0, 0.0)
         axis.imshow(shades, cmap="Blues", vmin=0, vmax=1.4, extent=(0, length, length, 0))
-        layers = [str(i) for i, other in enumerate(windows) if other == window]
+        layers = [str(i) for i, other in enumerate(reach) if other == window]
         more = ", …" if len(layers) > 6 else ""
         axis.set(
             title=f"window {window}: layers {', '.join(layers[:6])}{more}",

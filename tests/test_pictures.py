@@ -31,6 +31,8 @@ DRAWN = {
     "token_lengths": lambda: pictures.token_lengths([1, 2, 3, 40], [1, 1, 2]),
     "coloured_tokens": lambda: pictures.coloured_tokens(Bytes(), "a b\nc\t" + "x" * 200),
     "training_curves": lambda: pictures.training_curves(ROWS),
+    "masks": lambda: pictures.masks((4, 4, 16), 16),
+    "attention_maps": lambda: pictures.attention_maps(["a", "\n"], [np.eye(2)[None]] * 2),
     "surprise": lambda: pictures.surprise(Bytes(), list(b"ab\nc"), [0.5, 3, 9, 17]),
     "bits_by_kind": lambda: pictures.bits_by_kind(
         {"base": {"kinds": {"code": dict(bpb=1.2, stderr=0.1, bytes=900)}}}
@@ -104,3 +106,12 @@ def test_ranges_of_bits_are_two_standard_errors_on_each_side():
         segment[:, 0] for bars in axis.containers for segment in bars[2][0].get_segments()
     ]
     assert (left, right) == pytest.approx((1.2 - 2 * 0.1, 1.2 + 2 * 0.1))
+
+
+def test_masks_show_what_each_kind_of_layer_sees():
+    """Counted by hand: 16 queries, themselves and 4 keys before each, or all of the past."""
+    figure = pictures.masks((4, 4, 16, 99), 16)
+    short, long = (axis.images[0].get_array() for axis in figure.axes)
+    assert short.sum() == 5 * 16 - (4 + 3 + 2 + 1) and long.sum() == 16 * 17 / 2
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["window 4: layers 0, 1", "window 16: layers 2, 3"]

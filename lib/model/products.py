@@ -8,6 +8,7 @@ from lib.params import named_specs
 
 # weight: the product that it takes part in, in the letters of its axes
 EINSUMS = {
+    "smear.gate": "BTC,C->BT",
     "blocks.wq": "BTD,DNH->BTNH",
     "blocks.wk": "BTD,DKH->BTKH",
     "blocks.wv": "BTD,DKH->BTKH",
@@ -18,7 +19,6 @@ EINSUMS = {
     "blocks.value_gate": "BTC,CK->BTK",
     "head": "BTD,DV->BTV",
     "embed": "BTD,DV->BTV",  # where it is the head too
-    "smear.gate": "BTC,C->BT",
 }
 
 
@@ -38,18 +38,21 @@ def products(config: Config) -> list[Product]:
     multiplies queries by keys and probabilities by values: 12 N H FLOPs for each key in the window
     (PaLM, appendix B), causality not deducted.
     """
+    # in the order in which a token meets them
+    specs = dict(named_specs(config))
     rows = []
-    for name, spec in named_specs(config):
-        multiplies = spec.group in ("matrix", "head") or name == "smear.gate"
-        if multiplies:
-            flops = 6 * math.prod(spec.shape)
-            rows.append(Product(name, EINSUMS[name], spec.shape, flops))
+    for name, einsum in EINSUMS.items():
+        looked_up = name == "embed" and not config.tied_head
+        if name in specs and not looked_up:
+            shape = specs[name].shape
+            rows.append(Product(name, einsum, shape, 6 * math.prod(shape)))
 
     # scores and their use, layer by layer as far as each one's window reaches
     reach = [min(window, config.sequence_len) for window in config.windows]
     flops = 12 * config.n_head * config.head_dim * sum(reach)
     scores = (config.n_head, config.sequence_len, config.sequence_len)
-    rows.append(Product("attention", "BTNH,BSNH->BNTS", scores, flops))
+    behind = next(i for i, row in enumerate(rows) if row.name == "blocks.wo")
+    rows.insert(behind, Product("attention", "BTNH,BSNH->BNTS", scores, flops))
     return rows
 
 
