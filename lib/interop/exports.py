@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from lib.files import choose
-from lib.interop import huggingface
+from lib.interop import gguf_file, huggingface, stablehlo
 from lib.interop.proof import Proof
 from lib.runs import load_model
 
 # name of a format: (params, config, tokenizer, path) -> Proof; adding one is one entry
 FORMATS = {
     "transformers": huggingface.export,
+    "gguf": gguf_file.export,
+    "stablehlo": stablehlo.export,
 }
 # the folder of a run that they are written to, by default
 FOLDER = "exports"
