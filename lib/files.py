@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -161,6 +162,20 @@ def update_json(path, **entries) -> dict:
     old = read_json(path) if Path(path).exists() else {}
     write_json(path, old | entries)
     return old | entries
+
+
+def save_tensors(arrays: dict, path, metadata: dict[str, str] | None = None):
+    """Write numpy arrays by name into a safetensors file; OSError where the system refuses."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(arrays, path, metadata)
+    except SafetensorError as e:
+        # this is how it tells of a full disk
+        if code := re.search(r"os error (\d+)", str(e)):
+            raise OSError(int(code[1]), str(e)) from e
+        raise
 
 
 # ---- reading ------------------------------------------------------------------------------------

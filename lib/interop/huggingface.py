@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, first_line, replacing, to_json
+from lib.files import UserError, first_line, replacing, save_tensors, to_json
 from lib.interop import proof
 from lib.interop.families import FAMILIES, fitting, has_short_windows
 from lib.interop.folding import as_linear, fold, normed_rows, swap_halves
@@ -66,7 +65,7 @@ def write(params, config: Config, tokenizer: Tokenizer, folder: Path, family: st
     )
     (folder / "config.json").write_text(to_json(settings | special))
     (folder / "generation_config.json").write_text(to_json(special))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors", {"format": "pt"})
     write_tokenizer(tokenizer, folder, config.sequence_len)
 
 

@@ -1,4 +1,4 @@
-"""A model as StableHLO, the compiler's own language: runs wherever jax or XLA does, without our code.
+"""A model as StableHLO, the compiler's own language: it runs where XLA does, without our code.
 
 A folder holds three functions, each for cpu, cuda and tpu in one file, the weights beside them, and
 a program of forty lines that runs them:
@@ -15,17 +15,17 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
-from safetensors.numpy import save_file
 
 from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, replacing, to_json
+from lib.files import UserError, replacing, save_tensors, to_json
 from lib.interop import proof
 from lib.interop.packages import optional
 from lib.params import path_name
@@ -52,15 +52,14 @@ def write(params, config: Config, tokenizer: Tokenizer, folder: Path):
     named, tree = named_weights(params)
     for name, exported in functions(config, named, tree).items():
         (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
-    save_file(
-        {name: np.asarray(leaf) for name, leaf in named.items()}, folder / "weights.safetensors"
-    )
+    arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
+    save_tensors(arrays, folder / "weights.safetensors")
     (folder / "config.json").write_text(to_json(config.to_dict()))
     tokenizer.save(folder / "tokenizer.json")
     shutil.copyfile(RUNNER, folder / "run.py")
 
 
-def named_weights(params) -> tuple[dict, jax.tree_util.PyTreeDef]:
+def named_weights(params) -> tuple[dict, Any]:
     """(the leaves by path, such as blocks.wq; how to put them together again)."""
     flat, tree = jax.tree_util.tree_flatten_with_path(params)
     return {path_name(path): leaf for path, leaf in flat}, tree
@@ -144,5 +143,5 @@ def prove(params, config: Config, folder: Path) -> proof.Proof:
         difference=difference,
         bound=bound,
         greedy=proof.agreeing(proof.our_greedy(params, config), written),
-        lost=(f"run here on {jax.default_backend()} alone, compiled for the others",),
+        lost=(f"seen running on {jax.default_backend()} alone; for the others it is only lowered",),
     )

@@ -28,6 +28,7 @@ from lib.files import (
     parse_json,
     reaching,
     replacing,
+    save_tensors,
     sha256,
     to_json,
     writing,
@@ -243,9 +244,6 @@ def _seal(folder: Path, record: dict, arrays: dict):
 
 def _fill(folder: Path, arrays: dict, suffix: str = "") -> dict:
     """Write the arrays into files of `folder`; {file: its size and checksum}."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     by_file: dict[str, dict] = {}
     for name, array in arrays.items():
         by_file.setdefault(_top(name), {})[name] = array
@@ -253,13 +251,7 @@ def _fill(folder: Path, arrays: dict, suffix: str = "") -> dict:
     files = {}
     for top, content in sorted(by_file.items()):
         path = folder / f"{top}{suffix}.safetensors"
-        try:
-            save_file(content, path)
-        except SafetensorError as e:
-            # this is how it tells of a full disk
-            if code := re.search(r"os error (\d+)", str(e)):
-                raise OSError(int(code[1]), str(e)) from e
-            raise
+        save_tensors(content, path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return files
 

@@ -14,6 +14,7 @@ from lib.interop.llama import config_from_llama
 from lib.interop.proof import apart, our_logits, probe_texts
 from lib.interop.tokenizer_import import DIGITS_PATTERN, GPT2_PATTERN, in_merge_order, pattern_of
 from lib.runs import load_model
+from tests.helpers.hub_stand_in import COMMIT
 from tests.helpers.models import config_of, random_params, tokenizer
 
 TOKENS = np.random.default_rng(5).integers(700, size=(2, 40))
@@ -208,6 +209,42 @@ def test_the_context_is_theirs_or_shorter():
     del settings["hidden_size"]
     with pytest.raises(UserError, match="lacks hidden_size"):
         config_from_llama(settings)
+
+
+# ---- the Hub -------------------------------------------------------------------------------------
+
+
+def publish(server, path, repo="someone/small"):
+    """Serve a model's folder as the Hub would, with a picture that nobody asked for."""
+    names = [file.name for file in path.iterdir()] + ["picture.png"]
+    info = dict(id=repo, sha=COMMIT, siblings=[dict(rfilename=name) for name in names])
+    # older clients read the names from there, newer ones from a listing
+    files = [dict(type="file", path=name, size=1, oid="0" * 40) for name in names]
+    for file, entry in zip(path.iterdir(), files):
+        entry["size"] = file.stat().st_size
+    server.files[f"/api/models/{repo}/tree/{COMMIT}"] = json.dumps(files).encode()
+    for revision in ("main", COMMIT):
+        server.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps(info).encode()
+    for file in path.iterdir():
+        server.files[f"/{repo}/resolve/{COMMIT}/{file.name}"] = file.read_bytes()
+
+
+def test_a_model_comes_from_the_hub(folder, tmp_path, hub_server):
+    path, params, config = folder("llama")
+    publish(hub_server, path)
+    text = import_run("hf:someone/small@main", tmp_path / "run", prove=False)
+    assert "imported hf:someone/small@main" in text
+    model = load_model(tmp_path / "run")
+    assert model.meta["imported"] == "hf:someone/small@main"
+    theirs = our_logits(model.params, model.config, TOKENS)
+    assert apart(our_logits(params, config, TOKENS), theirs)[0] < 1e-3
+    assert not any("picture" in address for _, address, _ in hub_server.log)
+
+
+def test_what_the_hub_refuses_is_one_sentence(tmp_path, hub_server):
+    with pytest.raises(UserError, match="cannot fetch hf:someone/other .*check its name"):
+        import_run("hf:someone/other", tmp_path / "run", prove=False)
+    assert not (tmp_path / "run").exists()
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
