@@ -4,11 +4,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
 
-usage="usage: bash run_tests.sh [--fast | --colab | --setup-only] [ARGUMENTS FOR PYTEST]
+usage="usage: bash run_tests.sh [--fast | --colab | --interop | --setup-only] [ARGUMENTS FOR PYTEST]
 
   (nothing)     all tests, but those that rebuild Colab's machines
   --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: three minutes on two cores
   --colab       the notebooks on Colab's and Kaggle's own package versions (needs a network)
+  --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB) and llama.cpp
   --setup-only  stop after the set-up
 
 such as: bash run_tests.sh --fast -k optim      bash run_tests.sh tests/data"
@@ -18,8 +19,16 @@ case ${1:-} in
     --help | -h) echo "$usage"; exit ;;
     --fast) shift; which=(-m "not slow and not tpu and not colab") ;;
     --colab) shift; which=(-m colab) ;;
+    --interop) shift; which=(tests/interop); set_up=interop ;;
 esac
 setup dev
+if [ "${set_up:-}" = interop ]; then
+    # torch's usual build brings 3 GB of CUDA: without a GPU it is the other that is wanted
+    if [ "$device" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+        .venv/bin/python -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch
+    fi
+    setup dev hf gguf
+fi
 [ "${1:-}" != --setup-only ] || exit 0
 
 cores=$(getconf _NPROCESSORS_ONLN)
