@@ -169,8 +169,9 @@ def save_tensors(arrays: dict, path, metadata: dict[str, str] | None = None):
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    options: Any = {"metadata": metadata} if metadata else {}
     try:
-        save_file(arrays, path, metadata)
+        save_file(arrays, path, **options)
     except SafetensorError as e:
         # this is how it tells of a full disk
         if code := re.search(r"os error (\d+)", str(e)):

@@ -72,20 +72,20 @@ def misfits(config: Config, family: Family) -> list[str]:
     return against
 
 
-def fitting(config: Config, names=tuple(FAMILIES)) -> str:
-    """The first of the named families that holds a config, "" where none does."""
-    fits = (name for name in names if not misfits(config, FAMILIES[name]))
+def fitting(config: Config, families: dict[str, Family] = FAMILIES) -> str:
+    """The name of the first family that holds a config, "" where none does."""
+    fits = (name for name, family in families.items() if not misfits(config, family))
     return next(fits, "")
 
 
-def refusal(config: Config, names, program: str) -> UserError:
-    """The sentence for a config that none of the named families holds.
+def refusal(config: Config, families: dict[str, Family], program: str) -> UserError:
+    """The sentence for a config that none of a program's families holds.
 
     It names the fields that stand against the family which comes nearest.
     """
-    nearest = min(names, key=lambda name: len(misfits(config, FAMILIES[name])))
-    against = ", ".join(misfits(config, FAMILIES[nearest]))
+    nearest = min(families, key=lambda name: len(misfits(config, families[name])))
+    against = ", ".join(misfits(config, families[nearest]))
     return UserError(
         f"{program} has no architecture for this model: against {nearest}, the nearest, "
-        f"stand {against}; a model of the preset llama_like or gpt2_like fits"
+        f"stand {against}; a model of the preset llama_like fits"
     )

@@ -91,7 +91,12 @@ def test_a_misfit_names_the_fields():
     assert "window_pattern=SSSL" in against
     assert "window_pattern=SSSL" not in misfits(config_of("whole"), FAMILIES["qwen3"])
     with pytest.raises(UserError, match="against qwen3, the nearest, stand .*softcap=15.0"):
-        raise refusal(config_of("llama", qk_norm=True, softcap=15.0), ("arcee", "qwen3"), "It")
+        raise refusal(config_of("llama", qk_norm=True, softcap=15.0), FAMILIES, "It")
+    # a program may hold less than transformers
+    narrow = {"qwen3": FAMILIES["qwen3"]._replace(short_windows=False)}
+    assert fitting(config_of("qwen3")) == "qwen3" and fitting(config_of("qwen3"), narrow) == ""
+    with pytest.raises(UserError, match="against qwen3, the nearest, stand window_pattern=SSSL;"):
+        raise refusal(config_of("qwen3"), narrow, "It")
 
 
 def test_windows_as_long_as_the_context_are_none():

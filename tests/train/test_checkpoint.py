@@ -135,9 +135,9 @@ def test_the_saved_state_is_that_of_the_call_though_buffers_are_donated_and_over
     overwritten = threading.Event()
     write = safetensors.numpy.save_file
 
-    def write_late(*asked):
+    def write_late(arrays, path):
         assert overwritten.wait(60)
-        write(*asked)
+        write(arrays, path)
 
     monkeypatch.setattr(safetensors.numpy, "save_file", write_late)
     with Saver(tmp_path) as saver:
