@@ -58,6 +58,7 @@ def has_short_windows(config: Config) -> bool:
 
 def misfits(config: Config, family: Family) -> list[str]:
     """What of a config a family cannot hold, as "field=value"; empty where the config fits."""
+    # fields whose values it has no word for
     holds: dict[str, Any] = {field: (False,) for field in OURS_ALONE} | family.holds
     against = [
         f"{field}={getattr(config, field)}"

@@ -82,6 +82,8 @@ def write(params, config: Config, tokenizer: Tokenizer, path: Path, architecture
     """The GGUF file: sizes, tokenizer, tensors."""
     (gguf,) = optional(EXTRA, "gguf")
     writer = gguf.GGUFWriter(str(path), architecture)
+
+    # sizes
     writer.add_name("rawchat")
     writer.add_context_length(config.sequence_len)
     writer.add_embedding_length(config.n_embd)
@@ -91,14 +93,17 @@ def write(params, config: Config, tokenizer: Tokenizer, path: Path, architecture
     writer.add_head_count_kv(config.n_kv_head)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
+    # rotations and norms
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_base)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    # text and weights
     _add_tokenizer(writer, tokenizer)
     for name, tensor in tensors(params, config, architecture).items():
         writer.add_tensor(name, np.ascontiguousarray(tensor))
+    # its three parts, in this order
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -108,11 +113,13 @@ def write(params, config: Config, tokenizer: Tokenizer, path: Path, architecture
 def _add_tokenizer(writer, tokenizer: Tokenizer):
     special = tokenizer.special
     ordinary = [spelled(token) for token in tokenizer.tokens]
+    # byte-level BPE goes by GPT-2's name there
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(best_splitter(tokenizer)[0])
     writer.add_token_list([*ordinary, *special])
     writer.add_token_types([NORMAL] * len(ordinary) + [CONTROL] * len(special))
     writer.add_token_merges([f"{spelled(a)} {spelled(b)}" for a, b in merges(tokenizer)])
+    # what begins a document, what ends an answer, and how a chat is written
     writer.add_bos_token_id(tokenizer.bos)
     writer.add_eos_token_id(special["<|assistant_end|>"])
     writer.add_add_bos_token(True)
@@ -121,6 +128,7 @@ def _add_tokenizer(writer, tokenizer: Tokenizer):
 
 def best_splitter(tokenizer: Tokenizer) -> tuple[str, int]:
     """(the name in SPLITTERS that makes our ids of the most texts, of how many of TEXTS)."""
+    # our own merges behind another pattern: no other difference counts
     texts = proof.probe_texts()
     ours = [tokenizer.encode(text) for text in texts]
 
@@ -143,6 +151,7 @@ def tensors(params, config: Config, architecture: str) -> dict[str, np.ndarray]:
         w_DNH = swap_halves(w_DNH)
         return interleave_halves(w_DNH) if architecture in NEIGHBOURS else w_DNH
 
+    # norms have weights there
     ones = np.ones(config.n_embd, np.float32)
     named = {
         "token_embd.weight": embed,
@@ -176,6 +185,7 @@ def tensors(params, config: Config, architecture: str) -> dict[str, np.ndarray]:
 def serving(path, config: Config):
     """llama.cpp with the model of a file: yields ask(endpoint, **json) -> json."""
     (runtime,) = optional(EXTRA, "xllamacpp")
+    # one row on the CPU, on any free port of this machine
     settings = runtime.CommonParams()
     settings.model.path = str(path)
     settings.n_ctx = config.sequence_len
@@ -222,8 +232,10 @@ def greedy(ask, prompt: list[int], count: int, tokenizer: Tokenizer) -> tuple[li
             n_probs=LIKELIEST,
             return_tokens=True,
         )
+        # of one that ends within a character it tells no log-probabilities
         for step in answer.get("completion_probabilities", []):
             likeliest[place] = step["top_logprobs"]
+        # nor does it name the token at which it stops
         if answer["tokens"]:
             written.append(answer["tokens"][0])
         else:

@@ -38,6 +38,7 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
     optional(EXTRA, "torch", "transformers")
     start = time.perf_counter()
     family = fitting(config)
+    # what is not proved never stands where it was asked for
     with replacing(folder) as draft:
         draft.mkdir()
         write(params, config, tokenizer, draft, family)
@@ -106,6 +107,7 @@ def family_config(config: Config, family: str) -> dict[str, Any]:
         hidden_act=ACTIVATIONS[config.mlp],
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
     )
+    # windows are told only where there are any
     if FAMILIES[family].short_windows and has_short_windows(config):
         settings |= _layer_types(config) | dict(use_sliding_window=True)
     if family == "nanochat":
@@ -127,6 +129,7 @@ def whole_config(config: Config) -> dict[str, Any]:
     )
     ours = {field: getattr(config, field) for field in fields}
     name = CUSTOM.stem
+    # where transformers finds our classes
     auto_map = {
         "AutoConfig": f"{name}.RawchatConfig",
         "AutoModelForCausalLM": f"{name}.RawchatForCausalLM",
@@ -151,11 +154,14 @@ def family_tensors(params, config: Config, family: str) -> dict[str, np.ndarray]
     """The state dict of a class that transformers has, with everything else folded in."""
     plain = fold(params, config)
     theirs = family == "nanochat"  # it norms embeddings and turns by minus the angle, as we do
+    # the others turn heads by plus the angle
     turned = (lambda w: w) if theirs else swap_halves
+    # and call an mlp's matrices otherwise
     mlp = {"w_in": "up_proj", "w_gate": "gate_proj", "w_out": "down_proj"}
     if theirs:
         mlp = {"w_in": "fc1", "w_out": "fc2"}
 
+    # the norm of an embedding goes into its rows where there is no such norm
     embed = plain.embed
     if config.embed_norm and not theirs:
         embed = normed_rows(embed, config.norm_eps)
@@ -185,6 +191,7 @@ def family_tensors(params, config: Config, family: str) -> dict[str, np.ndarray]
 
 def whole_tensors(params, config: Config) -> dict[str, np.ndarray]:
     """The state dict of our own class: nothing folded, the vocabulary's padding left off."""
+    # a head of its own, also where ours is tied: one form for all
     V = config.vocab_size
     weights = unstack(params, config)
     table = np.asarray(params["embed"])[:V]
@@ -201,9 +208,11 @@ def whole_tensors(params, config: Config) -> dict[str, np.ndarray]:
                 tensors[f"{block}.mlp.{name}.weight"] = as_linear(np.asarray(layer[name]))
         if "value_gate" in layer:
             tensors[f"{block}.attn.value_gate.weight"] = as_linear(np.asarray(layer["value_gate"]))
+        # scales that were not trained are the ones that change nothing
         tensors[f"{block}.resid_scale"] = layer.get("resid_scale", 1.0)
         tensors[f"{block}.x0_scale"] = layer.get("x0_scale", 0.0)
 
+    # the parts that stand outside the layers
     for i, value_table in weights["value_embeds"].items():
         tensors[f"value_embeds.{i}.weight"] = np.asarray(value_table)[:V].reshape(V, -1)
     if config.smear:
@@ -220,6 +229,7 @@ def whole_tensors(params, config: Config) -> dict[str, np.ndarray]:
 def load(folder):
     """(model, tokenizer) as transformers opens an export."""
     (transformers,) = optional(EXTRA, "transformers")
+    # its bars and its advice are not for whoever exports
     logging = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -236,6 +246,8 @@ def prove(params, config: Config, tokenizer: Tokenizer, folder, family: str) -> 
     """Open a folder with transformers and compare logits, greedy tokens and ids of texts."""
     (torch,) = optional(EXTRA, "torch")
     model, theirs = load(folder)
+
+    # their logits of random tokens, and what they write after a prompt
     tokens_BT = proof.probe_tokens(config)
     prompt, count = proof.greedy_prompt(config)
     with torch.no_grad():
@@ -250,6 +262,7 @@ def prove(params, config: Config, tokenizer: Tokenizer, folder, family: str) -> 
         )[0].tolist()
     difference, bound = proof.apart(proof.our_logits(params, config, tokens_BT), logits)
 
+    # compared with ours
     lost = []
     if not family:
         lost.append("nothing, by our own file: load it with trust_remote_code=True")

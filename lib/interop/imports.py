@@ -41,6 +41,8 @@ def import_run(source: str, run, sequence_len: int = 0, prove: bool = True) -> s
     taken = [name for name in (FILE, *STAGES.values()) if (run / name).exists()]
     if taken:
         raise UserError(f"{run} has a {taken[0]} already: choose another --run")
+
+    # everything is read and compared before a file is written
     folder = fetch(source)
     model = read_model(folder, source, sequence_len)
     lines = [f"imported {source}: {model.config.n_layer} layers, {model.config.n_embd} wide"]
@@ -48,6 +50,7 @@ def import_run(source: str, run, sequence_len: int = 0, prove: bool = True) -> s
         lines.append(compared(model, folder))
     lines += [f"not as it was: {sentence}" for sentence in model.lost]
 
+    # a run like any other: the config comes last, for it is what a run is found by
     model.tokenizer.save(run / FILE)
     meta = dict(
         config=model.config.to_dict(),
@@ -90,6 +93,7 @@ def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:
     """The model in a folder as transformers writes it: weights, config and tokenizer."""
     settings = read_json(folder / "config.json", cure="get it again")
     config = config_from_llama(settings, sequence_len)
+    # some begin documents with what ends them
     bos = settings.get("bos_token_id")
     if bos is None:
         bos = settings.get("eos_token_id")
@@ -99,6 +103,7 @@ def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:
             f"the tokenizer of {source} has the id {vocabulary.theirs.max()}, its tables only "
             f"{config.vocab_size} rows: they do not belong together"
         )
+    # in their order of ids first, then in ours
     params, config = from_llama(read_tensors(folder), config)
     params, config = revocabulary(params, config, vocabulary.theirs)
     return Imported(params, config, *vocabulary)
@@ -108,6 +113,7 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder's safetensors files as float32, whatever they are stored in."""
     from safetensors import SafetensorError, safe_open
 
+    # large models come in several files, and an index says in which
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
@@ -146,6 +152,7 @@ def compared(model: Imported, folder: Path) -> str:
     tokens_BT = known[picks][:, : model.config.sequence_len]
     with torch.no_grad():
         output = network.eval()(torch.as_tensor(model.theirs[tokens_BT])).logits.numpy()
+    # the same tokens, and of their logits those of the tokens that we have
     ours = proof.our_logits(model.params, model.config, tokens_BT)[..., known]
     difference, bound = proof.apart(ours, output[..., model.theirs[known]])
     if difference > bound:
@@ -154,6 +161,7 @@ def compared(model: Imported, folder: Path) -> str:
             f"(allowed {bound:.1e})"
         )
 
+    # the tokenizer is compared too, and how far it agrees is only told
     texts = proof.probe_texts()
     equal = 0
     for text in texts:

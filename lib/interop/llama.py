@@ -42,11 +42,13 @@ def config_from_llama(settings: dict, sequence_len: int = 0) -> Config:
     UserError names what we cannot hold.
     """
     _check_plain(settings)
+    # the context: theirs, or as much of it as is asked for
     theirs = settings.get("max_position_embeddings", Config.sequence_len)
     length = sequence_len or theirs
     if length > theirs:
         raise UserError(f"sequence_len={length} is beyond the model's context of {theirs} tokens")
     heads = settings["num_attention_heads"]
+    # about as many tokens a step as our own models take
     rows = max(1, REFERENCE_BATCH // length // Config.microbatch) * Config.microbatch
     return Config(
         vocab_size=settings["vocab_size"],
@@ -95,6 +97,7 @@ def _check_plain(settings: dict):
     if kind not in MODEL_TYPES:
         names = ", ".join(MODEL_TYPES)
         raise UserError(f"cannot import a model of type {kind!r}: its type must be one of {names}")
+    # of a type that we know: whole, and without parts that we have not
     missing = [name for name in NEEDED if name not in settings]
     if missing:
         raise UserError(f"its config.json lacks {', '.join(missing)}: get the whole of it")
@@ -118,6 +121,7 @@ def from_llama(state: dict[str, np.ndarray], config: Config) -> tuple[dict, Conf
     The config comes back with a head of its own where the last norm's weights part a tied head from
     the embedding, and with the scale that norms of queries and keys had.
     """
+    # tables of rotations are no weights
     state = {name: array for name, array in state.items() if not name.endswith("inv_freq")}
     state = {name.removeprefix("model."): array for name, array in state.items()}
     layers = [_layer(state, config, i) for i in range(config.n_layer)]
@@ -125,6 +129,7 @@ def from_llama(state: dict[str, np.ndarray], config: Config) -> tuple[dict, Conf
     if config.qk_norm:
         config = config.replace(qk_scale=_norm_scale(state, config))
 
+    # the tables; a head that is not there is the embedding
     embed = _take(state, "embed_tokens.weight", (config.vocab_size, config.n_embd))
     final_norm = _take(state, "norm.weight", (config.n_embd,))
     head = embed
@@ -136,6 +141,7 @@ def from_llama(state: dict[str, np.ndarray], config: Config) -> tuple[dict, Conf
         names = ", ".join(sorted(state)[:5])
         raise UserError(f"the weights hold {names} ({len(state)} in all), unknown in its type")
 
+    # the last norm's weights go into the head, which may part it from the embedding
     tied = config.tied_head and bool(np.all(final_norm == 1)) and np.array_equal(head, embed)
     config = config.replace(tied_head=tied)
     params: dict[str, Any] = {"embed": _padded(embed, config), "blocks": stacks}
@@ -165,6 +171,7 @@ def _layer(state: dict, config: Config, i: int) -> dict[str, np.ndarray]:
         weight = _take(state, f"{name}.weight", (math.prod(outputs), D))
         return (weight * norm).T.reshape(D, *outputs)
 
+    # each norm's weights go into the matrices that read what it norms
     before_attn = _take(state, f"layers.{i}.input_layernorm.weight", (D,))
     before_mlp = _take(state, f"layers.{i}.post_attention_layernorm.weight", (D,))
     return dict(
@@ -181,6 +188,7 @@ def _layer(state: dict, config: Config, i: int) -> dict[str, np.ndarray]:
 def _norm_scale(state: dict, config: Config) -> float:
     """The one number that the weights of all norms of queries and keys come to."""
     shape = (config.head_dim,)
+    # of each layer the weights for queries, then those for keys
     pairs = []
     for i in range(config.n_layer):
         queries = _take(state, f"layers.{i}.self_attn.q_norm.weight", shape)

@@ -50,11 +50,13 @@ def rotate(x_BNTH, cos_BTH, sin_BTH):
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Attention in plain products: (output (B, T, N, H), weights)."""
+    # each head of keys and values serves a group of queries
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
+    # softmax in float32, whatever the model is in
     weights = scores.float().softmax(dim=-1).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -87,16 +89,19 @@ class Attention(nn.Module):
             return x_BTX.view(B, T, -1, config.head_dim).transpose(1, 2)
 
         q_BNTH, k_BKTH, v_BKTH = heads(self.wq(h_BTD)), heads(self.wk(h_BTD)), heads(self.wv(h_BTD))
+        # the token's own embedding, let in by a gate per head between 0 and 3
         if value_embed_BTX is not None:
             gate_BTK = 3 * torch.sigmoid(self.value_gate(h_BTD[..., :VALUE_GATE_CHANNELS]))
             v_BKTH = v_BKTH + gate_BTK.transpose(1, 2)[..., None] * heads(value_embed_BTX)
 
+        # rotated first, then normed and sharpened
         q_BNTH, k_BKTH = rotate(q_BNTH, *rope), rotate(k_BKTH, *rope)
         if config.qk_norm:
             q_BNTH = rms_norm(q_BNTH, config.rms_norm_eps)
             k_BKTH = rms_norm(k_BKTH, config.rms_norm_eps)
         q_BNTH, k_BKTH = q_BNTH * config.qk_scale, k_BKTH * config.qk_scale
 
+        # with those of all tokens before
         if cache is not None:
             k_BKTH, v_BKTH = cache.update(k_BKTH, v_BKTH, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation, eager_attention)
@@ -159,9 +164,13 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         V, D = config.vocab_size, config.hidden_size
+
+        # what every model has
         self.embed = nn.Embedding(V, D)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.head = nn.Linear(D, V, bias=False)
+
+        # what a config may switch off
         width = config.num_key_value_heads * config.head_dim
         self.value_embeds = nn.ModuleDict(
             {str(i): nn.Embedding(V, width) for i in config.value_layers}
@@ -187,6 +196,8 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
             return rms_norm(rows, self.config.rms_norm_eps) if self.config.embed_norm else rows
 
         x_BTD = look_up(ids_BT)
+
+        # a share of the embedding before, as much as a gate on this one lets in
         if not self.config.smear:
             return x_BTD
         before_BTD = look_up(before_BT.clamp(min=0)) * (before_BT >= 0)[..., None]
@@ -233,6 +244,8 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         past = cache.get_seq_length() if cache is not None else 0
+
+        # the token before each: known from the inputs, but not where a cache goes on
         if previous_ids is None:
             if self.config.smear and past:
                 raise ValueError(
@@ -242,6 +255,7 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past
 
+        # the layers, of which the middle one is kept for later
         x_BTD = x0_BTD = self.embedded(input_ids, previous_ids)
         rope = self.rope(position_ids, x_BTD.dtype)
         masks = self.masks(attention_mask, x_BTD, position_ids, cache)
@@ -255,12 +269,15 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
             )
             if i == len(self.blocks) // 2:
                 middle_BTD = x_BTD
+
+        # without its share of the middle layer, normed, and on to logits
         if self.config.backout:
             x_BTD = x_BTD - self.backout * middle_BTD
         x_BTD = rms_norm(x_BTD, self.config.rms_norm_eps)
 
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(x_BTD[:, keep]).float()
+        # large logits are held back smoothly
         if self.config.softcap:
             logits = self.config.softcap * torch.tanh(logits / self.config.softcap)
         loss = None
@@ -281,6 +298,7 @@ class RawchatForCausalLM(PreTrainedModel, GenerationMixin):
 def previous_tokens(ids_BT, mask_BT):
     """The token before each, -1 where there is none or where it is padding."""
     before_BT = F.pad(ids_BT[:, :-1], (1, 0), value=-1)
+    # padding stands on the left and is nobody's predecessor
     if isinstance(mask_BT, torch.Tensor) and mask_BT.ndim == 2:
         real_BT = F.pad(mask_BT[:, : ids_BT.shape[1] - 1], (1, 0), value=0)
         before_BT = before_BT.masked_fill(real_BT == 0, -1)

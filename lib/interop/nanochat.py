@@ -28,6 +28,7 @@ def config_from_nanochat(config: dict) -> Config:
     """
     for name in config:
         choose("nanochat config field", name, GPT_CONFIG)
+    # every field, or sizes would be guessed
     missing = [name for name in GPT_CONFIG if name not in config]
     if missing:
         raise UserError(
@@ -36,6 +37,7 @@ def config_from_nanochat(config: dict) -> Config:
     width, heads, length = config["n_embd"], config["n_head"], config["sequence_len"]
     if width % heads:
         raise UserError(f"nanochat config: n_embd={width} is not a multiple of n_head={heads}")
+    # about the reference's tokens a step, in whole microbatches
     rows = max(1, REFERENCE_BATCH // length // Config.microbatch) * Config.microbatch
     return Config(
         **config, head_dim=width // heads, mlp_dim=4 * width, total_batch_size=rows * length
@@ -85,6 +87,7 @@ def _layout(config: Config) -> list[tuple]:
             theirs = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else shape or (1,)
         return name, theirs, path, at, linear
 
+    # the tables, then what stands outside the layers
     rows = [
         row("transformer.wte.weight", "embed"),
         row("lm_head.weight", "head", linear=True),
@@ -94,6 +97,7 @@ def _layout(config: Config) -> list[tuple]:
         row("resid_lambdas", "blocks.resid_scale"),
         row("x0_lambdas", "blocks.x0_scale"),
     ]
+    # the matrices of each layer
     matrices = {
         "attn.c_q": "wq",
         "attn.c_k": "wk",
@@ -107,6 +111,7 @@ def _layout(config: Config) -> list[tuple]:
             row(f"transformer.h.{i}.{name}.weight", f"blocks.{ours}", i, linear=True)
             for name, ours in matrices.items()
         ]
+    # the tables and gates of those layers that have value embeddings
     for at, i in enumerate(config.value_layers):
         rows += [
             row(f"value_embeds.{i}.weight", "value_embeds", at),
@@ -132,6 +137,8 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
     ("_orig_mod.") or not.
     """
     arrays = {name.removeprefix("_orig_mod."): array for name, array in state_dict.items()}
+
+    # all of them and no other
     layout = _layout(config)
     missing = {row[0] for row in layout} - set(arrays)
     unexpected = set(arrays) - {row[0] for row in layout}
@@ -141,6 +148,7 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
                 f"the nanochat state dict {kind} {', '.join(sorted(names)[:5])} ({len(names)} in "
                 "all): check that the config is that model's"
             )
+    # empty parameters, filled tensor by tensor
     params = jax.tree.map(
         lambda spec: np.empty(spec.shape, np.float32), param_specs(config), is_leaf=is_spec
     )

@@ -56,6 +56,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
+        # all of it, or nothing
         same_logits = self.difference <= self.bound
         same_tokens = self.greedy[0] == self.greedy[1]
         same_texts = self.texts is None or self.texts[0] == self.texts[1]

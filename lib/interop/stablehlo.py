@@ -49,9 +49,11 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
 
 def write(params, config: Config, tokenizer: Tokenizer, folder: Path):
     """The functions, the weights, our config and tokenizer, and the program that runs them."""
+    # what is computed, once for all platforms
     named, tree = named_weights(params)
     for name, exported in functions(config, named, tree).items():
         (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
+    # what it is computed with
     arrays = {name: np.asarray(leaf) for name, leaf in named.items()}
     save_tensors(arrays, folder / "weights.safetensors")
     (folder / "config.json").write_text(to_json(config.to_dict()))
@@ -87,6 +89,7 @@ def functions(config: Config, named: dict, tree) -> dict[str, jax_export.Exporte
         logits_BTV, cache = model.forward(together(weights), config, tokens_BT, cache)
         return logits_BTV[0, 0], cache._asdict()
 
+    # the number of rows stays open; a row is as long as the context
     rows = jax_export.symbolic_shape(f"b, {config.sequence_len}")
     tokens = jax.ShapeDtypeStruct(rows, jnp.int32)
     token = jax.ShapeDtypeStruct((), jnp.int32)
@@ -132,6 +135,7 @@ def prove(params, config: Config, folder: Path) -> proof.Proof:
         results = np.load(outputs)
         logits, written = results["logits"], results["written"].tolist()
 
+    # what running it has left there
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     ours = proof.our_logits(params, config, tokens_BT)
     difference, bound = proof.apart(ours, logits)

@@ -41,8 +41,10 @@ CHAT_TEMPLATE = """\
 
 def byte_letters() -> dict[int, str]:
     """A printable letter for each byte, as GPT-2 chose them: JSON can hold no lone bytes."""
+    # letters that stand for themselves: no blanks, no control characters
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     letters = {byte: chr(byte) for byte in printable}
+    # the others take letters beyond the first 256, in order
     others = [byte for byte in range(256) if byte not in letters]
     return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
@@ -74,6 +76,7 @@ def merged_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[byte
     """What merges of ranks below `limit` leave of a token's bytes, the lowest rank first."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
+        # the rank that each pair of neighbours would make
         joined = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:])]
         best = min(joined)
         if best >= limit:
@@ -85,19 +88,7 @@ def merged_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[byte
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """The tokenizer as the `tokenizers` library reads it: BPE on the bytes of a pattern's words."""
-    vocabulary = {spelled(token): i for i, token in enumerate(tokenizer.tokens)}
-    special = [
-        dict(
-            id=i,
-            content=name,
-            single_word=False,
-            lstrip=False,
-            rstrip=False,
-            normalized=False,
-            special=True,
-        )
-        for name, i in tokenizer.special.items()
-    ]
+    # text is cut into words by the pattern, words are spelled as letters for their bytes
     split = {
         "type": "Split",
         "pattern": {"Regex": tokenizer.pattern},
@@ -110,25 +101,14 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         "trim_offsets": True,
         "use_regex": False,
     }
-    text = [{"Sequence": {"id": "A", "type_id": 0}}]
-    bos = SPECIAL_TOKENS[0]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": special,
+        "added_tokens": [_special_token(name, i) for name, i in tokenizer.special.items()],
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, as_bytes]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, *text],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                *text,
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
-        },
+        "post_processor": _bos_first(tokenizer),
         "decoder": as_bytes,
         "model": {
             "type": "BPE",
@@ -140,9 +120,35 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
             "byte_fallback": False,
             # a word that is a token is taken whole, as tiktoken does
             "ignore_merges": True,
-            "vocab": vocabulary,
+            "vocab": {spelled(token): i for i, token in enumerate(tokenizer.tokens)},
             "merges": [[spelled(a), spelled(b)] for a, b in merges(tokenizer)],
         },
+    }
+
+
+def _special_token(name: str, i: int) -> dict:
+    """A token that is found in text by its name, exactly as it is written."""
+    return dict(
+        id=i,
+        content=name,
+        single_word=False,
+        lstrip=False,
+        rstrip=False,
+        normalized=False,
+        special=True,
+    )
+
+
+def _bos_first(tokenizer: Tokenizer) -> dict:
+    """What puts <|bos|> before every text, as every document that was trained on has it."""
+    bos = SPECIAL_TOKENS[0]
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
     }
 
 
@@ -151,6 +157,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, length: int):
     (folder / "tokenizer.json").write_text(
         json.dumps(tokenizer_json(tokenizer), ensure_ascii=False), "utf-8"
     )
+    # an answer ends with its own mark; what is left of a batch is filled up with the same
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": length,

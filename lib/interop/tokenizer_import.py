@@ -46,6 +46,7 @@ def read_tokenizer(folder: Path, bos: int | None, source: str) -> Vocabulary:
             f"the tokenizer of {source} is no byte-level BPE (its type is {model.get('type')}"
             f"{', on characters' if model.get('byte_fallback') else ''}): it cannot come along"
         )
+    # what text is cut by, and the ordinary tokens in our order
     pattern = pattern_of(data.get("pre_tokenizer"), source)
     added = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     ids = {text: i for text, i in model["vocab"].items() if text not in added}
@@ -62,12 +63,14 @@ def read_tokenizer(folder: Path, bos: int | None, source: str) -> Vocabulary:
 
 def pattern_of(pre_tokenizer, source: str) -> str:
     """The one pattern that a pre-tokenizer's steps come to."""
+    # one step, or several in a row
     steps = [pre_tokenizer or {}]
     if steps[0].get("type") == "Sequence":
         steps = steps[0]["pretokenizers"]
     kinds = [step.get("type") for step in steps]
     last = steps[-1]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
+        # the last step spells bytes, and may cut by GPT-2's pattern before that
         own = last.get("use_regex", True)
         if kinds == ["ByteLevel"] and own:
             return GPT2_PATTERN
@@ -89,6 +92,7 @@ def in_merge_order(ids: dict[str, int], merges: list) -> list[str]:
         joined = "".join(merge.split(" ") if isinstance(merge, str) else merge)
         if joined in ids:
             ordered.setdefault(joined)
+    # what no merge makes is only reached as a whole word
     for text in sorted(ids, key=lambda text: ids[text]):
         ordered.setdefault(text)
     return list(ordered)
@@ -103,6 +107,7 @@ def _tokenizer(pattern: str, texts: list[str], source: str) -> Tokenizer:
             f"the tokenizer of {source} has tokens that spell no bytes ({e.args[0]!r}): "
             "it is not byte-level"
         ) from None
+    # read back as a stranger's: it must hold all bytes and give texts back in time
     made = Tokenizer(pattern, tokens, {"source": source})
     return Tokenizer.from_json(made.to_json(), f"the tokenizer of {source}")
 

@@ -66,7 +66,7 @@ def test_what_differs_is_not_kept(tmp_path, monkeypatch):
     [
         ("whole", "against .* stand .*smear=True"),
         ("qwen3", "against qwen3, the nearest, stand window_pattern=SSSL"),
-        ("gpt2", "against arcee, the nearest, stand mlp=gelu"),
+        ("gpt2", "against .*, the nearest, stand mlp=gelu"),
     ],
 )
 def test_a_config_that_no_architecture_holds_is_refused(tmp_path, kind, words):
