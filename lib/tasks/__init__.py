@@ -1,7 +1,8 @@
 """What a model can be taught and asked: every task's data, rendering and grading, by name.
 
 The same entry serves fine-tuning (its train split is a part of a mixture) and evaluation (its test
-split). `embedded` and `stdlib` are made here, `hub` is downloaded, `own` reads a user's file.
+split). `embedded` and `stdlib` are made here, `hub` is downloaded, `own` reads a user's file;
+`beyond` is never taught, only rewarded, and `rewards` says what an answer is worth.
 """
 
 from lib.files import UserError, choose
@@ -12,9 +13,9 @@ __all__ = ["Task", "choice_item", "items_of", "shuffled", "tasks"]
 
 def tasks() -> dict[str, Task]:
     """All tasks by name: those made here, which need no network, then those of the Hub."""
-    from lib.tasks import embedded, hub
+    from lib.tasks import beyond, embedded, hub
 
-    return {**embedded.TASKS, **hub.TASKS}
+    return {**embedded.TASKS, **beyond.TASKS, **hub.TASKS}
 
 
 def items_of(name: str, split: str, limit: int | None = None) -> list[dict]:

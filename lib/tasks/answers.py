@@ -48,10 +48,18 @@ def number(text: str) -> Decimal | None:
     return _value(match) if match else None
 
 
+def numbers(text: str) -> list[Decimal | None]:
+    """All numbers in a text, None for what looks like one; what is a part of a word (x2) or of
+    another number is none.
+    """
+    matches = re.finditer(r"(?<![A-Za-z0-9_.])" + _SIGNED, _latin_digits(text))
+    return [_value(match) for match in matches]
+
+
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text; what is a part of a word (x2) or of another number is none."""
-    matches = list(re.finditer(r"(?<![A-Za-z0-9_.])" + _SIGNED, _latin_digits(text)))
-    return _value(matches[-1]) if matches else None
+    """The last of the numbers in a text."""
+    values = numbers(text)
+    return values[-1] if values else None
 
 
 def number_after_mark(text: str) -> Decimal | None:

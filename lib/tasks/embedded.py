@@ -32,7 +32,7 @@ def held_out(about: str) -> bool:
     return int(hashlib.sha256(about.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
 
 
-def _make(name: str, one: Callable, train_items: int, split: str) -> list[dict]:
+def make_items(name: str, one: Callable, train_items: int, split: str) -> list[dict]:
     """Items from `one(rng, split)`, which returns what it is about, a question, the answer's parts
     and its value, or None.
     """
@@ -164,7 +164,7 @@ APPLY = {
 }
 
 
-def _number(rng, digits: int) -> int:
+def random_number(rng, digits: int) -> int:
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
@@ -176,9 +176,9 @@ def _written(n: int, commas: bool) -> str:
 def arithmetic(rng, split):
     kind = rng.random()
     sign = rng.choice(["+", "+", "-", "-", "*", "*", "//", "%"])
-    a = _number(rng, rng.choice([1, 2, 2, 3, 3, 4]))
+    a = random_number(rng, rng.choice([1, 2, 2, 3, 3, 4]))
     digits = [1, 2, 2, 3, 3, 4] if sign in "+-" else [1, 1, 2, 2, 3]
-    b = _number(rng, rng.choice(digits))
+    b = random_number(rng, rng.choice(digits))
     if 0.2 <= kind < 0.35:
         return _of_three(rng, a, b)
 
@@ -202,7 +202,7 @@ def arithmetic(rng, split):
 
 def _of_three(rng, a: int, b: int):
     """An expression of three numbers."""
-    c, second = _number(rng, rng.choice([1, 2, 3])), rng.choice("+-*")
+    c, second = random_number(rng, rng.choice([1, 2, 3])), rng.choice("+-*")
     sign = rng.choice("+-*")
     expression = f"{a}{sign}{b}{second}{c}"
     question = rng.choice(ASK).format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
@@ -505,7 +505,7 @@ def _literal(rng) -> str:
     """A small Python literal or collection of literals."""
 
     def number() -> str:
-        return str(_number(rng, rng.choice([1, 2, 3])))
+        return str(random_number(rng, rng.choice([1, 2, 3])))
 
     def word() -> str:
         return f'"{rng.choice(words())}"'
@@ -558,7 +558,7 @@ def pyfacts(rng, split):
         ask, answer = rng.choice(TYPE), type(ast.literal_eval(subject)).__name__
         stated = f"{subject} is of type {answer}."
     else:
-        items = [_number(rng, rng.choice([1, 2])) for _ in range(rng.randrange(1, 9))]
+        items = [random_number(rng, rng.choice([1, 2])) for _ in range(rng.randrange(1, 9))]
         subject, ask, answer = (
             str(items),
             rng.choice(ITEMS),
@@ -712,7 +712,9 @@ def mentions(item: dict, answer: str) -> bool:
 
 
 TASKS: dict[str, Task] = {
-    name: Task("generate", functools.cache(functools.partial(_make, name, one, size)), grade=grade)
+    name: Task(
+        "generate", functools.cache(functools.partial(make_items, name, one, size)), grade=grade
+    )
     for name, (one, size, grade) in dict(
         arithmetic=(arithmetic, 15_000, same_number),
         spelling=(spelling, 18_000, same_end),
