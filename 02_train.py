@@ -19,13 +19,14 @@
 # A language model is asked one question, billions of times: *which token comes next?* Here you build a small one in
 # forty lines, see what the real one adds to it, plan what a training will cost, and run it.
 #
-# **At the end you have** a checkpoint that goes on bit for bit wherever it was left, curves, samples from step 1 to
+# **At the end you have** a checkpoint from which training resumes bit for bit, curves, samples from the first step to
 # the last, and you can say where in the model each FLOP goes.
 #
-# **Hardware and time.** A laptop's two cores train the default in about three minutes, to 1.9 bits per byte of Python
-# code. A free Colab v5e takes the `colab_free_v5e` preset: planned at under an hour, as `docs/colab.md` says, and not
-# yet measured by us on a chip. For a v6e, choose it under *Runtime > Change runtime type*: the preset follows.
-#
+# **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about 1.2 bits per byte of
+# Python code (`xz -9`: 1.8). A free Colab v5e-1: `colab_free_v5e`, planned at twenty minutes to an hour. A v6e-1
+# (*Runtime > Change runtime type*, paid): `colab_v6e`, a larger model, three hours or more. TPU figures are the
+# compiler's and not measured on a chip; the plan below says what to expect on yours.
+
 # %% [markdown]
 # ## Set-up
 
@@ -53,7 +54,6 @@ setup()
 
 # %% cellView="form"
 # @title Imports
-import itertools
 import math
 
 import jax
@@ -168,19 +168,39 @@ tokenizer = pretrain.open_tokenizer(folder, wishes, source, device)
 source = source or read_by(tokenizer)
 
 # %% [markdown]
+# ## JAX for people from PyTorch
+#
+# | PyTorch | here | why |
+# |---|---|---|
+# | `nn.Module` with hidden parameters | a function of `params`, a dict of arrays (a *pytree*) | everything that affects a result is passed in |
+# | `for p in model.parameters()` | `jax.tree.map(f, params)` | a tree of gradients has the same shape as the parameters |
+# | `loss.backward()`, `.grad` | `jax.value_and_grad(loss)(params)` returns both | a gradient is the value of a function, not a state |
+# | `x[i] = 1` | `x.at[i].set(1)`, a new array | arrays cannot change; the compiler reuses the memory |
+# | eager, then `torch.compile` | `jax.jit`, once per shape and dtype | the compiler sees the whole step, fuses it and plans its memory |
+# | `torch.manual_seed` | a *key*, split for each use | the same numbers on one chip or on eight |
+# | a loop over layers | weights stacked along a first axis, and `jax.lax.scan` | one layer is compiled, not twenty |
+# | `optimizer.step()` in place | `state = step(state, batch)`, the old state *donated* | its memory is used again, as if in place |
+# | `loss.item()` waits | so does `float(loss)`; the call before it did not | the next step can be sent before this one is done |
+
+# %% [markdown]
 # ## A model in forty lines
 #
 # Before the real thing, the whole idea on one page. A vector per token (the *residual stream*), to which each layer
 # adds what it finds out. Letters of a name are its axes: **B** batch, **T** query position, **S** key position,
-# **D** width, **N** heads, **H** head width, **F** width of the MLP, **V** vocabulary.
+# **D** width, **N** query heads, **K** key/value heads (here as many), **H** head width, **F** width of the MLP,
+# **V** vocabulary.
 #
 # - **norm**: $x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, so that no layer drowns another
-#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights)
-# - **rotary**: each pair of channels is turned by an angle that grows with the position; a query times a key then knows
-#   how far apart they are ([Su et al.](https://arxiv.org/abs/2104.09864))
-# - **attention**: $\mathrm{softmax}(QK^\top / \sqrt H + \mathrm{mask})\,V$; the mask hides the future
+#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights; $\epsilon$ is float32's smallest step, as PyTorch's).
+#   Queries and keys are normed too ([QK norm](https://arxiv.org/abs/2010.04245)), so that no score explodes.
+# - **rotary**: channel $i$ and channel $i + H/2$ are a pair, turned by minus an angle that grows with the position, each
+#   pair at its own speed; a query times a key then knows how far apart they are
+#   ([Su et al.](https://arxiv.org/abs/2104.09864))
+# - **attention**: $\mathrm{softmax}(q k^\top / \sqrt H + \mathrm{mask})\,v$; the mask hides the future
 #   ([Vaswani et al.](https://arxiv.org/abs/1706.03762))
 # - **relu²**: $\max(0, x)^2$ between two matrices ([Primer](https://arxiv.org/abs/2109.08668))
+#
+# The weights of all layers are stacked in one array, the layer as first axis: `stack[i]` are those of layer i.
 
 
 # %%
@@ -224,8 +244,9 @@ def small_model(params, tokens_BT):
 
 
 # %% [markdown]
-# Is that really the model? With everything else switched off, `lib.model.forward` must give the same logits. (New
-# weights end in zeros, which would hide a mistake, so all of them are drawn anew.)
+# Is that really the model? `lib.model.forward` with all that the next section adds switched off must give the same
+# logits. (In a new model `wo` and `w_out` are zero, so that its layers add nothing and a mistake would not show; here
+# all weights are random.)
 
 # %%
 plain = Config.from_depth(
@@ -233,9 +254,9 @@ plain = Config.from_depth(
     window_pattern="L", qk_scale=1.0, resid_scales=False, x0_scales=False, value_embeds=False,
     smear=False, backout=False, compute_dtype="float32", attention="einsum",
 )  # fmt: skip
-shapes, structure = jax.tree.flatten(init_params(0, plain))
-keys = jax.random.split(jax.random.key(0), len(shapes))
-drawn = [0.1 * jax.random.normal(key, a.shape) for key, a in zip(keys, shapes)]
+leaves, structure = jax.tree.flatten(init_params(0, plain))
+keys = jax.random.split(jax.random.key(0), len(leaves))
+drawn = [0.1 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves)]
 plain_params = jax.tree.unflatten(structure, drawn)
 tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
 ours, _ = model.forward(plain_params, plain, tokens)
@@ -243,16 +264,28 @@ difference = jnp.abs(small_model(plain_params, tokens) - ours).max()
 print(f"largest difference of the logits: {difference:.1e}", "ok" if difference < 1e-4 else "FAIL")
 
 # %% [markdown]
-# **JAX for people from PyTorch**
+# ## The real model
 #
-# | PyTorch | here | why |
-# |---|---|---|
-# | `nn.Module` with hidden parameters | a function of `params`, a dict of arrays (a *pytree*) | what changes a result is an argument |
-# | `loss.backward()`, `.grad` | `jax.value_and_grad(loss)(params)` returns both | a gradient is the value of a function, not a state |
-# | eager, then `torch.compile` | `jax.jit`, once per shape | the compiler sees the whole step, fuses it and plans its memory |
-# | `torch.manual_seed` | a *key*, split for each use | the same numbers on one chip or on eight |
-# | `optimizer.step()` in place | `state = step(state, batch)`, the old state *donated* | its memory is used again, as if in place |
+# The same layer, with what [nanochat](https://github.com/karpathy/nanochat) and the
+# [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) speed runs found to pay:
 #
+# - **scales**: each layer scales the stream (`resid_scale`) and mixes the first embedding back in (`x0_scale`)
+# - **value embeddings**: in every other layer the values get an embedding of the token itself, let in by a *gate* of
+#   each head: knowledge about single tokens for almost no FLOPs, a lookup, paid for in memory
+# - **smear**: a gated share of the token before, so that layer 0 already knows pairs of tokens
+# - **backout**: a share of the middle layer is subtracted at the end: what was only needed on the way
+# - **grouped heads**: several query heads share a key and a value head, so that the cache of keys and values, which a
+#   chat keeps, is smaller ([GQA](https://arxiv.org/abs/2305.13245))
+# - **windows**: most layers see only the near past (`S`, a quarter of the row, at least 128 keys), some all of it (`L`).
+#   Windows add up: what layer 1 sees has seen what layer 0 saw. The last layer is always long.
+# - **softcap** bends the logits, $15 \tanh(x / 15)$, and **qk_scale** makes the scores of normed queries and keys larger
+#
+# On one device `grad_barrier`, `gather`, `enter` and `leave` do nothing: they say where several devices talk.
+
+# %%
+show_source(model.transformer.block, model.transformer.self_attention)
+
+# %% [markdown]
 # **A puzzle:** the mask of a *windowed* layer. May the query at position `t` see the key at position `s`, when it sees
 # itself and `window` keys before it? (`None`: all of the past.)
 #
@@ -272,34 +305,21 @@ def visible(t, s, window):
 solved = check("mask", visible)
 
 # %% [markdown]
-# ## The real model
-#
-# The same layer, with what [nanochat](https://github.com/karpathy/nanochat) and the
-# [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) speed runs found to pay:
-#
-# - **scales**: each layer scales the stream (`resid_scale`) and mixes the first embedding back in (`x0_scale`)
-# - **value embeddings**: in every other layer the values get an embedding of the token itself, let in by a *gate* of
-#   each head: knowledge about single words that costs no FLOPs
-# - **smear**: a gated share of the token before, so that layer 0 already knows pairs of tokens
-# - **backout**: a share of the middle layer is subtracted at the end: what was only needed on the way
-# - **grouped heads**: several query heads share a key and a value head, so that chatting needs less memory
-#   ([GQA](https://arxiv.org/abs/2305.13245))
-# - **windows**: most layers see only the near past (`S`), some all of it (`L`)
-
-# %%
-show_source(model.transformer.block)
-
-# %% [markdown]
 # ## The plan
 #
 # One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; any field of `Config` can be
-# set by name under `overrides`. What was trained in this run before goes on, if nothing changed that would mix two
-# experiments.
+# set by name under `overrides`. The text decides how long: a small one is not read a hundred times.
 
 # %%
 config = pretrain.choose_model(wishes, device, tokenizer)
 text = pretrain.open_text(source, tokenizer, config, shards, packing, eval_bytes)
 config = pretrain.fit_text(config, text, wishes)
+
+# %% [markdown]
+# Where checkpoints go, and on which devices. A run that was begun before continues, unless a changed setting would mix
+# two experiments.
+
+# %%
 store = checkpoints or folder / "checkpoints"
 sender = pretrain.Sender(mirror, push_to, store, tokenizer)
 past = pretrain.find_past(folder, store, if_exists, config, text)
@@ -317,13 +337,15 @@ print(epochs_text(plan))
 
 # %% [markdown]
 # Where the FLOPs go. Each product of a token with a weight of W numbers takes 2 W forward and 4 W backward, for the
-# gradients of the input and of the weight. The sum is the plan's *FLOPs per token*.
+# gradients of the input and of the weight. Attention has no weight: each query meets the keys in its window in two
+# products, $qk^\top$ and its use on the values, 12 N H FLOPs for each key (the row shows the shape of the scores). The
+# sum is the plan's *FLOPs per token*.
 
 # %%
 print(products_table(config))
 
 # %% [markdown]
-# And what each kind of layer may look at. Light is hidden: the future, and what lies before the window.
+# And what each kind of layer may look at. White is hidden: the future, and what lies before the window.
 
 # %%
 show(pictures.masks(config.windows, config.sequence_len), folder / "plots" / "masks.png")
@@ -342,39 +364,52 @@ print("\npacking: " + ", ".join(f"{share:.2%} {what}" for what, share in waste.i
 # %% [markdown]
 # ## The parameters
 #
-# Every weight, with the optimizer group it belongs to. Matrices are trained by
-# [Muon](https://kellerjordan.github.io/posts/muon/): the step is the momentum with all its singular values set to
-# about 1, so that every direction of a matrix moves alike. Embeddings, head and scalars are trained by
+# Every weight, how it is drawn, and the optimizer group it belongs to. Matrices are trained by
+# [Muon](https://kellerjordan.github.io/posts/muon/): in essence the step is the momentum with all its singular values
+# set to about 1, so that every direction of a matrix moves alike. Embeddings, head and scalars are trained by
 # [AdamW](https://arxiv.org/abs/1711.05101).
 
 # %%
-print(f"{'weight':24} {'shape':24} {'axes':32} optimizer group")
+print(f"{'weight':20} {'shape':22} {'axes':28} {'drawn':22} group")
 for name, spec in named_specs(config):
-    axes = " ".join(map(str, spec.axes))
-    print(f"{name:24} {str(spec.shape):24} {axes:32} {spec.group}")
+    axes = " ".join(axis or "-" for axis in spec.axes)
+    drawn = " ".join(f"{x:.3g}" if isinstance(x, float) else x for x in spec.init)
+    print(f"{name:20} {str(spec.shape):22} {axes:28} {drawn:22} {spec.group}")
 
 # %% [markdown]
 # ## One step
 #
-# Training is four lines: take rows, compute the loss and its gradient, let the optimizer move the parameters, go on.
+# Training is four lines: take rows, compute the loss and its gradient, move the parameters against it, go on. Here
+# with the small model and the simplest optimizer (`p - lr * g`), on rows of the real text.
 #
-# **Guess before you run it:** what should the loss of a model be that knows nothing? It gives each of V tokens the
-# same probability, and the loss is the mean of $-\ln p$.
+# **Guess before you run it:** what is the loss of a model that knows nothing? It gives each of V tokens the same
+# probability, and the loss is the mean of $-\ln p$.
+
 
 # %%
-tiny = Config.from_depth(
-    1, n_embd=64, n_head=1, n_kv_head=1, head_dim=64, sequence_len=64, total_batch_size=256,
-    microbatch=4, vocab_size=tokenizer.vocab_size, num_steps=4, warmup_steps=0,
-)  # fmt: skip
-state, step_fn = train.init_state(tiny), train.make_train_step(tiny)
-for inputs_BT, targets_BT, _ in itertools.islice(text.feed(tiny, None)(), 4):
-    state, metrics = step_fn(state, inputs_BT, targets_BT)
-    print(f"loss {metrics['loss']:.3f}")
-print(f"knowing nothing: ln {tokenizer.vocab_size} = {math.log(tokenizer.vocab_size):.3f}")
+def loss(params, inputs_BT, targets_BT):
+    logp_BTV = jax.nn.log_softmax(small_model(params, inputs_BT))
+    return -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1).mean()
+
+
+@jax.jit
+def sgd_step(params, inputs_BT, targets_BT):
+    value, grads = jax.value_and_grad(loss)(params, inputs_BT, targets_BT)
+    return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads), value
+
+
+# %%
+tiny = plain.replace(vocab_size=tokenizer.vocab_size)
+params, seen = init_params(0, tiny), jnp.asarray(first_inputs[:4, :33])
+print(f"knowing nothing: ln {tiny.vocab_size} = {math.log(tiny.vocab_size):.3f}")
+for _ in range(4):
+    params, value = sgd_step(params, seen[:, :-1], seen[:, 1:])
+    print(f"loss {value:.3f}")
 
 # %% [markdown]
-# The real step is this one. *Microbatches* are added up where a batch doesn't fit; on several devices each takes its
-# share of the rows and the sums go round once.
+# The real step is this one. Where a batch doesn't fit, it is taken in *microbatches*: their gradients are added up and
+# divided once by the number of targets, so that the step is the same up to rounding. On several devices each takes its
+# share of the rows, and the sums are exchanged once per step.
 
 # %%
 show_source(train.train_step)
@@ -391,7 +426,8 @@ training = pretrain.open_run(config, layout, text, folder, store, past, device)
 # What else a loop has to do, `training.steps` does around those four lines: it sends the next step to the device
 # before it reads the numbers of the last one, so that the device never waits; it measures, saves and logs when that is
 # due; at Ctrl-C, SIGTERM or the end of the session it saves and stops; and it stops a training that diverges. Run the
-# cell again, or the notebook again, and it goes on.
+# cell again, or the notebook again, and it goes on. `finish` reads the newest checkpoint and compares it with the state
+# in memory: a write that was cut short or rounded would otherwise show only when you resume.
 
 # %%
 last = config.num_steps
@@ -419,7 +455,7 @@ for step in training.steps(
 same = training.finish()
 
 # %% [markdown]
-# Only what needs all processes of a job is done by all; the pictures are the first one's.
+# Where several processes train together, only the first works from here on; the others stop.
 
 # %%
 params = parallel.whole(layout, training.state.params, config.dtype)
@@ -432,7 +468,8 @@ if not first:
 #
 # Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The training curve lies a
 # little above the validation one though that text is new: it also counts where a document ends, which nothing in the
-# text foretells, and its running mean remembers worse times.
+# text foretells. The learning rate warms up, so that the first wild gradients do no harm, and falls to the end, where
+# small steps settle into the valley. Throughput should be flat; dips are validations, samples and saves.
 
 # %%
 rows = read_jsonl(folder / "metrics.jsonl")
@@ -473,10 +510,10 @@ if give_runtime_back:
 # %% [markdown]
 # ## Questions
 #
-# 1. Which product in the table takes most of the FLOPs, and which would if rows were four times as long?
-# 2. Why is the very first loss so near to ln V, whatever the text?
+# 1. At what length of the rows does attention take more FLOPs than the head? (Windows and all.)
+# 2. Why is the very first loss so near to ln V, whatever the text? (See how the head is drawn.)
 # 3. A batch of 16 rows is computed as 4 microbatches of 4. What stays the same, and what do you pay and win?
-# 4. The windows are a quarter of the row. How can the last layer still know of the first token?
+# 4. The last layer sees the whole row. If it were windowed too, how could it still know of the first token?
 # 5. Why is a checkpoint read back and compared bit for bit, and not only written?
 #
 # ## Where to go next
@@ -485,6 +522,6 @@ if give_runtime_back:
 # - Longer or larger: set `depth`, `num_steps` or `source` and take a new run name. [03_worker](03_worker.ipynb) finds
 #   out what pays.
 # - Papers: [GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf),
-#   [scaling laws](https://arxiv.org/abs/2203.15556), [how to scale](https://jax-ml.github.io/scaling-book/).
+#   [Chinchilla's scaling laws](https://arxiv.org/abs/2203.15556), [how to scale](https://jax-ml.github.io/scaling-book/).
 # - The code: [transformer](lib/model/transformer.py), [step](lib/train/step.py), [run](lib/train/run.py),
 #   [optim](lib/train/optim.py), [packing](lib/data/packing.py)

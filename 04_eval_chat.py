@@ -16,8 +16,8 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 #
-# 02 leaves a model that continues text. How good is it? And what does it take until it answers? Here it is measured in
-# a unit that compares any two language models, you look at what it finds hard and where it looks, and two short
+# 02 leaves a model that continues text. How good is it? And what does it take until it answers? First it is measured in
+# a unit that compares any two language models. Then you look at what it finds hard, and where it looks. Two short
 # trainings on conversations make it answer, calculate, and stop.
 #
 # **At the end you have** bits per byte beside what `gzip -9` and `xz -9` need for the very same bytes, a model that
@@ -78,7 +78,7 @@ home = ""  # @param ["", "drive"] {"allow-input":true}
 ckpt = ""  # @param ["", "best"] {allow-input: true}
 # @markdown Text to continue
 prompt = "def fibonacci(n):\n"  # @param {type:"string"}
-# @markdown First phase of fine-tuning, the broad mixture: names of mixtures, tasks and .jsonl files of chats, each maybe with its epochs,
+# @markdown First phase of fine-tuning, the broad mixture: names of mixtures, tasks and .jsonl files of chats, each optionally with a number of epochs,
 # @markdown like "arithmetic:0.5 mine.jsonl:3" or "embedded_mid mine.jsonl:3"; auto: embedded_mid, or nanochat_mid for a model of web
 # @markdown text; none skips the phase
 mid = "auto"  # @param ["auto", "none", "embedded_mid", "nanochat_mid"] {allow-input: true}
@@ -89,7 +89,7 @@ sft_mixture = "auto"  # @param ["auto", "none", "embedded_sft", "nanochat_sft"] 
 tasks = "auto"  # @param ["auto", "all", "none"] {allow-input: true}
 # @markdown What to say to the model at the end, one turn after the other, between them |
 say = "Hello! | What is 37 times 85? | How many r's are in strawberry? | Thanks!"  # @param {type:"string"}
-# @markdown Go on by typing (a notebook asks below its last cell; an empty line ends it; in a terminal rather python -m lib.chat)
+# @markdown Go on by typing (a notebook asks below its last cell; an empty line ends it; in a terminal better python -m lib.chat)
 live = False  # @param {type:"boolean"}
 # @markdown When a phase was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
@@ -141,7 +141,7 @@ if device["count"] > 1:
 # %% [markdown]
 # ## The model
 #
-# A checkpoint is a folder with the arrays and a `meta.json` that says what they are. Two lines find the newest and put
+# A checkpoint is a folder with the arrays and a `meta.json` that says what they are. One line finds the newest and puts
 # it on the device.
 
 # %%
@@ -152,12 +152,17 @@ print(f"{base.path}: step {meta['step']} of {config.num_steps}")
 print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x {config.n_embd}")
 
 # %% [markdown]
-# What will be taught and asked is opened now, so that a wrong name or file stops the notebook before it computes.
+# What will be taught is opened now, so that a wrong name or file stops the notebook before it computes.
 
 # %%
 phases = teach.open_phases(
     source, bad_lines, mid=(mid, mid_epochs, mid_lr), sft=(sft_mixture, sft_epochs, sft_lr)
 )
+
+# %% [markdown]
+# And so is what will be asked. The examiner puts the same questions to every stage, and keeps the marks.
+
+# %%
 names = teach.task_names(tasks, phases)
 texts = data.head(data.documents(source, "val"), eval_bytes)
 room = min(512, config.sequence_len * 3 // 8)
@@ -173,7 +178,10 @@ examiner = teach.Examiner(
 # costs; but tokens of one vocabulary are longer than those of another, so two models' losses can't be compared. Bytes
 # are the same for all, for file compressors too:
 #
-# $$\text{bits per byte} = \frac{\sum_i -\ln p(\text{token}_i)}{\ln 2 \cdot \sum_i \text{bytes}(\text{token}_i)}$$
+# $$\text{bits per byte} = \frac{\sum_i -\ln p(\text{token}_i \mid \text{tokens before it})}{\ln 2 \cdot \sum_i \text{bytes}(\text{token}_i)}$$
+#
+# Special tokens are left out of both sums. The model's own size is not counted, and it has learnt from similar text, as
+# `xz` has not: this says how well it foresees, not that it would be a good compressor.
 #
 # **Guess before you run it:** will this small model beat `xz -9`?
 
@@ -193,7 +201,8 @@ print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 # This is the headline of the model. Other figures of it differ a little, for three honest reasons: 02 measured a
 # smaller part of the text; below, each document is read from its own beginning, without the end of another before it;
 # and the standard error there counts documents, not rows.
-#
+
+# %% [markdown]
 # By kind of text:
 
 # %%
@@ -201,7 +210,7 @@ examiner.bits["base"] = evals.bits_by_kind(params, config, tokenizer, texts)
 print(teach.kinds_table(examiner.bits["base"]))
 
 # %% [markdown]
-# **A puzzle:** bits per byte yourself. Special tokens such as `<|bos|>` stand for no byte: they count neither above
+# **A puzzle:** compute bits per byte yourself. Special tokens such as `<|bos|>` stand for no byte: they count neither above
 # nor below.
 #
 # <details><summary>Hint</summary>
@@ -232,12 +241,13 @@ show(pictures.surprise(tokenizer, ids, costs), folder / "plots" / "surprise.png"
 # %% [markdown]
 # ## Where it looks
 #
-# The attention of some heads over the beginning of the same text: each row is a query, dark where it looks. A diagonal
-# looks at the token before; a stripe always at one place (often the first token, where a head rests that has nothing
-# to do); squares of a word look within it.
+# The attention of some heads over the beginning of the same text: each row is a query, dark where it looks. On the
+# diagonal a token looks at itself, on the line just below at the one before it. An upright stripe is a place that all
+# look at, often the very first token, where a head rests that has nothing to do. Square blocks on the diagonal are
+# tokens of one word that look at each other.
 
 # %%
-shown = ids[:32]
+shown = [tokenizer.bos, *ids[:31]]
 maps = [weights[0] for weights in attention_weights(params, config, [shown])]
 pieces = [tokenizer.decode([i]) for i in shown]
 show(pictures.attention_maps(pieces, maps), folder / "plots" / "attention.png")
@@ -245,7 +255,7 @@ show(pictures.attention_maps(pieces, maps), folder / "plots" / "attention.png")
 # %% [markdown]
 # ## Completions
 #
-# The model writes token by token, each drawn from what it foresees. *Temperature* sharpens or flattens that, *top_k*
+# The model writes token by token, each drawn from its predicted distribution. *Temperature* sharpens or flattens that, *top_k*
 # and *top_p* cut off what is unlikely. Change the prompt and run this cell again.
 
 # %%
@@ -255,16 +265,12 @@ written = generate(params, config, [prompt_ids] * num_samples, sampling)
 completions = [prompt + tokenizer.decode(ids) for ids in written]
 print(f"\n{'─' * 60}\n".join(completions))
 
-# %%
-measured = dict(val_source=source, val_bpb=score.bpb, val_bpb_stderr=score.stderr)
-measured |= dict(val_bytes=score.bytes, gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"])
-results = update_json(folder / "results.json", **measured, samples=completions)
-
 # %% [markdown]
 # ## What a conversation looks like to the model
 #
 # A chat is text too, with special tokens between the turns. The loss counts only what the assistant says: not the
-# question, and not what the calculator answered, which it will never have to write itself.
+# question, and not what the calculator answered, which it will never have to write itself. Passages of plain text are
+# mixed in and learnt whole, so that the model does not forget how to foresee it.
 
 # %%
 for phase in phases:
@@ -274,9 +280,12 @@ for phase in phases:
 # ## Can it answer?
 #
 # A base model continues text; it does not know that a question wants an answer, nor when to stop. Here are held-out
-# questions, put to it now and again after each phase. It writes its own answers; what stands between
-# `<|python_start|>` and `<|python_end|>` is calculated for it, and the result put behind. Questions that stand in the
-# pretraining text are counted first: they would measure memory.
+# questions, put to it now and again after each phase. It writes its own answers, always the likeliest token; what
+# stands between `<|python_start|>` and `<|python_end|>` is calculated for it, and the result is inserted after it. It
+# has never seen the tokens of a chat, so marks near 0 say little yet.
+#
+# First, how many questions share a run of words with the pretraining text: a right answer to those would show
+# memory only. Most short questions are too short to tell.
 
 # %%
 try:
@@ -289,8 +298,8 @@ examiner.examine("base", base.path, params)
 # ## Two phases, one training
 #
 # *Mid* teaches what a conversation is, and tools; *sft* (supervised fine-tuning), smaller and cleaner, how an answer
-# should be. Each takes what the stage before has learnt, packs whole conversations into rows, and is the very training
-# of 02, with a schedule of its own: it can be stopped and goes on.
+# should be. Each starts from what the stage before has learnt, packs whole conversations into rows, and uses 02's
+# training with its own schedule: it can be stopped and resumed.
 
 
 # %%
@@ -332,8 +341,8 @@ if curves:
 # %% [markdown]
 # ## Before and after
 #
-# Share of held-out questions answered rightly, with its standard error. What a held-out question is about, the numbers
-# of a sum or the word to spell, never occurs in training.
+# Share of held-out questions answered correctly, with its standard error $\sqrt{p(1-p)/n}$. What a held-out question
+# of the built-in tasks is about, the numbers of a sum or the word to spell, never occurs in their conversations.
 
 # %%
 print(teach.marks_table(examiner))
@@ -344,7 +353,9 @@ if any(examiner.graded.values()):
 show(pictures.bits_by_kind(examiner.bits), folder / "plots" / "kinds.png")
 
 # %% [markdown]
-# Which of these differences are more than chance? Each stage against the one before, on the same questions:
+# Which of these differences are more than chance? Each stage against the one before, *paired*: only the questions
+# that one answered and the other did not can tell. p is how often chance alone would do as much, adjusted for the
+# number of comparisons ([Holm](https://www.jstor.org/stable/4615733)).
 
 # %%
 teach.print_differences(examiner)
@@ -353,6 +364,9 @@ teach.print_differences(examiner)
 # ## Results
 
 # %%
+measured = dict(val_source=source, val_bpb=score.bpb, val_bpb_stderr=score.stderr)
+measured |= dict(val_bytes=score.bytes, gzip_bpb=packers["gzip_bpb"], xz_bpb=packers["xz_bpb"])
+update_json(folder / "results.json", **measured, samples=completions)
 teach.write_results(examiner, stage, curves)
 print(results_table(folder))
 
@@ -388,7 +402,8 @@ mirror.wait()
 # 1. Two models have the same loss per token, and vocabularies of 4,096 and 50,000 tokens. Which predicts better?
 # 2. Why is the first token of a word more surprising than the second?
 # 3. What would the model learn if the loss counted the user's words too? And the calculator's?
-# 4. A task of 256 questions went from 50 % to 54 % right. Is that an improvement? (See the standard errors.)
+# 4. Of 256 questions 50 %, then 54 % were right. In one case 10 were gained and none lost, in another 40 gained and
+#    30 lost. Which is an improvement, and why do the two standard errors not tell?
 # 5. Why do bits per byte of plain text rise while the model learns to chat, and what in the mixture works against it?
 #
 # ## Where to go next
@@ -397,7 +412,7 @@ mirror.wait()
 # - A model that answers other things: write chats as JSONL, one `{"messages": [...]}` a line, and name the file in a
 #   mixture above.
 # - Talk in a terminal with `python -m lib.chat`, in a browser with `python -m lib.serve`.
-# - Papers: [InstructGPT](https://arxiv.org/abs/2203.02155), [GSM8K](https://arxiv.org/abs/2110.14168) (calculators in
+# - Papers: [InstructGPT](https://arxiv.org/abs/2203.02155) (its first step), [GSM8K](https://arxiv.org/abs/2110.14168) (calculators in
 #   answers), [CORE](https://arxiv.org/abs/2406.11794).
 # - The code: [finetune](lib/train/finetune.py), [questions](lib/evals/questions.py), [stats](lib/evals/stats.py),
 #   [engine](lib/generate/engine.py)
