@@ -4,7 +4,8 @@
 all of a training that can be left and taken up again: `due` says when it measures and saves,
 `changes` what may change when it goes on. `optim` holds
 optimizers and schedules, `checkpoint` what is written and read back bit for bit, `metrics` what is
-logged, `finetune` what the stages after pretraining add.
+logged, `finetune` what the stages after pretraining add. `rl` lets a model learn from rewards:
+`rollouts` are its answers and what they were worth, `policy` is the loss.
 """
 
 from lib.train.loop import Step, Watch, lr_at, steps
