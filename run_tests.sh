@@ -9,7 +9,7 @@ usage="usage: bash run_tests.sh [--fast | --colab | --interop | --setup-only] [A
   (nothing)     all tests, but those that rebuild Colab's machines
   --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: three minutes on two cores
   --colab       the notebooks on Colab's and Kaggle's own package versions (needs a network)
-  --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB) and llama.cpp
+  --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB), llama.cpp, onnxruntime
   --setup-only  stop after the set-up
 
 such as: bash run_tests.sh --fast -k optim      bash run_tests.sh tests/data"
@@ -27,7 +27,7 @@ if [ "${set_up:-}" = interop ]; then
     if [ "$device" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         .venv/bin/python -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch
     fi
-    setup dev hf gguf
+    setup dev hf gguf onnx
 fi
 [ "${1:-}" != --setup-only ] || exit 0
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lib.files import choose
-from lib.interop import gguf_file, huggingface, stablehlo
+from lib.interop import gguf_file, huggingface, onnx_files, stablehlo
 from lib.interop.proof import Proof
 from lib.runs import load_model
 
@@ -11,6 +11,7 @@ from lib.runs import load_model
 FORMATS = {
     "transformers": huggingface.export,
     "gguf": gguf_file.export,
+    "onnx": onnx_files.export,
     "stablehlo": stablehlo.export,
 }
 # the folder of a run that they are written to, by default

@@ -181,7 +181,8 @@ def embed(params, config: Config, tokens_BT, last_B=None):
         before_BTD = jnp.pad(x_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
     else:
         last_B1 = last_B[:, None]
-        first_B1D = jnp.where(last_B1[..., None] >= 0, look_up(last_B1), 0)
+        nothing = jnp.zeros((), config.dtype)  # of this type in every converter too
+        first_B1D = jnp.where(last_B1[..., None] >= 0, look_up(last_B1), nothing)
         before_BTD = jnp.concatenate([first_B1D, x_BTD[:, :-1]], axis=1)
 
     gate_C = params["smear"]["gate"].astype(config.dtype)
