@@ -41,6 +41,33 @@ def grad_barrier(tree):
 grad_barrier.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
 
 
+@jax.custom_vjp
+def scaled(scale, x):
+    """`x` times learned scales, in the dtype of `x`: one number, or one for each of some axes.
+
+    The gradient of a scale is a sum over all that it scales. It is taken in float32: in bfloat16
+    a sum over a whole batch would lose most of its terms.
+    """
+    return scale.astype(x.dtype) * x
+
+
+def _scaled_forward(scale, x):
+    return scaled(scale, x), (scale, x)
+
+
+def _scaled_backward(saved, g):
+    scale, x = saved
+    products = g.astype(jnp.float32) * x.astype(jnp.float32)
+    # the axes along which the scale is one number
+    missing = x.ndim - scale.ndim
+    single = [missing + i for i, size in enumerate(scale.shape) if size == 1]
+    total = products.sum((*range(missing), *single)).reshape(scale.shape)
+    return total.astype(scale.dtype), scale.astype(x.dtype) * g
+
+
+scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
 # ---- floats --------------------------------------------------------------------------------------
 #
 # XLA:CPU transposes a copy of a product's first operand. Autodiff's order of the weight gradient

@@ -26,7 +26,7 @@ from lib.model.cache import Cache, advance, cached_attention
 from lib.model.decoding import cast_matrices, is_unstacked
 from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_token, summed_loss
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
-from lib.model.linear import grad_barrier, linear, merge_heads
+from lib.model.linear import grad_barrier, linear, merge_heads, scaled
 from lib.parallel.collectives import enter, gather, leave, own_part
 from lib.params import unstack
 
@@ -98,9 +98,9 @@ def block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, attend):
 
     # learned scales of the stream and of the embedding that is mixed back in
     if config.resid_scales:
-        x_BTD = w["resid_scale"].astype(x_BTD.dtype) * x_BTD
+        x_BTD = scaled(w["resid_scale"], x_BTD)
     if config.x0_scales:
-        x_BTD = x_BTD + w["x0_scale"].astype(x_BTD.dtype) * x0_BTD
+        x_BTD = x_BTD + scaled(w["x0_scale"], x0_BTD)
 
     with jax.named_scope("attn"):
         h_BTD = enter(rms_norm(x_BTD, config.norm_eps))
@@ -126,7 +126,7 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
         with jax.named_scope("value_embed"):
             gate_in_BTC = h_BTD[..., :VALUE_GATE_CHANNELS]
             gate_BTK = 3 * jax.nn.sigmoid(jnp.einsum("BTC,CK->BTK", gate_in_BTC, w["value_gate"]))
-            v_BTKH = v_BTKH + gate_BTK[..., None] * ve_BTKH
+            v_BTKH = v_BTKH + scaled(gate_BTK[..., None], ve_BTKH)
 
     with jax.named_scope("rope"):
         q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
@@ -187,8 +187,8 @@ def embed(params, config: Config, tokens_BT, last_B=None):
 
     gate_C = params["smear"]["gate"].astype(config.dtype)
     gate_BT = jax.nn.sigmoid(x_BTD[..., :SMEAR_CHANNELS] @ gate_C)
-    share_BT = params["smear"]["scale"].astype(config.dtype) * gate_BT
-    return x_BTD + share_BT[..., None] * before_BTD
+    share_BT = scaled(params["smear"]["scale"], gate_BT)
+    return x_BTD + scaled(share_BT[..., None], before_BTD)
 
 
 def value_embeddings(params, tokens_BT, config: Config) -> Any:
@@ -347,7 +347,7 @@ def continued(params, config: Config, tokens_BT, cache: Cache):
 def final_norm(x_BTD, middle_BTD, params, config: Config):
     """The stream without its learned share of the middle layer's output, normed."""
     if config.backout:
-        x_BTD = x_BTD - params["backout"].astype(x_BTD.dtype) * middle_BTD
+        x_BTD = x_BTD - scaled(params["backout"], middle_BTD)
     return rms_norm(x_BTD, config.norm_eps)
 
 

@@ -319,8 +319,8 @@ def start(params, config: Config, opt_state=None) -> TrainState:
     its moments (give `phase_config` warm=True too). Its count of updates goes on as well, as Adam's
     bias correction needs it; so the schedule is moved up by it.
     """
-    # a copy: the step is given its state to overwrite
-    params = jax.tree.map(jnp.copy, params)
+    # copies: the step is given its state to overwrite
+    params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
     step = jnp.zeros((), jnp.int32)
     if opt_state is None:
         opt_state = make_optimizer(config, config.num_steps).init(params)

@@ -37,6 +37,7 @@ CONFIG = dict(
     attention="einsum",
     scan_layers=False,
 )
+STEPS, HALF = 10, 5
 LAYOUTS = [
     ("dp", {"data": 8}),
     ("zero", {"data": 8}),
@@ -44,21 +45,24 @@ LAYOUTS = [
     ("fsdp", {"data": 2, "fsdp": 4}),
     ("tp", {"data": 2, "tensor": 4}),
 ]
+# compiling is nearly all that these tests cost, and the steps are tiny: LLVM need not try hard
+QUICK = "--xla_backend_optimization_level=0"
 
 
-def train(devices=1, processes=1, **arguments):
-    arguments = dict(config=CONFIG, steps=10, layouts=[[None, None]]) | arguments
+def train(*runs, devices=1, processes=1):
+    """What tests/programs/train_sharded.py tells of these runs, all in one start of it."""
+    arguments = dict(config=CONFIG, steps=STEPS, runs=runs)
     if processes > 1:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             arguments["hosts"] = [f"127.0.0.1:{s.getsockname()[1]}", processes]
-    env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
+    flags = f"{QUICK} --xla_force_host_platform_device_count={devices // processes}"
     jobs = [
         programs.start(
             "train_sharded",
             json.dumps(arguments),
             i,
-            env=env,
+            env={"XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -81,19 +85,22 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """Ten steps on one device, and a checkpoint of them."""
-    folder = tmp_path_factory.mktemp("single")
-    return train(save=str(folder))[0]
+# ---- one device ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eight")
-    return dict(zip(map(str, LAYOUTS), train(devices=8, layouts=LAYOUTS, text=True))) | {
-        "folder": folder
-    }
+def on_one():
+    """Ten steps on one device; in other orders and other microbatches; with rows forgotten."""
+    others = [dict(order=1), dict(order=2)]
+    for microbatch in (2, 4):
+        for order in (None, 1):
+            others.append(dict(config={"microbatch": microbatch}, order=order))
+    return train({}, dict(drop=2), *others)
+
+
+@pytest.fixture(scope="module")
+def single(on_one):
+    return on_one[0]
 
 
 # how much farther than its own noise another program may be from one device
@@ -101,39 +108,44 @@ FACTOR = 5
 
 
 @pytest.fixture(scope="module")
-def noise(single):
+def noise(on_one):
     """How far one device comes from itself when it takes the same sums in another order.
 
     The rows of each batch change places, or come in other microbatches. An Adam with an eps of
     1e-10 makes the rounding of nearly zero gradients visible, on one processor more than another.
     """
-    others = train(orders=[1, 2])
-    for microbatch in (2, 4):
-        others += train(config=CONFIG | {"microbatch": microbatch}, orders=[None, 1])
+    single, _, *others = on_one
     return max(distance(other, single) for other in others)
 
 
 def check_equal(many, single, noise, steps=slice(None)):
     """The same losses, norms and parameters, up to what the order of sums makes of them."""
-    (losses, norms), (wanted, wanted_norms) = (
-        np.transpose(many["losses"]),
-        np.transpose(single["losses"][steps]),
-    )
+    losses, norms = np.transpose(many["losses"])
+    wanted, wanted_norms = np.transpose(single["losses"][steps])
     np.testing.assert_allclose(losses, wanted, rtol=2e-5)
     np.testing.assert_allclose(norms, wanted_norms, rtol=5e-3)
     if steps.stop is None:
         assert distance(many, single) < FACTOR * noise
 
 
+def test_the_noise_is_small_beside_a_mistake(on_one, noise):
+    """What is allowed is far from what two forgotten rows of sixteen do."""
+    single, forgotten, *_ = on_one
+    assert 0 < FACTOR * noise < 0.1 * distance(forgotten, single)
+
+
+# ---- eight devices -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight():
+    runs = [dict(layout=layout) for layout in LAYOUTS]
+    return dict(zip(map(str, LAYOUTS), train(*runs, devices=8)))
+
+
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
 def test_every_strategy_equals_one_device(single, eight, noise, layout):
     check_equal(eight[layout], single, noise)
-
-
-def test_the_noise_is_small_beside_a_mistake(single, noise):
-    """What is allowed is far from what two forgotten rows of sixteen do."""
-    (forgotten,) = train(drop=2)
-    assert 0 < FACTOR * noise < 0.1 * distance(forgotten, single)
 
 
 def test_what_is_split_takes_less_room(single, eight):
@@ -161,33 +173,61 @@ def test_collectives_are_the_expected_ones(eight):
     assert not {"all-to-all", "collective-permute"} & {*zero["kinds"], *fsdp["kinds"]}
 
 
-@pytest.mark.parametrize(
-    "processes, strategy, mesh", [(2, "zero", {"data": 2}), (4, "fsdp", {"data": 2, "fsdp": 2})]
-)
-def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(
-    single, noise, tmp_path, processes, strategy, mesh
-):
-    """Trained five steps on all processes, saved by all, the rest on one, two and four devices of
-    one process.
+@pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
+def test_devices_add_up_in_float32_though_they_compute_in_bfloat16(eight, layout):
+    """Gradients, losses and counts; what tensor parallelism sums within a layer are activations."""
+    across = eight[layout]["bfloat16"]["across"]
+    types = {"all_reduce f32", "all_reduce i32", "reduce_scatter f32"}
+    if "tp" in layout:
+        types.add("all_reduce bf16")
+    assert set(across) <= types, across
+    assert across["all_reduce f32"] > 1
+    if "fsdp" in layout:
+        # each gathered weight's gradient is scattered
+        assert across["reduce_scatter f32"] > 10
+
+
+def test_a_device_adds_up_in_float32_though_it_computes_in_bfloat16(single, eight):
+    for one in (single, *eight.values()):
+        assert one["bfloat16"]["most"] <= 1, "of so many bfloat16 numbers a sum was taken"
+
+
+# ---- starting on one layout and checkpoint, going on in another ----------------------------------
+
+
+def test_a_state_is_the_same_wherever_it_is_made():
+    (whole,) = train(dict(until=0))
+    (spread,) = train(dict(until=0, make=True, layout=LAYOUTS[3]), devices=8)
+    assert spread["params"] == whole["params"]
+
+
+def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, noise, tmp_path):
+    """Trained five steps by two processes of two devices each, saved by both, the rest on one and
+    on four devices of one process.
     """
-    half = train(
-        devices=processes,
-        processes=processes,
-        layouts=[[strategy, mesh]],
-        steps=5,
-        save=str(tmp_path),
+    zero, fsdp = str(tmp_path / "zero"), str(tmp_path / "fsdp")
+    halves = train(
+        dict(layout=["zero", {"data": 4}], until=HALF, save=zero),
+        dict(layout=["fsdp", {"data": 2, "fsdp": 2}], until=HALF, save=fsdp),
+        devices=4,
+        processes=2,
     )
-    check_equal(half[0], single, noise, slice(0, 5))
-    files = {p.name for p in next(tmp_path.glob("step_*")).iterdir()}
-    assert {f"opt_state.{i}-of-{processes}.safetensors" for i in range(processes)} < files and len(
-        list(tmp_path.iterdir())
-    ) == 1
-    for devices, layouts in (
-        (1, [[None, None]]),
-        (4, [["dp", {"data": 4}], ["fsdp", {"fsdp": 4}]]),
-    )[: 3 - processes // 2]:
-        for rest in train(devices=devices, layouts=layouts, restore=str(tmp_path)):
-            check_equal(rest, single, noise, slice(5, None))
+    for half, folder in zip(halves, (zero, fsdp)):
+        check_equal(half, single, noise, slice(0, HALF))
+        (saved,) = Path(folder).iterdir()
+        assert {f"opt_state.{i}-of-2.safetensors" for i in (0, 1)} < {
+            path.name for path in saved.iterdir()
+        }
+
+    rests = train(
+        dict(restore=zero),
+        dict(restore=zero, layout=["dp", {"data": 4}]),
+        dict(restore=zero, layout=["fsdp", {"fsdp": 4}]),
+        dict(restore=fsdp),
+        devices=4,
+    )
+    for rest in rests:
+        check_equal(rest, single, noise, slice(HALF, None))
 
 
 def test_bad_layouts_in_one_sentence():

@@ -417,3 +417,37 @@ def test_plan_is_near_the_truth(tokenizer):
 def test_fingerprint_tells_models_apart():
     a, b = (model.init_params(jax.random.key(seed), TINY) for seed in (0, 1))
     assert sft.fingerprint(a) == sft.fingerprint(jax.tree.map(np.array, a)) != sft.fingerprint(b)
+
+
+# ---- beginning and measuring a phase -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_start_of_a_phase_leaves_the_callers_arrays_alone(warm):
+    """The step overwrites the state it is given, and a phase may be begun again from the same."""
+    before = train.init_state(TINY)
+    kept = jax.tree.map(np.array, before)
+    state = sft.start(before.params, TINY, before.opt_state if warm else None)
+    rows = np.arange(4 * 65, dtype=np.int32).reshape(4, 65) % 265
+    train.make_train_step(TINY)(state, rows[:, :-1], rows[:, 1:])
+    for ours, theirs in zip(jax.tree.leaves(before), jax.tree.leaves(kept), strict=True):
+        assert not ours.is_deleted()
+        assert (np.asarray(ours) == theirs).all()
+
+
+def test_validation_weighs_targets_alike_however_they_are_spread():
+    """One target in the first batch, sixty in the second: the mean is over sixty-one."""
+    params = jax.jit(lambda: train.init_state(TINY).params)()
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(0, 265, (2, 2, 1, 64)).astype(np.int32)
+    targets[0, 0, 1:] = -1
+    targets[1, 0, 60:] = -1
+
+    losses = [model.token_losses(params, TINY, *batch) for batch in zip(inputs, targets)]
+    means = [float(losses[0].sum()), float(losses[1].sum()) / 60]
+    wanted = (means[0] + 60 * means[1]) / 61
+    assert abs(np.mean(means) - wanted) > 1e-3, "the two must differ for this to tell anything"
+
+    batches = [(*batch, {"cursor": n}) for n, batch in enumerate(zip(inputs, targets))]
+    assert sft.validation_loss(params, TINY, batches) == pytest.approx(wanted, rel=1e-6)
+    assert np.isnan(sft.validation_loss(params, TINY, [(inputs[0], np.full((1, 64), -1))]))

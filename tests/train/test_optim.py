@@ -220,6 +220,51 @@ def test_rates_and_schedules_are_data_not_code(name, params):
     assert optim.compile_key(one) != optim.compile_key(one.replace(n_layer=4))
 
 
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("at", [0, 3, 30, 99])
+def test_a_step_uses_what_the_schedules_say_there(name, at, params):
+    """In warm-up, at full rate and on the way down; the schedules' own values are the
+    reference's.
+    """
+    config = SMALL.replace(optimizer=name, warmup_steps=8)
+    optimizer = optim.make_optimizer(config, 100)
+    state = optimizer.init(params)._replace(step=jnp.int32(at))
+    # moments as they are in the middle of a run
+    state = state._replace(
+        m=jax.tree.map(lambda p: noise(p, 0.1), state.m),
+        v=jax.tree.map(lambda p: np.square(noise(p, 0.1)) + 0.01, state.v),
+    )
+    grads = jax.tree.map(lambda p: noise(p, 1.0), params)
+    updates, after = jax.jit(optimizer.update)(grads, state, params)
+    assert int(after.step) == at + 1
+
+    rate = optim.lr_multiplier(at, 100, 8, config.warmdown_ratio, config.final_lr_frac)
+    assert rate == pytest.approx({0: 1 / 8, 3: 0.5, 30: 1, 99: 1 / 65 + 64 / 65 * 0.05}[at])
+    decay = optim.muon_weight_decay(at, 100, config.scaled_weight_decay)
+    lrs = optim.group_lrs(config)
+
+    # a matrix of each kind of shape
+    for weight in ("w_in", "w_out"):
+        arrays = [tree["blocks"][weight] for tree in (grads, state.m, state.v, params)]
+        lr = rate * lrs["matrix"]
+        if name == "muon":
+            momentum = optim.muon_momentum(at, 100, config.warmdown_ratio)
+            wanted = optim.muon_update(*arrays, lr=lr, momentum=momentum, weight_decay=decay)
+        else:
+            betas = dict(b1=0.9, b2=0.95)
+            wanted = optim.adamw_update(*arrays, step=at + 1, lr=lr, weight_decay=decay, **betas)
+        actual = [tree["blocks"][weight] for tree in (updates, after.m, after.v)]
+        for ours, theirs in zip(actual, wanted):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-7)
+
+    # the others' decay stays what it is
+    b1, b2, decay = optim.ADAMW_GROUPS["embed"]
+    arrays = [tree["embed"] for tree in (grads, state.m, state.v, params)]
+    lr = rate * lrs["embed"]
+    wanted, *_ = optim.adamw_update(*arrays, step=at + 1, lr=lr, b1=b1, b2=b2, weight_decay=decay)
+    np.testing.assert_allclose(updates["embed"], wanted, rtol=2e-4, atol=1e-7)
+
+
 def test_stacked_matrices_do_not_mix():
     g, p = np.random.default_rng(0).normal(size=(2, 3, 24, 40)).astype(np.float32)
     m, v = 0.1 * p, np.ones(optim.muon_second_moment(p.shape), np.float32)
