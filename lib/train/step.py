@@ -32,15 +32,12 @@ def init_state(config: Config, layout: Layout | None = None) -> TrainState:
     they belong.
     """
     if layout is not None:
-        return jax.jit(
-            init_state,
-            static_argnums=0,
-            out_shardings=state_shardings(layout, config, state_template(config)),
-        )(config)
+        # compiled, so that no device ever holds more than its part
+        shardings = state_shardings(layout, config, state_template(config))
+        return jax.jit(init_state, static_argnums=0, out_shardings=shardings)(config)
     params = model.init_params(jax.random.key(config.seed), config)
-    return TrainState(
-        params, make_optimizer(config, config.num_steps).init(params), jnp.zeros((), jnp.int32)
-    )
+    opt_state = make_optimizer(config, config.num_steps).init(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32))
 
 
 def state_template(config: Config, layout: Layout | None = None) -> TrainState:
@@ -48,11 +45,11 @@ def state_template(config: Config, layout: Layout | None = None) -> TrainState:
     template = jax.eval_shape(lambda: init_state(config))
     if layout is None:
         return template
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        template,
-        state_shardings(layout, config, template),
-    )
+
+    def placed(array, sharding):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, template, state_shardings(layout, config, template))
 
 
 def with_rates(state: TrainState, config: Config) -> TrainState:
@@ -81,6 +78,7 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
         (loss, count), grads = grad(params, config, *batch)
         return jax.tree.map(jnp.add, total, (loss, count, grads)), None
 
+    # a single one needs no loop
     if inputs_ABT.shape[0] == 1:
         (loss, count), grads = grad(params, config, inputs_ABT[0], targets_ABT[0])
         return loss, count, grads
@@ -100,6 +98,7 @@ def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Con
             loss, count, grads = summed_gradients(params, fold(inputs_BT), fold(targets_BT), config)
         return *jax.lax.psum((loss, count), AXES), reduce_gradients(layout, config, grads)
 
+    # parameters come split as they are held, gradients leave as the optimizer holds its state
     partition = jax.tree.map(layout.partition, specs, is_leaf=is_spec)
     reduced = jax.tree.map(lambda s: layout.state_partition(s, s.shape), specs, is_leaf=is_spec)
     return jax.shard_map(
@@ -131,17 +130,15 @@ def train_step(
                 layout, state.params, inputs_BT, targets_BT, config
             )
     with jax.named_scope("optimizer"), optimizer_on(layout):
+        # means over targets; a batch without any has gradients of zero
         n = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / n, grads)
         updates, opt_state = make_optimizer(config, config.num_steps).update(
             grads, state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": loss / n,
-        "grad_norm": jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))),
-        "count": count,
-    }
+    squares = [jnp.vdot(g, g) for g in jax.tree.leaves(grads)]
+    metrics = {"loss": loss / n, "grad_norm": jnp.sqrt(sum(squares)), "count": count}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

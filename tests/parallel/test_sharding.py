@@ -57,19 +57,20 @@ def train(*runs, devices=1, processes=1):
             s.bind(("127.0.0.1", 0))
             arguments["hosts"] = [f"127.0.0.1:{s.getsockname()[1]}", processes]
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices // processes}"
+    env = {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
     jobs = [
         programs.start(
             "train_sharded",
             json.dumps(arguments),
             i,
-            env={"XLA_FLAGS": flags},
+            env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         for i in range(processes)
     ]
     try:
-        done = [job.communicate(timeout=300) for job in jobs]
+        done = [job.communicate(timeout=600) for job in jobs]
     finally:
         for job in jobs:
             job.kill()
