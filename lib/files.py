@@ -38,14 +38,16 @@ class Interrupted(UserError):
 
 
 def choose(kind: str, name: str, options) -> Any:
-    """`options[name]`, or a UserError that lists the valid names (`options` may also be a plain
-    collection).
+    """`options[name]`, or a UserError that lists the valid names.
+
+    `options` may also be a plain collection; then it is `name`.
     """
     if name not in options:
-        raise UserError(
-            f"unknown {kind} {name!r}: choose one of {', '.join(sorted(map(str, options)))}"
-        )
-    return options[name] if isinstance(options, dict) else name
+        names = ", ".join(sorted(map(str, options)))
+        raise UserError(f"unknown {kind} {name!r}: choose one of {names}")
+    if isinstance(options, dict):
+        return options[name]
+    return name
 
 
 ELSEWHERE = "choose another folder"
@@ -90,9 +92,9 @@ def writing(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`, on
-    failure removed.
+    """Yield a temporary path beside `path`, which takes its place once all is on the disk.
 
+    On failure it is removed.
     Readers see the old file or the new one, whole, never a part. Works for a file or for a folder
     (a folder that already stands there is swapped out and then removed).
     """
@@ -102,8 +104,13 @@ def replacing(path):
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield tmp
-            for p in [tmp, *(tmp.rglob("*") if tmp.is_dir() else ())]:
-                _fsync(p)
+
+            # first the content
+            parts = tmp.rglob("*") if tmp.is_dir() else ()
+            for part in [tmp, *parts]:
+                _fsync(part)
+
+            # then the name: a folder can't be renamed over another that holds something
             if tmp.is_dir() and path.exists():
                 old = tmp.with_suffix(".old")
                 os.rename(path, old)
@@ -111,6 +118,8 @@ def replacing(path):
                 shutil.rmtree(old)
             else:
                 os.replace(tmp, path)
+
+            # a name is lasting only once its folder is on the disk
             _fsync(path.parent)
     finally:
         if tmp.is_dir():
@@ -121,6 +130,7 @@ def replacing(path):
 
 
 def _fsync(path):
+    """Wait until a file or folder is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -130,8 +140,9 @@ def _fsync(path):
 
 def write_atomic(path, data: bytes | str):
     """Write a whole file beside `path`, fsync it and rename it into place."""
+    content = data.encode() if isinstance(data, str) else data
     with replacing(path) as tmp:
-        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+        tmp.write_bytes(content)
 
 
 def to_json(obj, indent: int | None = 1) -> str:
@@ -143,6 +154,7 @@ def to_json(obj, indent: int | None = 1) -> str:
 
 
 def _finite(obj):
+    """A copy of a JSON-able value with None for what JSON has no number for."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, dict):
@@ -189,6 +201,7 @@ def parse_json(text: str | bytes, where, expect: type | None = dict, cure: str =
     written, are read as None.
     """
     cure = f": {cure}" if cure else ""
+    # Python's reader knows NaN and Infinity, which are no JSON
     try:
         value = json.loads(text, parse_constant=lambda name: None)
     except RecursionError:
@@ -259,6 +272,7 @@ def find_files(text) -> list[Path]:
     hidden files and folders are left out.
     """
     path = local_path(text)
+    # what exists comes first
     if path.is_dir():
         return sorted(_walk(path))
     if path.exists():
@@ -268,13 +282,17 @@ def find_files(text) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    visited = set()  # a link may lead to a folder above it
+    """The files below a folder that are not hidden."""
+    visited = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
+        # a link may lead to a folder above it
         real = os.path.realpath(parent)
         if real in visited:
             folders.clear()
             continue
         visited.add(real)
+
+        # os.walk goes into the folders that are left in this list
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and Path(parent, name).is_file():
@@ -293,8 +311,9 @@ def sha256(path) -> str:
 
 
 def set_aside(folder, *names: str) -> Path:
-    """Move what a fresh start would overwrite into FOLDER/old-N and return that: nothing trained is
-    ever lost.
+    """Move what a fresh start would overwrite into FOLDER/old-N, and return that.
+
+    Nothing trained is ever lost.
     """
     number = 1
     while (old := Path(folder) / f"old-{number}").exists():
@@ -313,18 +332,14 @@ def is_remote(path) -> bool:
 
 
 def join(folder, *names):
-    """A path inside a local folder (as a Path) or a remote one (as a string: a Path would spoil its
-    "//").
-    """
-    return (
-        "/".join([str(folder).rstrip("/"), *names]) if is_remote(folder) else Path(folder, *names)
-    )
+    """A path inside a folder: a Path, or a string where it is remote, to keep its "//" as it is."""
+    if is_remote(folder):
+        return "/".join([str(folder).rstrip("/"), *names])
+    return Path(folder, *names)
 
 
 def first_line(error) -> str:
-    """What an exception says, for a sentence of ours: its first line, or its class where it says
-    nothing.
-    """
+    """What an exception says, for a sentence of ours: its first line, or else its class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -347,12 +362,14 @@ def reaching(path):
 
 
 def filesystem(path):
-    """fsspec's file system for a local or remote path, and the path by its rules; UserError where
-    it cannot be had.
+    """fsspec's file system for a local or remote path, and the path by its rules.
+
+    UserError where it cannot be had.
     """
     import fsspec
 
     with reaching(path):
         fs, inner = fsspec.core.url_to_fs(str(path))
+        # others write there too
         fs.invalidate_cache()
         return fs, inner

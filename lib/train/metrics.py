@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from lib.files import UserError, choose, first_line, write_atomic
+from lib.files import UserError, choose, first_line, read_bytes, write_atomic
 from lib.runtime import progress
 
 MAX_PENDING = 100_000  # jsonl lines kept in memory while the disk is full
@@ -62,6 +62,7 @@ class Metrics:
         config: dict | None = None,
     ):
         self._writers = {}
+        # of several processes one writes
         if jax.process_index():
             return
         run = Run(Path(run_dir), total_steps, resumed, config or {})
@@ -78,24 +79,30 @@ class Metrics:
         """
         host = jax.device_get(values)
         values = {name: _number(host[name]) for name in values if host[name] is not None}
-        numbers = {k: v for k, v in values.items() if not isinstance(v, str)}
+        numbers = {name: value for name, value in values.items() if not isinstance(value, str)}
+
+        # a list, as one that fails is taken out
         for name in list(self._writers):
-            self._guard(name, self._writers[name][0], step, values if name == "jsonl" else numbers)
+            write, _ = self._writers[name]
+            self._guard(name, write, step, values if name == "jsonl" else numbers)
         return values
 
     def close(self):
+        """Let the writers send what they still hold."""
         for name in list(self._writers):
-            self._guard(name, self._writers[name][1])
+            _, close = self._writers[name]
+            self._guard(name, close)
         self._writers = {}
 
     def _guard(self, name, function, *args):
+        """Call a part of a writer, which is switched off when it fails."""
         try:
             function(*args)
         except Exception as e:
             del self._writers[name]
             warnings.warn(
-                f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); training goes "
-                "on",
+                f"no more metrics to {name} ({type(e).__name__}: {first_line(e)}); "
+                "training goes on",
                 stacklevel=3,
             )
 
@@ -118,13 +125,13 @@ SHOWN = {
 
 
 def _console(run: Run):
-    """A progress bar in a terminal or notebook; elsewhere (a log file) about fifty lines per
-    run.
-    """
+    """A progress bar in a terminal or notebook, and about fifty lines a run elsewhere."""
     from tqdm import tqdm
 
     kernel = "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
-    every, first, shown = max(1, run.total_steps // 50), None, {}
+    every = max(1, run.total_steps // 50)
+    first = None  # (step, time) of the first that was written
+    shown = {}  # name: text of its newest value
     bar = progress(
         total=run.total_steps,
         initial=run.resumed or 0,
@@ -139,15 +146,22 @@ def _console(run: Run):
         now = time.monotonic()
         # what came before was compiling, and tells nothing about the rest
         first = first or (step, now)
-        shown.update((key, SHOWN[key].format(values[key])) for key in SHOWN if key in values)
-        text = "  ".join(shown[key] for key in SHOWN if key in shown)
+        for name, form in SHOWN.items():
+            if name in values:
+                shown[name] = form.format(values[name])
+        text = "  ".join(shown[name] for name in SHOWN if name in shown)
+
+        # the bar, or a line now and then
         if not bar.disable:
             bar.set_postfix_str(text, refresh=False)
             bar.update(step - bar.n)
-        elif step % every == 0 or step in (first[0], run.total_steps) or "loss" not in values:
-            left = (now - first[1]) / max(1, step - first[0]) * (run.total_steps - step)
-            eta = f"  ETA {tqdm.format_interval(left)}" if step > first[0] else ""
-            print(f"step {step}/{run.total_steps}  {text}{eta}", flush=True)
+            return
+        begun, since = first
+        if step > begun:
+            left = (now - since) / (step - begun) * (run.total_steps - step)
+            text += f"  ETA {tqdm.format_interval(left)}"
+        if step % every == 0 or step in (begun, run.total_steps) or "loss" not in values:
+            print(f"step {step}/{run.total_steps}  {text}", flush=True)
 
     return write, bar.close
 
@@ -158,8 +172,11 @@ def _jsonl(run: Run):
     When the disk is full, lines wait in memory and are written once there is room.
     """
     path = run.folder / "metrics.jsonl"
-    rows = [] if run.resumed is None or not path.exists() else read_jsonl(path)
-    write_atomic(path, "".join(_line(row) for row in rows if row["step"] <= run.resumed))
+    # of a resumed run what it had written beyond its checkpoint goes: it will come again
+    rows = []
+    if run.resumed is not None and path.exists():
+        rows = [row for row in read_jsonl(path) if row["step"] <= run.resumed]
+    write_atomic(path, "".join(map(_line, rows)))
     size, pending = path.stat().st_size, []
 
     def flush():
@@ -181,11 +198,11 @@ def _jsonl(run: Run):
         try:
             flush()
         except OSError as e:
+            # told once, not at each step
             if not full:
                 warnings.warn(
                     f"cannot write {path} ({e.strerror}): metrics are kept in memory until there "
-                    "is room; "
-                    "training goes on",
+                    "is room; training goes on",
                     stacklevel=4,
                 )
 
@@ -193,8 +210,9 @@ def _jsonl(run: Run):
 
 
 def _tensorboard(run: Run):
-    """Event files in run/tensorboard, from tensorboard's parts: its own writer would import a
-    TensorFlow it finds.
+    """Event files in run/tensorboard.
+
+    From tensorboard's parts: its own writer would import a TensorFlow that it finds.
     """
     try:
         # protobuf makes these classes at run time
@@ -210,9 +228,8 @@ def _tensorboard(run: Run):
         raise UserError("the tensorboard writer needs a package: pip install tensorboard") from None
     folder = run.folder / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
-    events = RecordWriter(
-        open(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}", "wb")
-    )
+    name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+    events = RecordWriter(open(folder / name, "wb"))
 
     def send(step, **what):
         events.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
@@ -223,26 +240,21 @@ def _tensorboard(run: Run):
     send((run.resumed or 0) + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(step, values):
-        send(
-            step,
-            summary=Summary(
-                value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-            ),
-        )
+        scalars = [Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
+        send(step, summary=Summary(value=scalars))
 
     return write, events.close
 
 
 def _wandb(run: Run, mode: Literal["online", "offline"]):
-    """A Weights & Biases run named after the run folder; joins the sweep's run when one is
-    active.
-    """
+    """A Weights & Biases run named after the run folder, or the sweep's where one is active."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             "the wandb writer needs a package: pip install wandb, or use wandb:off"
         ) from None
+    # a resumed run goes on in the run that it began there
     id_file = run.folder / "wandb_id.txt"
     if run.resumed is None or not id_file.exists():
         write_atomic(id_file, uuid.uuid4().hex[:8])
@@ -320,26 +332,38 @@ WRITERS = {
 # ---- reading back --------------------------------------------------------------------------------
 
 
+# what JSON has no number for: as it stands in a line
+NO_NUMBERS = {json.dumps(value): value for value in (math.nan, math.inf, -math.inf)}
+
+
 def _line(row: dict) -> str:
-    row = {
-        k: v if not isinstance(v, float) or math.isfinite(v) else json.dumps(v)
-        for k, v in row.items()
-    }
-    return json.dumps(row, allow_nan=False) + "\n"
+    """A row as a line of metrics.jsonl."""
+    values = {}
+    for name, value in row.items():
+        is_number = not isinstance(value, float) or math.isfinite(value)
+        values[name] = value if is_number else json.dumps(value)
+    return json.dumps(values, allow_nan=False) + "\n"
+
+
+def _row(line: bytes) -> dict:
+    """What `_line` wrote; ValueError, TypeError or KeyError where it is something else."""
+    row = json.loads(line)
+    values = {name: NO_NUMBERS.get(value, value) for name, value in row.items()}
+    return {"step": row["step"]} | values
 
 
 def read_jsonl(path) -> list[dict]:
-    """The rows of a metrics.jsonl, oldest first; a last line torn by a crash is left out, other
-    damage a UserError.
+    """The rows of a metrics.jsonl, oldest first.
+
+    A last line torn by a crash is left out; other damage is a UserError.
     """
-    special = {json.dumps(v): v for v in (math.nan, math.inf, -math.inf)}
     rows = []
-    lines = Path(path).read_bytes().splitlines(keepends=True)
+    lines = read_bytes(path).splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({"step": row["step"]} | {k: special.get(v, v) for k, v in row.items()})
-        except (ValueError, TypeError, KeyError):
+            rows.append(_row(line))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            # cut while it was written
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise UserError(
@@ -350,8 +374,8 @@ def read_jsonl(path) -> list[dict]:
 
 def column(rows: list[dict], name: str) -> tuple[list, list]:
     """(steps, values) of the rows that have `name`, for plotting."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    return [step for step, _ in found], [value for _, value in found]
+    having = [row for row in rows if name in row]
+    return [row["step"] for row in having], [row[name] for row in having]
 
 
 # ---- profiling -----------------------------------------------------------------------------------
@@ -373,10 +397,12 @@ def trace_window(run_dir, start: int, stop: int):
         active = not active
         try:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(
-                str(Path(run_dir) / "trace")
-            ) if active else jax.profiler.stop_trace()
+            if active:
+                jax.profiler.start_trace(str(Path(run_dir) / "trace"))
+            else:
+                jax.profiler.stop_trace()
         except Exception as e:
+            # a profiler that fails must not end the run
             active, stop = False, start - 1
             warnings.warn(f"no profiler trace ({first_line(e)}); training goes on", stacklevel=3)
 
