@@ -172,14 +172,24 @@ def test_resume_is_bitwise_in_a_fresh_process(tmp_path):
     assert bits(one) == bits(two) and one_meta == two_meta
 
 
-def test_two_hosts_save_and_restore_a_sharded_array(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_hosts_save_and_restore_arrays_split_in_every_way(tmp_path, count):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    arguments = "save_on_two_hosts", tmp_path, address
-    hosts = [programs.start(*arguments, i, env={"XLA_FLAGS": ""}) for i in (0, 1)]
-    assert [host.wait(60) for host in hosts] == [0, 0]
-    assert (restore(tmp_path)[0]["w"] == np.arange(8.0).reshape(4, 2)).all()
+    hosts = [
+        programs.start("save_on_hosts", tmp_path, address, i, count, env={"XLA_FLAGS": ""})
+        for i in range(count)
+    ]
+    assert [host.wait(300) for host in hosts] == [0] * count
+    tree, _ = restore(tmp_path)
+    whole = np.arange(32.0).reshape(8, 4)
+    assert set(tree) == {"rows", "columns", "both", "all"}
+    assert all((array == whole).all() for array in tree.values())
+    # each part was written once
+    files = (tmp_path / "step_00000001").glob("state.*.safetensors")
+    parts = [name for file in files for name in safetensors.numpy.load_file(file)]
+    assert len(parts) == len(set(parts)) == 1 + 2 + count // 2 + count
 
 
 # ---- what is kept --------------------------------------------------------------------------------
