@@ -1,5 +1,5 @@
-"""Who says what to train next, hears how it goes and says when to stop: the journal's folder, or a
-wandb server.
+"""Drivers say what to train next, hear how it goes and say when to stop: the journal's folder, or
+a wandb server.
 
 Both keep the journal, so that tables, pictures and resuming work the same way, and both have
     take(count, stop)            trials to train now; [] when the sweep is over or stop() says so
@@ -49,19 +49,20 @@ class Local:
             # without working locks another worker may have been first: its claim holds then
             if taken:
                 own = {t.id: t for t in running if t.worker == self.book.worker}
-                if got := [own[id] for id in taken if id in own]:
-                    return got
+                claimed = [own[id] for id in taken if id in own]
+                if claimed:
+                    return claimed
                 continue
 
+            # the sweep is over once nobody trains: until then a worker may die and leave its trial
             if not running:
                 return []
             if not waiting:
                 workers = {t.worker for t in running}
                 self.say(
                     f"nothing left to begin; waiting for {len(running)} trial(s) of "
-                    f"{len(workers)} other "
-                    ""
-                    "worker(s), to take over what is lost (interrupt to leave)"
+                    f"{len(workers)} other worker(s), to take over what is lost "
+                    "(interrupt to leave)"
                 )
                 waiting = True
             time.sleep(POLL)
@@ -70,6 +71,8 @@ class Local:
     def _take(self, count: int) -> list[str]:
         """The ids of up to `count` trials that were claimed: lost ones first, then new ones."""
         trials, taken = self.book.trials(), []
+
+        # what others have left, but not what several have died of
         for t in trials:
             if t.state != "lost" or len(taken) == count:
                 continue
@@ -78,9 +81,10 @@ class Local:
             else:
                 taken.append(self.book.claim(t.assignment, t.tries + 1, t.id))
 
+        # the seed needs no luck between workers: a draw depends on the number of trials too
+        seed = zlib.crc32(space.key(self.spec).encode())
         while len(taken) < count and len(trials) < space.limit(self.spec):
-            # the seed needs no luck between workers: a draw depends on the number of trials too
-            assignment = ask(self.spec, trials, zlib.crc32(space.key(self.spec).encode()))
+            assignment = ask(self.spec, trials, seed)
             if assignment is None:
                 break
             taken.append(self.book.claim(assignment))
@@ -91,6 +95,8 @@ class Local:
         self.book.report(trial.id, step, values[self.spec["metric"]["name"]])
         trials = self.book.trials()
         now = next(t for t in trials if t.id == trial.id)
+
+        # silent for too long, and taken over by another
         if now.worker != self.book.worker or now.state != "running":
             return "lost"
         return "pruned" if should_stop(self.spec, trials, now) else ""
@@ -135,15 +141,18 @@ class Wandb:
         self.stopped = set()  # ids that the server wants stopped
         self.given = []  # commands of the server that wait for their turn
         self.beaten = 0.0  # when the server last heard of us
+
+        # make ourselves known: the server gives trials to agents
         entity, project, sweep = path
         made = server(AGENT, host=book.worker, projectName=project, entityName=entity, sweep=sweep)
         self.agent = made["createAgent"]["agent"]["id"]
 
     def _beat(self) -> bool:
         """Tell the server what runs here, take its orders; False when it says exit."""
-        state = json.dumps({id: True for id in self.runs})
+        state = json.dumps(dict.fromkeys(self.runs, True))
         answer = self.server(HEARTBEAT, id=self.agent, metrics="{}", runState=state)
-        for command in json.loads(answer["agentHeartbeat"]["commands"] or "[]"):
+        commands = json.loads(answer["agentHeartbeat"]["commands"] or "[]")
+        for command in commands:
             kind = command.get("type")
             if kind == "stop":
                 self.stopped.add(command["run_id"])
@@ -157,21 +166,20 @@ class Wandb:
         taken = self._take_lost(count)
         waiting = False
         while not taken and not stop():
+            # a heartbeat brings what is given out; False: the sweep is over
             if not self.given and not self._beat():
                 return []
             taken = self._take_given(count)
-            if not taken:
-                if not waiting:
-                    self.say("waiting for the server to give out a trial (interrupt to leave)")
-                    waiting = True
-                time.sleep(self.poll_seconds)
+            if taken:
+                break
+            if not waiting:
+                self.say("waiting for the server to give out a trial (interrupt to leave)")
+                waiting = True
+            time.sleep(self.poll_seconds)
         return taken
 
     def _take_lost(self, count: int) -> list[Trial]:
-        """What a worker on this folder left unfinished:
-
-        no need to wait until the server notices.
-        """
+        """What a worker on this folder left unfinished: no need to wait until the server knows."""
         constants = space.constants(self.spec)
         with self.book.deciding():
             lost = [t for t in self.book.trials() if t.state == "lost"][:count]
@@ -183,10 +191,12 @@ class Wandb:
         taken = []
         while self.given and len(taken) < count:
             command = self.given.pop(0)
-            given = command.get("args") or {}
-            args = {k: entry["value"] for k, entry in given.items() if not k.startswith("_")}
+            # names that begin with an underscore are wandb's own
+            entries = command.get("args") or {}
+            args = {name: e["value"] for name, e in entries.items() if not name.startswith("_")}
+            assignment = space.constants(self.spec) | args
             with self.book.deciding():
-                trial = self._begin(command["run_id"], space.constants(self.spec) | args)
+                trial = self._begin(command["run_id"], assignment)
             if trial is not None:
                 taken.append(trial)
         return taken
@@ -199,11 +209,14 @@ class Wandb:
             self.say(f"{id} is being trained by {before.worker}: left to it")
             return None
 
-        names = space.varied(self.spec)
-        assignment = {name: full[name] for name in names if name in full}
         if before:
             assignment = before.assignment
+        else:
+            names = space.varied(self.spec)
+            assignment = {name: full[name] for name in names if name in full}
         log, finish = self.start_run(id, full, lambda: self.stopped.add(id))
+
+        # answered already, or not to be answered: the server hears it, nothing is trained
         ended = _ended(trials, before, assignment)
         if ended is not None:
             self._tell_again(id, assignment, ended, log, finish)
@@ -214,26 +227,30 @@ class Wandb:
             finish(1)
             return None
 
-        self.book.claim(assignment, before.tries + 1 if before else 1, id)
+        # it is ours now
+        tries = before.tries + 1 if before else 1
+        self.book.claim(assignment, tries, id)
         self.runs[id] = (log, finish)
         self.stopped.discard(id)
         return next(t for t in self.book.trials() if t.id == id)
 
     def _tell_again(self, id: str, assignment: dict, ended: Trial, log, finish):
         """Tell a result that the server missed, or asks for twice; train nothing."""
+        metric = self.spec["metric"]["name"]
         for step, value in ended.reports.items():
-            log(step, {self.spec["metric"]["name"]: value})
+            log(step, {metric: value})
         if ended.state != "done":
             log(None, {ended.state: ended.reason or True})
         finish(1 if ended.state == "failed" else 0)
+
+        # a run of another name is a trial of its own in the journal, with the same result
         if ended.id != id:
             reason = f"{NOT_AGAIN}: the assignment of {ended.id}"
             self.book.claim(assignment, 1, id)
             self.book.end(id, "done", ended.value, reason, ended.curve, **ended.facts)
         self.say(
-            f"{id}: the same assignment ended as {ended.id} ({ended.state}), that is reported "
-            "without training "
-            "again"
+            f"{id}: the same assignment ended as {ended.id} ({ended.state}), "
+            "that is reported without training again"
         )
 
     def report(self, trial: Trial, step: int, values: dict) -> str:
@@ -247,10 +264,12 @@ class Wandb:
         self.book.saved(trial.id, step)
 
     def poll(self, trial: Trial) -> str:
+        # called at every step: the server need not hear of each
         if time.monotonic() - self.beaten > BEAT:
             self.beaten = time.monotonic()
             try:
-                if not self._beat():  # the sweep was stopped
+                sweep_goes_on = self._beat()
+                if not sweep_goes_on:
                     self.stopped.add(trial.id)
             # wandb keeps the numbers of an offline run and sends them later: training goes on
             except UserError as e:
@@ -259,12 +278,15 @@ class Wandb:
 
     def end(self, trial: Trial, state: str, value=None, reason: str = "", curve=(), **facts):
         log, finish = self.runs.pop(trial.id)
-        numbers: dict[str, Any] = {
-            k: v for k, v in facts.items() if isinstance(v, int | float) and math.isfinite(v)
-        }
+
+        # wandb's summary takes plain numbers, and says why a run is none of the finished ones
+        summary: dict[str, Any] = {}
+        for name, fact in facts.items():
+            if isinstance(fact, int | float) and math.isfinite(fact):
+                summary[name] = fact
         if state != "done":
-            numbers[state] = reason or True
-        log(None, numbers)
+            summary[state] = reason or True
+        log(None, summary)
         self.book.end(trial.id, state, value, reason, curve, **facts)
         finish(1 if state == "failed" else 0)
 
@@ -286,15 +308,16 @@ class Wandb:
 
 
 def _ended(trials: list[Trial], before: Trial | None, assignment: dict) -> Trial | None:
-    """The trial that has answered this assignment already:
-
-    the run itself, or another that finished.
+    """The trial that has answered this assignment already: the run itself, or another that
+    finished.
     """
     if before and before.state in ENDS:
         return before
     key = space.key(assignment)
-    same = (t for t in trials if t.state == "done" and space.key(t.assignment) == key)
-    return next(same, None)
+    for t in trials:
+        if t.state == "done" and space.key(t.assignment) == key:
+            return t
+    return None
 
 
 def wandb_runs(path):
@@ -309,7 +332,7 @@ def wandb_runs(path):
 
     def start_run(id, assignment, stop):
         settings: dict[str, Any] = dict(sweep_id=sweep, silent=True)
-        # else the client interrupts the main thread
+        # without it the client interrupts the main thread when the server says stop
         if "stop_fn" in getattr(wandb.Settings, "model_fields", {}):
             settings["stop_fn"] = stop
         try:
@@ -324,9 +347,10 @@ def wandb_runs(path):
             )
         except Exception as e:
             raise UserError(
-                f"wandb cannot start a run ({first_line(e)}): run `wandb login` and check the "
-                "network"
+                f"wandb cannot start a run ({first_line(e)}): run `wandb login` "
+                "and check the network"
             ) from e
+        # given out again when this machine vanishes; all is drawn over our steps, not wandb's
         run.mark_preempting()
         run.define_metric("*", step_metric="step")
 

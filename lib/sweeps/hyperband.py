@@ -1,6 +1,5 @@
-"""Hyperband as wandb reads early_terminate:
-
-after how many validations a trial is judged, and when it has to stop.
+"""Hyperband as wandb reads early_terminate: after how many validations a trial is judged, and when
+it has to stop.
 """
 
 import math
@@ -18,24 +17,28 @@ def rungs(spec: dict) -> list[int]:
         return []
     if not isinstance(entry, dict) or entry.get("type") != "hyperband":
         raise UserError(
-            "early_terminate must be of type hyperband, with min_iter, or max_iter and s; got "
-            f"{entry!r}"
+            "early_terminate must be of type hyperband, with min_iter, or max_iter and s; "
+            f"got {entry!r}"
         )
     for name, value in entry.items():
         if name not in ("type", "strict"):
             _check(name, value)
 
+    # upwards from the first rung, or downwards from the whole length
     eta = entry.get("eta", ETA)
     if "min_iter" in entry:
-        steps = [int(entry["min_iter"] * eta**k) for k in range(30)]
+        first = entry["min_iter"]
+        counts = [int(first * eta**k) for k in range(30)]
     elif "max_iter" in entry and "s" in entry:
-        steps = [int(entry["max_iter"] / eta**k) for k in range(1, int(entry["s"]) + 1)]
+        whole, brackets = entry["max_iter"], int(entry["s"])
+        counts = [int(whole / eta**k) for k in range(1, brackets + 1)]
     else:
         raise UserError("early_terminate needs min_iter, or max_iter together with s")
-    return sorted({n for n in steps if 1 <= n < 10**6})
+    return sorted({n for n in counts if 1 <= n < 10**6})
 
 
 def _check(name: str, value):
+    """Refuse an entry that hyperband does not have, or one that is no number of a sound size."""
     choose("entry of early_terminate", name, ENTRIES)
     least = 2 if name == "eta" else 1
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -59,8 +62,11 @@ def should_stop(spec: dict, trials, trial) -> bool:
     def best(t) -> float:
         """The best of the trial's first validations, up to the rung; smaller is better."""
         values = [sign * value for value in list(t.reports.values())[:rung]]
-        return min(value if math.isfinite(value) else math.inf for value in values)
+        finite = [value for value in values if math.isfinite(value)]
+        return min(finite, default=math.inf)
 
-    others = sorted(best(t) for t in trials if len(t.reports) >= rung)
-    kept = max(1, int(len(others) / spec["early_terminate"].get("eta", ETA)))
-    return len(others) > 1 and best(trial) > others[kept - 1]
+    # all that have come to this rung, this trial among them
+    ranked = sorted(best(t) for t in trials if len(t.reports) >= rung)
+    eta = spec["early_terminate"].get("eta", ETA)
+    kept = max(1, int(len(ranked) / eta))
+    return len(ranked) > 1 and best(trial) > ranked[kept - 1]

@@ -86,15 +86,17 @@ def create(folder, spec: dict) -> dict:
     with writing(folder):
         (folder / "journal").mkdir(parents=True, exist_ok=True)
     path = folder / "sweep.json"
-    if path.exists():
-        stored = read(folder)
-        if stored != spec:
-            raise UserError(
-                f"{folder} holds another sweep: take another folder, or join that one by its id"
-            )
-        return stored
-    write_json(path, dict(format=FORMAT, sweep=spec))
-    return spec
+    if not path.exists():
+        write_json(path, dict(format=FORMAT, sweep=spec))
+        return spec
+
+    # another worker was here before
+    stored = read(folder)
+    if stored != spec:
+        raise UserError(
+            f"{folder} holds another sweep: take another folder, or join that one by its id"
+        )
+    return stored
 
 
 def read(folder) -> dict:
@@ -102,14 +104,16 @@ def read(folder) -> dict:
     path = Path(folder) / "sweep.json"
     if not path.exists():
         raise UserError(
-            f"no sweep in {folder}: start one, or give the id and place that the first worker "
-            "printed"
+            f"no sweep in {folder}: "
+            "start one, or give the id and place that the first worker printed"
         )
     cure = "restore it, or start the sweep in another folder"
     record = read_json(path, cure=cure)
-    if record.get("format") != FORMAT:
-        found = record.get("format")
-        raise UserError(f"{path} is of format {found}, this version reads {FORMAT}: {cure}")
+    version = record.get("format")
+    if version != FORMAT:
+        raise UserError(f"{path} is of format {version}, this version reads {FORMAT}: {cure}")
+
+    # checked again: people edit files
     try:
         return space.check(record.get("sweep"))
     except UserError as e:
@@ -133,10 +137,14 @@ class Journal:
 
     def __init__(self, folder, worker: str = "", *, lease: float = LEASE, beat: float = BEAT):
         self.folder, self.lease, self.beat = Path(folder), lease, beat
+
+        # a name that no other worker has, on whatever machine
         name = re.sub(r"\W", "-", worker or socket.gethostname())
         self.worker = f"{name[:40]}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.path = self.folder / "journal" / f"{self.worker}.jsonl"
         self._lock, self._stop, self._seq = threading.Lock(), threading.Event(), 0
+
+        # on this machine the lock says that we live, on others the heartbeat does
         with writing(self.path):
             self._alive = locks.open_lock(self.path.with_suffix(".lock"))
         locks.take(self._alive, wait=False)
@@ -145,6 +153,7 @@ class Journal:
         self._thread.start()
 
     def _beats(self):
+        """Give signs of life until the journal is closed."""
         while not self._stop.wait(self.beat):
             # a disk that is full or away for a while: the next one may succeed
             with contextlib.suppress(OSError, UserError):
@@ -156,15 +165,18 @@ class Journal:
             self._seq += 1
             event = dict(e=what, t=time.time(), n=self._seq) | entries
             data = to_json(event, indent=None).encode() + b"\n"
+
             # opened anew each time: a synchronised folder uploads what is closed
             with open(self.path, "ab", buffering=0) as f:
                 size = f.tell()
                 try:
-                    if f.write(data) < len(data):
+                    written = f.write(data)
+                    if written < len(data):
                         raise OSError(errno.ENOSPC, "there was room for a part of it only")
                     os.fsync(f.fileno())
+                # half a line would spoil the next one
                 except OSError:
-                    f.truncate(size)  # half a line would spoil the next one
+                    f.truncate(size)
                     raise
 
     @contextlib.contextmanager
@@ -210,9 +222,8 @@ class Journal:
     def end(
         self, id: str, state: str, value: float | None = None, reason: str = "", curve=(), **facts
     ):
-        """Say the last word on a trial:
-
-        done, pruned or failed. curve: (step, training loss) pairs to draw.
+        """Say the last word on a trial: done, pruned or failed. curve: (step, training loss) pairs
+        to draw.
         """
         assert state in ENDS, state
         self.write(
@@ -238,16 +249,25 @@ EVENTS = {
 }
 
 
-def _is_event(e) -> bool:
-    if not isinstance(e, dict) or not isinstance(e.get("e"), str):
+def _is_event(event) -> bool:
+    """Whether a line holds an event that a worker could have written."""
+    if not isinstance(event, dict) or not isinstance(event.get("e"), str):
         return False
-    needed = EVENTS.get(e["e"], {}) | dict(t=int | float, n=int)
-    if not all(name in e and isinstance(e[name], kind) for name, kind in needed.items()):
+
+    # all have a time and a number; a beat has no more, nor need a kind that a later version writes
+    what = event["e"]
+    needed = EVENTS.get(what, {}) | dict(t=int | float, n=int)
+    for name, kind in needed.items():
+        if name not in event or not isinstance(event[name], kind):
+            return False
+
+    # what types alone do not say
+    if what == "end" and event["state"] not in ENDS:
         return False
-    if e["e"] == "end" and e["state"] not in ENDS:
-        return False
-    pairs = all(isinstance(point, list) and len(point) == 2 for point in e.get("curve", ()))
-    return pairs and math.isfinite(e["t"])
+    for point in event.get("curve", ()):
+        if not isinstance(point, list) or len(point) != 2:
+            return False
+    return math.isfinite(event["t"])
 
 
 def _events(folder):
@@ -257,10 +277,12 @@ def _events(folder):
     it counts as not there.
     """
     for path in sorted((Path(folder) / "journal").glob("*.jsonl")):
-        if not path.is_file():  # gone while the folder is synchronised, or never a journal
+        # gone while the folder is synchronised, or never a journal
+        if not path.is_file():
             continue
         events = []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        lines = path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
             try:
@@ -277,9 +299,12 @@ def _dead(folder, worker: str, events: list, lease: float, me: str) -> bool:
     """Whether a worker has ended: by its lock on the same machine, by its silence on another."""
     if worker == me:
         return False
+
+    # here: its lock is free, or was taken away when it ended; where locks do not work, see below
     if events[0].get("host") == host():
+        lock = Path(folder) / "journal" / f"{worker}.lock"
         try:
-            with open(Path(folder) / "journal" / f"{worker}.lock", "r+b", buffering=0) as f:
+            with open(lock, "r+b", buffering=0) as f:
                 free = locks.take(f, wait=False)
         except FileNotFoundError:
             return True
@@ -287,7 +312,10 @@ def _dead(folder, worker: str, events: list, lease: float, me: str) -> bool:
             free = None
         if free is not None:
             return free
-    return time.time() - events[-1]["t"] > lease
+
+    # elsewhere: nothing was heard of it for too long
+    silence = time.time() - events[-1]["t"]
+    return silence > lease
 
 
 def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
@@ -296,6 +324,7 @@ def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
     A trial belongs to its first claim, or to the first one that counts one try more (made by
     whoever found it lost). Its first end is its end. What others say of it is ignored.
     """
+    # what was claimed, and what those who claimed it say
     journals = {worker: events for worker, events in _events(folder) if events}
     known: dict[str, Trial] = {}
     for t, worker, event in _in_order(journals):
@@ -304,6 +333,7 @@ def trials(folder, lease: float = LEASE, me: str = "") -> list[Trial]:
         elif event.get("id") in known:
             _tell(known[event["id"]], event, worker, t)
 
+    # what is in the hands of the dead is lost
     running = [trial for trial in known.values() if trial.state == "running"]
     workers = {trial.worker for trial in running}
     dead = {w for w in workers if _dead(folder, w, journals[w], lease, me)}
@@ -320,8 +350,10 @@ def _in_order(journals: dict) -> list[tuple]:
     """
     ordered = []
     for worker, events in journals.items():
+        # never before what the same worker did earlier
         times = itertools.accumulate((event["t"] for event in events), max)
-        ordered += [(t, worker, event["n"], event) for t, event in zip(times, events)]
+        for t, event in zip(times, events):
+            ordered.append((t, worker, event["n"], event))
     ordered.sort(key=lambda entry: entry[:3])
     return [(t, worker, event) for t, worker, _, event in ordered]
 
@@ -330,10 +362,13 @@ def _claim(known: dict[str, Trial], event: dict, worker: str, t: float):
     """A worker begins a trial, or takes over one whose worker was lost."""
     id, tries = event["id"], event["tries"]
     trial = known.get(id)
+
+    # the first claim makes the trial; a later one holds only if it counts a try more
     if trial is None:
         known[id] = Trial(id, len(known), event["a"], worker=worker, begun=t, tries=tries)
     elif tries > trial.tries and trial.state not in ENDS:
-        if trial.state == "running":  # nobody gave it back: its worker died
+        # nobody gave it back: its worker died
+        if trial.state == "running":
             trial.lose()
         trial.worker, trial.begun, trial.tries = worker, t, tries
         trial.state, trial.reports, trial.came_from = "running", {}, trial.reached
@@ -359,4 +394,5 @@ def _tell(trial: Trial, event: dict, worker: str, t: float):
 
 
 def _number(value: float | None) -> float:
+    """A number as JSON keeps it, which has no name for nan."""
     return math.nan if value is None else value

@@ -15,6 +15,7 @@ from lib.sweeps import scaling, space
 from lib.sweeps.tables import best_of
 
 GREY = "0.68"
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)  # where an axis has numbers
 
 # ---- the search ----------------------------------------------------------------------------------
 
@@ -29,7 +30,13 @@ def _ladder(trials, goal: str) -> Callable:
     sign = 1 if goal == "minimize" else -1
     values = np.array(sorted(sign * t.value for t in trials if t.scored))
     colours = matplotlib.colormaps["viridis"]
-    return lambda value: colours(0.9 * np.searchsorted(values, sign * value) / max(len(values), 1))
+
+    def colour(value):
+        rank = np.searchsorted(values, sign * value)
+        # the last tenth of the colours is too light on white
+        return colours(0.9 * rank / max(len(values), 1))
+
+    return colour
 
 
 @styled
@@ -37,22 +44,20 @@ def best_so_far(trials, spec: dict):
     """Every trial's result in the order they ended, and the best so far."""
     ended = [t for t in trials if t.ended or t.state in ("done", "pruned")]
     ended.sort(key=lambda t: t.ended or t.number)
-    places = list(enumerate(ended, 1))
-    done = [(i, t.value) for i, t in places if t.scored]
-    pruned = [
-        (i, [*t.reports.values()][-1]) for i, t in places if t.state == "pruned" and t.reports
-    ]
-    failed = [i for i, t in places if t.state == "failed"]
+    done, pruned, failed = _endings(ended)
 
     figure, axis = subplots(size=(6, 3.4))
     if pruned:
         axis.scatter(*zip(*pruned), color=GREY, s=18, label=f"pruned ({len(pruned)})")
     if done:
-        numbers, values = map(np.array, zip(*done))
-        _staircase(axis, numbers, values, spec["metric"]["goal"])
+        places, values = map(np.array, zip(*done))
+        _staircase(axis, places, values, spec["metric"]["goal"])
+
+    # a failed trial has no height: a line where it was, all of them one entry of the legend
     for i in failed:
         label = f"failed ({len(failed)})" if i == failed[0] else None
         axis.axvline(i, color="C3", alpha=0.4, linewidth=1, label=label)
+
     axis.set(title="best so far", xlabel="trials ended", ylabel=spec["metric"]["name"])
     whole_ticks(axis.xaxis)
     if done or pruned or failed:
@@ -60,15 +65,31 @@ def best_so_far(trials, spec: dict):
     return figure
 
 
+def _endings(trials) -> tuple[list, list, list]:
+    """(place, result) of finished trials, (place, last value) of pruned ones, places of failed."""
+    done, pruned, failed = [], [], []
+    for place, t in enumerate(trials, 1):
+        if t.scored:
+            done.append((place, t.value))
+        elif t.state == "pruned" and t.reports:
+            *_, last = t.reports.values()
+            pruned.append((place, last))
+        elif t.state == "failed":
+            failed.append(place)
+    return done, pruned, failed
+
+
 def _staircase(axis, x, y, goal: str):
     """Results as dots, and the best of them so far as a line."""
     minimize = goal == "minimize"
-    best = np.minimum.accumulate(y) if minimize else np.maximum.accumulate(y)
+    better = np.minimum if minimize else np.maximum
     axis.scatter(x, y, color="C0", s=20, label=f"finished ({len(x)})", zorder=3)
-    axis.step(x, best, where="post", color="black", label="best so far")
+    axis.step(x, better.accumulate(y), where="post", color="black", label="best so far")
+
     # far-off trials would flatten the rest
     if minimize and len(y) > 4:
-        least, spread = y.min(), np.quantile(y, 0.9) - y.min()
+        least = y.min()
+        spread = np.quantile(y, 0.9) - least
         top = min(axis.get_ylim()[1], least + 3 * spread + 1e-9)
         axis.set_ylim(least - 0.1 * spread - 1e-9, top)
 
@@ -81,26 +102,37 @@ def curves(trials, spec: dict):
     goal, metric = spec["metric"]["goal"], spec["metric"]["name"]
     colour, best = _ladder(trials, goal), best_of(trials, goal)
     figure, (losses, scores) = subplots(1, 2, size=(5, 3.4))
+
+    # finished ones last, so that they lie over the grey
+    all_losses, all_scores, grey = [], [], 0
     for t in sorted(trials, key=lambda t: t.state == "done"):
         style = _style(t, t is best, colour)
         if t.curve:
-            losses.plot(*zip(*t.curve), **style)
+            steps, curve = zip(*t.curve)
+            losses.plot(steps, curve, **style)
+            all_losses += curve
         if t.reports:
             steps = [int(step) for step in t.reports]
-            scores.plot(steps, list(t.reports.values()), "o-", markersize=2.5, **style)
+            values = list(t.reports.values())
+            scores.plot(steps, values, "o-", markersize=2.5, **style)
+            all_scores += values
+        if not t.scored and (t.reports or t.curve):
+            grey += 1
 
-    grey = sum(not t.scored and bool(t.reports or t.curve) for t in trials)
-    title = f"{metric} (grey: {grey} pruned, failed or running)" if grey else metric
+    title = metric
+    if grey:
+        title += f" (grey: {grey} pruned, failed or running)"
     losses.set(title="training loss", xlabel="step", ylabel="nats per token")
     scores.set(title=title, xlabel="step", ylabel=metric)
-    _fit_height(losses, [loss for t in trials for _, loss in t.curve])
-    _fit_height(scores, [value for t in trials for value in t.reports.values()])
+    _fit_height(losses, all_losses)
+    _fit_height(scores, all_scores)
     whole_ticks(losses.xaxis)
     whole_ticks(scores.xaxis)
     return figure
 
 
 def _style(trial, is_best: bool, colour: Callable) -> dict:
+    """How a trial's line is drawn: the best in black, finished ones by result, others grey."""
     if is_best:
         return dict(color="black", linewidth=1.8, zorder=5)
     if trial.scored:
@@ -109,14 +141,13 @@ def _style(trial, is_best: bool, colour: Callable) -> dict:
 
 
 def _fit_height(axis, values: list[float]):
-    """Leave out the highest fiftieth:
-
-    a run that blew up must not squeeze all others into a line.
-    """
+    """Leave out the highest fiftieth: a run that blew up must not squeeze all others flat."""
     values = [value for value in values if math.isfinite(value)]
-    if values:
-        low, high = min(values), np.quantile(values, 0.98)
-        axis.set_ylim(low - 0.05 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
+    if not values:
+        return
+    low, high = min(values), np.quantile(values, 0.98)
+    spread = high - low
+    axis.set_ylim(low - 0.05 * spread - 1e-9, high + 0.1 * spread + 1e-9)
 
 
 class Scale(NamedTuple):
@@ -130,38 +161,41 @@ def _listed_scale(values: list) -> Scale:
     """Values in the order in which the sweep lists them."""
     order = {repr(value): i for i, value in enumerate(values)}
     top = max(len(order) - 1, 1)
-    names = [f"{v:.3g}" if isinstance(v, float) else str(v) or "(none)" for v in values]
-    return Scale(
-        lambda value: order.get(repr(value), 0) / top,
-        [(i / top, name) for i, name in enumerate(names)],
-    )
+    ticks = [(i / top, _tick_label(value)) for i, value in enumerate(values)]
+    return Scale(lambda value: order.get(repr(value), 0) / top, ticks)
+
+
+def _tick_label(value) -> str:
+    """A listed value as its axis names it; an empty text would be no label at all."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return str(value) or "(none)"
 
 
 def _range_scale(p: dict, drawn: list[float]) -> Scale:
     """Numbers between bounds, logarithmic where they were drawn so."""
+    # a normal distribution has no bounds: then what was drawn
     low, high = p.get("min", min(drawn)), p.get("max", max(drawn))
-    if p["distribution"] == "log_uniform":
+    if p["distribution"] == "log_uniform":  # its bounds are natural logarithms
         low, high = math.exp(low), math.exp(high)
-    logarithmic = "log" in p["distribution"] and low > 0
-    to = math.log if logarithmic else float
-    back = math.exp if logarithmic else float
-    start, length = to(low), (to(high) - to(low)) or 1
-    quarters = [k / 4 for k in range(5)]
-    return Scale(
-        lambda value: (to(value) - start) / length,
-        [(share, f"{back(start + length * share):.3g}") for share in quarters],
-    )
+
+    # the axis is even in `to(value)`; `back` is its inverse
+    to, back = float, float
+    if "log" in p["distribution"] and low > 0:
+        to, back = math.log, math.exp
+    start = to(low)
+    length = (to(high) - start) or 1
+    ticks = [(share, f"{back(start + length * share):.3g}") for share in QUARTERS]
+    return Scale(lambda value: (to(value) - start) / length, ticks)
 
 
 def _result_scale(values: list[float]) -> Scale:
     """Results; what is far worse than most stands just above the top."""
     low = min(values)
     high = max(np.quantile(values, 0.9), low + 1e-9)
-    quarters = [k / 4 for k in range(5)]
-    return Scale(
-        lambda value: min(max((value - low) / (high - low), 0), 1.04),
-        [(share, f"{low + (high - low) * share:.3f}") for share in quarters],
-    )
+    spread = high - low
+    ticks = [(share, f"{low + spread * share:.3f}") for share in QUARTERS]
+    return Scale(lambda value: min(max((value - low) / spread, 0), 1.04), ticks)
 
 
 @styled
@@ -169,6 +203,8 @@ def parallel(trials, spec: dict):
     """Parallel coordinates: one line per trial through its parameters to its result."""
     goal, metric = spec["metric"]["goal"], spec["metric"]["name"]
     colour, best = _ladder(trials, goal), best_of(trials, goal)
+
+    # an axis per parameter, and the result's at the right
     scales = {}
     for name, p in space.varied(spec).items():
         drawn = [t.assignment[name] for t in trials] or [0.0]
@@ -176,7 +212,9 @@ def parallel(trials, spec: dict):
     names = list(scales)
     result = _result_scale([t.value for t in trials if t.scored] or [0.0, 1.0])
 
-    figure, axis = subplots(size=(max(6, 1.6 * (len(names) + 1)), 3.8))
+    # the best last, over all others
+    width = max(6, 1.6 * (len(names) + 1))
+    figure, axis = subplots(size=(width, 3.8))
     for t in sorted(trials, key=lambda t: (t is best, t.state == "done")):
         heights = [scales[name].place(t.assignment[name]) for name in names]
         if t.scored:
@@ -185,6 +223,7 @@ def parallel(trials, spec: dict):
     for i, scale in enumerate([*scales.values(), result]):
         _draw_scale(axis, i, scale)
 
+    # many names side by side need to be turned
     turn = 12 if len(names) > 4 else 0
     axis.set_xticks(range(len(names) + 1), [*names, metric], fontsize=8, rotation=turn)
     axis.set(yticks=[], ylim=(-0.06, 1.08), xlim=(-0.1, len(names) + 0.35))
@@ -195,6 +234,7 @@ def parallel(trials, spec: dict):
 
 
 def _draw_scale(axis, x: float, scale: Scale):
+    """A line for the axis, and its numbers in boxes that trials' lines do not cross."""
     axis.axvline(x, color="black", linewidth=0.8)
     box = dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.5)
     for y, text in scale.ticks:
@@ -205,7 +245,8 @@ def _draw_scale(axis, x: float, scale: Scale):
 def importance(shares: dict):
     """Bars of `suggest.importance`."""
     shares = dict(sorted(shares.items(), key=lambda item: item[1]))
-    figure, axis = subplots(size=(5, max(2.0, 0.35 * len(shares) + 1)))
+    height = max(2.0, 0.35 * len(shares) + 1)
+    figure, axis = subplots(size=(5, height))
     axis.barh(list(shares), list(shares.values()), color="C0")
     axis.set(title="what makes a trial good", xlim=(0, None))
     axis.set(xlabel="share of what decides about the better half")
@@ -214,10 +255,7 @@ def importance(shares: dict):
 
 @styled
 def compared(first, second, spec: dict, name: str):
-    """Two trials over each other, labelled by their one difference:
-
-    training loss and metric by step.
-    """
+    """Two trials over each other, labelled by their one difference: training loss and metric."""
     figure, (losses, scores) = subplots(1, 2, size=(5, 3.4))
     for t, colour in ((first, "black"), (second, "C1")):
         label = f"{name}={t.assignment[name]}"
@@ -237,36 +275,48 @@ def compared(first, second, spec: dict, name: str):
 
 
 def _log(axis, which="x"):
-    """Logarithmic, with labels at 1, 2 and 5 times powers of ten only: more would overlap."""
+    """Logarithmic, with labels at 1 and 3 times powers of ten only: more would overlap."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    def label(value, position) -> str:
+        """3e8 rather than 3e+08."""
+        return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
     for name in which:
         getattr(axis, f"set_{name}scale")("log")
         ticks = getattr(axis, f"{name}axis")
         ticks.set_major_locator(LogLocator(subs=(1, 3)))
-        ticks.set_major_formatter(
-            FuncFormatter(lambda v, _: f"{v:.0e}".replace("e+0", "e").replace("e+", "e"))
-        )
+        ticks.set_major_formatter(FuncFormatter(label))
         ticks.set_minor_formatter(NullFormatter())
 
 
-def _colours(n):
+def _colours(n: int) -> list:
+    """So many colours from dark to light, without the lightest."""
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](0.1 + 0.75 * i / max(n - 1, 1)) for i in range(n)]
+    colours = matplotlib.colormaps["viridis"]
+    return [colours(0.1 + 0.75 * i / max(n - 1, 1)) for i in range(n)]
 
 
 @styled
 def isoflop(fit: dict, metric: str):
     """Loss against size, one parabola per budget, stars at their minima."""
     figure, axis = subplots(size=(6, 4))
-    for b, colour in zip(fit["budgets"], _colours(len(fit["budgets"]))):
-        N, L = np.array([(run["N"], run["L"]) for run in b.runs]).T
-        axis.plot(N, L, "o", color=colour, markersize=4, label=f"{b.target:.2g} FLOPs")
+    fitted = fit["budgets"]
+    for budget, colour in zip(fitted, _colours(len(fitted))):
+        # the runs as dots
+        N = np.array([run["N"] for run in budget.runs])
+        L = [run["L"] for run in budget.runs]
+        axis.plot(N, L, "o", color=colour, markersize=4, label=f"{budget.target:.2g} FLOPs")
+
+        # their parabola, which is one in ln N
         x = np.linspace(np.log(N.min()), np.log(N.max()), 100)
-        axis.plot(np.exp(x), np.polyval(b.coefficients, x), color=colour, linewidth=1)
-        if b.inside:
-            axis.plot(b.N, b.L, "*", color=colour, markeredgecolor="black", markersize=13, zorder=5)
+        axis.plot(np.exp(x), np.polyval(budget.coefficients, x), color=colour, linewidth=1)
+
+        # and its minimum, where that was measured
+        star = dict(color=colour, markeredgecolor="black", markersize=13, zorder=5)
+        if budget.inside:
+            axis.plot(budget.N, budget.L, "*", **star)
     _log(axis)
     axis.set(title="equal compute, different sizes", ylabel=metric)
     axis.set(xlabel="parameters (blocks and head)")
@@ -276,20 +326,24 @@ def isoflop(fit: dict, metric: str):
 
 @styled
 def frontier(fit: dict, params: dict | None = None):
-    """The best size and number of tokens against compute:
-
-    minima of the parabolas, their power laws, the parametric fit's.
+    """The best size and number of tokens against compute: minima of the parabolas, their power
+    laws, the parametric fit's.
     """
     figure, axes = subplots(1, 3, size=(4.4, 3.6))
     C = np.array([b.C for b in fit["budgets"]])
     line = np.geomspace(C.min() / 1.5, C.max() * 4, 60)
     expected = _expected(fit, params, line)
     labels = ("best size (parameters)", "best number of tokens", "loss at the best")
+    inside = [b for b in fit["budgets"] if b.inside]
+
     for j, (axis, name, label) in enumerate(zip(axes, "NDL", labels)):
-        for b in fit["budgets"]:
-            if b.inside:
-                axis.plot([b.C] * 2, getattr(b, f"{name}_interval"), color="C0", linewidth=1)
-                axis.plot(b.C, getattr(b, name), "o", color="C0", markersize=5)
+        # minima with their intervals
+        for budget in inside:
+            low, high = getattr(budget, f"{name}_interval")
+            axis.plot([budget.C, budget.C], [low, high], color="C0", linewidth=1)
+            axis.plot(budget.C, getattr(budget, name), "o", color="C0", markersize=5)
+
+        # the law through them, and what the parametric fit says
         law = fit[f"{name}_opt"]
         if math.isfinite(law["p"]):
             low, high = law["p_interval"]
@@ -297,9 +351,10 @@ def frontier(fit: dict, params: dict | None = None):
             axis.plot(line, law["k"] * line ** law["p"], color="C0", label=text)
         if expected is not None:
             axis.plot(line, expected[j], "--", color="C1", label="parametric fit")
-        _log(axis, "xy" if name != "L" else "x")
+        _log(axis, "x" if name == "L" else "xy")
         axis.set(xlabel="FLOPs", title=label)
-        if axis.get_legend_handles_labels()[0]:
+        handles, _ = axis.get_legend_handles_labels()
+        if handles:
             axis.legend(fontsize=7)
     return figure
 
@@ -310,10 +365,16 @@ def _expected(fit: dict, params: dict | None, line):
     """
     if not params or params["alpha"] <= 0 or params["beta"] <= 0:
         return None
-    sizes = [run["N"] for b in fit["budgets"] for run in b.runs]
+    sizes = []
+    for budget in fit["budgets"]:
+        sizes += [run["N"] for run in budget.runs]
+
+    # it has lost itself thirty times below or above anything that was trained
     expected = scaling.frontier(params, line)
-    near = min(sizes) / 30 < expected[0].min() and expected[0].max() < max(sizes) * 30
-    return expected if near else None
+    best_sizes = expected[0]
+    above_least = min(sizes) / 30 < best_sizes.min()
+    below_most = best_sizes.max() < max(sizes) * 30
+    return expected if above_least and below_most else None
 
 
 @styled
@@ -323,17 +384,16 @@ def series(runs, fit: dict, metric: str):
     C = np.array([r["C"] for r in runs])
     line = np.geomspace(C.min() / 1.2, C.max() * 4, 80)
 
-    def at(f: dict):
-        return f["E"] + f["k"] * line ** -f["p"]
+    def loss_of(law: dict):
+        return law["E"] + law["k"] * line ** -law["p"]
 
-    axis.fill_between(
-        line,
-        *np.quantile([at(f) for f in fit["draws"]], [0.025, 0.975], axis=0),
-        color="C0",
-        alpha=0.15,
-        linewidth=0,
-    )
-    axis.plot(line, at(fit), color="C0", label=f"{fit['E']:.3f} + k C^-{fit['p']:.3f}")
+    # the band in which 95 % of the bootstrap's laws run
+    drawn = [loss_of(law) for law in fit["draws"]]
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    axis.fill_between(line, low, high, color="C0", alpha=0.15, linewidth=0)
+
+    label = f"{fit['E']:.3f} + k C^-{fit['p']:.3f}"
+    axis.plot(line, loss_of(fit), color="C0", label=label)
     axis.plot(C, [r["L"] for r in runs], "o", color="black", markersize=4, label="runs")
     _log(axis)
     axis.set(xlabel="FLOPs", ylabel=metric, title="growing together: size and tokens")
@@ -345,27 +405,31 @@ def series(runs, fit: dict, metric: str):
 def predicted(rows: list[dict], metric: str):
     """Predicted against actual for runs that the fit has not seen."""
     figure, axis = subplots(size=(4, 3.8))
-    actual, guess = np.array([r["actual"] for r in rows]), np.array([r["predicted"] for r in rows])
-    low, high = (
-        np.nan_to_num([r["low"] for r in rows], nan=0),
-        np.nan_to_num([r["high"] for r in rows], nan=0),
+    actual, guess, low, high = (
+        np.array([row[name] for row in rows]) for name in ("actual", "predicted", "low", "high")
     )
-    low, high = np.where(low > 0, low, guess), np.where(high > 0, high, guess)
+
+    # a prediction without an interval has no bar
+    low = np.where(low > 0, low, guess)
+    high = np.where(high > 0, high, guess)
+    below, above = np.maximum(guess - low, 0), np.maximum(high - guess, 0)
     axis.errorbar(
         actual,
         guess,
-        yerr=[np.maximum(guess - low, 0), np.maximum(high - guess, 0)],
+        yerr=[below, above],
         fmt="o",
         color="C0",
         markersize=4,
         elinewidth=1,
         capsize=2,
     )
-    ends = [min(actual.min(), guess.min()), max(actual.max(), guess.max())]
-    pad = 0.08 * (ends[1] - ends[0]) or 0.01
-    axis.plot(
-        [ends[0] - pad, ends[1] + pad], [ends[0] - pad, ends[1] + pad], color="black", linewidth=0.8
-    )
+
+    # the diagonal, on which a perfect prediction lies
+    least = min(actual.min(), guess.min())
+    most = max(actual.max(), guess.max())
+    pad = 0.08 * (most - least) or 0.01
+    ends = [least - pad, most + pad]
+    axis.plot(ends, ends, color="black", linewidth=0.8)
     axis.set(title="the largest, never fitted", xlabel=f"actual {metric}", ylabel="predicted")
     return figure
 
@@ -375,17 +439,21 @@ def predicted(rows: list[dict], metric: str):
 
 @styled
 def ablation(rows: list[dict], metric: str):
-    """Bars of `scaling.paired`:
-
-    what the model loses without each part, with 95 % intervals over seeds.
+    """Bars of `scaling.paired`: what the model loses without each part, with 95 % intervals over
+    seeds.
     """
     rows = [r for r in rows if r["part"] != ""]
-    figure, axis = subplots(size=(6, max(2.2, 0.34 * len(rows) + 1)))
-    for i, r in enumerate(rows):
-        sure = math.isfinite(r["low"]) and (r["low"] > 0 or r["high"] < 0)
-        axis.barh(i, r["delta"], color=("C3" if r["delta"] > 0 else "C2") if sure else GREY)
-        if math.isfinite(r["low"]):
-            axis.plot([r["low"], r["high"]], [i, i], color="black", linewidth=1)
+    height = max(2.2, 0.34 * len(rows) + 1)
+    figure, axis = subplots(size=(6, height))
+    for i, row in enumerate(rows):
+        # red where the part helps, green where it harms, grey where nobody knows
+        low, high = row["low"], row["high"]
+        colour = GREY
+        if low > 0 or high < 0:
+            colour = "C3" if row["delta"] > 0 else "C2"
+        axis.barh(i, row["delta"], color=colour)
+        if math.isfinite(low):
+            axis.plot([low, high], [i, i], color="black", linewidth=1)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [f"without {r['part']}" for r in rows])
     axis.set(

@@ -23,11 +23,15 @@ from lib.train.optim import compile_key
 def population_step(key: Config, shared: bool):
     """The training step with a leading axis over members; `shared` batches come without it."""
 
-    def step(state, inputs_BT, targets_BT):
-        fold = lambda a: a.reshape(-1, key.microbatch, key.sequence_len)  # noqa: E731
-        return train.train_step(state, fold(inputs_BT), fold(targets_BT), key)
+    def microbatches(array_BT):
+        return array_BT.reshape(-1, key.microbatch, key.sequence_len)
 
-    return jax.jit(jax.vmap(step, in_axes=(0, None, None) if shared else 0), donate_argnums=0)
+    def step(state, inputs_BT, targets_BT):
+        return train.train_step(state, microbatches(inputs_BT), microbatches(targets_BT), key)
+
+    # the states are as many as members, the batches perhaps one for all
+    in_axes = (0, None, None) if shared else 0
+    return jax.jit(jax.vmap(step, in_axes=in_axes), donate_argnums=0)
 
 
 class Members:
@@ -54,7 +58,10 @@ class Members:
     def leave(self, n: int, poll: Callable, stop: Callable):
         """End the members that are not wanted any more, or all where the worker stops."""
         for i in self.open():
-            if why := poll(i) or ("free" if stop() else ""):
+            why = poll(i)
+            if not why and stop():
+                why = "free"
+            if why:
                 self.settle(i, why, n)
 
     def read(self, n: int, metrics: dict):
@@ -62,10 +69,12 @@ class Members:
         losses = np.asarray(metrics["loss"], np.float64)
         norms = np.asarray(metrics["grad_norm"])
         last = self.configs[0].num_steps
+        is_point = n % max(1, last // CURVE) == 0 or n == last  # of the curve that is drawn
         for i in self.open():
-            if n % max(1, last // CURVE) == 0 or n == last:
-                self.curves[i].append([n, float(losses[i])])
-            reason = self.watches[i].complaint(n, float(losses[i]), float(norms[i]))
+            loss, norm = float(losses[i]), float(norms[i])
+            if is_point:
+                self.curves[i].append([n, loss])
+            reason = self.watches[i].complaint(n, loss, norm)
             if reason:
                 self.settle(i, "failed", n, reason)
 
@@ -86,27 +95,34 @@ def train_population(
     Members with one seed read the same batches. A member that is stopped or diverges is computed on
     but no longer listened to; its neighbours do not feel it. Checkpoints are not made.
     """
-    if len({together(c) for c in configs}) > 1:
+    shapes = {together(config) for config in configs}
+    if len(shapes) > 1:
         raise ValueError("these trials differ in shape or horizon")
     interval, last = every(configs[0], settings), configs[0].num_steps
-    shared = len({c.seed for c in configs}) == 1
+    seeds = {config.seed for config in configs}
+    shared = len(seeds) == 1
     step_fn = population_step(compile_key(configs[0]), shared)
-    states = [train.init_state(c) for c in configs]
+
+    # one state of all members' leaves; the single ones make room
+    states = [train.init_state(config) for config in configs]
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     del states
     members = Members(configs, explode)
 
     with contextlib.ExitStack() as stack:
-        feeds = [
-            stack.enter_context(contextlib.closing(bench.batches(c, settings)))
-            for c in (configs[:1] if shared else configs)
-        ]
+        feeds = []
+        for config in configs[:1] if shared else configs:
+            feed = contextlib.closing(bench.batches(config, settings))
+            feeds.append(stack.enter_context(feed))
+
         waiting = None  # the numbers of a step are read after the next one was dispatched
         for n in range(1, last + 1):
             state, metrics = step_fn(state, *_rows(feeds, shared))
             if waiting is not None:
                 members.read(*waiting)
             waiting = (n, metrics)
+
+            # a validation tells of its step too, so that one is waited for
             if n % interval == 0 or n == last:
                 members.read(*waiting)
                 waiting = None
@@ -131,9 +147,11 @@ def _validate(members: Members, n: int, metrics, state, settings: dict, *, bench
     """
     for i in members.open():
         config = members.configs[i]
-        params = jax.tree.map(lambda a, i=i: a[i], state.params)
+        params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
         values = dict(loss=float(metrics["loss"][i]), lr=lr_at(config, n))
         members.values[i] = values | bench.validate(params, config, settings)
+
+        # whoever is at the end is done, whatever the report says
         why = report(i, n, members.values[i])
         if n == config.num_steps:
             members.settle(i, "done", n)

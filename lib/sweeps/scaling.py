@@ -20,8 +20,11 @@ LEVEL = 0.95
 
 def runs_of(trials) -> list[dict]:
     """The finished trials as runs, their assignment and number with them."""
-    return [
-        dict(
+    runs = []
+    for t in trials:
+        if not t.scored or "scaling_params" not in t.facts:
+            continue
+        run = dict(
             t.assignment,
             N=t.facts["scaling_params"],
             D=t.facts["tokens"],
@@ -29,18 +32,20 @@ def runs_of(trials) -> list[dict]:
             L=t.value,
             number=t.number,
         )
-        for t in trials
-        if t.scored and "scaling_params" in t.facts
-    ]
+        runs.append(run)
+    return runs
 
 
 def interval(draws, level: float = LEVEL) -> tuple[float, float]:
     """Percentile interval of finite draws, (nan, nan) where fewer than half of them are."""
     draws = np.asarray(draws, float)
     good = draws[np.isfinite(draws)]
+
+    # an interval of the few fits that worked would look surer than it is
     if len(good) * 2 < max(len(draws), 1):
         return math.nan, math.nan
-    low, high = np.quantile(good, [(1 - level) / 2, (1 + level) / 2])
+    tail = (1 - level) / 2
+    low, high = np.quantile(good, [tail, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -55,18 +60,24 @@ def parabola(N, L) -> dict:
     rather than guessed.
     """
     x = np.log(np.asarray(N, float))
-    a2, a1, a0 = np.polyfit(x, np.asarray(L, float), 2)
+    coefficients = tuple(np.polyfit(x, np.asarray(L, float), 2))
+    a2, a1, a0 = coefficients
+    nowhere = dict(N=math.nan, L=math.nan, coefficients=coefficients, inside=False)
+
+    # it opens downwards, or is a straight line
     if a2 <= 0:
-        return dict(N=math.nan, L=math.nan, coefficients=(a2, a1, a0), inside=False)
-    low = -a1 / (2 * a2)
+        return nowhere
     # a thousand times beyond what was tried: as good as none
-    if not x.min() - 7 < low < x.max() + 7:
-        return dict(N=math.nan, L=math.nan, coefficients=(a2, a1, a0), inside=False)
+    lowest = -a1 / (2 * a2)
+    first, last = x.min(), x.max()
+    if not first - 7 < lowest < last + 7:
+        return nowhere
+
     return dict(
-        N=float(np.exp(low)),
+        N=float(np.exp(lowest)),
         L=float(a0 - a1**2 / (4 * a2)),
-        coefficients=(a2, a1, a0),
-        inside=bool(x.min() <= low <= x.max()),
+        coefficients=coefficients,
+        inside=bool(first <= lowest <= last),
     )
 
 
@@ -74,18 +85,22 @@ def power_law(x, y) -> tuple[float, float]:
     """(k, p) of y = k x^p by least squares on logs; (nan, nan) below two points."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     good = np.isfinite(x) & np.isfinite(y)
-    if len(set(x[good])) < 2:
+    x, y = x[good], y[good]
+    if len(set(x)) < 2:
         return math.nan, math.nan
-    p, k = np.polyfit(np.log(x[good]), np.log(y[good]), 1)
-    return float(np.exp(k)), float(p)
+
+    # on logs the law is a straight line: ln y = ln k + p ln x
+    p, log_k = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(log_k)), float(p)
 
 
 def budgets(runs) -> dict:
     """{nominal FLOPs: runs}: by target_flops where the sweep had it, ascending."""
-    found = {}
-    for r in runs:
-        found.setdefault(r.get("target_flops", r["C"]), []).append(r)
-    return dict(sorted(found.items()))
+    groups = {}
+    for run in runs:
+        nominal = run.get("target_flops", run["C"])
+        groups.setdefault(nominal, []).append(run)
+    return dict(sorted(groups.items()))
 
 
 class Budget(NamedTuple):
@@ -113,42 +128,57 @@ def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
     one). Budgets with fewer than four sizes are left out. N_opt and D_opt use the budgets whose
     minimum lies inside the sizes trained, and say how many those are.
     """
+    # a parabola through each budget's runs
     rng = np.random.default_rng(seed)
-    fitted = [
-        _fit_budget(C, members, draws, rng)
-        for C, members in budgets(runs).items()
-        if len({run["N"] for run in members}) >= 4
-    ]
+    fitted = []
+    for C, members in budgets(runs).items():
+        sizes = {run["N"] for run in members}
+        if len(sizes) >= 4:
+            fitted.append(_fit_budget(C, members, draws, rng))
     if not fitted:
         raise UserError(
             "a parabola takes four sizes at one budget: none has so many finished runs yet"
         )
 
+    # laws through the minima that were measured, not guessed
     used = [(budget, spread) for budget, spread in fitted if budget.inside]
     result: dict[str, Any] = dict(budgets=[budget for budget, _ in fitted], used=len(used))
     C = [budget.C for budget, _ in used]
     for j, name in enumerate("NDL"):
         k, p = power_law(C, [getattr(budget, name) for budget, _ in used])
-        powers = [power_law(C, [spread[d][j] for _, spread in used])[1] for d in range(draws)]
+
+        # the same law through the minima of every bootstrap draw
+        powers = []
+        for draw in range(draws):
+            minima = [spread[draw][j] for _, spread in used]
+            _, power = power_law(C, minima)
+            powers.append(power)
         result[f"{name}_opt"] = dict(k=k, p=p, p_interval=interval(powers))
     return result
 
 
 def _fit_budget(target: float, members: list[dict], draws: int, rng) -> tuple[Budget, list]:
     """(Budget, [(N, D, L) of each bootstrap draw]) of the runs at one budget."""
-    N, D, L = (np.array([m[k] for m in members], float) for k in "NDL")
+    N, D, L = (_column(members, name) for name in "NDL")
     fit = parabola(N, L)
     scale, power = power_law(N, D)
 
     # the residuals are drawn anew, widened by what three coefficients have taken from them
     predicted = np.polyval(fit["coefficients"], np.log(N))
-    residual = (L - predicted) * math.sqrt(len(N) / (len(N) - 3))
+    widened = math.sqrt(len(N) / (len(N) - 3))
+    residual = (L - predicted) * widened
     residual = residual - residual.mean()
-    again = [parabola(N, predicted + rng.choice(residual, len(N))) for _ in range(draws)]
-    spread = [(a["N"], scale * a["N"] ** power, a["L"]) for a in again]
+
+    # each draw's parabola says how sure the minimum is
+    spread = []
+    for _ in range(draws):
+        resampled = parabola(N, predicted + rng.choice(residual, len(N)))
+        tokens = scale * resampled["N"] ** power
+        spread.append((resampled["N"], tokens, resampled["L"]))
     intervals = [interval(values) for values in zip(*spread)]
+
     budget = Budget(
-        C=float(np.mean([m["C"] for m in members])),
+        C=float(np.mean(_column(members, "C"))),
         target=target,
         N=fit["N"],
         D=scale * fit["N"] ** power,
@@ -163,14 +193,23 @@ def _fit_budget(target: float, members: list[dict], draws: int, rng) -> tuple[Bu
     return budget, spread
 
 
+def _column(runs: list[dict], name: str) -> np.ndarray:
+    """One number of every run."""
+    return np.array([run[name] for run in runs], float)
+
+
 # ---- approach 3: L(N, D) = E + A / N^alpha + B / D^beta ------------------------------------------
 
 
 def _huber(r, delta):
-    """(Huber loss of residuals, its slope)."""
-    small = np.abs(r) <= delta
-    loss = np.where(small, 0.5 * r * r, delta * (np.abs(r) - 0.5 * delta))
-    return loss, np.where(small, r, delta * np.sign(r))
+    """(Huber loss of residuals, its slope): squares within delta, straight lines beyond."""
+    size = np.abs(r)
+    small = size <= delta
+    square = 0.5 * r * r
+    straight = delta * (size - 0.5 * delta)
+    loss = np.where(small, square, straight)
+    slope = np.where(small, r, delta * np.sign(r))
+    return loss, slope
 
 
 def _objective(theta, n, d, logs, delta):
@@ -178,40 +217,53 @@ def _objective(theta, n, d, logs, delta):
 
     theta = (log E, log A, alpha, log B, beta); n and d are logs around their means.
     """
-    terms = np.stack([np.full_like(n, theta[0]), theta[1] - theta[2] * n, theta[3] - theta[4] * d])
+    log_E, log_A, alpha, log_B, beta = theta
+
+    # log L is the log-sum-exp of the law's three terms
+    constant = np.full_like(n, log_E)
+    of_size = log_A - alpha * n
+    of_tokens = log_B - beta * d
+    terms = np.stack([constant, of_size, of_tokens])
     top = terms.max(axis=0)
     weights = np.exp(terms - top)
     total = weights.sum(axis=0)
-    loss, slope = _huber(top + np.log(total) - logs, delta)
+    predicted = top + np.log(total)
+    loss, slope = _huber(predicted - logs, delta)
 
     # each term's share of the sum is the slope of its logarithm
     of_E, of_A, of_B = slope * weights / total
-    gradient = [of_E.sum(), of_A.sum(), -(of_A * n).sum(), of_B.sum(), -(of_B * d).sum()]
+    gradient = [
+        of_E.sum(),
+        of_A.sum(),
+        -(of_A * n).sum(),
+        of_B.sum(),
+        -(of_B * d).sum(),
+    ]
     return loss.sum() / delta, np.array(gradient) / delta
 
 
 def _minimise(theta, n, d, logs, delta):
+    """scipy's result of minimising `_objective` from a start, within bounds."""
     from scipy.optimize import minimize
 
-    limits = [(-12, 6), (-12, 6), (0.0, 3.0), (-12, 6), (0.0, 3.0)]
+    log_constant, exponent = (-12, 6), (0.0, 3.0)
     return minimize(
         _objective,
         theta,
         (n, d, logs, delta),
         jac=True,
         method="L-BFGS-B",
-        bounds=limits,
+        bounds=[log_constant, log_constant, exponent, log_constant, exponent],
         options=dict(maxiter=500, maxcor=20, ftol=1e-12, gtol=1e-7),
     )
 
 
 def predict(fit: dict, N, D):
     """The loss that a parametric fit expects of N parameters and D tokens."""
-    return (
-        fit["E"]
-        + fit["A"] / np.asarray(N, float) ** fit["alpha"]
-        + fit["B"] / np.asarray(D, float) ** fit["beta"]
-    )
+    N, D = np.asarray(N, float), np.asarray(D, float)
+    of_size = fit["A"] / N ** fit["alpha"]
+    of_tokens = fit["B"] / D ** fit["beta"]
+    return fit["E"] + of_size + of_tokens
 
 
 def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> dict:
@@ -223,47 +275,66 @@ def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> di
     objective is divided by delta, so that L-BFGS's own tolerances bite late. Raises UserError below
     six runs.
     """
-    if len({(r["N"], r["D"]) for r in runs}) < 6:
+    different = {(run["N"], run["D"]) for run in runs}
+    if len(different) < 6:
         raise UserError(
-            f"five constants cannot be fitted to {len(runs)} run(s): six or more with different N "
-            "and D are "
-            "needed"
+            f"five constants cannot be fitted to {len(runs)} run(s): "
+            "six or more with different N and D are needed"
         )
-    n, d, logs = (np.log(np.array([r[k] for r in runs], float)) for k in "NDL")
+
+    # logs around their means, so that a constant and its exponent pull less on each other
+    n, d, logs = (np.log(_column(runs, name)) for name in "NDL")
     at_n, at_d = n.mean(), d.mean()
     n, d = n - at_n, d - at_d
-    least = logs.min()
-    exponents = (0.2, 0.6)
-    starts = [
-        (least + e, least - 1, alpha, least - 1, beta)
-        for e, alpha, beta in itertools.product((-2.0, -0.7, -0.1), exponents, exponents)
-    ]
-    tried = [_minimise(np.array(start), n, d, logs, delta) for start in starts]
-    best = min(tried, key=lambda result: result.fun)
 
+    # the objective has several valleys: the lowest of those reached from all starts is the fit
+    tried = [_minimise(np.array(start), n, d, logs, delta) for start in _starts(logs.min())]
+    best = min(tried, key=lambda result: result.fun)
     fit = _constants(best.x, at_n, at_d)
+
+    # how sure the constants are: fits to residuals drawn anew, from the best fit on
     expected = np.log(predict(fit, np.exp(n + at_n), np.exp(d + at_d)))
-    residual, rng = logs - expected, np.random.default_rng(seed)
-    wide = residual * math.sqrt(len(logs) / max(len(logs) - 5, 1))
+    residual = logs - expected
+    widened = residual * math.sqrt(len(logs) / max(len(logs) - 5, 1))
+    rng = np.random.default_rng(seed)
     again = []
     for _ in range(draws):
-        resampled = expected + rng.choice(wide, len(logs))
-        again.append(_constants(_minimise(best.x, n, d, resampled, delta).x, at_n, at_d))
+        resampled = expected + rng.choice(widened, len(logs))
+        refitted = _minimise(best.x, n, d, resampled, delta)
+        again.append(_constants(refitted.x, at_n, at_d))
+
+    relative_error = np.expm1(residual)
     return fit | dict(
-        error=float(np.sqrt(np.mean(np.expm1(residual) ** 2))),
-        intervals={k: interval([a[k] for a in again]) for k in fit},
+        error=float(np.sqrt(np.mean(relative_error**2))),
+        intervals=_intervals(fit, again),
         draws=again,
     )
 
 
+def _starts(least: float) -> list[tuple]:
+    """Where the parametric fit begins: constants below the smallest log loss, exponents as seen
+    in practice.
+    """
+    below, exponents = (-2.0, -0.7, -0.1), (0.2, 0.6)
+    starts = []
+    for e, alpha, beta in itertools.product(below, exponents, exponents):
+        starts.append((least + e, least - 1, alpha, least - 1, beta))
+    return starts
+
+
+def _intervals(fit: dict, draws: list[dict]) -> dict:
+    """{constant: its interval} over the fits of a bootstrap."""
+    return {name: interval([draw[name] for draw in draws]) for name in fit}
+
+
 def _constants(theta, at_n: float, at_d: float) -> dict:
     """The law's constants from `_objective`'s, whose logs were taken around at_n and at_d."""
-    alpha, beta = float(theta[2]), float(theta[4])
+    log_E, log_A, alpha, log_B, beta = map(float, theta)
     return dict(
-        E=math.exp(theta[0]),
-        A=math.exp(theta[1] + alpha * at_n),
+        E=math.exp(log_E),
+        A=math.exp(log_A + alpha * at_n),
         alpha=alpha,
-        B=math.exp(theta[3] + beta * at_d),
+        B=math.exp(log_B + beta * at_d),
         beta=beta,
         a=beta / (alpha + beta) if alpha + beta else math.nan,
     )
@@ -272,9 +343,13 @@ def _constants(theta, at_n: float, at_d: float) -> dict:
 def frontier(fit: dict, C) -> tuple:
     """(N, D, L) of the best split of C FLOPs by a parametric fit, with C = 6 N D."""
     C = np.asarray(C, float)
-    G = (fit["alpha"] * fit["A"] / (fit["beta"] * fit["B"])) ** (1 / (fit["alpha"] + fit["beta"]))
+    alpha, beta = fit["alpha"], fit["beta"]
+
+    # where a little more of N and of D help equally (arXiv:2203.15556, equation 4)
+    G = (alpha * fit["A"] / (beta * fit["B"])) ** (1 / (alpha + beta))
     N = G * (C / 6) ** fit["a"]
-    return N, C / 6 / N, predict(fit, N, C / 6 / N)
+    D = C / 6 / N
+    return N, D, predict(fit, N, D)
 
 
 # ---- one series: L = E + k C^-p ------------------------------------------------------------------
@@ -286,29 +361,41 @@ def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
 
     Raises UserError below four different sizes.
     """
+    C, L = _column(runs, "C"), _column(runs, "L")
+    sizes = len(set(C))
+    if sizes < 4:
+        raise UserError(
+            f"three constants cannot be fitted to {sizes} size(s): four or more are needed"
+        )
+    fit = _fit_series(C, L)
+
+    # how sure the constants are: fits to relative residuals drawn anew, widened by what three
+    # constants have taken from them
+    expected = fit["E"] + fit["k"] * C ** -fit["p"]
+    residual = np.log(L / expected) * math.sqrt(len(L) / max(len(L) - 3, 1))
+    rng = np.random.default_rng(seed)
+    again = []
+    for _ in range(draws // 4):
+        resampled = expected * np.exp(rng.choice(residual, len(L)))
+        again.append(_fit_series(C, resampled))
+    return fit | dict(intervals=_intervals(fit, again), draws=again)
+
+
+def _fit_series(C, L) -> dict:
+    """{"E", "k", "p"} of the best of many powers."""
     from scipy.optimize import nnls
 
-    C, L = (np.array([r[k] for r in runs], float) for k in "CL")
-    if len(set(C)) < 4:
-        raise UserError(
-            f"three constants cannot be fitted to {len(set(C))} size(s): four or more are needed"
-        )
     x = C / C.min()
-
-    def fit(L):  # for each power the rest is linear, and neither constant may be negative
-        best: tuple[float, ...] = tuple([math.inf])
-        for p in np.geomspace(0.02, 2, 120):
-            basis = np.stack([np.ones_like(x), x**-p], axis=1)
-            (E, k), _ = nnls(basis / L[:, None], np.ones_like(L))
-            miss = float(np.sum(np.log(np.maximum(basis @ [E, k], 1e-12) / L) ** 2))
-            best = min(best, (miss, E, k * C.min() ** p, p))
-        return dict(E=float(best[1]), k=float(best[2]), p=float(best[3]))
-
-    found, rng = fit(L), np.random.default_rng(seed)
-    expected = found["E"] + found["k"] * C ** -found["p"]
-    residual = np.log(L / expected) * math.sqrt(len(L) / max(len(L) - 3, 1))
-    again = [fit(expected * np.exp(rng.choice(residual, len(L)))) for _ in range(draws // 4)]
-    return found | dict(intervals={k: interval([a[k] for a in again]) for k in found}, draws=again)
+    best: tuple[float, ...] = tuple([math.inf])
+    for p in np.geomspace(0.02, 2, 120):
+        # for one power the rest is linear, and neither constant may be negative
+        basis = np.stack([np.ones_like(x), x**-p], axis=1)
+        (E, k), _ = nnls(basis / L[:, None], np.ones_like(L))
+        predicted = np.maximum(basis @ [E, k], 1e-12)
+        miss = float(np.sum(np.log(predicted / L) ** 2))
+        best = min(best, (miss, E, k * C.min() ** p, p))
+    _, E, k, p = map(float, best)
+    return dict(E=E, k=k, p=p)
 
 
 # ---- did it know? --------------------------------------------------------------------------------
@@ -321,41 +408,46 @@ def held_out(runs, draws: int = 100) -> list[dict]:
     Rows: N, D, C, actual, predicted, low, high (of the prediction, constants' uncertainty only),
     error (relative). [] when what is left is too little to fit.
     """
+    # budgets with one size each are a miniseries, whose steps are its sizes
     groups = budgets(runs)
-    several = any(len({r["N"] for r in group}) > 1 for group in groups.values())
+    several = any(len(_by_size(group)) > 1 for group in groups.values())
     if not several:
         groups = _by_size(runs)
     if len(groups) < 2:
         return []
 
+    # fit all but the largest
     *smaller, largest = groups.values()
     seen = list(itertools.chain.from_iterable(smaller))
     try:
-        fit = parametric(seen, draws=draws) if several else series(seen, draws=4 * draws)
+        if several:
+            fit = parametric(seen, draws=draws)
+        else:
+            fit = series(seen, draws=4 * draws)
     except UserError:
         return []
 
-    def value(f: dict, run: dict) -> float:
+    def expect(f: dict, run: dict) -> float:
+        """The loss of a run by the fit, or by one of its draws."""
         if several:
             return float(predict(f, run["N"], run["D"]))
         return float(f["E"] + f["k"] * run["C"] ** -f["p"])
 
     rows = []
     for run in largest:
-        low, high = interval([value(f, run) for f in fit["draws"]])
-        predicted = value(fit, run)
-        rows.append(
-            dict(
-                N=float(run["N"]),
-                D=float(run["D"]),
-                C=float(run["C"]),
-                actual=run["L"],
-                predicted=predicted,
-                low=low,
-                high=high,
-                error=predicted / run["L"] - 1,
-            )
+        predicted = expect(fit, run)
+        low, high = interval([expect(draw, run) for draw in fit["draws"]])
+        row = dict(
+            N=float(run["N"]),
+            D=float(run["D"]),
+            C=float(run["C"]),
+            actual=run["L"],
+            predicted=predicted,
+            low=low,
+            high=high,
+            error=predicted / run["L"] - 1,
         )
+        rows.append(row)
     return rows
 
 
@@ -378,29 +470,43 @@ def paired(trials, by: str = "without", base="", over: str = "seed") -> list[dic
     (of the metric), steps, seconds. The interval is nan with a single pair. Ten parts at 95 % mean
     that one in two such tables has an interval that misses.
     """
-    done = [t for t in trials if t.scored and by in t.assignment]
-    whole = {t.assignment.get(over): t.value for t in done if t.assignment[by] == base}
-    rows = []
-    for part in dict.fromkeys(t.assignment[by] for t in done):
-        members = [t for t in done if t.assignment[by] == part]
-        pairs = [t for t in members if t.assignment.get(over) in whole]
-        if not pairs:
+    # trials by the part that they do without, and the whole model's result for each seed
+    groups, whole = {}, {}
+    for t in trials:
+        if not t.scored or by not in t.assignment:
             continue
-        delta, half = _mean_and_half([t.value - whole[t.assignment.get(over)] for t in pairs])
+        part = t.assignment[by]
+        groups.setdefault(part, []).append(t)
+        if part == base:
+            whole[t.assignment.get(over)] = t.value
+
+    rows = []
+    for part, members in groups.items():
+        # only what has a partner of its own seed is compared
+        deltas = []
+        for t in members:
+            seed = t.assignment.get(over)
+            if seed in whole:
+                deltas.append(t.value - whole[seed])
+        if not deltas:
+            continue
+        delta, half = _mean_and_half(deltas)
+        # the whole model is what all others are measured from
         if part == base:
             delta, half = 0.0, 0.0
-        rows.append(
-            dict(
-                part=part,
-                delta=delta,
-                low=delta - half,
-                high=delta + half,
-                pairs=len(pairs),
-                mean=float(np.mean([t.value for t in members])),
-                steps=members[0].facts.get("steps"),
-                seconds=float(np.mean([t.facts.get("seconds", math.nan) for t in members])),
-            )
+
+        seconds = [t.facts.get("seconds", math.nan) for t in members]
+        row = dict(
+            part=part,
+            delta=delta,
+            low=delta - half,
+            high=delta + half,
+            pairs=len(deltas),
+            mean=float(np.mean([t.value for t in members])),
+            steps=members[0].facts.get("steps"),
+            seconds=float(np.mean(seconds)),
         )
+        rows.append(row)
     return sorted(rows, key=lambda row: (row["part"] != base, row["delta"]))
 
 

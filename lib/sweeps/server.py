@@ -41,23 +41,28 @@ class Server:
                 if not _passing(e):
                     raise _refusal(e) from e
                 problem = f"{e.code} {e.reason}"
-            except (OSError, ValueError) as e:  # URLError, time-outs, a proxy's HTML page
+            # URLError, time-outs, a proxy's HTML page
+            except (OSError, ValueError) as e:
                 problem = first_line(getattr(e, "reason", e))
+
+            # twice as long each time, for a server that is overrun
             if attempt + 1 < self.tries:
                 time.sleep(self.pause * 2**attempt)
         raise UserError(
-            f"wandb at {self.url} cannot be reached ({problem}): check the network and run again, "
-            "nothing is "
-            "lost"
+            f"wandb at {self.url} cannot be reached ({problem}): "
+            "check the network and run again, nothing is lost"
         )
 
     def _ask(self, query: str, variables: dict) -> dict:
+        """One POST, and the answer's data."""
         body = json.dumps(dict(query=query, variables=variables)).encode()
         login = base64.b64encode(f"api:{self.key}".encode()).decode()
         headers = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
         request = urllib.request.Request(f"{self.url}/graphql", body, headers)
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
+
+        # GraphQL tells of errors in answers that HTTP calls a success
         if answer.get("errors"):
             first = answer["errors"][0]
             raise UserError(f"wandb refused: {first.get('message', first)}")
@@ -70,6 +75,7 @@ def _passing(error: urllib.error.HTTPError) -> bool:
 
 
 def _refusal(error: urllib.error.HTTPError) -> UserError:
+    """What a person can do about an answer that will not change."""
     if error.code in (401, 403):
         return UserError(
             "wandb does not accept the key: run `wandb login`, or set the secret WANDB_API_KEY"
@@ -110,15 +116,18 @@ def create_sweep(
     server: Server, spec: dict, entity: str | None, project: str
 ) -> tuple[str, str, str]:
     """Make `spec` a sweep on the server; returns (entity, project, id)."""
+    # where it belongs is said beside the sweep, not in it
     config = {k: v for k, v in spec.items() if k not in ("entity", "project")}
-    made = server(
+    answer = server(
         CREATE,
         config=json.dumps(config),
         description=spec.get("description"),
         entityName=entity or None,
         projectName=project,
-    )["upsertSweep"]["sweep"]
-    return made["project"]["entity"]["name"], made["project"]["name"], made["name"]
+    )
+    sweep = answer["upsertSweep"]["sweep"]
+    owner = sweep["project"]
+    return owner["entity"]["name"], owner["name"], sweep["name"]
 
 
 def parse_path(text: str) -> tuple[str, str, str]:
@@ -126,9 +135,8 @@ def parse_path(text: str) -> tuple[str, str, str]:
     parts = text.strip("/").split("/")
     if len(parts) != 3 or not all(parts):
         raise UserError(
-            f"{text!r} is not a wandb sweep: write ENTITY/PROJECT/ID, as its page and the first "
-            "worker "
-            "say"
+            f"{text!r} is not a wandb sweep: write ENTITY/PROJECT/ID, "
+            "as its page and the first worker say"
         )
     entity, project, sweep = parts
     return entity, project, sweep
@@ -139,14 +147,14 @@ def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:
     import yaml
 
     entity, project, id = path
-    found = (server(SWEEP, entity=entity, project=project, sweep=id).get("project") or {}).get(
-        "sweep"
-    )
-    if not found:
+    answer = server(SWEEP, entity=entity, project=project, sweep=id)
+    sweep = (answer.get("project") or {}).get("sweep")
+    if not sweep:
         raise UserError(f"wandb knows no sweep {'/'.join(path)}: check entity, project and id")
-    return space.check(
-        {k: v for k, v in yaml.safe_load(found["config"]).items() if k in space.KEYS}
-    )
+
+    # the server adds entries of its own
+    config = yaml.safe_load(sweep["config"])
+    return space.check({k: v for k, v in config.items() if k in space.KEYS})
 
 
 def wandb_login() -> Server:
@@ -159,19 +167,20 @@ def wandb_login() -> Server:
         raise UserError(
             "sweeps on wandb need a package: pip install wandb; driver=local needs none"
         ) from None
+    # its client knows where the key is kept: a file, the environment, a notebook's secrets
     try:
         wandb.login()
         api = wandb.Api()
         key, url = api.api_key, api.settings["base_url"]
     except Exception as e:
         raise UserError(
-            f"wandb does not let us in ({first_line(e)}): run `wandb login`, or set the secret "
-            "WANDB_API_KEY"
+            f"wandb does not let us in ({first_line(e)}): "
+            "run `wandb login`, or set the secret WANDB_API_KEY"
         ) from e
     if not key:
         raise UserError(
-            "wandb has no key here: run `wandb login`, set the secret WANDB_API_KEY, or use "
-            "driver=local"
+            "wandb has no key here: "
+            "run `wandb login`, set the secret WANDB_API_KEY, or use driver=local"
         )
     return Server(url, key)
 
@@ -201,16 +210,28 @@ def _nodes(server: Server, path):
     entity, project, sweep = path
     after, more = None, True
     while more:
+        # a hundred at a time
         answer = server(RUNS, entity=entity, project=project, sweep=sweep, after=after)
         runs = answer["project"]["sweep"]["runs"]
-        yield from (edge["node"] for edge in runs["edges"])
-        after, more = runs["pageInfo"]["endCursor"], runs["pageInfo"]["hasNextPage"]
+        for edge in runs["edges"]:
+            yield edge["node"]
+
+        page = runs["pageInfo"]
+        after, more = page["endCursor"], page["hasNextPage"]
 
 
 def _trial(node: dict, number: int, spec: dict) -> Trial:
+    """A run as the server keeps it, as a trial."""
     metric = spec["metric"]["name"]
+
+    # the assignment: wandb wraps each value, with a description beside it
     config = json.loads(node["config"] or "{}")
-    values = {k: v["value"] for k, v in config.items() if isinstance(v, dict) and "value" in v}
+    values = {}
+    for name, entry in config.items():
+        if isinstance(entry, dict) and "value" in entry:
+            values[name] = entry["value"]
+
+    # a run that hyperband ended is one that finished, to wandb
     summary = json.loads(node["summaryMetrics"] or "{}")
     state = STATES.get(node["state"], "failed")
     if summary.get("pruned"):
@@ -239,5 +260,7 @@ def _reports(history: list, metric: str) -> dict:
     for i, entry in enumerate(history):
         row = json.loads(entry) if isinstance(entry, str) else entry
         if metric in row:
-            reports[int(row.get("step", row.get("_step", i)))] = float(row[metric])
+            # our own step, else wandb's count of what was logged
+            step = row.get("step", row.get("_step", i))
+            reports[int(step)] = float(row[metric])
     return reports

@@ -35,6 +35,8 @@ KEYS = (
     "project",
     "entity",
 )
+# numbers with an exponent, like 1e-4
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # what only wandb's own agent needs: how to start a program
 AGENT_KEYS = ("program", "command")
 
@@ -131,16 +133,23 @@ def quantised(x: float, p: dict) -> float | int:
     q = p["q"]
     least = math.ceil(p["min"] / q - 1e-9) * q
     most = math.floor(p["max"] / q + 1e-9) * q
-    x = min(max(round(x / q) * q, least), most)
+    nearest = round(x / q) * q
+    x = min(max(nearest, least), most)
+
+    # 0.30000000000000004 would be another assignment than 0.3
     x = float(f"{x:.12g}")
-    return int(x) if x.is_integer() and float(q).is_integer() else x
+    if x.is_integer() and float(q).is_integer():
+        return int(x)
+    return x
 
 
 def draw(p: dict, rng):
     """Draw one value of a varied parameter."""
     if "values" in p:
-        return p["values"][rng.choice(len(p["values"]), p=p.get("probabilities"))]
-    return DISTRIBUTIONS[p["distribution"]].draw(p, rng)
+        values = p["values"]
+        return values[rng.choice(len(values), p=p.get("probabilities"))]
+    distribution = DISTRIBUTIONS[p["distribution"]]
+    return distribution.draw(p, rng)
 
 
 # ---- reading and checking ------------------------------------------------------------------------
@@ -172,11 +181,13 @@ def check(spec: dict) -> dict:
         raise UserError(
             f"a sweep is a mapping with method, metric and parameters, not {spec!r:.60}"
         )
+    # a copy of plain types, which JSON on disk and on a server can hold
     try:
-        spec = _numbers(json.loads(json.dumps(spec)))  # a copy of plain types
+        spec = _numbers(json.loads(json.dumps(spec)))
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"a sweep holds numbers, texts, lists and mappings only ({e})") from None
 
+    # the entries themselves, with defaults for method and metric
     _check_command(spec)
     spec = {name: value for name, value in spec.items() if name not in AGENT_KEYS}
     for name in spec:
@@ -184,15 +195,17 @@ def check(spec: dict) -> dict:
     choose("sweep method", spec.setdefault("method", "random"), METHODS)
     _check_metric(spec.setdefault("metric", {"name": "val_bpb"}))
 
-    if not isinstance(spec.get("parameters"), dict) or not spec["parameters"]:
+    # the parameters, each with its distribution named
+    parameters = spec.get("parameters")
+    if not isinstance(parameters, dict) or not parameters:
         raise UserError(
-            "a sweep needs parameters, like {matrix_lr: {min: 0.01, max: 0.5, distribution: "
-            "log_uniform_values}}"
+            "a sweep needs parameters, like "
+            "{matrix_lr: {min: 0.01, max: 0.5, distribution: log_uniform_values}}"
         )
-    spec["parameters"] = {
-        name: _parameter(name, entry, spec["method"]) for name, entry in spec["parameters"].items()
-    }
+    for name, entry in parameters.items():
+        parameters[name] = _parameter(name, entry, spec["method"])
 
+    # what says when it ends
     cap = spec.get("run_cap")
     if cap is not None and (not _is_int(cap) or cap < 1):
         raise UserError(f"run_cap={cap!r} must be a whole number of trials, 1 or more")
@@ -205,15 +218,14 @@ def check(spec: dict) -> dict:
 
 
 def _numbers(x) -> Any:
-    """`x` with texts like 1e-4 made numbers:
-
-    YAML 1.1 takes them for texts unless they have a point.
+    """`x` with texts like 1e-4 made numbers: YAML 1.1 takes them for texts unless they have a
+    point.
     """
     if isinstance(x, dict):
-        return {k: _numbers(v) for k, v in x.items()}
+        return {name: _numbers(value) for name, value in x.items()}
     if isinstance(x, list):
-        return [_numbers(v) for v in x]
-    if isinstance(x, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", x):
+        return [_numbers(value) for value in x]
+    if isinstance(x, str) and EXPONENT.fullmatch(x):
         return float(x)
     return x
 
@@ -224,7 +236,9 @@ def _check_command(spec: dict):
     A plain program and command say nothing about a trial, and every sweep made for wandb has them.
     """
     words = spec.get("command") or []
-    flags = [str(w) for w in words if str(w).startswith("--")] if isinstance(words, list) else []
+    if not isinstance(words, list):
+        return
+    flags = [str(word) for word in words if str(word).startswith("--")]
     if flags:
         raise UserError(
             f"the sweep's command sets {' '.join(flags)}, which no worker here would see: "
@@ -233,11 +247,9 @@ def _check_command(spec: dict):
 
 
 def _check_metric(metric):
-    if (
-        not isinstance(metric, dict)
-        or not isinstance(metric.get("name"), str)
-        or set(metric) - {"name", "goal", "target"}
-    ):
+    """Refuse a metric that is none of METRICS, and fill in its goal."""
+    named = isinstance(metric, dict) and isinstance(metric.get("name"), str)
+    if not named or set(metric) - {"name", "goal", "target"}:
         raise UserError(
             f"a sweep's metric is like {{name: val_bpb, goal: minimize}}, not {metric!r}"
         )
@@ -262,31 +274,40 @@ def _parameter(name: str, entry, method: str) -> dict:
     kind = choose("sweep parameter", name, PARAMETERS)
     if not isinstance(entry, dict):
         raise _bad(name, f"write {{value: {entry!r}}} for a constant, or values, or min and max")
+
+    # a constant
     if "value" in entry:
         _check_keys(name, entry, "value", ("value",))
         typed(name, entry["value"], kind)
         return {"value": entry["value"]}
+
+    # a list of values, at times with how likely each is
     if "values" in entry:
         _check_keys(name, entry, "values", ("values", "probabilities"))
         _check_values(name, entry, kind)
         return {k: entry[k] for k in ("values", "probabilities") if k in entry}
+
+    # a range, which only numbers have
     if kind not in (int, float):
         raise _bad(name, f"it is of type {kind.__name__}, so it takes value or values, not a range")
     return _range(name, entry, kind, method)
 
 
 def _check_keys(name: str, entry: dict, what: str, keys):
+    """Refuse what an entry says beside the keys that belong to its kind."""
     if set(entry) - {*keys, "distribution"}:
         raise _bad(name, f"{sorted(entry)} do not go together with {what}")
 
 
 def _check_values(name: str, entry: dict, kind):
+    """Refuse values of another type or given twice, and probabilities that do not add up."""
     values = entry["values"]
     if not isinstance(values, list) or not values:
         raise _bad(name, "values must be a list with at least one entry")
     for value in values:
         typed(name, value, kind)
-    if len({json.dumps(value) for value in values}) < len(values):
+    different = {json.dumps(value) for value in values}
+    if len(different) < len(values):
         raise _bad(name, f"values has an entry twice: {values}")
 
     shares = entry.get("probabilities", [1 / len(values)] * len(values))
@@ -297,33 +318,38 @@ def _check_values(name: str, entry: dict, kind):
 
 def _range(name: str, entry: dict, kind, method: str) -> dict:
     """The checked entry of a parameter that is drawn from a distribution."""
-    whole_bounds = all(_is_int(entry.get(k)) for k in ("min", "max"))
-    usual = "int_uniform" if whole_bounds else "uniform"
-    given = entry.get("distribution")
-    distribution = usual if given is None else given
+    # without a name it is uniform, over whole numbers where both bounds are some
+    distribution = entry.get("distribution")
+    if distribution is None:
+        whole_bounds = _is_int(entry.get("min")) and _is_int(entry.get("max"))
+        distribution = "int_uniform" if whole_bounds else "uniform"
     rule = choose("distribution", distribution, DISTRIBUTIONS)
 
+    # what it needs to be drawn from
     if "mu" in rule.needs:
-        if not (_is_number(entry.get("mu")) and _is_number(entry.get("sigma"))):
-            raise _bad(name, f"{distribution} needs numbers mu and sigma, sigma above 0")
-        if entry["sigma"] <= 0:
-            raise _bad(name, f"{distribution} needs numbers mu and sigma, sigma above 0")
+        _check_normal(name, entry, distribution)
     else:
         _check_bounds(name, entry, distribution)
     if kind is int:
         _check_whole(name, entry, distribution)
-
     _check_keys(name, entry, distribution, rule.needs)
+
+    # what the method can do with it
     if method == "grid" and not rule.finite:
-        raise _bad(
-            name,
-            f"a grid cannot walk through {distribution}: list values, or use int_uniform or "
-            "q_uniform",
-        )
+        why = f"a grid cannot walk through {distribution}: list values, or use int_uniform or "
+        raise _bad(name, why + "q_uniform")
     return {k: entry[k] for k in rule.needs} | {"distribution": distribution}
 
 
+def _check_normal(name: str, entry: dict, distribution: str):
+    """Refuse a normal distribution without its mean and its width."""
+    mu, sigma = entry.get("mu"), entry.get("sigma")
+    if not (_is_number(mu) and _is_number(sigma)) or sigma <= 0:
+        raise _bad(name, f"{distribution} needs numbers mu and sigma, sigma above 0")
+
+
 def _check_bounds(name: str, entry: dict, distribution: str):
+    """Refuse bounds, or a step between them, from which nothing could be drawn."""
     rule = DISTRIBUTIONS[distribution]
     low, high = entry.get("min"), entry.get("max")
     if not (_is_number(low) and _is_number(high)) or not low < high:
@@ -340,21 +366,15 @@ def _check_whole(name: str, entry: dict, distribution: str):
     """Refuse a distribution that would draw fractions for a parameter of whole numbers."""
     rule = DISTRIBUTIONS[distribution]
     if rule.whole == "no":
-        raise _bad(
-            name,
-            "it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole "
-            "q, "
-            ""
-            f"not {distribution}",
-        )
+        why = "it takes whole numbers, so its distribution is int_uniform or a q_ one with a whole"
+        raise _bad(name, f"{why} q, not {distribution}")
     if rule.whole == "with q" and not float(entry["q"]).is_integer():
         raise _bad(name, f"it takes whole numbers, so q={entry['q']} must be one")
 
 
 def typed(name: str, value, kind):
-    """`value` as a `kind`:
-
-    whole floats become ints, ints become floats; all else of another type is a UserError.
+    """`value` as a `kind`: whole floats become ints, ints become floats; all else of another type
+    is a UserError.
     """
     if kind is float and _is_int(value):
         return float(value)
@@ -382,13 +402,15 @@ def with_constants(spec: dict, values: dict) -> dict:
     """`spec` with constants added for the parameters that it does not have itself, so that it alone
     says all of a trial.
     """
-    added = {name: {"value": v} for name, v in values.items() if name not in spec["parameters"]}
-    return spec | {"parameters": added | spec["parameters"]}
+    parameters = spec["parameters"]
+    added = {name: {"value": v} for name, v in values.items() if name not in parameters}
+    return spec | {"parameters": added | parameters}
 
 
 def key(assignment: dict) -> str:
     """Ten letters that name an assignment."""
-    return hashlib.sha256(json.dumps(assignment, sort_keys=True).encode()).hexdigest()[:10]
+    text = json.dumps(assignment, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def spec_id(spec: dict) -> str:
@@ -403,7 +425,8 @@ def _steps(p: dict) -> list:
     if p["distribution"] == "int_uniform":
         return list(range(p["min"], p["max"] + 1))
     if p["distribution"] == "q_uniform":
-        return [quantised(p["min"] + i * p["q"], p) for i in range(_count(p))]
+        low, q = p["min"], p["q"]
+        return [quantised(low + i * q, p) for i in range(_count(p))]
     return []
 
 
@@ -412,7 +435,8 @@ def _count(p: dict) -> int:
     if p.get("distribution") == "int_uniform":
         return p["max"] - p["min"] + 1
     if p.get("distribution") == "q_uniform":
-        return int((p["max"] - p["min"]) / p["q"] + 1e-9) + 1
+        steps = (p["max"] - p["min"]) / p["q"]
+        return int(steps + 1e-9) + 1
     return len(p.get("values", ()))
 
 
@@ -428,7 +452,8 @@ def grid(spec: dict) -> list[dict]:
     """
     names = list(varied(spec))
     steps = [_steps(p) for p in varied(spec).values()]
-    return [dict(zip(names, values)) for values in itertools.product(*steps)]
+    combinations = itertools.product(*steps)
+    return [dict(zip(names, values)) for values in combinations]
 
 
 def limit(spec: dict) -> float:
@@ -441,12 +466,16 @@ def config_of(assignment: dict) -> Config:
 
     UserError for an impossible one, before any compute.
     """
-    fields: dict[str, Any] = {
-        name: typed(name, value, choose("sweep parameter", name, PARAMETERS))
-        for name, value in assignment.items()
-        if name not in SETTINGS
-    }
-    fields |= choose("part to leave out", fields.pop("without", ""), PARTS)
+    # what is no field of Config belongs to the data and the validation
+    fields: dict[str, Any] = {}
+    for name, value in assignment.items():
+        if name not in SETTINGS:
+            kind = choose("sweep parameter", name, PARAMETERS)
+            fields[name] = typed(name, value, kind)
+
+    # a part that is left out is a few fields
+    part = fields.pop("without", "")
+    fields |= choose("part to leave out", part, PARTS)
     if "depth" not in fields:
         raise UserError(
             "a trial needs a depth: give it as a parameter, a constant or through a preset"

@@ -1,6 +1,5 @@
-"""What to try next:
-
-the next of a grid, a random draw, or what a tree-structured Parzen estimator expects most of.
+"""What to try next: the next of a grid, a random draw, or what a tree-structured Parzen estimator
+expects most of.
 """
 
 import importlib.util
@@ -28,12 +27,17 @@ def ask(spec: dict, trials, seed: int) -> dict | None:
     if spec["method"] == "grid":
         return next((a for a in grid(spec) if key(a) not in known), None)
 
+    # the estimator is told of all trials once
     rng = np.random.default_rng([seed, len(trials)])
-    told = _study(spec, trials, int(rng.integers(2**31))) if spec["method"] == "bayes" else None
+    estimator = None
+    if spec["method"] == "bayes":
+        estimator = _study(spec, trials, int(rng.integers(2**31)))
+
+    # it speaks first; where it insists on what is known, chance decides
     for attempt in range(DRAWS):
         assignment = {name: draw(p, rng) for name, p in varied(spec).items()}
-        if told and attempt < SUGGESTIONS:
-            assignment |= _suggested(spec, *told)
+        if estimator and attempt < SUGGESTIONS:
+            assignment |= _suggested(spec, *estimator)
         if key(assignment) not in known:
             return assignment
 
@@ -42,9 +46,8 @@ def ask(spec: dict, trials, seed: int) -> dict | None:
         left = [a for a in grid(spec) if key(a) not in known]
         return left[rng.integers(len(left))] if left else None
     raise UserError(
-        "the sweep found no new assignment in twenty draws: its ranges are too narrow, widen them "
-        "or set "
-        "run_cap"
+        "the sweep found no new assignment in twenty draws: "
+        "its ranges are too narrow, widen them or set run_cap"
     )
 
 
@@ -53,11 +56,12 @@ def _suggested(spec: dict, study, space: dict) -> dict:
     params = study.ask(space).params
     values = {}
     for name, distribution in space.items():
-        p, value = spec["parameters"][name], params[name]
+        entry, value = spec["parameters"][name], params[name]
+        # listed values went in as JSON, and steps as what lies between them
         if hasattr(distribution, "choices"):
             value = json.loads(value)
-        elif p["distribution"].startswith("q_"):
-            value = quantised(value, p)
+        elif entry["distribution"].startswith("q_"):
+            value = quantised(value, entry)
         values[name] = value
     return values
 
@@ -70,6 +74,7 @@ def _distribution(p: dict):
 
     if "probabilities" in p:
         return None
+    # JSON, because Optuna takes no lists as choices
     if "values" in p:
         return CategoricalDistribution([json.dumps(v) for v in p["values"]])
 
@@ -94,8 +99,13 @@ def _study(spec: dict, trials, seed: int = 0):
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-    named = {name: _distribution(p) for name, p in varied(spec).items()}
-    space = {name: distribution for name, distribution in named.items() if distribution}
+    space = {}
+    for name, entry in varied(spec).items():
+        distribution = _distribution(entry)
+        if distribution:
+            space[name] = distribution
+
+    # constant_liar: several workers at once do not all go to the same place
     study = optuna.create_study(
         direction=spec["metric"]["goal"],
         sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed),
@@ -119,9 +129,12 @@ def _as_optuna(trial, space: dict):
         "failed": TrialState.FAIL,
     }
     state = states.get(trial.state, TrialState.RUNNING)
+
+    # without a number it has nothing to tell
     worthless = state == TrialState.COMPLETE and not trial.scored
     if worthless or (state == TrialState.PRUNED and not trial.reports):
         state = TrialState.FAIL
+
     params = {}
     for name, distribution in space.items():
         value = trial.assignment[name]
@@ -144,10 +157,12 @@ def importance(spec: dict, trials) -> dict:
     """
     done = [t for t in trials if t.scored]
     different = len({t.value for t in done})
-    if len(done) < 4 or different < 2 or not varied(spec) or not importlib.util.find_spec("optuna"):
+    enough = len(done) >= 4 and different >= 2 and varied(spec)
+    if not enough or not importlib.util.find_spec("optuna"):
         return {}
     import optuna
 
+    # a parameter with one possible value decides nothing
     study, space = _study(spec, done)
     names = [name for name, distribution in space.items() if not distribution.single()]
     if not names:

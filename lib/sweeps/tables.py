@@ -9,8 +9,9 @@ from lib.files import write_atomic
 
 def best_of(trials, goal: str = "minimize"):
     """The finished trial with the best finite value, or None."""
+    scored = [t for t in trials if t.scored]
     best = min if goal == "minimize" else max
-    return best((t for t in trials if t.scored), key=lambda t: t.value, default=None)
+    return best(scored, key=lambda t: t.value, default=None)
 
 
 # ---- CSV -----------------------------------------------------------------------------------------
@@ -18,7 +19,7 @@ def best_of(trials, goal: str = "minimize"):
 
 def write_csv(path, rows: list[dict]):
     """Rows as CSV, columns in the order in which they first come."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = columns_of(rows)
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
@@ -26,26 +27,38 @@ def write_csv(path, rows: list[dict]):
     write_atomic(path, out.getvalue())
 
 
+def columns_of(rows: list[dict]) -> list[str]:
+    """The columns of all rows, in the order in which they first come."""
+    columns = {}
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return list(columns)
+
+
 def trial_rows(trials) -> list[dict]:
     """One flat row per trial: what it was, how it ended, its numbers."""
     rows = []
     for t in trials:
-        row = dict(number=t.number, id=t.id, state=t.state, value=t.value) | t.assignment
+        row = dict(number=t.number, id=t.id, state=t.state, value=t.value)
+        row |= t.assignment
         row |= dict(tries=t.tries, worker=t.worker, reason=t.reason)
-        rows.append(row | {k: v for k, v in t.facts.items() if k not in t.assignment})
+
+        # a fact of the name of a parameter would say the same in other words
+        row |= {name: fact for name, fact in t.facts.items() if name not in t.assignment}
+        rows.append(row)
     return rows
 
 
 def curve_rows(trials) -> list[dict]:
-    """One row per trial and validation, and per kept point of the training loss."""
-    rows = []
+    """One row per trial and validation, then one per kept point of the training loss."""
+    validations, points = [], []
     for t in trials:
-        who = dict(number=t.number, id=t.id, state=t.state)
-        rows += [who | dict(step=int(step), metric=value) for step, value in t.reports.items()]
-    for t in trials:
-        who = dict(number=t.number, id=t.id, state=t.state)
-        rows += [who | dict(step=step, train_loss=loss) for step, loss in t.curve]
-    return rows
+        trial = dict(number=t.number, id=t.id, state=t.state)
+        for step, value in t.reports.items():
+            validations.append(trial | dict(step=int(step), metric=value))
+        for step, loss in t.curve:
+            points.append(trial | dict(step=step, train_loss=loss))
+    return validations + points
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -55,9 +68,10 @@ def table(rows: list[dict], formats: dict | None = None) -> str:
     """Rows as aligned text; formats: {column: format spec} for numbers."""
     if not rows:
         return "(nothing yet)"
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns]
-    lines += [[_cell(row.get(name), name, formats or {}) for name in columns] for row in rows]
+    columns = columns_of(rows)
+    lines = [list(columns)]
+    for row in rows:
+        lines.append([_cell(row.get(name), name, formats or {}) for name in columns])
 
     # numbers stand at the right of their column, texts at the left
     for i, name in enumerate(columns):
@@ -69,38 +83,41 @@ def table(rows: list[dict], formats: dict | None = None) -> str:
 
 
 def _cell(value, name: str, formats: dict) -> str:
+    """A value as text; what is not known is empty."""
     if value is None:
         return ""
     if not isinstance(value, float):
         return str(value)
-    return "" if math.isnan(value) else format(value, formats.get(name, ".5g"))
+    if math.isnan(value):
+        return ""
+    return format(value, formats.get(name, ".5g"))
 
 
 def leaders(trials, goal: str = "minimize", count: int = 10) -> str:
     """The best finished trials."""
     scored = [t for t in trials if t.scored]
     scored.sort(key=lambda t: t.value, reverse=goal == "maximize")
-    rows = [
-        dict(number=t.number, value=t.value, **t.assignment, seconds=t.facts.get("seconds"))
-        for t in scored[:count]
-    ]
+    rows = []
+    for t in scored[:count]:
+        seconds = t.facts.get("seconds")
+        rows.append(dict(number=t.number, value=t.value, **t.assignment, seconds=seconds))
     return table(rows, dict(value=".4f", seconds=".1f"))
 
 
 def budget_table(fit: dict) -> str:
     """`scaling.isoflop` as text: the best size at each budget."""
-    rows = [
-        {
-            "target": b.target,
-            "N": b.N,
-            "D": b.D,
-            "L": b.L,
-            "N interval": span(b.N_interval),
-            "tokens/N": b.D / b.N,
-            "inside": str(b.inside),
+    rows = []
+    for budget in fit["budgets"]:
+        row = {
+            "target": budget.target,
+            "N": budget.N,
+            "D": budget.D,
+            "L": budget.L,
+            "N interval": span(budget.N_interval),
+            "tokens/N": budget.D / budget.N,
+            "inside": str(budget.inside),
         }
-        for b in fit["budgets"]
-    ]
+        rows.append(row)
     formats = {"target": ".3g", "N": ",.0f", "D": ",.0f", "L": ".4f", "tokens/N": ".1f"}
     return table(rows, formats)
 
@@ -114,9 +131,11 @@ def held_out_table(rows: list[dict]) -> str:
 
 def ablation_table(rows: list[dict]) -> str:
     """`scaling.paired` as text."""
-    shown = [
-        dict(
-            part=f"without {row['part']}" if row["part"] else "whole model",
+    shown = []
+    for row in rows:
+        part = f"without {row['part']}" if row["part"] else "whole model"
+        line = dict(
+            part=part,
             mean=row["mean"],
             delta=row["delta"],
             low=row["low"],
@@ -125,9 +144,11 @@ def ablation_table(rows: list[dict]) -> str:
             steps=row["steps"],
             seconds=row["seconds"],
         )
-        for row in rows
-    ]
-    return table(shown, dict(mean=".4f", delta="+.4f", low="+.4f", high="+.4f", seconds=".1f"))
+        shown.append(line)
+
+    # a difference always with its sign
+    formats = dict.fromkeys(("delta", "low", "high"), "+.4f")
+    return table(shown, formats | dict(mean=".4f", seconds=".1f"))
 
 
 def span(pair) -> str:

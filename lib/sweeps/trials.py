@@ -31,7 +31,8 @@ from lib.train.optim import compile_key
 
 # of space.SETTINGS
 DEFAULTS = dict(source="stdlib", packing="bestfit", shards=8, eval_bytes=200_000, evals=10)
-CURVE = 120  # points of the training loss kept for pictures
+# points of the training loss kept for pictures
+CURVE = 120
 # failures in a row that no one foresaw after which a worker stops: then it is not the trials
 UNEXPECTED = 3
 
@@ -65,44 +66,48 @@ class Bench:
 
     def _open_validation(self, source: str, shards: int, size: int):
         documents = data.documents(source, "val", shards=shards, cache_dir=self.cache_dir)
-        texts = data.head(documents, size)  # refuses an empty split
+        # refuses an empty split
+        texts = data.head(documents, size)
         return data.tokens_of(texts, self.tokenizer)
 
     def prepare(self, assignment: dict) -> tuple[Config, dict]:
         """(Config, settings) of a whole assignment; UserError, before anything is compiled, for one
         that cannot be trained.
         """
-        assignment = {"vocab_size": self.tokenizer.vocab_size} | assignment
+        vocab_size = self.tokenizer.vocab_size
+        assignment = {"vocab_size": vocab_size} | assignment
         settings = DEFAULTS | {k: assignment[k] for k in space.SETTINGS if k in assignment}
+
+        # bits per byte of two tokenizers could be compared, losses and token counts could not
         fingerprint = self.tokenizer.fingerprint[:16]
         if settings.get("tokenizer", fingerprint) != fingerprint:
             raise UserError(
-                "this run folder has another tokenizer than the sweep: make it with the same "
-                "settings of 01_tokenizer, "
-                ""
+                "this run folder has another tokenizer than the sweep: "
+                "make it with the same settings of 01_tokenizer, "
                 "or copy tokenizer.json from where the sweep was started"
             )
         config = space.config_of(assignment)
-        if config.vocab_size != self.tokenizer.vocab_size:
+        if config.vocab_size != vocab_size:
             raise UserError(
-                f"vocab_size={config.vocab_size}, but the run's tokenizer has "
-                f"{self.tokenizer.vocab_size}"
+                f"vocab_size={config.vocab_size}, but the run's tokenizer has {vocab_size}"
             )
-        needs = sum(estimate_memory(config).values())
-        if needs > 1.5 * self.memory:  # the estimate errs by less than that
+
+        # what surely does not fit: the estimate errs by less than a half
+        needed = sum(estimate_memory(config).values())
+        if needed > 1.5 * self.memory:
             raise UserError(
-                f"needs about {needs / 2**30:.1f} GiB, {self.memory / 2**30:.1f} are there: lower "
-                "microbatch or depth, "
-                ""
-                "or set remat"
+                f"needs about {needed / 2**30:.1f} GiB, {self.memory / 2**30:.1f} are there: "
+                "lower microbatch or depth, or set remat"
             )
         return config, settings
 
     def batches(self, config: Config, settings: dict, cursor=None):
         """Training batches on the device, as 02_train makes them."""
+        tokens = self._training(settings["source"], settings["shards"])
+        rows_per_step = config.total_batch_size // config.sequence_len
         rows = data.batches(
-            self._training(settings["source"], settings["shards"]),
-            config.total_batch_size // config.sequence_len,
+            tokens,
+            rows_per_step,
             config.sequence_len,
             packing=settings["packing"],
             cursor=cursor,
@@ -159,9 +164,11 @@ def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
     else:
         rng = np.random.default_rng(0)
         varied = space.varied(spec)
-        draw_one = lambda: {name: space.draw(p, rng) for name, p in varied.items()}  # noqa: E731
-        assignments = [draw_one() for _ in range(sample)]
+        assignments = []
+        for _ in range(sample):
+            assignments.append({name: space.draw(p, rng) for name, p in varied.items()})
 
+    # what can be trained, and why the rest cannot
     prepared, reasons = [], {}
     for assignment in assignments:
         try:
@@ -169,18 +176,23 @@ def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
         except UserError as e:
             reasons[str(e)] = reasons.get(str(e), 0) + 1
     if not prepared:
+        first = next(iter(reasons))
         raise UserError(
-            f"none of {len(assignments)} combinations of this sweep can be trained: "
-            f"{next(iter(reasons))}"
+            f"none of {len(assignments)} combinations of this sweep can be trained: {first}"
         )
-    configs = [config for config, _ in prepared]
-    texts = {(s["source"], s["shards"], s["eval_bytes"]): s for _, s in prepared}
-    flops = [c.flops_per_token * c.total_batch_size * c.num_steps for c in configs]
+
+    # one entry for each program to compile, and for each text to read
+    shapes, texts, flops = set(), {}, []
+    for config, settings in prepared:
+        shapes.add(compile_key(config))
+        texts[settings["source"], settings["shards"], settings["eval_bytes"]] = settings
+        flops.append(flops_of(config))
+    _, settings = prepared[0]
     return Plan(
         trials=space.limit(spec),
         sampled=len(assignments),
-        shapes=len({compile_key(c) for c in configs}),
-        evals=prepared[0][1]["evals"],
+        shapes=len(shapes),
+        evals=settings["evals"],
         reasons=reasons,
         flops=float(np.mean(flops)),
         flops_least=min(flops),
@@ -188,6 +200,11 @@ def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
         middle=prepared[int(np.argsort(flops)[len(flops) // 2])],
         texts=list(texts.values()),
     )
+
+
+def flops_of(config: Config):
+    """What training a trial to its end takes."""
+    return config.flops_per_token * config.total_batch_size * config.num_steps
 
 
 class Timing(NamedTuple):
@@ -199,25 +216,31 @@ class Timing(NamedTuple):
 
 def time_one(config: Config, settings: dict, bench: Bench, steps: int = 4) -> Timing:
     """Time a trial by some of its steps and one validation."""
-    clock = time.perf_counter()
+    started = time.perf_counter()
     step_fn, state = train.make_train_step(config), train.init_state(config)
     with contextlib.closing(bench.batches(config, settings)) as batches:
-        state, metrics = step_fn(state, *next(batches)[:2])
+        # the first step and the first validation compile
+        inputs, targets = next(batches)[:2]
+        state, metrics = step_fn(state, inputs, targets)
         jax.block_until_ready(metrics)
         bench.validate(state.params, config, settings)
-        compiled, times = time.perf_counter(), []
+        compile_seconds = time.perf_counter() - started
+
+        # the others cost what they will cost all along
+        times = []
         for _ in range(steps):
             begun = time.perf_counter()
-            state, metrics = step_fn(state, *next(batches)[:2])
+            inputs, targets = next(batches)[:2]
+            state, metrics = step_fn(state, inputs, targets)
             jax.block_until_ready(metrics)
             times.append(time.perf_counter() - begun)
     begun = time.perf_counter()
     bench.validate(state.params, config, settings)
     validation = time.perf_counter() - begun
 
-    seconds = config.num_steps * float(np.median(times)) + settings["evals"] * validation
-    flops = config.flops_per_token * config.total_batch_size * config.num_steps
-    return Timing(compiled - clock, flops / seconds)
+    stepping = config.num_steps * float(np.median(times))
+    seconds = stepping + settings["evals"] * validation
+    return Timing(compile_seconds, flops_of(config) / seconds)
 
 
 # ---- one trial -----------------------------------------------------------------------------------
@@ -370,18 +393,23 @@ def run(
     anything unforeseen end that trial as failed, with the reason, and nothing else; only the third
     unforeseen error in a row is raised.
     """
+    # trials that can be one program, together; impossible ones end here
     ended, groups = [], {}
     for trial in taken:
         try:
             config, settings = bench.prepare(space.constants(driver.spec) | trial.assignment)
         except UserError as e:
-            ended.append((trial, _settle(driver, trial, Outcome("failed", reason=str(e)), say)))
+            outcome = _settle(driver, trial, Outcome("failed", reason=str(e)), say)
+            ended.append((trial, outcome))
             continue
         kind = together(config), json.dumps(settings, sort_keys=True)
         groups.setdefault(kind, []).append((trial, config, settings))
 
+    metric = driver.spec["metric"]["name"]
     for group in groups.values():
-        outcomes = _train_together(driver, group, bench, stop, say) if len(group) > 1 else None
+        outcomes = None
+        if len(group) > 1:
+            outcomes = _train_together(driver, group, bench, stop, say)
         for i, (trial, config, settings) in enumerate(group):
             if outcomes is not None:
                 outcome = outcomes[i]
@@ -389,13 +417,16 @@ def run(
                 outcome = Outcome("free")
             else:
                 outcome = _train_alone(driver, trial, config, settings, bench, stop=stop, say=say)
-            outcome = _measured(outcome, driver.spec["metric"]["name"], settings, bench)
+
+            # the driver hears it, and a worker with whom everything fails stops
+            outcome = _measured(outcome, metric, settings, bench)
             ended.append((trial, _settle(driver, trial, outcome, say)))
             _give_up(bench, outcome)
     return ended
 
 
 def _train_alone(driver, trial, config, settings, bench: Bench, *, stop, say) -> Outcome:
+    """The outcome of one trial, checkpoints in its folder."""
     job = functools.partial(
         train_trial,
         config,
@@ -416,12 +447,11 @@ def _train_together(driver, group: list, bench: Bench, stop, say) -> list[Outcom
     """
     from lib.sweeps.population import train_population
 
-    members = [trial for trial, _, _ in group]
-    configs = [config for _, config, _ in group]
+    members, configs, all_settings = zip(*group)
     job = functools.partial(
         train_population,
-        configs,
-        group[0][2],
+        list(configs),
+        all_settings[0],
         bench,
         report=lambda i, n, values: driver.report(members[i], n, values),
         poll=lambda i: driver.poll(members[i]),
@@ -430,9 +460,12 @@ def _train_together(driver, group: list, bench: Bench, stop, say) -> list[Outcom
     outcomes = guarded(job, bench, say)
     if not isinstance(outcomes, Outcome):
         return outcomes
-    if "memory" not in outcomes.reason:
-        return [outcomes] * len(group)
-    say(f"{len(group)} at once do not fit ({outcomes.reason}): one after another")
+
+    # one outcome for all: the program itself failed
+    failure = outcomes
+    if "memory" not in failure.reason:
+        return [failure] * len(group)
+    say(f"{len(group)} at once do not fit ({failure.reason}): one after another")
     return None
 
 
@@ -440,10 +473,11 @@ def _measured(outcome: Outcome, metric: str, settings: dict, bench: Bench) -> Ou
     """`outcome`, or a failed one where it is done and its result is no number that could be
     compared.
     """
-    value = outcome.values.get(metric)
     if outcome.state == "failed":
         return outcome
-    if outcome.state != "done" or (value is not None and math.isfinite(value)):
+    value = outcome.values.get(metric)
+    comparable = value is not None and math.isfinite(value)
+    if comparable or outcome.state != "done":
         bench.unexpected = 0
         return outcome
     bench.unexpected += 1
@@ -467,11 +501,14 @@ def _settle(driver, trial, outcome: Outcome, say) -> Outcome:
         say(f"{trial.id}: another worker has it now, left to that one")
         driver.drop(trial)
     else:
-        value = outcome.values.get(driver.spec["metric"]["name"])
+        # the last value of a failed trial is none to compare with
+        value = None
+        if outcome.state != "failed":
+            value = outcome.values.get(driver.spec["metric"]["name"])
         driver.end(
             trial,
             outcome.state,
-            value if outcome.state != "failed" else None,
+            value,
             outcome.reason,
             outcome.curve,
             **outcome.facts,
@@ -491,6 +528,7 @@ def guarded(function: Callable, bench: Bench, say=print):
     except UserError as e:
         return Outcome("failed", reason=str(e))
     except Exception as e:
+        # what one combination is too large for is no sign that something is broken
         if _out_of_memory(e):
             return Outcome("failed", reason=f"out of memory: {first_line(e)[:300]}")
         bench.unexpected += 1
@@ -501,5 +539,8 @@ def guarded(function: Callable, bench: Bench, say=print):
 
 
 def _out_of_memory(error: Exception) -> bool:
+    """Whether an error of Python's or of the device's is about memory."""
     text = str(error)
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    if isinstance(error, MemoryError):
+        return True
+    return "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
