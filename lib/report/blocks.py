@@ -45,10 +45,15 @@ class Table(NamedTuple):
 
     def _class(self, column: int) -> str:
         cells = [str(row[column]) for row in self.rows]
-        if max(map(len, cells), default=0) > 30:
+        longest = max(map(len, cells), default=0)
+        if longest > 30:
             return "say"
-        words = sum(bool(re.search(r"[^\W\d_]{2}", cell)) for cell in cells)
-        return "" if column == 0 or 2 * words > len(cells) else "num"
+
+        # names at the left, and a column in which most cells have words
+        with_words = [cell for cell in cells if re.search(r"[^\W\d_]{2}", cell)]
+        if column == 0 or 2 * len(with_words) > len(cells):
+            return ""
+        return "num"
 
 
 class Charts(NamedTuple):
@@ -95,6 +100,8 @@ class Section(NamedTuple):
 def make_section(title: str, *blocks: Block) -> Section:
     """A section of those blocks that have something to show; with headings only, none."""
     shown = [block for block in blocks if _content(block)]
+
+    # words about nothing
     if all(block.kind in ("heading", "text") for block in shown):
         shown = []
     return Section(title, shown)
@@ -104,4 +111,6 @@ def _content(block: Block):
     """What decides whether a block has anything to show."""
     if isinstance(block, Table):
         return block.rows
-    return block.charts if isinstance(block, Charts) else block[0]
+    if isinstance(block, Charts):
+        return block.charts
+    return block[0]

@@ -59,12 +59,15 @@ class Chart(NamedTuple):
 
 def stack(charts: list[Chart]) -> str:
     """One SVG file of several charts below each other, with its own colours for light and dark."""
+    # each below the last, its title above it
     y, parts = 0, []
     for chart in charts:
         title = html.escape(chart.title)
         parts.append(f'<text x="0" y="{y + 18}" class="value">{title}</text>')
         parts.append(chart.svg(f' y="{y + 26}"'))
         y += chart.height + 36
+
+    # the page's variables, which a file of its own does not have
     dark = f"@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}">'
@@ -84,12 +87,14 @@ def _line(kind: str, x1: float, x2: float, y1: float, y2: float, extra: str = ""
 
 
 def _circle(kind: str, x: float, y: float, radius: float) -> str:
+    """A dot; x in percent, y and radius in pixels."""
     return f'<circle class="{kind}" cx="{x:.2f}%" cy="{y:.1f}" r="{radius:g}"/>'
 
 
 def _text(
     x: float, y: float, text: str, anchor: str = "middle", kind: str = "", dx: int = 0
 ) -> str:
+    """A text; x in percent, dx more in pixels, y in pixels."""
     named = f' class="{kind}"' if kind else ""
     moved = f' dx="{dx}"' if dx else ""
     return (
@@ -100,12 +105,17 @@ def _text(
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
+    # the smallest of 1, 2 and 5 times a power of ten that gives no more
+    length = high - low
+    step = 10 ** math.floor(math.log10(length / count))
     for factor in (1, 2, 5, 10):
-        if (high - low) / (step * factor) <= count:
+        if length / (step * factor) <= count:
             step *= factor
             break
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+
+    # its multiples within, both ends counted in
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
@@ -143,13 +153,14 @@ class Frame(NamedTuple):
 
     def at(self, step: float, value: float) -> tuple[float, float]:
         """Shares from 0 to 1 of the way right and down."""
-        x = (step - self.first) / (self.last - self.first)
-        return x, (self.high - value) / (self.high - self.low)
+        right = (step - self.first) / (self.last - self.first)
+        down = (self.high - value) / (self.high - self.low)
+        return right, down
 
     def place(self, step: float, value: float) -> tuple[float, float]:
         """Percent and pixels in the chart."""
-        x, y = self.at(step, value)
-        return LEFT + (100 - LEFT) * x, TOP + TALL * y
+        right, down = self.at(step, value)
+        return LEFT + (100 - LEFT) * right, TOP + TALL * down
 
 
 def curves(rows: list[dict], stage: str) -> list[Chart]:
@@ -170,14 +181,19 @@ def _curve(
     if not any(points.values for points in lines):
         return None
 
+    # the axes and the line
     frame = _frame(lines, from_zero)
-    parts = _grid(frame) + [_area(frame, lines[0], stage, smooth=not from_zero)]
-    others = lines[1:]
-    if not others and len(lines[0].steps) < FEW_POINTS:
-        others = lines
-    for points in others:
+    line, *dotted = lines
+    parts = _grid(frame)
+    parts.append(_area(frame, line, stage, smooth=not from_zero))
+
+    # the dots: of the other columns, or of a line that has few points
+    if not dotted and len(line.steps) < FEW_POINTS:
+        dotted = [line]
+    for points in dotted:
         for step, value in zip(*points):
-            parts.append(_circle(stage, *frame.place(step, value), 3.2))
+            x, y = frame.place(step, value)
+            parts.append(_circle(stage, x, y, 3.2))
     if lost:
         title += f" ({lost} values not finite, left out)"
     return Chart(title, "".join(parts), TOP + TALL + 24)
@@ -185,42 +201,60 @@ def _curve(
 
 def _points(rows: list[dict], name: str) -> tuple[Points, int]:
     """(a column's finite values, as means of equal pieces if they are many; how many were not)."""
-    steps, values = column(rows, name)
-    finite = [(step, value) for step, value in zip(steps, values) if is_finite(value)]
-    piece = max(1, -(-len(finite) // MOST_POINTS))
+    finite = Points([], [])
+    lost = 0
+    for step, value in zip(*column(rows, name)):
+        if is_finite(value):
+            finite.steps.append(step)
+            finite.values.append(value)
+        else:
+            lost += 1
+
+    # no screen shows more points; a mean stands at the last step of its piece
+    count = len(finite.steps)
+    piece = max(1, math.ceil(count / MOST_POINTS))
     thin = Points([], [])
-    for i in range(0, len(finite), piece):
-        part = finite[i : i + piece]
-        thin.steps.append(part[-1][0])
-        thin.values.append(sum(value for _, value in part) / len(part))
-    return thin, len(values) - len(finite)
+    for start in range(0, count, piece):
+        values = finite.values[start : start + piece]
+        thin.steps.append(finite.steps[start + len(values) - 1])
+        thin.values.append(sum(values) / len(values))
+    return thin, lost
 
 
 def _frame(lines: list[Points], from_zero: bool) -> Frame:
     """The area that holds all points, with some room."""
-    values = [value for points in lines for value in points.values]
-    steps = [step for points in lines for step in points.steps]
+    steps, values = [], []
+    for points in lines:
+        steps += points.steps
+        values += points.values
+
+    # above and below, unless zero is the floor; a flat line has room too
     low, high = min(values), max(values)
     if from_zero:
         low = min(0, low)
     room = (high - low) * 0.06 or abs(high) * 0.1 or 1
-    first, last = min(steps), max(steps)
-    return Frame(first, max(last, first + 1), low if from_zero else low - room, high + room)
+    bottom = low if from_zero else low - room
+
+    # a single step is one step wide
+    first = min(steps)
+    last = max(*steps, first + 1)
+    return Frame(first, last, bottom, high + room)
 
 
 def _grid(frame: Frame) -> list[str]:
     """Lines and numbers of the value axis, numbers of the step axis."""
     parts = []
     for tick in ticks(frame.low, frame.high):
-        y = frame.place(frame.first, tick)[1]
+        _, y = frame.place(frame.first, tick)
         parts.append(_line("grid", LEFT, 100, y, y))
         parts.append(_text(LEFT - 2.5, y + 4, short(tick), "end"))
     for tick in ticks(frame.first, frame.last):
         # there is no step 2.5
-        if tick == int(tick):
-            x = frame.place(tick, frame.low)[0]
-            anchor = "end" if x > 96 else "middle"
-            parts.append(_text(x, TOP + TALL + 16, f"{tick:,.0f}", anchor))
+        if tick != int(tick):
+            continue
+        x, _ = frame.place(tick, frame.low)
+        anchor = "end" if x > 96 else "middle"
+        parts.append(_text(x, TOP + TALL + 16, f"{tick:,.0f}", anchor))
     return parts
 
 
@@ -229,7 +263,10 @@ def _area(frame: Frame, points: Points, stage: str, smooth: bool) -> str:
     lines = _polyline(frame, points, stage)
     if smooth and len(points.values) >= 2 * FEW_POINTS:
         smoothed = Points(points.steps, running_mean(points.values))
-        lines = _polyline(frame, points, f"raw {stage}") + _polyline(frame, smoothed, stage)
+        faint = _polyline(frame, points, f"raw {stage}")
+        lines = faint + _polyline(frame, smoothed, stage)
+
+    # an SVG within, so that the line can be stretched and the text around it is not
     return (
         f'<svg x="{LEFT}%" y="{TOP}" width="{100 - LEFT}%" height="{TALL}" '
         f'viewBox="0 0 1000 1000" preserveAspectRatio="none" overflow="visible">{lines}</svg>'
@@ -237,6 +274,7 @@ def _area(frame: Frame, points: Points, stage: str, smooth: bool) -> str:
 
 
 def _polyline(frame: Frame, points: Points, kind: str) -> str:
+    """A line in thousandths of the area."""
     places = [frame.at(step, value) for step, value in zip(*points)]
     drawn = " ".join(f"{1000 * x:.1f},{1000 * y:.1f}" for x, y in places)
     return f'<polyline class="{kind}" style="fill:none" points="{drawn}"/>'
@@ -253,13 +291,22 @@ def dots(name: str, stages: dict[str, dict], published: Iterable[float] = ()) ->
 
     Lines mark random answers and always the commonest one, diamonds what others published.
     """
-    low = min(0.0, math.floor(10 * min(entry["score"] for entry in stages.values())) / 10)
-    published = list(published)
-    tall = ROW * len(stages) + (14 if published else 0)
+    # from 0 to 1; centred scores may be below zero, then from a tenth below the worst
+    worst = min(entry["score"] for entry in stages.values())
+    low = min(0.0, math.floor(10 * worst) / 10)
 
     def x(score: float) -> float:
-        return 100 * (min(max(score, low), 1) - low) / (1 - low)
+        """Percent of the width; what lies outside stands at the edge."""
+        inside = min(max(score, low), 1)
+        return 100 * (inside - low) / (1 - low)
 
+    # diamonds have a strip of their own
+    published = list(published)
+    tall = ROW * len(stages)
+    if published:
+        tall += 14
+
+    # the axis
     parts = []
     for tick in sorted({low, 0, 0.25, 0.5, 0.75, 1}):
         anchor = {low: "start", 1: "end"}.get(tick, "middle")
@@ -267,13 +314,16 @@ def dots(name: str, stages: dict[str, dict], published: Iterable[float] = ()) ->
         parts.append(_line("grid", x(tick), x(tick), 0, tall))
         parts.append(_text(x(tick), tall + 13, f"{100 * tick:.0f}{unit}", anchor))
 
-    entry = next(iter(stages.values()))
-    for kind, value in (("random", entry.get("baseline")), ("majority", entry.get("majority"))):
+    # what it is compared with: guesses, and others
+    first = next(iter(stages.values()))
+    for kind, key in (("random", "baseline"), ("majority", "majority")):
+        value = first.get(key)
         if value is not None:
             parts.append(_line(kind, x(value), x(value), 0, tall))
     for value in published:
         parts.append(_text(x(value), tall - 2, "◇", kind="value"))
 
+    # the scores, a row for each stage
     for i, (stage, entry) in enumerate(stages.items()):
         parts += _dot(stage, entry, ROW * i + ROW / 2, x)
     return Chart(name, "".join(parts), tall + AXIS)
@@ -282,11 +332,14 @@ def dots(name: str, stages: dict[str, dict], published: Iterable[float] = ()) ->
 def _dot(stage: str, entry: dict, y: float, x) -> list[str]:
     """A score, its range, and its number on the side that has room."""
     score, half = entry["score"], SURE * (entry.get("stderr") or 0)
-    right = max(score + half, score + 0.02) < 0.72
-    edge, anchor, dx = (score + half, "start", 9) if right else (score - half, "end", -9)
+    low, high = score - half, score + half
+    if max(high, score + 0.02) < 0.72:
+        edge, anchor, dx = high, "start", 9
+    else:
+        edge, anchor, dx = low, "end", -9
     style = ' stroke-width="2.5" opacity=".55"'
     return [
-        _line(stage, x(score - half), x(score + half), y, y, style),
+        _line(stage, x(low), x(high), y, y, style),
         _circle(stage, x(score), y, 4.5),
         _text(x(edge), y + 4, f"{stage} {100 * score:.1f}", anchor, "value", dx),
     ]
@@ -303,19 +356,20 @@ def intervals(compared: list[Comparison], names: tuple[str, str]) -> list[Chart]
 
     Filled dots are more than chance, hollow ones are not.
     """
-    units = dict.fromkeys(["points", *(c.unit for c in compared)])
-    charts = []
-    for unit in units:
-        group = [c for c in compared if c.unit == unit]
-        if group:
-            charts.append(_intervals(group, unit, names))
-    return charts
+    # points first
+    groups: dict[str, list[Comparison]] = {"points": []}
+    for comparison in compared:
+        groups.setdefault(comparison.unit, []).append(comparison)
+    return [_intervals(group, unit, names) for unit, group in groups.items() if group]
 
 
 def _intervals(compared: list[Comparison], unit: str, names: tuple[str, str]) -> Chart:
     """The differences of one unit below each other, zero in the middle."""
+    # as far to both sides as the farthest end of an interval, and a little more
     scale = 100 if unit == "points" else 1
-    ends = [abs(scale * end) for c in compared for end in c.interval]
+    ends = []
+    for comparison in compared:
+        ends += [abs(scale * end) for end in comparison.interval]
     reach = max(ends) * 1.08 or 1
     tall = DIFFERENCE_ROW * len(compared)
 

@@ -9,6 +9,7 @@ from lib.report.record import Run, verdict
 
 def markdown(run: Run, sections: list[Section]) -> str:
     """The whole document."""
+    # name and verdict, then the same blocks as on the page
     lines = [f"# {escaped(run.name)}", "", f"**{escaped(verdict(run))}**"]
     for title, blocks in sections:
         lines += ["", f"## {escaped(title)}"]
@@ -25,7 +26,8 @@ def clean(text: str) -> str:
 
 def escaped(text) -> str:
     """One line of text in which no character means anything to Markdown or HTML."""
-    return re.sub(r"([\\`*\[\]<|~&])", r"\\\1", " ".join(str(text).split()))
+    one_line = " ".join(str(text).split())
+    return re.sub(r"([\\`*\[\]<|~&])", r"\\\1", one_line)
 
 
 def fenced(text: str, language: str = "text") -> list[str]:
@@ -37,8 +39,10 @@ def fenced(text: str, language: str = "text") -> list[str]:
 
 def table_lines(table: Table) -> list[str]:
     """Lines of a table."""
-    lines = [_row(map(escaped, table.heads)), "|---" * len(table.heads) + "|"]
-    return lines + [_row(map(_cell, row)) for row in table.rows]
+    heads = _row(map(escaped, table.heads))
+    rule = "|---" * len(table.heads) + "|"
+    rows = [_row(map(_cell, row)) for row in table.rows]
+    return [heads, rule, *rows]
 
 
 def _row(cells) -> str:
@@ -46,11 +50,16 @@ def _row(cells) -> str:
 
 
 def _cell(text: str) -> str:
-    return f"**{escaped(text)}**" if isinstance(text, Own) else escaped(text)
+    """A cell; this run's own in bold."""
+    if isinstance(text, Own):
+        return f"**{escaped(text)}**"
+    return escaped(text)
 
 
 def _pairs(block) -> list[str]:
-    return table_lines(Table(["setting", "value"], [list(pair) for pair in block.pairs]))
+    """Pairs as a table: Markdown has no lists of names and what they stand for."""
+    rows = [list(pair) for pair in block.pairs]
+    return table_lines(Table(["setting", "value"], rows))
 
 
 def _charts(block) -> list[str]:
@@ -58,6 +67,7 @@ def _charts(block) -> list[str]:
 
 
 def _samples(block) -> list[str]:
+    # whole texts, for their own lines and blanks matter
     lines = []
     for who, pieces in block.samples:
         text = "".join(piece.text for piece in pieces)

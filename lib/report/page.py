@@ -16,6 +16,7 @@ def page(run: Run, sections: list[Section]) -> str:
     """The whole HTML document; everything that comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
+    # a name that is missing is an error here, not an empty place on the page
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.tests["own"] = lambda cell: isinstance(cell, Own)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -38,11 +39,14 @@ def write(folder) -> Path:
     folder = Path(folder)
     run = read(folder)
     parts = sections(run, *earlier_runs(folder))
+
+    # Markdown cannot hold pictures: they are files beside it
     for section in parts:
         for block in section.blocks:
             if isinstance(block, Charts):
                 path = folder / "plots" / f"report_{block.name}.svg"
                 write_atomic(path, clean(charts.stack(block.charts)))
+
     write_atomic(folder / "report.md", markdown(run, parts))
     write_atomic(folder / "report.html", page(run, parts))
     return folder / "report.html"

@@ -74,25 +74,32 @@ def read(folder) -> Run:
     """The `Run` in a folder with any part of a run's files; UserError for none or damaged ones."""
     folder = Path(folder)
     notes = []
+
+    # the metrics of each stage that was trained here
     curves = {}
     for stage, place in STAGES.items():
-        path = (folder if stage == "base" else folder / place) / "metrics.jsonl"
+        stage_folder = folder if stage == "base" else folder / place
+        path = stage_folder / "metrics.jsonl"
         if path.exists():
             curves[stage] = read_jsonl(path)
 
+    # what was measured, of these very trainings
     results = _own_results(_read(folder / "results.json"), curves, notes)
     if "val_bpb" in results and results["val_bpb"] is None:
         notes.append("bits per byte of unseen text: there was no held-out text to measure on")
+    records = _own_records(_read_stages(folder / "evals", "{}.json"), curves, notes)
+
     run = Run(
         name=folder.name,
         config=_read(folder / "config.json"),
         results=results,
         curves=curves,
-        records=_own_records(_read_stages(folder / "evals", "{}.json"), curves, notes),
+        records=records,
         harness=_read_stages(folder / "evals", "lm_eval_{}.json"),
         has_tokenizer=(folder / "tokenizer.json").exists(),
         notes=notes,
     )
+    # all but the name
     if not any(run[1:]):
         raise UserError(
             f"nothing to report in {folder}: it has no tokenizer.json, config.json, results.json, "
@@ -103,13 +110,19 @@ def read(folder) -> Run:
 
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty where there is none."""
-    return read_json(path, cure="delete it, and run again what writes it") if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_json(path, cure="delete it, and run again what writes it")
 
 
 def _read_stages(folder: Path, pattern: str) -> dict[str, dict]:
     """{stage: the JSON object of its file} for those that there are."""
-    content = {stage: _read(folder / pattern.format(stage)) for stage in STAGES}
-    return {stage: found for stage, found in content.items() if found}
+    content = {}
+    for stage in STAGES:
+        record = _read(folder / pattern.format(stage))
+        if record:
+            content[stage] = record
+    return content
 
 
 def _began(rows: list[dict] | None) -> float | None:
@@ -122,6 +135,8 @@ def _own_results(results: dict, curves: dict[str, list[dict]], notes: list[str])
     began, now = results.get("began"), _began(curves.get("base"))
     if began is None or now is None or began == now:
         return results
+
+    # the tokenizer is older than any training, and still the same
     notes.append(
         "results.json belongs to an earlier training of this folder: its figures are left out."
     )
@@ -137,6 +152,7 @@ def _own_records(
     for stage, record in records.items():
         began = _began(curves.get(stage))
         measured = _seconds(record.get("time"))
+        # a record's time has whole seconds
         if began is not None and measured is not None and measured < math.floor(began):
             notes.append(
                 f"evals/{stage}.json was measured before this training began: it belongs to an "
@@ -157,15 +173,18 @@ def _seconds(text) -> float | None:
 
 def earlier_runs(folder) -> tuple[list[Run], list[str]]:
     """(other evaluated runs beside `folder`, newest first; a sentence for each unreadable one)."""
+    # when each of them was measured last
     folder = Path(folder).resolve()
     newest = {}
     for path in folder.parent.glob("*/evals/*.json"):
         other = path.parents[1]
         newest[other] = max(newest.get(other, 0), path.stat().st_mtime)
     newest.pop(folder, None)
+    others = sorted(newest, key=lambda path: -newest[path])
 
+    # a damaged neighbour is no reason to have no report
     runs, unread = [], []
-    for other in sorted(newest, key=lambda path: -newest[path])[:EARLIER]:
+    for other in others[:EARLIER]:
         try:
             runs.append(read(other))
         except UserError as e:
@@ -195,27 +214,31 @@ def scores_of(record: dict) -> dict[str, dict]:
 
     The tasks that CORE is made of are left out: they have a table of their own.
     """
-    means = {}
+    scores = {}
     for key, name in (("core", "CORE"), ("chatcore", "ChatCORE")):
         mean = record.get(key)
         if mean:
             tasks = mean.get("tasks", ())
-            means[name + _of_a_part(key, mean)] = {
+            scores[name + _of_a_part(key, mean)] = {
                 "score": mean["score"],
                 "stderr": mean.get("stderr"),
                 "baseline": 0.0,
                 "n": f"{len(tasks)} tasks",
                 "kind": "centred mean",
             }
-    tasks = record.get("tasks", {})
-    return means | {name: entry for name, entry in tasks.items() if entry.get("kind") != "core"}
+
+    for name, entry in record.get("tasks", {}).items():
+        if entry.get("kind") != "core":
+            scores[name] = entry
+    return scores
 
 
 def _of_a_part(key: str, mean: dict) -> str:
     """Over other tasks or fewer items it is another measure than the published one."""
-    whole = {*map(key_of, mean.get("tasks", ()))} == CHATCORE
     if key == "core":
         whole = not mean.get("partial")
+    else:
+        whole = {key_of(name) for name in mean.get("tasks", ())} == CHATCORE
     return "" if whole else " of a part"
 
 
@@ -229,7 +252,10 @@ def task_names(run: Run) -> list[str]:
 
 def core_label(record: dict) -> str:
     """The label of CORE or "" where it was not measured."""
-    return next((name for name in scores_of(record) if name.startswith("CORE")), "")
+    for name in scores_of(record):
+        if name.startswith("CORE"):
+            return name
+    return ""
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -251,6 +277,8 @@ def text_bits(run: Run) -> dict[str, dict[str, dict]]:
     for stage, record in run.records.items():
         for source, measured in record.get("bpb", {}).items():
             by_source.setdefault(source, {})[stage] = measured
+
+    # 02_train measures the end of a training, if nobody else does
     if not by_source and run.results.get("val_bpb") is not None:
         by_source[measured_source(run)] = {
             "base": {
@@ -278,6 +306,7 @@ def verdict(run: Run) -> str:
     if not done and not run.records and not text_bits(run):
         return _verdict_without_model(run)
 
+    # from text to tasks, as a model is made
     parts = []
     if done < asked:
         parts.append(f"training stopped at step {done:,} of {asked:,}")
@@ -291,6 +320,7 @@ def verdict(run: Run) -> str:
 
 
 def _verdict_without_model(run: Run) -> str:
+    """What is there before anything is trained: a tokenizer, or settings."""
     if not run.has_tokenizer:
         return "Nothing is trained or measured yet: this run has only settings."
     words = "Only a tokenizer so far, one"
@@ -307,7 +337,8 @@ def _subject(run: Run) -> str:
     words = "A model"
     if run.results.get("params") is not None:
         words += f" of {short(run.results['params'])} parameters"
-    tokens = steps_done(run)[0] * run.config.get("total_batch_size", 0)
+    steps, _ = steps_done(run)
+    tokens = steps * run.config.get("total_batch_size", 0)
     tokens = tokens or run.results.get("train_tokens")
     if tokens:
         words += f", trained on {short(tokens)} tokens of {source_of(run)}"
@@ -322,6 +353,8 @@ def _bits_sentence(run: Run) -> list[str]:
             return []
         after = "" if stage == "base" else f" after stage {stage}"
         sentence = f"it needs {measured['bpb']:.3f} bits per byte of unseen {source}{after}"
+
+        # what anyone's computer can do with the same bytes
         if run.results.get("xz_bpb") and source == measured_source(run):
             sentence += f" where xz\u00a0-9 needs {run.results['xz_bpb']:.3f}"
         return [sentence]
@@ -341,19 +374,20 @@ def _core_sentence(run: Run) -> list[str]:
 
 def _tasks_sentence(run: Run) -> list[str]:
     """On how many tasks the last stage is better than guessing, by exact tests for all of them."""
-    stage, record = list(run.records.items())[-1]
-    tasks = {name: entry for name, entry in record.get("tasks", {}).items() if is_share(entry)}
+    last = list(run.records)[-1]
+    entries = run.records[last].get("tasks", {})
+    tasks = {name: entry for name, entry in entries.items() if is_share(entry)}
     if not tasks:
         return []
     chances = stats.above_guessing(tasks)
     above = [name for name, p in chances.items() if p < stats.CONFIDENT]
+    count = f"{len(above) or 'none'} of {len(tasks)} tasks"
 
     def centered(name):
         return stats.centered(tasks[name]["score"], tasks[name]["baseline"])
 
-    top = ""
+    # the farthest from what guessing would give
     if above:
         best = max(above, key=centered)
-        top = f" (most on {best}: {percent(tasks[best]['score'])} %)"
-    count = f"{len(above) or 'none'} of {len(tasks)} tasks{top}"
-    return [f"after stage {stage} it is clearly better than guessing on {count}"]
+        count += f" (most on {best}: {percent(tasks[best]['score'])} %)"
+    return [f"after stage {last} it is clearly better than guessing on {count}"]

@@ -13,6 +13,7 @@ from lib.evals import stats
 from lib.evals.stats import Comparison
 from lib.report import charts, words
 from lib.report.blocks import (
+    Block,
     Charts,
     Code,
     Heading,
@@ -83,12 +84,18 @@ def sections(run: Run, earlier: Sequence[Run] = (), unread: Sequence[str] = ()) 
 
 def scores_section(run: Run) -> Section:
     """Every task's score by stage, drawn and as a table."""
+    # a picture of each task that has shares to draw
     scores = {stage: scores_of(record) for stage, record in run.records.items()}
     drawn = []
     for name in task_names(run):
-        stages = {s: e[name] for s, e in scores.items() if name in e and is_share(e[name])}
+        stages = {}
+        for stage, entries in scores.items():
+            if name in entries and is_share(entries[name]):
+                stages[stage] = entries[name]
         if stages:
             drawn.append(charts.dots(name, stages, published(name)))
+
+    # what the signs mean
     legend = (
         "Dots with 95 % ranges. Dotted line: random answers; dashed line: always the commonest "
         "answer; ◇: published by others, see below."
@@ -114,17 +121,18 @@ def scores_table(run: Run) -> Table:
     rows = []
     for name in task_names(run):
         entries = [scores[stage].get(name) for stage in stages]
+
+        # baselines are the task's own: the same in every stage
         latest = [entry for entry in entries if entry][-1]
-        rows.append(
-            [
-                name,
-                *map(words.score, entries),
-                percent(latest.get("baseline")),
-                percent(latest.get("majority")),
-                value(latest.get("n")),
-                latest.get("kind", ""),
-            ]
-        )
+        row = [
+            name,
+            *map(words.score, entries),
+            percent(latest.get("baseline")),
+            percent(latest.get("majority")),
+            value(latest.get("n")),
+            latest.get("kind", ""),
+        ]
+        rows.append(row)
     return Table(["task", *stages, "random", "majority", "items", "kind"], rows)
 
 
@@ -143,15 +151,13 @@ def differences(run: Run) -> list[tuple[tuple[str, str], dict[str, Comparison]]]
     stages = list(run.records)
     compared = []
     for before, after in zip(stages, stages[1:]):
+        comparisons = stats.compare(run.records[before], run.records[after], (before, after))
         tasks = run.records[after].get("tasks", {})
-        found = stats.compare(run.records[before], run.records[after], (before, after))
-        whole = {
-            label: comparison
-            for label, comparison in found.items()
-            if tasks.get(label, {}).get("kind") != "core"
-        }
-        if whole:
-            compared.append(((before, after), whole))
+        for label in list(comparisons):
+            if tasks.get(label, {}).get("kind") == "core":
+                del comparisons[label]
+        if comparisons:
+            compared.append(((before, after), comparisons))
     return compared
 
 
@@ -177,20 +183,25 @@ def differences_section(compared: list[tuple[tuple[str, str], dict[str, Comparis
 
 def _told(ordered: list[Comparison]) -> list[str]:
     """The surest few in sentences, and one line for all that may be chance."""
-    sentences = [c.sentence for c in ordered if c.real][:MOST_SENTENCES]
-    rest = [words.comparison_label(c.label) for c in ordered if not c.real]
-    if rest:
-        these = "difference is" if len(rest) == 1 else "differences are"
-        sentences.append(f"{len(rest)} {these} no more than chance: {', '.join(rest)}.")
-    return sentences
+    sentences = [c.sentence for c in ordered if c.real]
+    chance = [words.comparison_label(c.label) for c in ordered if not c.real]
+    told = sentences[:MOST_SENTENCES]
+    if chance:
+        these = "difference is" if len(chance) == 1 else "differences are"
+        told.append(f"{len(chance)} {these} no more than chance: {', '.join(chance)}.")
+    return told
 
 
 def _difference_row(c: Comparison) -> list[str]:
+    """A difference as a row of `differences_section`'s table."""
     scale, spec = (100, "+.1f") if c.unit == "points" else (1, "+.4f")
     low, high = (scale * end for end in c.interval)
+    delta = f"{scale * c.delta:{spec}}"
+    if c.unit in SHORT_UNITS:
+        delta += f" {c.unit}"
     return [
         words.comparison_label(c.label),
-        f"{scale * c.delta:{spec}}" + (f" {c.unit}" if c.unit in SHORT_UNITS else ""),
+        delta,
         f"{low:{spec}} to {high:{spec}}",
         f"{c.p_adjusted:.2g}" if c.p_adjusted >= 1e-4 else "< 0.0001",
         value(c.n or None),
@@ -232,6 +243,7 @@ def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
         for stage, record in other.records.items():
             for name, entry in scores_of(record).items():
                 put(name, stage, system, words.score(entry))
+
     # published ones
     for system, _, metrics in REFERENCES:
         systems.append(system)
@@ -240,33 +252,28 @@ def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
                 put(name, stage, system, f"{100 * score:.2f}")
 
     # what only this run has stands in its own table
-    shown = {row: found for row, found in cells.items() if set(found) != {"this run"}}
+    shown = {row: by_system for row, by_system in cells.items() if set(by_system) != {"this run"}}
     order = list(STAGES)
     keys = list(names)
-    rows = sorted(
-        shown,
-        key=lambda row: (not is_mean(names[row[0]]), keys.index(row[0]), order.index(row[1])),
-    )
+
+    def place(row: tuple[str, str]):
+        """Means first, then as they came, each by stage."""
+        key, stage = row
+        return not is_mean(names[key]), keys.index(key), order.index(stage)
+
     # a column for every system that has a figure, and always for ours
-    used = [
-        system
-        for system in dict.fromkeys(systems)
-        if system == "this run" or any(system in found for found in shown.values())
-    ]
-    return Table(
-        ["task", "stage", *used],
-        [
-            [
-                names[key],
-                stage,
-                *(_cell(system, shown[key, stage].get(system, UNKNOWN)) for system in used),
-            ]
-            for key, stage in rows
-        ],
-    )
+    with_figure = {"this run"}.union(*shown.values())
+    used = [system for system in dict.fromkeys(systems) if system in with_figure]
+    lines = []
+    for key, stage in sorted(shown, key=place):
+        by_system = shown[key, stage]
+        figures = [_cell(system, by_system.get(system, UNKNOWN)) for system in used]
+        lines.append([names[key], stage, *figures])
+    return Table(["task", "stage", *used], lines)
 
 
 def _cell(system: str, text: str) -> str:
+    """A cell, marked where it is this run's."""
     return Own(text) if system == "this run" else text
 
 
@@ -280,6 +287,8 @@ def core_section(run: Run) -> Section:
         tasks = (record.get("core") or {}).get("tasks")
         if tasks:
             by_stage[stage] = tasks
+
+    # every task that any stage was asked, with an entry of its
     labels = {}
     for tasks in by_stage.values():
         labels |= tasks
@@ -287,8 +296,10 @@ def core_section(run: Run) -> Section:
     # a row for each task, by the first stage's baseline
     rows = []
     for label, entry in labels.items():
-        entries = [tasks.get(label, {}) for tasks in by_stage.values()]
-        cells = [words.with_error(e.get("accuracy"), e.get("stderr"), 100) for e in entries]
+        cells = []
+        for tasks in by_stage.values():
+            measured = tasks.get(label, {})
+            cells.append(words.with_error(measured.get("accuracy"), measured.get("stderr"), 100))
         rows.append([label, *cells, percent(entry.get("baseline")), value(entry.get("n"))])
     table = Table(["task", *by_stage, "random", "items"], rows)
     return make_section("CORE, task by task", table)
@@ -297,20 +308,20 @@ def core_section(run: Run) -> Section:
 def harness_table(run: Run) -> Table:
     """Metrics of lm-evaluation-harness as it names them, "acc,none" and so on."""
     rows = []
-    for stage, found in run.harness.items():
-        samples_of = found.get("n-samples", {})
-        for task, metrics in found.get("results", {}).items():
+    for stage, record in run.harness.items():
+        samples_of = record.get("n-samples", {})
+        for task, metrics in record.get("results", {}).items():
             items = value(samples_of.get(task, {}).get("effective"))
             for name, figure in metrics.items():
-                # "acc,none" and its error "acc_stderr,none"
+                # "acc,none" and its error "acc_stderr,none", which may be "N/A"
                 metric, _, by = name.partition(",")
                 if not isinstance(figure, float) or metric.endswith("_stderr"):
                     continue
                 error = metrics.get(f"{metric}_stderr,{by}")
-                error = error if isinstance(error, float) else None
-                rows.append(
-                    [task, stage, metric, words.with_error(figure, error, spec=".4f"), items]
-                )
+                if not isinstance(error, float):
+                    error = None
+                text = words.with_error(figure, error, spec=".4f")
+                rows.append([task, stage, metric, text, items])
     return Table(["task", "stage", "metric", "value", "items"], rows)
 
 
@@ -330,13 +341,18 @@ def bits_section(run: Run) -> Section:
 
 def bits_table(run: Run) -> Table:
     """By text and kind, a column for each stage; and what file compressors need."""
+    # a column for every stage that was measured on any text
     by_source = text_bits(run)
-    stages = [s for s in STAGES if any(s in by_stage for by_stage in by_source.values())]
+    measured_stages = set().union(*by_source.values())
+    stages = [stage for stage in STAGES if stage in measured_stages]
+
+    # a row for each text, and one for each of its kinds
     rows = []
     for source, by_stage in by_source.items():
         measured = [by_stage.get(stage, {}) for stage in stages]
         rows.append([source, "all", *map(words.bits, measured), _size(measured)])
         rows += _kind_rows(measured)
+
     # what file compressors need for the very same bytes
     for key, label in (("gzip_bpb", "gzip -9"), ("xz_bpb", "xz -9")):
         packed = run.results.get(key)
@@ -362,7 +378,11 @@ def _kind_rows(measured: list[dict]) -> list[list[str]]:
 
 
 def _size(measured: list[dict]) -> str:
-    return value(next((entry["bytes"] for entry in measured if entry.get("bytes")), None))
+    """Bytes of a text: the first stage's that has counted them."""
+    for entry in measured:
+        if entry.get("bytes"):
+            return value(entry["bytes"])
+    return UNKNOWN
 
 
 def other_bits(run: Run) -> str:
@@ -370,6 +390,7 @@ def other_bits(run: Run) -> str:
     headline = [m for by_stage in text_bits(run).values() for m in by_stage.values()]
     if not run.records or not headline:
         return ""
+
     # other figures of the same model
     _, curve = column(run.curves.get("base", []), "val_bpb")
     others = []
@@ -380,19 +401,21 @@ def other_bits(run: Run) -> str:
         others.append(f"{in_results:.4f} in results.json")
     if not others:
         return ""
+    these = " and ".join(others)
     return (
-        f"The first line is this model's figure: it reads each document from its own beginning. "
-        f"{' and '.join(others)} come from rows that hold pieces of several documents, while "
+        "The first line is this model's figure: it reads each document from its own beginning. "
+        f"{these} come from rows that hold pieces of several documents, while "
         "training on less text: close to it, and not to be set beside it."
     )
 
 
 def training_sections(run: Run) -> list[Section]:
     """The curves of each stage."""
-    return [
-        make_section(f"Training: {stage}", Charts(stage, charts.curves(rows, stage)))
-        for stage, rows in run.curves.items()
-    ]
+    parts = []
+    for stage, rows in run.curves.items():
+        drawn = Charts(stage, charts.curves(rows, stage))
+        parts.append(make_section(f"Training: {stage}", drawn))
+    return parts
 
 
 # ---- plan and outcome ----------------------------------------------------------------------------
@@ -407,19 +430,21 @@ def plan_table(run: Run) -> Table:
         _memory_row(run),
         _cost_row(run),
     ]
-    known = [
-        [what, planned or "not planned", outcome or "not recorded"]
-        for what, planned, outcome in rows
-        if planned or outcome
-    ]
+    # what is on neither side has nothing to say
+    known = []
+    for what, planned, outcome in rows:
+        if planned or outcome:
+            known.append([what, planned or "not planned", outcome or "not recorded"])
     return Table(["what", "planned", "came out"], known)
 
 
 def _count(x) -> str | None:
+    """A whole number for a row; None for one that was not recorded."""
     return f"{x:,}" if x else None
 
 
 def _steps_row(run: Run) -> tuple:
+    """(what, planned, came out), as in all rows of the plan; None for what is not known."""
     done, asked = steps_done(run)
     if not run.curves:
         return "steps", None, None
@@ -435,20 +460,25 @@ def _tokens_row(run: Run) -> tuple:
 
 def _hours(run: Run) -> dict[str, float]:
     """{stage: hours of its steps}."""
-    return {
-        stage: sum(filter(words.is_finite, column(rows, "step_time")[1])) / 3600
-        for stage, rows in run.curves.items()
-    }
+    hours = {}
+    for stage, rows in run.curves.items():
+        _, seconds = column(rows, "step_time")
+        hours[stage] = sum(filter(words.is_finite, seconds)) / 3600
+    return hours
 
 
 def _time_rows(run: Run) -> list[tuple]:
+    """Only pretraining is planned; it has a row even if nothing was trained."""
     rows = []
     planned = run.results.get("plan", {}).get("hours")
     hours = {"base": 0.0} | _hours(run)
     for stage, spent in hours.items():
-        what = "time of training steps" if stage == "base" else f"time of {stage}"
-        plan = duration(planned * 3600) if planned and stage == "base" else None
-        rows.append((what, plan, duration(spent * 3600) if spent else None))
+        what, plan = f"time of {stage}", None
+        if stage == "base":
+            what = "time of training steps"
+            plan = duration(planned * 3600) if planned else None
+        outcome = duration(spent * 3600) if spent else None
+        rows.append((what, plan, outcome))
     return rows
 
 
@@ -461,14 +491,18 @@ def _memory_row(run: Run) -> tuple:
 
 def _cost_row(run: Run) -> tuple:
     plan = run.results.get("plan", {})
-    # what was spent follows from the time where nobody has written it down
     rate = plan.get("price_per_hour", run.results.get("price_per_hour"))
-    spent = _hours(run).get("base", 0)
+
+    # what was spent follows from the time where nobody has written it down
+    hours = _hours(run).get("base", 0)
     cost = run.results.get("cost")
-    if cost is None and rate and spent:
-        cost = spent * rate
-    texts = [None if money is None else f"${money:.2f}" for money in (plan.get("cost"), cost)]
-    return "cost of training", *texts
+    if cost is None and rate and hours:
+        cost = hours * rate
+    return "cost of training", _dollars(plan.get("cost")), _dollars(cost)
+
+
+def _dollars(money: float | None) -> str | None:
+    return None if money is None else f"${money:.2f}"
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -478,9 +512,11 @@ def samples(run: Run) -> list[Sample]:
     """What each stage wrote: its calls of tools too, where they were kept."""
     # what 02 or 04 wrote, unless the record of the stage has samples
     shown = []
-    if "base" not in run.records or not run.records["base"].get("samples"):
+    if not run.records.get("base", {}).get("samples"):
         for text in run.results.get("samples", [])[:MOST_SAMPLES]:
             shown.append(Sample("base", [Piece("text", str(text))]))
+
+    # what was written when the stages were examined
     for stage, record in run.records.items():
         for entry in record.get("samples", [])[:MOST_SAMPLES]:
             shown.append(Sample(stage, _pieces(stage, entry)))
@@ -489,18 +525,28 @@ def samples(run: Run) -> list[Sample]:
 
 def _pieces(stage: str, entry: dict) -> list[Piece]:
     """The prompt and what follows: an answer of a chat stands on a line of its own."""
+    pieces = []
     prompt = entry.get("prompt", "")
-    pieces = [Piece("prompt", prompt)] if prompt else []
-    if prompt and stage != "base":
-        pieces.append(Piece("text", "\n"))
+    if prompt:
+        pieces.append(Piece("prompt", prompt))
+        if stage != "base":
+            pieces.append(Piece("text", "\n"))
+
+    # of old records only the text is left
     parts = entry.get("parts")
     if not isinstance(parts, list):
-        return [*pieces, Piece("text", entry.get("text", ""))]
+        pieces.append(Piece("text", entry.get("text", "")))
+        return pieces
+
     # calls in brackets, with what the tool answered
     for part in parts:
-        kind = {"python": "call", "python_output": "answer"}.get(part.get("type"), "text")
-        text = {"call": " [{}", "answer": " = {}] ", "text": "{}"}[kind]
-        pieces.append(Piece(kind, text.format(part.get("text", ""))))
+        text = part.get("text", "")
+        if part.get("type") == "python":
+            pieces.append(Piece("call", f" [{text}"))
+        elif part.get("type") == "python_output":
+            pieces.append(Piece("answer", f" = {text}] "))
+        else:
+            pieces.append(Piece("text", f"{text}"))
     return pieces
 
 
@@ -513,24 +559,24 @@ def measurement_table(run: Run) -> Table:
     for stage, record in run.records.items():
         for name, entry in record.get("tasks", {}).items():
             seconds, speed = entry.get("seconds"), entry.get("per_second")
-            rows.append(
-                [
-                    stage,
-                    name,
-                    value(entry.get("n")),
-                    value(entry.get("limit")),
-                    value(entry.get("seed", record.get("seed"))),
-                    UNKNOWN if seconds is None else duration(seconds),
-                    UNKNOWN if speed is None else words.short(speed),
-                    value(entry.get("truncated")),
-                    _overlap(entry.get("contamination")),
-                ]
-            )
+            row = [
+                stage,
+                name,
+                value(entry.get("n")),
+                value(entry.get("limit")),
+                value(entry.get("seed", record.get("seed"))),
+                UNKNOWN if seconds is None else duration(seconds),
+                UNKNOWN if speed is None else words.short(speed),
+                value(entry.get("truncated")),
+                _overlap(entry.get("contamination")),
+            ]
+            rows.append(row)
     heads = ["stage", "task", "items", "limit", "seed", "time", "items/s", "cut prompts"]
     return Table([*heads, "seen in training"], rows)
 
 
 def _overlap(contamination: dict | None) -> str:
+    """How many items share a long piece of text with what was trained on."""
     if not contamination:
         return UNKNOWN
     text = f"{contamination['overlapping']} of {contamination['n']}"
@@ -545,8 +591,12 @@ def not_measured(run: Run) -> list[str]:
     for stage, record in run.records.items():
         for task, why in record.get("skipped", {}).items():
             stages_of.setdefault((task, why), []).append(stage)
-    skipped = [f"{task} ({', '.join(stages)}): {why}" for (task, why), stages in stages_of.items()]
-    return [*run.notes, *skipped]
+
+    # each reason once
+    sentences = list(run.notes)
+    for (task, why), stages in stages_of.items():
+        sentences.append(f"{task} ({', '.join(stages)}): {why}")
+    return sentences
 
 
 # settings of a model and a training that a reader looks for, in their own words
@@ -585,19 +635,24 @@ RESULT_LABELS = {
 
 def configuration_section(run: Run) -> Section:
     """What a reader looks for by its label, then all other settings by the names they go by."""
-    pairs = [
-        (label, value(run.results[key]))
-        for key, label in RESULT_LABELS.items()
-        if run.results.get(key) is not None
-    ]
+    # of the training, then of the model
+    pairs = []
+    for key, label in RESULT_LABELS.items():
+        if run.results.get(key) is not None:
+            pairs.append((label, value(run.results[key])))
     if "vocab_size" in run.results and "vocab_size" not in run.config:
         pairs.append(("vocabulary", f"{run.results['vocab_size']:,}"))
     for key, label in LABELS.items():
         if key in run.config:
             pairs.append((label, value(run.config[key])))
-    rest = [(key, value(x)) for key, x in run.config.items() if key not in LABELS]
-    names = Heading("Other settings, by the names that overrides take")
-    return make_section("Configuration", Pairs(pairs), *([names, Pairs(rest)] if rest else []))
+    blocks: list[Block] = [Pairs(pairs)]
+
+    # the rest
+    others = [(key, value(x)) for key, x in run.config.items() if key not in LABELS]
+    if others:
+        blocks.append(Heading("Other settings, by the names that overrides take"))
+        blocks.append(Pairs(others))
+    return make_section("Configuration", *blocks)
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
@@ -611,16 +666,19 @@ def environment(run: Run) -> list[tuple[str, str]]:
     ]
     for stage, record in run.records.items():
         pairs.append((f"{stage} measured", _measured_with(record)))
+
     # and this page itself
     now = datetime.datetime.now(datetime.UTC)
     written = f"{now:%Y-%m-%d %H:%M} UTC, python {platform.python_version()}, jax {jax.__version__}"
     commit = commit_id()
     if commit:
         written += f", commit {commit}"
-    return [(name, str(text)) for name, text in [*pairs, ("report written", written)] if text]
+    pairs.append(("report written", written))
+    return [(name, str(text)) for name, text in pairs if text]
 
 
 def _measured_with(record: dict) -> str:
+    """Which checkpoint was measured, where, with what seed and when."""
     parts = [
         record.get("checkpoint"),
         record.get("device"),
@@ -656,10 +714,13 @@ def log_entry(run: Run, compared: list[tuple[tuple[str, str], dict[str, Comparis
     for table in (bits_table(run), scores_table(run)):
         if table.rows:
             lines += ["", *table_lines(table)]
+
+    # what got better or worse from stage to stage
     for (before, after), comparisons in compared:
         real = [c.sentence for c in comparisons.values() if c.real]
         count = f"{len(real)} of {len(comparisons)} differences are real."
-        lines += ["", f"From {before} to {after}, {count}", *(f"- {s}" for s in real)]
+        lines += ["", f"From {before} to {after}, {count}"]
+        lines += [f"- {sentence}" for sentence in real]
     return "\n".join(lines)
 
 
@@ -681,6 +742,7 @@ def _last_day(run: Run) -> str:
     days = [record["time"][:10] for record in run.records.values() if record.get("time")]
     for rows in run.curves.values():
         if rows and "time" in rows[-1]:
-            end = datetime.datetime.fromtimestamp(rows[-1]["time"], datetime.UTC)
+            last = rows[-1]["time"]
+            end = datetime.datetime.fromtimestamp(last, datetime.UTC)
             days.append(f"{end:%Y-%m-%d}")
     return max(days, default="undated")

@@ -34,7 +34,9 @@ def with_error(value, stderr, scale: float = 1.0, spec: str = ".1f") -> str:
     if value is None:
         return UNKNOWN
     text = f"{value * scale:{spec}}"
-    return text if stderr is None else f"{text} ± {stderr * scale:{spec}}"
+    if stderr is not None:
+        text += f" ± {stderr * scale:{spec}}"
+    return text
 
 
 def bits(measured: dict) -> str:
@@ -46,8 +48,10 @@ def score(entry: dict | None) -> str:
     """A task's entry: percent with its standard error, or a perplexity with its own."""
     if not entry:
         return UNKNOWN
-    scale, spec = (100, ".1f") if is_share(entry) else (1, ".3g")
-    return with_error(entry.get("score"), entry.get("stderr"), scale, spec)
+    figure, error = entry.get("score"), entry.get("stderr")
+    if is_share(entry):
+        return with_error(figure, error, scale=100)
+    return with_error(figure, error, spec=".3g")
 
 
 def is_share(entry: dict) -> bool:
@@ -68,7 +72,9 @@ def value(x) -> str:
         return UNKNOWN
     if isinstance(x, bool) or not isinstance(x, int | float):
         return str(x)
-    return f"{x:,}" if isinstance(x, int) else f"{x:,.6g}"
+    if isinstance(x, int):
+        return f"{x:,}"
+    return f"{x:,.6g}"
 
 
 def is_finite(x) -> bool:

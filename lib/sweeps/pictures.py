@@ -72,7 +72,7 @@ def _endings(trials) -> tuple[list, list, list]:
         if t.scored:
             done.append((place, t.value))
         elif t.state == "pruned" and t.reports:
-            *_, last = t.reports.values()
+            last = list(t.reports.values())[-1]
             pruned.append((place, last))
         elif t.state == "failed":
             failed.append(place)
