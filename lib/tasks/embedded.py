@@ -16,48 +16,62 @@ import keyword
 import operator
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lib import data
 from lib.tasks.answers import last_number, number, said
 from lib.tasks.items import Task
 
-HELD_OUT = 10  # one thing to ask about in so many is for tests
+# one thing to ask about in so many is for tests
+HELD_OUT = 10
 TEST_ITEMS = 1000
+# the model's own
 NAME = "rawchat"
 
 
 def held_out(about: str) -> bool:
     """Whether questions about this belong to the test split."""
-    return int(hashlib.sha256(about.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+    digest = hashlib.sha256(about.encode()).hexdigest()
+    return int(digest[:8], 16) % HELD_OUT == 0
 
 
 def make_items(name: str, one: Callable, train_items: int, split: str) -> list[dict]:
     """Items from `one(rng, split)`, which returns what it is about, a question, the answer's parts
     and its value, or None.
     """
-    rng, found = random.Random(f"{name} {split}"), {}
-    size = train_items if split == "train" else TEST_ITEMS
-    for _ in range(20 * size):  # a small world (such as greetings) has fewer items than asked for
+    is_test = split == "test"
+    size = TEST_ITEMS if is_test else train_items
+    rng, distinct = random.Random(f"{name} {split}"), {}
+
+    # so often at most: a small world (such as greetings) has fewer items than asked for
+    for _ in range(20 * size):
         drawn = one(rng, split)
-        if drawn and held_out(drawn[0]) == (split == "test"):
-            about, question, parts, answer = drawn
-            distinct = about if split == "test" else question  # questions of a test are independent
-            found.setdefault(distinct, (about, question, parts, answer))
-            if len(found) == size:
-                break
-    return [
-        dict(
+        if not drawn:
+            continue
+        about, question, parts, answer = drawn
+        if held_out(about) != is_test:
+            continue
+        # questions of a test are independent: one about each thing
+        distinct.setdefault(about if is_test else question, drawn)
+        if len(distinct) == size:
+            break
+
+    items = []
+    for i, (about, question, parts, answer) in enumerate(distinct.values()):
+        asked = dict(role="user", content=question)
+        answered = dict(role="assistant", content=parts)
+        item = dict(
             id=f"{name}/{split}/{i}",
             about=about,
             answer=answer,
-            messages=[dict(role="user", content=question), dict(role="assistant", content=parts)],
+            messages=[asked, answered],
         )
-        for i, (about, question, parts, answer) in enumerate(found.values())
-    ]
+        items.append(item)
+    return items
 
 
 def text(*words) -> dict:
+    """A part of an answer that is plain text."""
     return dict(type="text", text=" ".join(map(str, words)))
 
 
@@ -70,6 +84,7 @@ def call(expression: str, result) -> list[dict]:
 
 
 def same_number(item: dict, answer: str) -> bool:
+    """The last number of the answer is the expected one."""
     return last_number(said(answer)) == number(item["answer"])
 
 
@@ -77,22 +92,25 @@ def same_end(item: dict, answer: str) -> bool:
     """The answer ends with the expected words, whatever its full stop and quotes; where they spell
     a word, with no letter more.
     """
-    given, wanted = (
-        re.sub(r"[\s.!?\"'`,:]+", " ", s).split() for s in (said(answer), item["answer"])
-    )
+    given, wanted = _bare_words(said(answer)), _bare_words(item["answer"])
     before, end = given[: -len(wanted)], given[-len(wanted) :]
-    letter_more = (
-        len(wanted) > 1
-        and len(wanted[0]) == 1
-        and wanted[0].isalpha()
-        and before
-        and len(before[-1]) == 1
-    )
-    return end == wanted and not letter_more
+    if end != wanted:
+        return False
+
+    # "s c a t" does not spell cat
+    spells = len(wanted) > 1 and len(wanted[0]) == 1 and wanted[0].isalpha()
+    letter_more = before and len(before[-1]) == 1
+    return not (spells and letter_more)
+
+
+def _bare_words(text: str) -> list[str]:
+    """The words of a text without quotes and stops."""
+    return re.sub(r"[\s.!?\"'`,:]+", " ", text).split()
 
 
 # ---- arithmetic through the calculator -----------------------------------------------------------
 
+# ways to write each operation
 WORDS_FOR = {
     "+": [
         "{a} + {b}",
@@ -126,6 +144,7 @@ WORDS_FOR = {
     ],
     "%": ["{a} % {b}", "{a} modulo {b}", "the remainder of {a} divided by {b}"],
 }
+# ways to ask for a result
 ASK = [
     "What is {}?",
     "what is {}",
@@ -142,6 +161,7 @@ ASK = [
     "Give me {}.",
     "Find {}.",
 ]
+# the same as stories from life, with their operation
 STORIES = [
     ("+", "I have {a} {things} and get {b} more. How many do I have?"),
     ("+", "{who} has {a} {things} and finds {b} more. How many {things} does {who} have now?"),
@@ -154,6 +174,7 @@ STORIES = [
 ]
 THINGS = "apples books coins stones stamps cards shells pens eggs files tokens letters".split()
 PEOPLE = "Ada Alan Grace Edsger Barbara Guido Donald Margaret Linus Katherine".split()
+# ways to say the result
 RESULT = ["The answer is {}.", "That is {}.", "It is {}.", "That makes {}.", "The result is {}."]
 APPLY = {
     "+": operator.add,
@@ -174,6 +195,8 @@ def _written(n: int, commas: bool) -> str:
 
 
 def arithmetic(rng, split):
+    """Two or three numbers and what is done with them, through the calculator."""
+    # the second number is short where the result would be long
     kind = rng.random()
     sign = rng.choice(["+", "+", "-", "-", "*", "*", "//", "%"])
     a = random_number(rng, rng.choice([1, 2, 2, 3, 3, 4]))
@@ -186,13 +209,18 @@ def arithmetic(rng, split):
     commas = (a + b) % 3 == 0
     if kind < 0.2:
         sign, story = rng.choice(STORIES)
-        a, b = (max(a, b), min(a, b)) if sign in "-//" else (a, b)
+        # nobody loses more than there is
+        if sign in "-//":
+            a, b = max(a, b), min(a, b)
         first, second = _written(a, commas), _written(b, commas)
         things, who = rng.choice(THINGS), rng.choice(PEOPLE)
         question = story.format(a=first, b=second, things=things, who=who)
     else:
         first, second = _written(a, commas), _written(b, commas)
-        question = rng.choice(ASK).format(rng.choice(WORDS_FOR[sign]).format(a=first, b=second))
+        ask, term = rng.choice(ASK), rng.choice(WORDS_FOR[sign])
+        question = ask.format(term.format(a=first, b=second))
+
+    # the call first, then what it has answered
     if sign in ("//", "%") and b == 0:
         return None
     n = APPLY[sign](a, b)
@@ -205,7 +233,9 @@ def _of_three(rng, a: int, b: int):
     c, second = random_number(rng, rng.choice([1, 2, 3])), rng.choice("+-*")
     sign = rng.choice("+-*")
     expression = f"{a}{sign}{b}{second}{c}"
-    question = rng.choice(ASK).format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
+    ask = rng.choice(ASK)
+    question = ask.format(rng.choice([f"{a} {sign} {b} {second} {c}", expression]))
+    # at times in words
     if second == sign == "+" and rng.random() < 0.3:
         question = rng.choice(ASK).format(f"the sum of {a}, {b} and {c}")
     n = _evaluate(a, sign, b, second, c)
@@ -214,6 +244,7 @@ def _of_three(rng, a: int, b: int):
 
 
 def _evaluate(a, sign, b, second, c) -> int:
+    """What three numbers come to: products before sums, else from left to right."""
     if second == "*" and sign != "*":
         return APPLY[sign](a, b * c)
     return APPLY[second](APPLY[sign](a, b), c)
@@ -227,10 +258,11 @@ def words() -> list[str]:
     """Lower-case words of 3 to 10 letters that the standard library's sources use at least three
     times, commonest first.
     """
-    count = collections.Counter(
-        w for d in data.documents("stdlib", "train") for w in re.findall(r"\b[a-z]{3,10}\b", d)
-    )
-    return sorted((w for w, n in count.items() if n >= 3), key=lambda w: (-count[w], w))
+    count = collections.Counter()
+    for document in data.documents("stdlib", "train"):
+        count.update(re.findall(r"\b[a-z]{3,10}\b", document))
+    common = [word for word, n in count.items() if n >= 3]
+    return sorted(common, key=lambda word: (-count[word], word))
 
 
 def _word(rng, split) -> str:
@@ -240,8 +272,9 @@ def _word(rng, split) -> str:
     word = rng.choice(words())
     if split == "train" and rng.random() < 0.4:
         other = rng.choice(words())
-        word = word[: rng.randrange(1, len(word))] + other[rng.randrange(1, len(other)) :]
-        word = word[:10]
+        first_half = word[: rng.randrange(1, len(word))]
+        second_half = other[rng.randrange(1, len(other)) :]
+        word = (first_half + second_half)[:10]
     return word
 
 
@@ -276,18 +309,17 @@ SPELL = [
 
 
 def letters(word: str) -> str:
+    """A word with a blank after each letter: every letter is a token of its own."""
     return " ".join(word)
 
 
 def spelling(rng, split):
+    """A word, letter by letter."""
     word = _word(rng, split)
     shown = _shown(rng, word)
-    return (
-        word,
-        rng.choice(SPELL).format(shown),
-        [text(f"{_named(shown)}:", letters(word))],
-        letters(word),
-    )
+    question = rng.choice(SPELL).format(shown)
+    answer = letters(word)
+    return word, question, [text(f"{_named(shown)}:", answer)], answer
 
 
 COUNT = [
@@ -303,6 +335,7 @@ COUNT = [
     "What is the number of {c} in {w}?",
     "How many letters {c} does {w} have?",
 ]
+# where the letter is without quotes too
 COUNT_BARE = [
     *COUNT,
     "How many {c}s are in {w}?",
@@ -312,16 +345,19 @@ COUNT_BARE = [
 
 
 def counting(rng, split):
-    # else the answer would be 1 most of the time
+    """How often a letter is in a word, counted by Python."""
+    # how often is drawn first: else the answer would be 1 most of the time
     word, n = _word(rng, split), rng.choice([0, 1, 2, 2, 3])
     fitting = [c for c in "abcdefghijklmnopqrstuvwxyz" if word.count(c) == n]
     if not fitting:
         return None
     letter = rng.choice(fitting)
+
+    # word and letter in the same quotes
     shown = _shown(rng, word)
-    question = rng.choice(COUNT_BARE if shown == word else COUNT).format(
-        c=shown.replace(word, letter), w=shown
-    )
+    ask = rng.choice(COUNT_BARE if shown == word else COUNT)
+    question = ask.format(c=shown.replace(word, letter), w=shown)
+
     # what stands there in the tokens that the call needs
     counted = word if shown[0] == '"' else letters(word)
     parts = [
@@ -375,54 +411,46 @@ LENGTH = [
 
 
 def strings(rng, split):
-    kind, word, other = (
-        rng.choice("upper join repeat reverse end end length".split()),
-        _word(rng, split),
-        _word(rng, split),
-    )
-    w = _shown(rng, word) if kind not in ("join", "repeat") else f'"{word}"'
+    """What can be done with a word, in the model's head: most ways begin by spelling it."""
+    kind = rng.choice("upper join repeat reverse end end length".split())
+    word, other = _word(rng, split), _word(rng, split)
+    in_quotes = kind in ("join", "repeat")
+    w = f'"{word}"' if in_quotes else _shown(rng, word)
     spelt = f"{_named(w)}: {letters(word)}"
+
+    # of the letters
     if kind == "upper":
         answer = letters(word.upper())
-        return (
-            word,
-            rng.choice(UPPER).format(w),
-            [text(f"{spelt}. In capital letters:", answer)],
-            answer,
-        )
-    if kind == "join":
+        question, stated = rng.choice(UPPER).format(w), f"{spelt}. In capital letters: {answer}"
+    elif kind == "reverse":
+        answer = letters(word[::-1])
+        question, stated = rng.choice(REVERSE).format(w), f"{spelt}. Backwards: {answer}"
+    elif kind == "end":
+        end, verb, answer = rng.choice([("first", "start", word[0]), ("last", "end", word[-1])])
+        question = rng.choice(END).format(w=w, e=end, v=verb)
+        stated = f'{spelt}. The {end} letter is "{answer}".'
+    elif kind == "length":
+        counted = " ".join(f"{i} {c}" for i, c in enumerate(word, 1))
+        answer = f"{len(word)} letters"
+        question, stated = rng.choice(LENGTH).format(w), f"{_named(w)}: {counted}. It has {answer}."
+
+    # of whole words, of which the second must be of the same split
+    elif kind == "join":
         if held_out(other) != (split == "test"):
             return None
         answer = word + other
-        return (
-            word,
-            rng.choice(JOIN).format(w, f'"{other}"'),
-            [text(f'Together they are "{answer}".')],
-            answer,
-        )
-    if kind == "repeat":
+        question = rng.choice(JOIN).format(w, f'"{other}"')
+        stated = f'Together they are "{answer}".'
+    else:
         n = rng.randrange(2, 5)
         answer = word * n
-        return word, rng.choice(REPEAT).format(w=w, n=n), [text(f'That is "{answer}".')], answer
-    if kind == "reverse":
-        answer = letters(word[::-1])
-        return word, rng.choice(REVERSE).format(w), [text(f"{spelt}. Backwards:", answer)], answer
-    if kind == "end":
-        end, verb, answer = rng.choice([("first", "start", word[0]), ("last", "end", word[-1])])
-        question = rng.choice(END).format(w=w, e=end, v=verb)
-        return word, question, [text(f'{spelt}. The {end} letter is "{answer}".')], answer
-    counted = " ".join(f"{i} {c}" for i, c in enumerate(word, 1))
-    answer = f"{len(word)} letters"
-    return (
-        word,
-        rng.choice(LENGTH).format(w),
-        [text(f"{_named(w)}: {counted}. It has {answer}.")],
-        answer,
-    )
+        question, stated = rng.choice(REPEAT).format(w=w, n=n), f'That is "{answer}".'
+    return word, question, [text(stated)], answer
 
 
 # ---- the running Python --------------------------------------------------------------------------
 
+# where functions are looked for
 MODULES = """
 math cmath random statistics itertools functools operator collections string re textwrap json csv
 time calendar os.path shutil glob fnmatch heapq bisect copy pprint base64 binascii hashlib secrets
@@ -492,12 +520,16 @@ ITEMS = [
 def functions() -> dict[str, str]:
     """Public function -> the one module of MODULES that has it, as the running Python says."""
     homes = collections.defaultdict(set)
-    for module in MODULES:
-        found = importlib.import_module(module)
-        for name in getattr(found, "__all__", dir(found)):
-            public = not name.startswith("_") and len(name) > 2 and not hasattr(builtins, name)
-            if public and callable(getattr(found, name, None)):
-                homes[name].add(module)
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for function in getattr(module, "__all__", dir(module)):
+            # "e" and "pi" say nothing, and builtins need no module
+            if function.startswith("_") or len(function) <= 2 or hasattr(builtins, function):
+                continue
+            if callable(getattr(module, function, None)):
+                homes[function].add(name)
+
+    # what has one home only, so that there is one answer
     return {name: min(modules) for name, modules in sorted(homes.items()) if len(modules) == 1}
 
 
@@ -532,23 +564,14 @@ def pyfacts(rng, split):
     """
     kind = rng.choice("module module keyword builtin operator type type items".split())
     if kind == "module":
-        name = rng.choice(list(functions()))
-        ask, answer = rng.choice(IN_MODULE), functions()[name]
-        stated, subject = f"{name} is in the module {answer}.", name
-    elif kind in ("keyword", "builtin"):
-        yes = rng.random() < 0.5
-        inside = (
-            keyword.kwlist
-            if kind == "keyword"
-            else [n for n in dir(builtins) if not n.startswith("_")]
-        )
-        # of more words, no would be the answer nearly always
-        subject = rng.choice(inside if yes else words()[: 2 * len(inside)])
-        yes = subject in inside
-        ask, what = (IS_KEYWORD, "a keyword") if kind == "keyword" else (IS_BUILTIN, "built in")
-        ask, answer = rng.choice(ask), "yes" if yes else "no"
-        stated = f'{answer.title()}, "{subject}" is {"" if yes else "not "}{what}.'
-        subject = f'"{subject}"'
+        subject = rng.choice(list(functions()))
+        ask, answer = rng.choice(IN_MODULE), functions()[subject]
+        stated = f"{subject} is in the module {answer}."
+    elif kind == "keyword":
+        subject, ask, answer, stated = _membership(rng, keyword.kwlist, IS_KEYWORD, "a keyword")
+    elif kind == "builtin":
+        names = [name for name in dir(builtins) if not name.startswith("_")]
+        subject, ask, answer, stated = _membership(rng, names, IS_BUILTIN, "built in")
     elif kind == "operator":
         subject = rng.choice(list(OPERATORS))
         ask, answer = rng.choice(OPERATOR), OPERATORS[subject]
@@ -559,13 +582,23 @@ def pyfacts(rng, split):
         stated = f"{subject} is of type {answer}."
     else:
         items = [random_number(rng, rng.choice([1, 2])) for _ in range(rng.randrange(1, 9))]
-        subject, ask, answer = (
-            str(items),
-            rng.choice(ITEMS),
-            f"{len(items)} item{'s' * (len(items) != 1)}",
-        )
-        stated = " ".join(f"{i}: {n}" for i, n in enumerate(items, 1)) + f". It has {answer}."
+        subject, ask = str(items), rng.choice(ITEMS)
+        # counted aloud
+        counted = " ".join(f"{i}: {n}" for i, n in enumerate(items, 1))
+        answer = f"{len(items)} item{'s' * (len(items) != 1)}"
+        stated = f"{counted}. It has {answer}."
     return f"{subject} {ask}", ask.format(subject), [text(stated)], answer
+
+
+def _membership(rng, names: Sequence[str], asks: list[str], what: str) -> tuple[str, str, str, str]:
+    """(word, way to ask, answer, the answer as a sentence) of whether a word is one of `names`."""
+    yes = rng.random() < 0.5
+    # of more words, no would be the answer nearly always
+    word = rng.choice(names if yes else words()[: 2 * len(names)])
+    ask = rng.choice(asks)
+    if word in names:
+        return f'"{word}"', ask, "yes", f'Yes, "{word}" is {what}.'
+    return f'"{word}"', ask, "no", f'No, "{word}" is not {what}.'
 
 
 def fact(item: dict, answer: str) -> bool:
@@ -590,7 +623,8 @@ HELLO = [
     "hey there",
     "howdy",
 ]
-ABOUT = {  # subject: (ways to ask, what is answered, the word that the answer must have)
+# subject: (ways to ask, what is answered, the word that the answer must have)
+ABOUT = {
     "name": (
         [
             "who are you?",
@@ -693,36 +727,43 @@ ABOUT = {  # subject: (ways to ask, what is answered, the word that the answer m
 }
 
 
+# a question with a greeting before it, with the model's name, or neither; and a greeting alone
+GREETED = ["{hello}, {ask}", "{hello}! {ask}", "{hello} {name}, {ask}", "{ask}", "{ask} {name}"]
+GREETING = ["{hello}", "{hello}!", "{hello} {name}", "{hello}, {name}!", "{hello}."]
+
+
 def identity(rng, split):
+    """Greetings, thanks, and who it is that answers."""
     subject = rng.choice(list(ABOUT))
     asks, answer, mark = ABOUT[subject]
     ask, hello = rng.choice(asks), rng.choice(HELLO)
-    question = rng.choice(
-        ["{hello}, {ask}", "{hello}! {ask}", "{hello} {name}, {ask}", "{ask}", "{ask} {name}"]
-        if ask
-        else ["{hello}", "{hello}!", "{hello} {name}", "{hello}, {name}!", "{hello}."]
-    )
-    question = question.format(hello=hello, ask=ask, name=NAME)
-    question = rng.choice([question, question[0].upper() + question[1:], question.rstrip(".?!")])
+    form = rng.choice(GREETED if ask else GREETING)
+    question = form.format(hello=hello, ask=ask, name=NAME)
+
+    # as people type: with a capital letter, or without the sign at the end
+    capital = question[0].upper() + question[1:]
+    question = rng.choice([question, capital, question.rstrip(".?!")])
     return question.lower(), question, [text(answer)], mark
 
 
 def mentions(item: dict, answer: str) -> bool:
+    """The answer has the word that it must have."""
     return item["answer"] in said(answer).lower()
 
 
+def _task(name: str, one: Callable, train_items: int, grade: Callable) -> Task:
+    """A task whose items are made when they are first asked for, once for each split."""
+    items = functools.cache(functools.partial(make_items, name, one, train_items))
+    return Task("generate", items, grade=grade)
+
+
 TASKS: dict[str, Task] = {
-    name: Task(
-        "generate", functools.cache(functools.partial(make_items, name, one, size)), grade=grade
-    )
-    for name, (one, size, grade) in dict(
-        arithmetic=(arithmetic, 15_000, same_number),
-        spelling=(spelling, 18_000, same_end),
-        counting=(counting, 15_000, same_number),
-        strings=(strings, 8_000, same_end),
-        pyfacts=(pyfacts, 8_000, fact),
-        identity=(identity, 2_000, mentions),
-    ).items()
+    "arithmetic": _task("arithmetic", arithmetic, 15_000, same_number),
+    "spelling": _task("spelling", spelling, 18_000, same_end),
+    "counting": _task("counting", counting, 15_000, same_number),
+    "strings": _task("strings", strings, 8_000, same_end),
+    "pyfacts": _task("pyfacts", pyfacts, 8_000, fact),
+    "identity": _task("identity", identity, 2_000, mentions),
 }
 
 
@@ -736,22 +777,26 @@ def dialogues(split: str) -> list[dict]:
     """
     rng = random.Random(f"dialogues {split}")
     parts = [(name, task.items(split)) for name, task in TASKS.items() if name != "dialogues"]
+    size = 6_000 if split == "train" else TEST_ITEMS
     made = []
-    for i in range(6_000 if split == "train" else TEST_ITEMS):
-        turns = [
-            (name, rng.choice(items))
-            for name, items in rng.choices(parts, k=rng.choice([2, 2, 3, 4]))
-        ]
-        name, last = turns[-1]
-        made.append(
-            dict(
-                id=f"dialogues/{split}/{i}",
-                about=last["about"],
-                answer=last["answer"],
-                task=name,
-                messages=[m for _, item in turns for m in item["messages"]],
-            )
+    for i in range(size):
+        # tasks first, then an item of each
+        chosen = rng.choices(parts, k=rng.choice([2, 2, 3, 4]))
+        turns = [rng.choice(items) for _, items in chosen]
+        messages = []
+        for turn in turns:
+            messages += turn["messages"]
+
+        # the last turn is the question
+        task, _ = chosen[-1]
+        item = dict(
+            id=f"dialogues/{split}/{i}",
+            about=turns[-1]["about"],
+            answer=turns[-1]["answer"],
+            task=task,
+            messages=messages,
         )
+        made.append(item)
     return made
 
 
