@@ -131,6 +131,7 @@ def read_record(path) -> Record:
     """
     with _told_when_gone(path):
         record = _parse(path, _read_meta(path))
+        # lengths are cheap to compare; checksums wait until the files are read
         for name, entry in record.files.items():
             size = _size(path, name)
             if size is None:
@@ -146,6 +147,7 @@ def _read_meta(path) -> bytes:
     """The content of meta.json."""
     fs, root = filesystem(path)
     try:
+        # a local one might be a pipe, for which nobody should wait
         if not is_remote(path):
             return read_bytes(Path(path, "meta.json"))
         with reaching(path):
@@ -273,6 +275,7 @@ def _scan(folder) -> list[tuple[Any, Record | UserError]]:
             raise
         except UserError as e:
             damaged.append((path, e))
+    # by training and step, whatever the names of the folders say
     return damaged + sorted(sound, key=lambda item: item[1].place, reverse=True)
 
 
@@ -311,6 +314,7 @@ def latest(folder):
 
 def _latest(folder):
     checkpoints, error = scan(folder), None
+    # the newest first, until one is as it was written
     for path, record in checkpoints:
         try:
             if isinstance(record, UserError):
@@ -323,6 +327,7 @@ def _latest(folder):
         except UserError as e:
             warnings.warn(f"passing over a checkpoint: {e}", stacklevel=4)
             error = e
+    # there are some, and none can be used
     if error:
         raise UserError(f"no checkpoint of {len(checkpoints)} in {folder} can be used ({error})")
     return None
@@ -337,6 +342,7 @@ def resolve(path):
     """The checkpoint that a path stands for: itself, or the newest below it."""
     fs, root = filesystem(path)
     with reaching(path):
+        # a checkpoint, a run folder, or a folder of checkpoints
         if NAME.fullmatch(root.rpartition("/")[2]) or fs.exists(f"{root}/meta.json"):
             return path
         folder = path

@@ -67,6 +67,7 @@ class Saver:
 
     def _look_back(self):
         """Remember which training began last in this folder, its last step, and the last time."""
+        # newest first
         records = [record for _, record in sound_ones(self.folder)]
         if records:
             self._began, self._step = records[0].began, records[0].step
@@ -87,6 +88,7 @@ class Saver:
             # a copy: the caller's cursor goes on meanwhile
             "meta": json.loads(to_json(meta or {})),
         }
+        # here the background begins
         write = _write
         if jax.process_count() > 1:
             record["split"] = shapes
@@ -192,6 +194,7 @@ def _prune(folder, written, keep: int):
     Damaged ones are left alone.
     """
     checkpoints = sound_ones(folder)
+    # what was written just now stays, even if an older one counts as newer
     kept = {str(path) for path, _ in checkpoints[:keep]}
     kept |= {str(written), str(lowest(checkpoints))}
     for path, _ in checkpoints:
@@ -244,6 +247,7 @@ def _seal(folder: Path, record: dict, arrays: dict):
 
 def _fill(folder: Path, arrays: dict, suffix: str = "") -> dict:
     """Write the arrays into files of `folder`; {file: its size and checksum}."""
+    # one file for each top-level key
     by_file: dict[str, dict] = {}
     for name, array in arrays.items():
         by_file.setdefault(_top(name), {})[name] = array
@@ -314,9 +318,11 @@ def _leave(place, record: dict, arrays: dict):
     fs, root = filesystem(place)
     index, count = jax.process_index(), jax.process_count()
     fs.makedirs(root, exist_ok=True)
+    # from here on no checkpoint stands there until all is new
     if index == 0 and fs.exists(f"{root}/meta.json"):
         fs.rm_file(f"{root}/meta.json")
 
+    # the files, by way of this machine's disk where the place is remote
     with tempfile.TemporaryDirectory() as tmp:
         local = Path(tmp if is_remote(place) else place)
         files = _fill(local, arrays, f".{index}-of-{count}")
@@ -343,6 +349,7 @@ def _collect(place, target, record: dict):
         lambda: not missing(),
         lambda: f"process {', '.join(missing())} has not written its share of {target}",
     )
+    # one record of them all, which makes it a checkpoint
     record["files"] = {}
     for path in lists.values():
         record["files"] |= parse_json(fs.cat_file(path), path)

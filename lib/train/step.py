@@ -82,6 +82,7 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
     if inputs_ABT.shape[0] == 1:
         (loss, count), grads = grad(params, config, inputs_ABT[0], targets_ABT[0])
         return loss, count, grads
+    # the loop carries one sum of each in float32, as the parameters are
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
 
@@ -121,6 +122,7 @@ def train_step(
     so do several devices.
     """
     with jax.named_scope("forward_backward"):
+        # sums over all rows: of losses, of targets, of gradients
         if layout is None:
             shape = -1, config.microbatch, config.sequence_len
             rows = inputs_BT.reshape(shape), targets_BT.reshape(shape)
@@ -154,6 +156,7 @@ def make_train_step(config: Config, layout: Layout | None = None) -> Callable:
 
 @functools.cache
 def _jitted_step(config: Config, layout: Layout | None):
+    # the old state's memory is given to the new one
     step = functools.partial(train_step, config=config, layout=layout)
     if layout is None:
         return jax.jit(step, donate_argnums=0)
