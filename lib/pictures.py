@@ -450,3 +450,30 @@ def scores(marks: dict[str, dict[str, dict]]):
     axis.grid(visible=False, axis="y")
     figure.legend(loc="outside upper right", ncols=len(marks))
     return figure
+
+
+# ---- 05: learning from rewards -------------------------------------------------------------------
+
+
+@styled
+def reinforcement(rows: list[dict]):
+    """Reward with held-out pass@k, length, entropy and divergence of each step of a training."""
+    figure, axes = subplots(2, 2, size=(8.5, 5))
+    reward, length, entropy, kl = axes.flat
+    for axis, name in ((reward, "reward"), (length, "length"), (entropy, "entropy"), (kl, "kl")):
+        steps, values = column(rows, name)
+        axis.plot(steps, values, color="C0", alpha=0.35, linewidth=0.8)
+        axis.plot(steps, running_mean(values), color="C0", label=name)
+        whole_ticks(axis.xaxis)
+
+    # held-out questions beside those that it learns from
+    measured = {name for row in rows for name in row if name.startswith("pass_")}
+    for i, name in enumerate(sorted(measured), 1):
+        steps, values = column(rows, name)
+        reward.plot(steps, values, "o-", color=f"C{i}", markersize=3, label=name.replace("_", "@"))
+    reward.legend(loc="lower right")
+    reward.set(ylabel="reward, share right", title="reward")
+    length.set(ylabel="tokens", title="length of answers")
+    entropy.set(xlabel="step", ylabel="nats per token", title="entropy")
+    kl.set(xlabel="step", ylabel="nats per token", title="divergence from the start")
+    return figure

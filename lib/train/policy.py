@@ -193,7 +193,7 @@ def policy_loss(  # noqa: PLR0913  (four models' opinions of the same tokens)
         return jnp.where(mask_BT, a - b, 0.0)
 
     ratio = _ratio(difference(logp_BT, old_logp_BT), mask_BT, settings)
-    loss_BT = _objective(logp_BT, ratio, advantage_B1, settings)
+    loss_BT = objective(logp_BT, ratio, advantage_B1, settings)
     drift_BT = difference(old_logp_BT, sampler_logp_BT)
     loss_BT = loss_BT * _sampler_weight(drift_BT, settings)
     k3_BT = _k3(difference(ref_logp_BT, logp_BT))
@@ -225,7 +225,7 @@ def _ratio(difference_BT, mask_BT, settings: Policy):
     return jnp.exp(difference_BT.sum(axis=1, keepdims=True) / count_B1)
 
 
-def _objective(logp_BT, ratio, advantage_B1, settings: Policy):
+def objective(logp_BT, ratio, advantage_B1, settings: Policy):
     """What is minimised for each token, before weights and KL."""
     if settings.ratio == "none":
         return -advantage_B1 * logp_BT

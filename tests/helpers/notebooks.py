@@ -46,6 +46,17 @@ SMOKE = {
         task_items=4,
         say="Hi | What is 2+3?",
     ),
+    "05_rl": dict(
+        run="smoke",
+        task="identity",
+        reward=f"{ROOT / 'tests/programs/reward_of_length.py'}:of_length",
+        num_steps=2,
+        questions=4,
+        samples=4,
+        max_tokens=8,
+        test_items=4,
+        test_samples=2,
+    ),
 }
 PRODUCTS = {
     "01_tokenizer": ["tokenizer.json", "results.json", "plots/tokenizer_compression.png"],
@@ -81,6 +92,7 @@ PRODUCTS = {
         "evals/base.json",
         "evals/sft.json",
     ],
+    "05_rl": ["plots/reinforcement.png", "rl/step_00000002", "evals/rl.json"],
 }
 
 

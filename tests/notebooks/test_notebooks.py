@@ -15,6 +15,7 @@ from lib.data import SOURCES
 from lib.data.packing import PACKING
 from lib.notebook import flags, parameters
 from lib.sweeps import presets as sweep_presets
+from lib.train.policy import PRESETS as rl_presets
 from tests.helpers import ROOT
 from tests.helpers.notebooks import NOTEBOOKS, SMOKE, check_products, script, words_of
 
@@ -85,6 +86,11 @@ CHOICES = {
         "driver": ["local", "wandb"],
     },
     "04_eval_chat": {"if_exists": ["continue", "fresh", "stop"]},
+    "05_rl": {
+        "preset": rl_presets,
+        "optimizer": ["adamw", "muon"],
+        "if_exists": ["continue", "fresh", "stop"],
+    },
 }
 
 
