@@ -29,19 +29,26 @@ def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | No
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
+    G = N // K
     block = block or max(128, T // 8)
     # Heads before positions: XLA's CPU matmul is 1.6 times faster than on the interleaved order.
     # The queries of a group share their keys, so they are just more rows (R = T G, position by
     # position) of the same matrices.
-    q_BKRH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    q_BTKGH = q_BTNH.reshape(B, T, K, G, H)
+    q_BKRH = q_BTKGH.swapaxes(1, 2).reshape(B, K, -1, H)
+    k_BKSH = k_BSKH.swapaxes(1, 2)
+    v_BKSH = v_BSKH.swapaxes(1, 2)
     o_BKRH = cast(Any, _blocked(q_BKRH, k_BKSH, v_BKSH, window, block))
-    return o_BKRH.reshape(B, K, T, N // K, H).swapaxes(1, 2).reshape(B, T, N, H)
+
+    # and back
+    o_BKTGH = o_BKRH.reshape(B, K, T, G, H)
+    return o_BKTGH.swapaxes(1, 2).reshape(B, T, N, H)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block):
-    return _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block)[0]
+    o_BKRH, _ = _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block)
+    return o_BKRH
 
 
 def _blocked_scores(q_BKRH, k_BKSH, window, block):
@@ -50,34 +57,46 @@ def _blocked_scores(q_BKRH, k_BKSH, window, block):
     """
     T, H = k_BKSH.shape[2:]
     G = q_BKRH.shape[2] // T
+    scale = 1 / math.sqrt(H)
+    reach = T if window is None else window
     for start in range(0, T, block):
         # these queries see the blocks of keys from the first in the window to their own
         end = min(start + block, T)
-        reach = T if window is None else window
-        first = max(0, start - reach) // block * block
-        rows, keys = slice(start * G, end * G), slice(first, end)
+        oldest = max(0, start - reach)
+        first = oldest // block * block
+        rows = slice(start * G, end * G)
+        keys = slice(first, end)
 
         # which of those each query sees, known when this is traced
-        distance = np.repeat(np.arange(start, end), G)[:, None] - np.arange(first, end)
+        query = np.repeat(np.arange(start, end), G)
+        key = np.arange(first, end)
+        distance = query[:, None] - key
         visible = (distance >= 0) & (distance <= reach)
+
         s_BKRS = _product("BKRH,BKSH->BKRS", q_BKRH[:, :, rows], k_BKSH[:, :, keys])
-        yield rows, keys, jnp.where(visible, s_BKRS * (1 / math.sqrt(H)), MASKED)
+        yield rows, keys, jnp.where(visible, s_BKRS * scale, MASKED)
 
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
+    """o, and what backward needs."""
     outs, lses = [], []
     for _, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
         # softmax, and the log of its sum for backward
         top_BKR1 = s_BKRS.max(-1, keepdims=True)
         p_BKRS = jnp.exp(s_BKRS - top_BKR1)
         total_BKR1 = p_BKRS.sum(-1, keepdims=True)
+        # divided after the product: there are fewer outputs than probabilities
         v = v_BKSH[:, :, keys]
-        outs.append(_product("BKRS,BKSH->BKRH", p_BKRS.astype(v.dtype), v) / total_BKR1)
+        weighed_BKRH = _product("BKRS,BKSH->BKRH", p_BKRS.astype(v.dtype), v)
+        outs.append(weighed_BKRH / total_BKR1)
         lses.append(top_BKR1 + jnp.log(total_BKR1))
-    o_BKRH = checkpoint_name(jnp.concatenate(outs, 2).astype(q_BKRH.dtype), RESIDUAL_NAME)
+
+    # named, so that rematerialization can keep them
+    o_BKRH = jnp.concatenate(outs, 2).astype(q_BKRH.dtype)
+    o_BKRH = checkpoint_name(o_BKRH, RESIDUAL_NAME)
     lse_BKR1 = checkpoint_name(jnp.concatenate(lses, 2), RESIDUAL_NAME)
     return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1)
 
@@ -86,22 +105,36 @@ def _blocked_backward(window, block, residuals, do_BKRH):
     """Recomputing the probabilities is faster on CPU than reading them back, and holds none."""
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
     scale = 1 / math.sqrt(q_BKRH.shape[-1])
+    # what softmax's gradient takes away: each query's o times do
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
-    dq: list = []  # a block of queries each
-    dk: list = []  # a block of keys each
+
+    # a block of queries each, and of keys
+    dq: list = []
+    dk: list = []
     dv: list = []
     for rows, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
-        q, k, v = q_BKRH[:, :, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys]
+        q = q_BKRH[:, :, rows]
+        k = k_BKSH[:, :, keys]
+        v = v_BKSH[:, :, keys]
         do = do_BKRH[:, :, rows]
+
+        # probabilities again, and through softmax the gradient of the scores
         p_BKRS = jnp.exp(s_BKRS - lse_BKR1[:, :, rows])
         dp_BKRS = _product("BKRH,BKSH->BKRS", do, v)
-        ds_BKRS = (scale * p_BKRS * (dp_BKRS - delta_BKR1[:, :, rows])).astype(q.dtype)
+        ds_BKRS = scale * p_BKRS * (dp_BKRS - delta_BKR1[:, :, rows])
+        ds_BKRS = ds_BKRS.astype(q.dtype)
+
+        # queries are complete at once; keys are seen by several blocks of queries
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
-        _add_blocks(dk, _product("BKRS,BKRH->BKSH", ds_BKRS, q), keys.start, block)
-        _add_blocks(dv, _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do), keys.start, block)
-    return tuple(
-        jnp.concatenate(parts, 2).astype(like.dtype)
-        for parts, like in ((dq, q_BKRH), (dk, k_BKSH), (dv, v_BKSH))
+        dk_BKSH = _product("BKRS,BKRH->BKSH", ds_BKRS, q)
+        _add_blocks(dk, dk_BKSH, keys.start, block)
+        dv_BKSH = _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do)
+        _add_blocks(dv, dv_BKSH, keys.start, block)
+
+    return (
+        jnp.concatenate(dq, 2).astype(q_BKRH.dtype),
+        jnp.concatenate(dk, 2).astype(k_BKSH.dtype),
+        jnp.concatenate(dv, 2).astype(v_BKSH.dtype),
     )
 
 
@@ -112,7 +145,8 @@ def _add_blocks(parts: list, new_BKSH, start: int, block: int):
     """
     parts.append(0.0)
     for j in range(start // block, len(parts)):
-        parts[j] += new_BKSH[:, :, j * block - start :][:, :, :block]
+        begin = j * block - start
+        parts[j] += new_BKSH[:, :, begin:][:, :, :block]
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -120,13 +154,15 @@ _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
     """`jax.nn.dot_product_attention`: cuDNN flash attention where it can do this, XLA elsewhere."""
+    # so many keys to the left of each query, none to the right
+    local_window = None if window is None else (window, 0)
     attend = functools.partial(
         jax.nn.dot_product_attention,
         q_BTNH,
         k_BSKH,
         v_BSKH,
         is_causal=True,
-        local_window_size=None if window is None else (window, 0),
+        local_window_size=local_window,
     )
     if _has_cudnn_flash(q_BTNH.dtype):
         # jax's answer to a head width that this GPU lacks
@@ -156,7 +192,8 @@ def checked(name: str, attend):
 
     @functools.wraps(attend)
     def attend_checked(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, **options):
-        (_, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
+        _, T, N, H = q_BTNH.shape
+        _, S, K, _ = k_BSKH.shape
         if S != T:
             raise UserError(
                 f"attention got {T} queries and {S} keys: it is for training and prefill, "
@@ -164,6 +201,8 @@ def checked(name: str, attend):
             )
         sizes = dict(sequence_len=T, head_dim=H, n_head=N, n_kv_head=K)
         check_attention(name, **sizes, window=window)
+
+        # without a window there is less to compute
         if window is not None and window >= T - 1:
             window = None
         return attend(q_BTNH, k_BSKH, v_BSKH, window, **options)
@@ -171,5 +210,10 @@ def checked(name: str, attend):
     return attend_checked
 
 
-IMPLEMENTATIONS = {"einsum": einsum, "jax": jax_sdpa, "splash": splash, "pallas": pallas}
+IMPLEMENTATIONS = {
+    "einsum": einsum,
+    "jax": jax_sdpa,
+    "splash": splash,
+    "pallas": pallas,
+}
 ATTENTION = {name: checked(name, attend) for name, attend in IMPLEMENTATIONS.items()}

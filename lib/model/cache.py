@@ -2,7 +2,6 @@
 window.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -11,10 +10,10 @@ import jax.numpy as jnp
 
 from lib.config import Config
 
-RING = 16  # slots of a ring come in multiples of this: whole vector registers
-UNSEEN = (
-    -1e30
-)  # the score of a key that can't be seen; finite, so that a padding query makes no NaN
+# slots of a ring come in multiples of this: whole vector registers
+RING = 16
+# the score of a key that can't be seen; finite, so that a padding query makes no NaN
+UNSEEN = -1e30
 
 
 class Cache(NamedTuple):
@@ -42,8 +41,11 @@ def init_cache(config: Config, batch: int, length: int, spare: int = 0) -> Cache
     def empty_rings():
         rings = []
         for window in config.windows:
-            slots = min(length, -(-(window + 1 + spare) // RING) * RING)
-            shape = batch * config.n_kv_head, slots, config.head_dim
+            # a query sees itself and its window; what may be cut back lies behind
+            needed = window + 1 + spare
+            slots = -(-needed // RING) * RING
+            slots = min(length, slots)
+            shape = (batch * config.n_kv_head, slots, config.head_dim)
             rings.append(jnp.zeros(shape, config.dtype))
         return rings
 
@@ -55,6 +57,9 @@ def init_cache(config: Config, batch: int, length: int, spare: int = 0) -> Cache
     )
 
 
+# ---- rows of a cache -----------------------------------------------------------------------------
+
+
 def pick_rows(cache: Cache, rows_b) -> Cache:
     """The given rows of a cache, as one of b rows; numbers beyond the last row give any row."""
     B = len(cache.length)
@@ -62,7 +67,9 @@ def pick_rows(cache: Cache, rows_b) -> Cache:
 
     def pick(a):
         # a ring leads with K entries for each row
-        return a.reshape(B, -1, *a.shape[1:])[rows_b].reshape(-1, *a.shape[1:])
+        rest = a.shape[1:]
+        by_row = a.reshape(B, -1, *rest)
+        return by_row[rows_b].reshape(-1, *rest)
 
     return jax.tree.map(pick, cache)
 
@@ -71,11 +78,16 @@ def put_rows(cache: Cache, rows_b, part: Cache) -> Cache:
     """The cache with the given rows replaced by those of `part`; numbers beyond the last row are
     ignored.
     """
-    B, b = len(cache.length), len(rows_b)
+    B = len(cache.length)
+    b = len(rows_b)
 
     def put(a, new):
-        by_row, new = a.reshape(B, -1, *a.shape[1:]), new.reshape(b, -1, *a.shape[1:])
-        return by_row.at[rows_b].set(new, mode="drop").reshape(a.shape)
+        # a ring leads with K entries for each row, as in pick_rows
+        rest = a.shape[1:]
+        by_row = a.reshape(B, -1, *rest)
+        new_by_row = new.reshape(b, -1, *rest)
+        by_row = by_row.at[rows_b].set(new_by_row, mode="drop")
+        return by_row.reshape(a.shape)
 
     return jax.tree.map(put, cache, part)
 
@@ -85,13 +97,19 @@ def advance(cache: Cache, k: list, v: list, tokens_BT, real_BT) -> Cache:
     new rings.
     """
     new_B = real_BT.sum(axis=1, dtype=cache.length.dtype)
-    return Cache(k, v, cache.length + new_B, newest_token(tokens_BT, new_B, cache.last))
+    return Cache(
+        k=k,
+        v=v,
+        length=cache.length + new_B,
+        last=newest_token(tokens_BT, new_B, cache.last),
+    )
 
 
 def newest_token(tokens_BT, count_B, otherwise_B):
     """The last of each row's first `count` tokens; `otherwise` where that is none."""
     place_B1 = jnp.maximum(count_B - 1, 0)[:, None]
-    newest_B = jnp.take_along_axis(tokens_BT, place_B1, axis=1)[:, 0]
+    newest_B1 = jnp.take_along_axis(tokens_BT, place_B1, axis=1)
+    newest_B = newest_B1[:, 0]
     return jnp.where(count_B > 0, newest_B, otherwise_B)
 
 
@@ -106,18 +124,23 @@ def cached_attention(k_ring, v_ring, position_BT, length_B, window: int):
     """
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
-        slots = k_ring.shape[1]
+        S = k_ring.shape[1]
         new_k = write_ring(k_ring, k_BTKH, position_BT, length_B)
         new_v = write_ring(v_ring, v_BTKH, position_BT, length_B)
+
         if q_BTNH.shape[1] == 1:
             # what the one new token overwrote is outside its window
-            keys, values = [new_k], [new_v]
-            held_BS = held_positions(length_B + 1, slots)
+            keys = [new_k]
+            values = [new_v]
+            held_BS = held_positions(length_B + 1, S)
         else:
             # the last of many may overwrite what the first must see:
             # look at the ring as it was, and at the new ones
-            keys, values = [k_ring, as_ring(k_BTKH, k_ring)], [v_ring, as_ring(v_BTKH, v_ring)]
-            held_BS = jnp.concatenate([held_positions(length_B, slots), position_BT], axis=1)
+            keys = [k_ring, as_ring(k_BTKH, k_ring)]
+            values = [v_ring, as_ring(v_BTKH, v_ring)]
+            before_BS = held_positions(length_B, S)
+            held_BS = jnp.concatenate([before_BS, position_BT], axis=1)
+
         o_BTNH = attend_held(q_BTNH, keys, values, position_BT, held_BS, window)
         return o_BTNH, (new_k, new_v)
 
@@ -127,7 +150,8 @@ def cached_attention(k_ring, v_ring, position_BT, length_B, window: int):
 def as_ring(new_BTKH, ring_XSH):
     """New keys or values in the layout and dtype of a ring: (B K, T, H)."""
     B, T, K, H = new_BTKH.shape
-    return new_BTKH.astype(ring_XSH.dtype).swapaxes(1, 2).reshape(B * K, T, H)
+    new_BKTH = new_BTKH.astype(ring_XSH.dtype).swapaxes(1, 2)
+    return new_BKTH.reshape(B * K, T, H)
 
 
 def write_ring(ring_XSH, new_BTKH, position_BT, length_B):
@@ -137,16 +161,23 @@ def write_ring(ring_XSH, new_BTKH, position_BT, length_B):
     B, T, K, H = new_BTKH.shape
     S = ring_XSH.shape[1]
     new_BTKH = new_BTKH.astype(ring_XSH.dtype)
+
+    # one token of one row: a slice, far cheaper than a scatter.
+    # Padding spoils only the slot whose turn it is, and nobody needs that any more
     if B == T == 1:
-        # padding spoils only the slot whose turn it is, and nobody needs that any more
         slot = length_B[0] % S
-        return jax.lax.dynamic_update_slice(ring_XSH, new_BTKH[0].swapaxes(0, 1), (0, slot, 0))
+        new_KTH = new_BTKH[0].swapaxes(0, 1)
+        return jax.lax.dynamic_update_slice(ring_XSH, new_KTH, (0, slot, 0))
+
     # of more than S new ones the last S stay; slot S is beyond the ring, and dropped
     last_B1 = jnp.max(position_BT, axis=1, keepdims=True)
     stays_BT = (position_BT >= 0) & (position_BT > last_B1 - S)
     slot_BT = jnp.where(stays_BT, position_BT % S, S)
+
+    # every row writes into its own K rings
     row_B1 = jnp.arange(B)[:, None]
-    ring_BKSH = ring_XSH.reshape(B, K, S, H).at[row_B1, :, slot_BT].set(new_BTKH, mode="drop")
+    ring_BKSH = ring_XSH.reshape(B, K, S, H)
+    ring_BKSH = ring_BKSH.at[row_B1, :, slot_BT].set(new_BTKH, mode="drop")
     return ring_BKSH.reshape(ring_XSH.shape)
 
 
@@ -155,7 +186,8 @@ def held_positions(length_B, S: int):
     where it is empty.
     """
     last_B1 = length_B[:, None] - 1
-    return last_B1 - (last_B1 - jnp.arange(S)) % S
+    age_BS = (last_B1 - jnp.arange(S)) % S
+    return last_B1 - age_BS
 
 
 def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int):
@@ -166,24 +198,41 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int):
     """
     B, T, N, H = q_BTNH.shape
     K = keys[0].shape[0] // B
-    # M: the G query heads of a group, then T
-    q_XMH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4).reshape(B * K, -1, H)
+    G = N // K
+
+    # the queries in a ring's layout; M: the G query heads of a group, then T
+    q_BTKGH = q_BTNH.reshape(B, T, K, -1, H)
+    q_BKGTH = q_BTKGH.transpose(0, 2, 3, 1, 4)
+    q_XMH = q_BKGTH.reshape(B * K, -1, H)
 
     # scores, the parts joined
-    product = functools.partial(
-        jnp.einsum, "XMH,XSH->XMS", q_XMH, preferred_element_type=jnp.float32
-    )
-    s_XMS = jnp.concatenate([product(k_XSH) for k_XSH in keys], axis=-1)
-    s_BKGTS = s_XMS.reshape(B, K, N // K, T, -1) / math.sqrt(H)
+    parts = [_ring_scores(q_XMH, k_XSH) for k_XSH in keys]
+    s_XMS = jnp.concatenate(parts, axis=-1)
+    s_BKGTS = s_XMS.reshape(B, K, G, T, -1) / math.sqrt(H)
 
     # probabilities over what each query may see
     distance_BTS = position_BT[:, :, None] - held_BS[:, None]
-    visible_BTS = (distance_BTS >= 0) & (distance_BTS <= window) & (held_BS >= 0)[:, None]
-    p_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], s_BKGTS, UNSEEN), axis=-1)
+    in_window_BTS = (distance_BTS >= 0) & (distance_BTS <= window)
+    visible_BTS = in_window_BTS & (held_BS >= 0)[:, None]
+    s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, UNSEEN)
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1)
 
-    # values, weighed part by part
-    p_XMS = p_BKGTS.reshape(B * K, N // K * T, -1).astype(values[0].dtype)
+    # values, weighed part by part and added up
+    p_XMS = p_BKGTS.reshape(B * K, G * T, -1).astype(values[0].dtype)
     parts = jnp.split(p_XMS, [values[0].shape[1]], axis=-1)
-    weighed = [jnp.einsum("XMS,XSH->XMH", p, v_XSH) for p, v_XSH in zip(parts, values)]
-    o_XMH = functools.reduce(jnp.add, weighed)
-    return o_XMH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    weighed = []
+    for p, v_XSH in zip(parts, values):
+        weighed.append(jnp.einsum("XMS,XSH->XMH", p, v_XSH))
+    o_XMH = weighed[0]
+    for more in weighed[1:]:
+        o_XMH = jnp.add(o_XMH, more)
+
+    # back to the layout of the queries
+    o_BKGTH = o_XMH.reshape(B, K, G, T, H)
+    o_BTKGH = o_BKGTH.transpose(0, 3, 1, 2, 4)
+    return o_BTKGH.reshape(B, T, N, H)
+
+
+def _ring_scores(q_XMH, k_XSH):
+    """Products of queries and keys, in float32."""
+    return jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32)

@@ -11,7 +11,15 @@ from lib.model.head import head_matrix
 from lib.params import unstack
 
 # the matrices of a block that become int8, and how many of their axes are inputs
-INT8_INPUTS = {"wq": 1, "wk": 1, "wv": 1, "wo": 2, "w_in": 1, "w_gate": 1, "w_out": 1}
+INT8_INPUTS = {
+    "wq": 1,
+    "wk": 1,
+    "wv": 1,
+    "wo": 2,
+    "w_in": 1,
+    "w_gate": 1,
+    "w_out": 1,
+}
 
 
 def cast_matrices(tree, dtype):
@@ -31,15 +39,20 @@ def decoding_params(params, config: Config):
     What is so already comes back as it is, not as a copy.
     """
     settled = (jnp.int8, config.dtype)
-    needs_cast = any(a.ndim > 1 and a.dtype not in settled for a in jax.tree.leaves(params))
-    if is_unstacked(params) and not needs_cast:
+
+    def needs_cast(a):
+        return a.ndim > 1 and a.dtype not in settled
+
+    leaves = jax.tree.leaves(params)
+    if is_unstacked(params) and not any(map(needs_cast, leaves)):
         return params
     return _decoding_params(params, config)
 
 
 @partial(jax.jit, static_argnums=1)
 def _decoding_params(params, config):
-    params = params if is_unstacked(params) else unstack(params, config)
+    if not is_unstacked(params):
+        params = unstack(params, config)
     return cast_matrices(params, config.dtype)
 
 
@@ -58,11 +71,18 @@ def quantized(params, config: Config):
     benchmarks.decode`.
     """
     params = unstack(params, config)
+    # each block's matrices, as far as it has them; its scales and gates stay
     blocks = []
     for w in params["blocks"]:
-        small = {name: _int8(w[name], n_in) for name, n_in in INT8_INPUTS.items() if name in w}
-        blocks.append(w | small)
-    return params | {"blocks": blocks, "head": _int8(head_matrix(params, config), 1)}
+        small = dict(w)
+        for name, n_in in INT8_INPUTS.items():
+            if name in w:
+                small[name] = _int8(w[name], n_in)
+        blocks.append(small)
+
+    # a tied head becomes one of its own, for the embedding stays as it is
+    head = _int8(head_matrix(params, config), 1)
+    return params | {"blocks": blocks, "head": head}
 
 
 def _int8(w, n_in: int) -> dict:
@@ -71,6 +91,9 @@ def _int8(w, n_in: int) -> dict:
     """
     outputs = w.shape[n_in:]
     w_OI = w.reshape(-1, math.prod(outputs)).T
-    scale_O = jnp.maximum(jnp.abs(w_OI).max(axis=1), 1e-30) / 127
-    rounded_OI = jnp.round(w_OI / scale_O[:, None]).astype(jnp.int8)
-    return {"int8": rounded_OI.reshape(*outputs, -1), "scale": scale_O}
+    # the largest weight of each output becomes 127; an output of zeros is not divided by zero
+    largest_O = jnp.abs(w_OI).max(axis=1)
+    scale_O = jnp.maximum(largest_O, 1e-30) / 127
+    rounded_OI = jnp.round(w_OI / scale_O[:, None])
+    int8_OI = rounded_OI.astype(jnp.int8)
+    return {"int8": int8_OI.reshape(*outputs, -1), "scale": scale_O}

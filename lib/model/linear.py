@@ -24,7 +24,9 @@ def merge_heads(o_BTNH, wo):
     """
     if isinstance(wo, dict) or wo.ndim == 3:
         return linear("BTNH,NHD->BTD", o_BTNH, wo)
-    return linear("BTX,XD->BTD", o_BTNH.reshape(*o_BTNH.shape[:2], -1), wo)
+    B, T, _, _ = o_BTNH.shape
+    o_BTX = o_BTNH.reshape(B, T, -1)
+    return linear("BTX,XD->BTD", o_BTX, wo)
 
 
 @jax.custom_vjp
@@ -38,7 +40,15 @@ def grad_barrier(tree):
     return tree
 
 
-grad_barrier.defvjp(lambda tree: (tree, None), lambda _, g: (jax.lax.optimization_barrier(g),))
+def _grad_barrier_forward(tree):
+    return tree, None
+
+
+def _grad_barrier_backward(_, grads):
+    return (jax.lax.optimization_barrier(grads),)
+
+
+grad_barrier.defvjp(_grad_barrier_forward, _grad_barrier_backward)
 
 
 @jax.custom_vjp
@@ -87,8 +97,11 @@ def _float_linear_backward(spec, saved, g):
     x, w = saved
     xs, ws, ys = spec.replace("->", ",").split(",")
     x_grad = jnp.einsum(f"{ys},{ws}->{xs}", g, w)
+
+    # the weight's gradient, the smaller of x and g in front
     if x.size <= g.size:
-        return x_grad, jnp.einsum(f"{xs},{ys}->{ws}", x, g)
+        w_grad = jnp.einsum(f"{xs},{ys}->{ws}", x, g)
+        return x_grad, w_grad
     # the order of axes that a product with g in front gives
     turned = "".join(letter for letter in ys + xs if letter in ws)
     w_grad = jnp.einsum(f"{ys},{xs}->{turned}", g, x)
@@ -104,16 +117,20 @@ _float_linear.defvjp(_float_linear_forward, _float_linear_backward)
 
 
 def _int8_linear(spec: str, x, w):
+    """The product with a weight that is widened as it is read; rows M, outputs O, inputs I."""
     *outputs, inputs = w["int8"].shape
-    x_MI, w_OI = x.reshape(-1, inputs), w["int8"].reshape(-1, inputs)
+    x_MI = x.reshape(-1, inputs)
+    w_OI = w["int8"].reshape(-1, inputs)
     # the barrier keeps XLA from converting all weights once, before the decoding loop, and reading
     # them wide
     x_MI, w_OI = jax.lax.optimization_barrier((x_MI, w_OI))
     w_OI = w_OI.astype(x.dtype)
+
     if len(x_MI) == 1:
         # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the
         # converted weight out
-        y_MO = (x_MI * w_OI).sum(-1, dtype=jnp.float32)[None]
+        y_O = (x_MI * w_OI).sum(-1, dtype=jnp.float32)
+        y_MO = y_O[None]
     else:
         y_MO = x_MI @ w_OI.T
     y_MO = (y_MO * w["scale"]).astype(x.dtype)

@@ -17,12 +17,14 @@ def attention_weights(params, config: Config, tokens_BT) -> list[np.ndarray]:
     The model's own block, handed an attention that keeps its weights. For pictures of short texts:
     the weights of all positions are held at once.
     """
+    # what enters the first layer, as in the model's own forward
     tokens_BT = jnp.asarray(tokens_BT)
     x0_BTD = x_BTD = embed(params, config, tokens_BT)
     ve = value_embeddings(params, tokens_BT, config)
     layers = unstack({**params, "value_embeds": ve}, config)
     rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config)
 
+    # layer by layer, each handed an attention that gives its weights back
     kept = []
     for i, w in enumerate(layers["blocks"]):
         attend = _keeping(config.windows[i])
@@ -36,15 +38,19 @@ def _keeping(window: int):
     """attend(q, k, v) -> (o, weights) with that window, by the formula."""
 
     def attend(q_BTNH, k_BSKH, v_BSKH):
-        group = q_BTNH.shape[2] // k_BSKH.shape[2]
-        k_BSNH = jnp.repeat(k_BSKH, group, axis=2)
-        v_BSNH = jnp.repeat(v_BSKH, group, axis=2)
+        _, T, N, H = q_BTNH.shape
+        _, S, K, _ = k_BSKH.shape
+        # every query head its own keys and values
+        k_BSNH = jnp.repeat(k_BSKH, N // K, axis=2)
+        v_BSNH = jnp.repeat(v_BSKH, N // K, axis=2)
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH).astype(jnp.float32)
-        scores_BNTS = scores_BNTS / math.sqrt(q_BTNH.shape[-1])
+        scores_BNTS = scores_BNTS / math.sqrt(H)
 
-        distance_TS = jnp.arange(q_BTNH.shape[1])[:, None] - jnp.arange(k_BSKH.shape[1])
+        # causal, `window` back at most
+        distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)
         visible_TS = (distance_TS >= 0) & (distance_TS <= window)
-        weights_BNTS = jax.nn.softmax(jnp.where(visible_TS, scores_BNTS, -jnp.inf), axis=-1)
+        scores_BNTS = jnp.where(visible_TS, scores_BNTS, -jnp.inf)
+        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
         o_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
         return o_BTNH, weights_BNTS
 
