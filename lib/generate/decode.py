@@ -41,8 +41,10 @@ def empty_chunk(B: int, C: int) -> Chunk:
 @partial(jax.jit, donate_argnums=0)
 def set_rows(rows, slots_b, new):
     """Overwrite the rows `slots_b` (those outside are ignored) with the entries of `new`."""
-    changed = {name: rows[name].at[slots_b].set(value, mode="drop") for name, value in new.items()}
-    return rows | changed
+    changed = dict(rows)
+    for name, value in new.items():
+        changed[name] = rows[name].at[slots_b].set(value, mode="drop")
+    return changed
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -55,6 +57,7 @@ def repeat_rows(cache: Cache, source_B) -> Cache:
 def prefill(params, config: Config, cache: Cache, rows_b, tokens_bT, fresh) -> Cache:
     """Feed tokens_bT (-1 behind the end of a row) to some rows, emptied before if `fresh`."""
     part = pick_rows(cache, rows_b)
+    # a ring is emptied by forgetting how much is in it
     part = part._replace(
         length=jnp.where(fresh, 0, part.length),
         last=jnp.where(fresh, -1, part.last),
@@ -74,20 +77,30 @@ def decode(params, config: Config, cache: Cache, rows, forced_BC, count, *, paus
 
     def go_on(carry):
         i, _, rows, waiting_B, _ = carry
-        return (i < count) & jnp.any(rows["alive"] & ~waiting_B)
+        active_B = rows["alive"] & ~waiting_B
+        return (i < count) & jnp.any(active_B)
 
     def one(carry):
         i, cache, rows, waiting_B, chunk = carry
         active_B = rows["alive"] & ~waiting_B
+
+        # every row's newest token goes in; rows that rest are fed padding
         fed_B1 = jnp.where(active_B, rows["token"], -1)[:, None]
         logits_BTV, cache = model.forward(params, config, fed_B1, cache)
-        logits_BV, force_B = logits_BTV[:, 0], forced_BC[:, i]
+        logits_BV = logits_BTV[:, 0]
+        force_B = forced_BC[:, i]
 
         # the row's own choice, unless a tool's answer is due
         token_B = jnp.where(force_B >= 0, force_B, sample(logits_BV, rows))
+
+        # its log-probability, and the alternatives if any row asks for them
         lse_B = jax.nn.logsumexp(logits_BV, axis=-1)
-        logprob_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0] - lse_B
-        top_id, top_logprob = top_alternatives(logits_BV, lse_B, jnp.any(rows["top"] & active_B))
+        picked_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+        logprob_B = picked_B1[:, 0] - lse_B
+        wanted = jnp.any(rows["top"] & active_B)
+        top_id, top_logprob = top_alternatives(logits_BV, lse_B, wanted)
+
+        # column i of what is handed out
         chunk = chunk._replace(
             id=chunk.id.at[:, i].set(jnp.where(active_B, token_B, -1)),
             logprob=chunk.logprob.at[:, i].set(logprob_B),
@@ -99,6 +112,7 @@ def decode(params, config: Config, cache: Cache, rows, forced_BC, count, *, paus
         waiting_B |= active_B & (token_B == pause)
         return i + 1, cache, rows, waiting_B, chunk
 
-    carry = (0, cache, rows, jnp.zeros(B, bool), empty_chunk(B, C))
+    nobody_B = jnp.zeros(B, bool)
+    carry = (0, cache, rows, nobody_B, empty_chunk(B, C))
     _, cache, rows, _, chunk = jax.lax.while_loop(go_on, one, carry)
     return cache, rows, chunk

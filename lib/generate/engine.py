@@ -28,10 +28,14 @@ from lib.generate.writer import Token, Writer
 CHUNK = 8
 # the same when nobody is watching, but rows wait for a tool or for a free slot until it is over
 LONG_CHUNK = 32
-WHOLE_CHUNK = 128  # the same when no row waits for anything
-PREFILL = 128  # prompt tokens per prefill pass
-SIDES = 2  # engines side by side on a CPU, if it has the cores; more were not measured
-SMALL = 32 * 2**20  # bytes of weights up to which that pays: each side reads them all
+# the same when no row waits for anything
+WHOLE_CHUNK = 128
+# prompt tokens per prefill pass
+PREFILL = 128
+# engines side by side on a CPU, if it has the cores; more were not measured
+SIDES = 2
+# bytes of weights up to which that pays: each side reads them all
+SMALL = 32 * 2**20
 
 Tool = Callable[[str], str | None]
 Written = dict[int, tuple[list[Token], str | None]]
@@ -117,19 +121,23 @@ class Engine:
         """Let several rows join, prefilled together, and equal prompts only once."""
         if not prompts:
             return []
+        # all or nothing: nothing changes before all are known to fit
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.check(prompt, sampling)
         check_room(len(prompts), self.free)
-        slots = [i for i in range(self.slots) if i not in self.writers][: len(prompts)]
+
+        # the prompts go into the caches of the first free slots
+        free = [slot for slot in range(self.slots) if slot not in self.writers]
+        slots = free[: len(prompts)]
         self._fill_distinct(slots, prompts)
 
         # a row ends at the latest when its slot is full
-        samplings = [
-            replace(sampling, max_tokens=min(sampling.max_tokens, self.length - len(prompt)))
-            for prompt, sampling in zip(prompts, samplings)
-        ]
-        self._set_new(slots, prompts, samplings)
-        for slot, sampling in zip(slots, samplings):
+        cut = []
+        for prompt, sampling in zip(prompts, samplings):
+            room = self.length - len(prompt)
+            cut.append(replace(sampling, max_tokens=min(sampling.max_tokens, room)))
+        self._set_new(slots, prompts, cut)
+        for slot, sampling in zip(slots, cut):
             self.writers[slot] = Writer(sampling, self.tokenizer, self.tool)
         self.fresh = True
         return slots
@@ -157,10 +165,14 @@ class Engine:
 
     def _fill_distinct(self, slots: list[int], prompts: list[list[int]]):
         """Prefill each distinct prompt once, all but its last token, and copy it for the others."""
-        first = {}  # the slot that is prefilled, by prompt
+        # the slot that is prefilled, by prompt
+        first = {}
         for slot, prompt in zip(slots, prompts):
             first.setdefault(tuple(prompt), slot)
-        self._fill(list(first.values()), [list(prompt[:-1]) for prompt in first])
+        without_last = [list(prompt[:-1]) for prompt in first]
+        self._fill(list(first.values()), without_last)
+
+        # every other slot stays a copy of itself
         if len(first) < len(prompts):
             source = np.arange(self.slots)
             source[slots] = [first[tuple(prompt)] for prompt in prompts]
@@ -173,16 +185,19 @@ class Engine:
         longest = max(map(len, prompts))
         width = min(PREFILL, bucket(longest, 16))
         passes = max(1, -(-longest // width))
+
+        # the prompts as one array, -1 behind the end of each
         tokens = np.full((bucket(len(slots)), passes * width), -1, np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
+
+        # a width at a time, into the cache of every model
         padded = self._padded(slots)
         for start in range(0, passes * width, width):
             part = tokens[:, start : start + width]
-            self.caches = [
-                prefill(params, config, cache, padded, part, start == 0)
-                for params, config, cache in zip(self.params, self.configs, self.caches)
-            ]
+            fresh = start == 0
+            for i, (params, config) in enumerate(zip(self.params, self.configs)):
+                self.caches[i] = prefill(params, config, self.caches[i], padded, part, fresh)
 
     def _set_new(self, slots: list[int], prompts: list[list[int]], samplings: list[Sampling]):
         """Write the sampling states of new rows."""
@@ -190,13 +205,17 @@ class Engine:
         for prompt, sampling in zip(prompts, samplings):
             state = new_row(prompt, sampling, self.config.vocab_size)
             if "history" in self.rows:
-                state["history"] = np.pad(
-                    np.array(prompt, np.int32), (0, self.length - len(prompt))
-                )
+                history = np.zeros(self.length, np.int32)
+                history[: len(prompt)] = prompt
+                state["history"] = history
             states.append(state)
+
+        # one state for each padded slot; those behind are ignored, whatever they are
         padded = self._padded(slots)
         states += states[:1] * (len(padded) - len(states))
-        stacked = {name: np.stack([state[name] for state in states]) for name in states[0]}
+        stacked = {}
+        for name in states[0]:
+            stacked[name] = np.stack([state[name] for state in states])
         self.rows = set_rows(self.rows, padded, stacked)
 
     def _padded(self, slots: list[int]) -> np.ndarray:
@@ -217,17 +236,23 @@ class Engine:
         """
         if not self.writers:
             return {}
+
+        # the answers of tools that rows must take
         forced = np.full((self.slots, WHOLE_CHUNK), -1, np.int32)
         for slot, writer in self.writers.items():
             ids = writer.forced[:WHOLE_CHUNK]
             forced[slot, : len(ids)] = ids
+
+        # one dispatch, short if a new row waits for its first token
         count = 1 if self.fresh else min(count, WHOLE_CHUNK)
         self.fresh = False
         chunk = self._fetch(self._decode(forced, count))
         self.drafted += int(chunk.drafted)
         self.accepted += int(chunk.accepted)
 
-        result, finished = {}, []
+        # every writer takes its row's part; finished rows leave
+        result = {}
+        finished = []
         for slot, writer in self.writers.items():
             self._push(slot, writer, chunk, forced[slot] >= 0)
             result[slot] = writer.take_ready(), writer.finish
@@ -237,6 +262,7 @@ class Engine:
         return result
 
     def _decode(self, forced_BC, count: int) -> Chunk:
+        """Up to `count` tokens for every row, still on the device; caches and rows move on."""
         if self.speculate:
             self.caches, self.rows, chunk = speculative.decode(
                 self.params,
@@ -262,14 +288,16 @@ class Engine:
 
     def _fetch(self, chunk: Chunk) -> Chunk:
         """The chunk on the host, without alternatives where nobody asked for them."""
-        if not any(writer.sampling.logprobs for writer in self.writers.values()):
+        wanted = any(writer.sampling.logprobs for writer in self.writers.values())
+        if not wanted:
             chunk = chunk._replace(top_id=None, top_logprob=None)
         return jax.device_get(chunk)
 
     def _push(self, slot: int, writer: Writer, chunk: Chunk, is_forced_C):
         """Hand a row's part of a chunk to its writer, up to where the row ends."""
         alternatives = writer.sampling.logprobs
-        ids, logprobs = chunk.id[slot].tolist(), chunk.logprob[slot].tolist()
+        ids = chunk.id[slot].tolist()
+        logprobs = chunk.logprob[slot].tolist()
         assert ids[0] >= 0, "a busy row must move on"
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or writer.finish:
@@ -279,10 +307,12 @@ class Engine:
                     "the model computes no numbers (NaN): its weights are damaged or its training "
                     "diverged, so load an earlier checkpoint"
                 )
+            # as many alternatives as the row asked for
             top = []
             if alternatives:
                 top_ids = chunk.top_id[slot, i, :alternatives].tolist()
-                top = list(zip(top_ids, chunk.top_logprob[slot, i, :alternatives].tolist()))
+                top_logprobs = chunk.top_logprob[slot, i, :alternatives].tolist()
+                top = list(zip(top_ids, top_logprobs))
             writer.push(Token(id, logprob, bool(is_forced_C[i]), top))
 
     # ---- rows leave ------------------------------------------------------------------------------
@@ -293,6 +323,7 @@ class Engine:
             self._free([slot])
 
     def _free(self, slots: list[int]):
+        """Forget rows, here and on the device, where they would be written on."""
         for slot in slots:
             del self.writers[slot]
         if slots:
@@ -330,12 +361,19 @@ class Engines:
         sides = sides or sides_for(params, slots)
         if slots % sides:
             raise UserError(f"{slots} slots can't be split evenly between {sides} engines")
-        self.parts = [
-            Engine(
-                params, config, slots // sides, length, tokenizer, tool, draft=draft, **speculation
+        self.parts = []
+        for _ in range(sides):
+            part = Engine(
+                params,
+                config,
+                slots // sides,
+                length,
+                tokenizer,
+                tool,
+                draft=draft,
+                **speculation,
             )
-            for _ in range(sides)
-        ]
+            self.parts.append(part)
         self.slots = slots
         self.length = length
         self.threads = ThreadPoolExecutor(sides, "engine")
@@ -359,6 +397,7 @@ class Engines:
         """As `Engine.add_many`; the rows are dealt out evenly, and equal prompts are prefilled once
         by each engine.
         """
+        # all or nothing, as in one engine
         for prompt, sampling in zip(prompts, samplings, strict=True):
             self.parts[0].check(prompt, sampling)
         check_room(len(prompts), self.free)
@@ -372,26 +411,36 @@ class Engines:
             hands[i].append(row)
 
         def take(i: int) -> list[int]:
-            taken_prompts = [prompts[row] for row in hands[i]]
-            return self.parts[i].add_many(taken_prompts, [samplings[row] for row in hands[i]])
+            part_prompts = [prompts[row] for row in hands[i]]
+            part_samplings = [samplings[row] for row in hands[i]]
+            return self.parts[i].add_many(part_prompts, part_samplings)
 
         # slots of the parts are counted in turns
         slots = {}
-        for i, taken in enumerate(self._each(take)):
-            slots |= {row: slot * len(self.parts) + i for row, slot in zip(hands[i], taken)}
+        for i, part_slots in enumerate(self._each(take)):
+            for row, slot in zip(hands[i], part_slots):
+                slots[row] = slot * len(self.parts) + i
         return [slots[row] for row in range(len(prompts))]
 
     def step(self, count: int = CHUNK) -> Written:
         """As `Engine.step`."""
-        count = 1 if any(part.fresh for part in self.parts) else count
+        # a new row's first token waits for the slowest part: all make one
+        if any(part.fresh for part in self.parts):
+            count = 1
+
+        def step(i: int) -> Written:
+            return self.parts[i].step(count)
+
         written: Written = {}
-        for i, part in enumerate(self._each(lambda i: self.parts[i].step(count))):
-            written |= {slot * len(self.parts) + i: new for slot, new in part.items()}
+        for i, by_slot in enumerate(self._each(step)):
+            for slot, new in by_slot.items():
+                written[slot * len(self.parts) + i] = new
         return written
 
     def cancel(self, slot: int):
         """As `Engine.cancel`."""
-        self.parts[slot % len(self.parts)].cancel(slot // len(self.parts))
+        part = self.parts[slot % len(self.parts)]
+        part.cancel(slot // len(self.parts))
 
     def _each(self, work: Callable) -> list:
         """What `work` makes of the number of each part, all at once."""
@@ -422,7 +471,9 @@ def sides_for(params, slots: int) -> int:
     """How many `Engines` a batch of so many rows is split between: SIDES for a SMALL model on a
     CPU, otherwise one.
     """
-    weights = jax.tree.leaves([params["blocks"], params.get("head", params["embed"])])
+    # what a token reads: a table that is only looked up does not count
+    head = params.get("head", params["embed"])
+    weights = jax.tree.leaves([params["blocks"], head])
     is_small = sum(a.nbytes for a in weights) <= SMALL
     has_cores = jax.default_backend() == "cpu" and (os.cpu_count() or 1) >= SIDES
     divides = slots % SIDES == 0 and slots >= 2 * SIDES
@@ -435,7 +486,8 @@ def bucket(n: int, least: int = 1) -> int:
     """
     power = 1 << max(n - 1, 0).bit_length()
     three_quarters = power * 3 // 4
-    return max(least, three_quarters if n <= three_quarters else power)
+    size = three_quarters if n <= three_quarters else power
+    return max(least, size)
 
 
 # ---- all at once ---------------------------------------------------------------------------------
@@ -486,7 +538,8 @@ def _start(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
     """Engines just large enough for these prompts, with all of them in it: (engines, slots)."""
     if not prompts:
         return None, []
-    length = bucket(max(map(len, prompts)) + sampling.max_tokens, 64)
+    longest = max(map(len, prompts))
+    length = bucket(longest + sampling.max_tokens, 64)
     engines = Engines(
         params,
         config,
@@ -497,12 +550,19 @@ def _start(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
         speculate=speculate,
         draft=draft,
     )
+    # every row draws by a seed of its own
     samplings = [replace(sampling, seed=sampling.seed + b) for b in range(len(prompts))]
-    return engines, engines.add_many(prompts, samplings)
+    slots = engines.add_many(prompts, samplings)
+    return engines, slots
 
 
 def _written(engines: Engines | None, slots: list[int], count: int) -> Iterator[list[list[int]]]:
     """What each of the slots writes, about `count` tokens at a time, until the engine is empty."""
     while engines and engines.free < engines.slots:
         written = engines.step(count)
-        yield [[token.id for token in written.get(slot, ([], None))[0]] for slot in slots]
+        new = []
+        for slot in slots:
+            # a slot that was free before this step writes nothing
+            tokens, _ = written.get(slot, ([], None))
+            new.append([token.id for token in tokens])
+        yield new

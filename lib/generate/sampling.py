@@ -10,8 +10,10 @@ import numpy as np
 
 from lib.files import UserError
 
-STOPS = 8  # stop tokens per row that the device knows; the host finds any more when a chunk is back
-TOP = 20  # alternatives reported with a token when a row asks for any
+# stop tokens per row that the device knows; the host finds any more when a chunk is back
+STOPS = 8
+# alternatives reported with a token when a row asks for any
+TOP = 20
 
 # what each setting must lie between
 BOUNDS = dict(
@@ -70,22 +72,34 @@ def empty_rows(slots: int, vocab: int) -> dict:
         # an array each: they are donated
         return jnp.full((slots, *shape), value)
 
-    rows = {name: full(np.int32(0)) for name in ("token", "made", "left", "top_k")}
-    rows |= {name: full(False) for name in ("alive", "filtered", "top")}
-    reals = dict(temperature=0, top_p=1, min_p=0, penalty=1)
-    rows |= {name: full(np.float32(value)) for name, value in reals.items()}
-    rows["seed"] = full(np.uint32(0))
-    rows["stop"] = full(np.int32(-1), STOPS)
-    rows["seen"] = full(False, vocab)
-    return rows
+    return dict(
+        token=full(np.int32(0)),
+        alive=full(False),
+        made=full(np.int32(0)),
+        left=full(np.int32(0)),
+        seed=full(np.uint32(0)),
+        temperature=full(np.float32(0)),
+        top_k=full(np.int32(0)),
+        top_p=full(np.float32(1)),
+        min_p=full(np.float32(0)),
+        penalty=full(np.float32(1)),
+        filtered=full(False),
+        top=full(False),
+        stop=full(np.int32(-1), STOPS),
+        seen=full(False, vocab),
+    )
 
 
 def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:
     """One row of that state, about to be written after `prompt`."""
+    # the repetition penalty counts the prompt too
     seen = np.zeros(vocab, bool)
     seen[prompt] = True
+
     stop = np.full(STOPS, -1, np.int32)
     stop[: len(s.stop)] = sorted(s.stop)[:STOPS]
+
+    # whether any filter leaves tokens out: if no row's does, they are skipped
     is_cut = 0 < s.top_k < vocab or s.top_p < 1 or s.min_p > 0
     return dict(
         token=np.int32(prompt[-1]),
@@ -110,7 +124,9 @@ def step_rows(rows, token_B, took_B, sampled_B):
     may stop at it.
     """
     step_B = took_B.astype(jnp.int32)
-    stopped_B = sampled_B & (token_B[:, None] == rows["stop"]).any(-1)
+    # a row ends at a stop token of its own choice, or when nothing is left to write
+    is_stop_B = (token_B[:, None] == rows["stop"]).any(-1)
+    stopped_B = sampled_B & is_stop_B
     ended_B = took_B & (stopped_B | (rows["left"] <= 1))
     is_token_BV = jnp.arange(rows["seen"].shape[1]) == token_B[:, None]
     return rows | dict(
@@ -140,16 +156,21 @@ def sample(logits_BV, rows):
         return jax.random.gumbel(key, (V,))
 
     def draw(x_BV):
-        hot_BV = x_BV / jnp.maximum(rows["temperature"], 1e-6)[:, None]
+        temperature_B = jnp.maximum(rows["temperature"], 1e-6)
+        hot_BV = x_BV / temperature_B[:, None]
+        # filters only where a row asks for one
         hot_BV = jax.lax.cond(
             jnp.any(rows["filtered"]),
             lambda hot_BV: filtered(hot_BV, rows),
             lambda hot_BV: hot_BV,
             hot_BV,
         )
+        # the largest of logits plus Gumbel noise is a draw; rows of temperature 0 go without
         noisy_BV = hot_BV + jax.vmap(noise)(rows["seed"], rows["made"])
-        return argmax(jnp.where(rows["temperature"][:, None] > 0, noisy_BV, x_BV))
+        is_drawn_B1 = rows["temperature"][:, None] > 0
+        return argmax(jnp.where(is_drawn_B1, noisy_BV, x_BV))
 
+    # a batch of greedy rows needs no noise at all
     anyone_draws = jnp.any(rows["temperature"] > 0)
     return jax.lax.cond(anyone_draws, draw, argmax, penalized(logits_BV, rows))
 
@@ -158,8 +179,8 @@ def penalized(logits_BV, rows):
     """Logits, those of tokens that a row has seen made less: positive ones divided, negative ones
     multiplied (Keskar et al. 2019).
     """
-    by_BV = jnp.where(rows["seen"], rows["penalty"][:, None], 1.0)
-    return jnp.where(logits_BV > 0, logits_BV / by_BV, logits_BV * by_BV)
+    penalty_BV = jnp.where(rows["seen"], rows["penalty"][:, None], 1.0)
+    return jnp.where(logits_BV > 0, logits_BV / penalty_BV, logits_BV * penalty_BV)
 
 
 def filtered(x_BV, rows):
@@ -167,17 +188,26 @@ def filtered(x_BV, rows):
     the last one kept stays too.
     """
     p_BV = jax.nn.softmax(x_BV, axis=-1)
+
     # the k likeliest
     k_B = jnp.where(rows["top_k"] > 0, rows["top_k"], p_BV.shape[-1])
     kth_B = _least(p_BV, lambda keep_BV: keep_BV.sum(-1) >= k_B)
     p_BV = jnp.where(p_BV >= kth_B[:, None], p_BV, 0)
+
     # of those the likeliest that make up the share top_p
     share_B = rows["top_p"] * p_BV.sum(-1)
-    nucleus_B = _least(p_BV, lambda keep_BV: jnp.where(keep_BV, p_BV, 0).sum(-1) >= share_B)
+
+    def is_enough(keep_BV):
+        kept_B = jnp.where(keep_BV, p_BV, 0).sum(-1)
+        return kept_B >= share_B
+
+    nucleus_B = _least(p_BV, is_enough)
     nucleus_B = jnp.where(rows["top_p"] < 1, nucleus_B, 0)
+
     # and of those, what is not too far below the likeliest
     least_B = jnp.maximum(nucleus_B, rows["min_p"] * p_BV.max(-1))
-    return jnp.where((p_BV > 0) & (p_BV >= least_B[:, None]), x_BV, -jnp.inf)
+    is_left_BV = (p_BV > 0) & (p_BV >= least_B[:, None])
+    return jnp.where(is_left_BV, x_BV, -jnp.inf)
 
 
 def _least(p_BV, enough):
@@ -195,10 +225,14 @@ def _least(p_BV, enough):
         low_B, high_B = bounds
         middle_B = low_B + (high_B - low_B + 1) // 2
         good_B = enough(p_BV >= as_float(middle_B)[:, None])
-        return jnp.where(good_B, middle_B, low_B), jnp.where(good_B, high_B, middle_B - 1)
+        low_B = jnp.where(good_B, middle_B, low_B)
+        high_B = jnp.where(good_B, high_B, middle_B - 1)
+        return low_B, high_B
 
-    one = 0x3F800000  # the bits of 1.0
-    bounds = jnp.zeros(len(p_BV), jnp.int32), jnp.full(len(p_BV), one, jnp.int32)
+    # the bits of 1.0; one step for each of them
+    one = 0x3F800000
+    B = len(p_BV)
+    bounds = (jnp.zeros(B, jnp.int32), jnp.full(B, one, jnp.int32))
     low_B, _ = jax.lax.fori_loop(0, one.bit_length(), halve, bounds)
     return as_float(low_B)
 
@@ -209,13 +243,15 @@ def argmax(x_BV):
     """
     V = x_BV.shape[-1]
     index_V = jnp.arange(V, dtype=jnp.int32)
-    return jnp.where(x_BV == x_BV.max(-1, keepdims=True), index_V, V - 1).min(-1)
+    is_max_BV = x_BV == x_BV.max(-1, keepdims=True)
+    return jnp.where(is_max_BV, index_V, V - 1).min(-1)
 
 
 def top_alternatives(logits, lse, wanted):
     """(ids, logprobs) of the TOP likeliest tokens, last axis TOP; zeros and -inf where not wanted
     or the vocabulary is smaller.
     """
+    # a small vocabulary's results are filled up to TOP
     k = min(TOP, logits.shape[-1])
     pad = [(0, 0)] * (logits.ndim - 1) + [(0, TOP - k)]
     shape = (*logits.shape[:-1], TOP)

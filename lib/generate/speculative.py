@@ -69,9 +69,11 @@ def decode(
 
     def one_round(state: State) -> State:
         active_B = active(state)
+        # what a tool's answer forces at the places of this round
         places_BT = state.made_B[:, None] + steps
         force_BT = jnp.take_along_axis(padded_BC, places_BT, axis=1)
 
+        # drafts, the model's own choices, and how many of these stand
         draft_BG, draft_caches = propose(params, configs, state, active_B, force_BT)
         tokens_BT = jnp.concatenate([state.rows["token"][:, None], draft_BG], axis=1)
         verified = verify(params[0], configs[0], state, active_B, tokens_BT, force_BT)
@@ -79,11 +81,11 @@ def decode(
         kept_B = accept(state, draft_BG, choice_BT, force_BT, pause, C - state.made_B)
         kept_B = kept_B * active_B
 
-        caches = [verified.cache, *draft_caches]
-        caches = [
-            cut_back(cache, before, tokens_BT, kept_B)
-            for cache, before in zip(caches, state.caches)
-        ]
+        # what was read in vain is forgotten
+        caches = []
+        for cache, before in zip([verified.cache, *draft_caches], state.caches):
+            caches.append(cut_back(cache, before, tokens_BT, kept_B))
+
         newest_B = newest_token(choice_BT, kept_B, choice_BT[:, 0])
         paused_B = (kept_B > 0) & (newest_B == pause)
         return State(
@@ -110,12 +112,16 @@ def decode(
 
 def propose(params, configs, state: State, active_B, force_BT):
     """(drafts (B, G), the draft model's caches with them in it); what a tool forces is taken."""
+    # by the draft model, where there is one
     if len(configs) > 1:
         rows = state.rows | dict(alive=active_B)
         draft_BG, cache = _draft(params[1], configs[1], state.caches[1], rows, force_BT)
         return draft_BG, [cache]
+
+    # else from the row's own text
     count = force_BT.shape[1] - 1
-    draft_BG = look_up(state.rows["history"], state.caches[0].length, state.rows["token"], count)
+    length_B = state.caches[0].length
+    draft_BG = look_up(state.rows["history"], length_B, state.rows["token"], count)
     force_BG = force_BT[:, :count]
     return jnp.where(force_BG >= 0, force_BG, draft_BG), []
 
@@ -131,18 +137,25 @@ def look_up(history_BL, length_B, token_B, count: int):
     B, L = history_BL.shape
     place = jnp.arange(L)
 
-    def back(n):
-        return jnp.take_along_axis(history_BL, jnp.maximum(length_B[:, None] - n, 0), axis=1)
+    def agrees(n):
+        # whether the token n places before is the one that stands n before the newest
+        newest_B1 = jnp.maximum(length_B[:, None] - n, 0)
+        earlier_BL = jnp.roll(history_BL, n, axis=1)
+        return earlier_BL == jnp.take_along_axis(history_BL, newest_B1, axis=1)
 
     # where the newest token stood before, and whether one or two before it agree too
     one = (history_BL == token_B[:, None]) & (place < length_B[:, None])
-    two = one & (jnp.roll(history_BL, 1, axis=1) == back(1)) & (place > 0)
-    three = two & (jnp.roll(history_BL, 2, axis=1) == back(2)) & (place > 1)
+    two = one & agrees(1) & (place > 0)
+    three = two & agrees(2) & (place > 1)
+
+    # the longest match, and of those the latest
     matched = one + two.astype(jnp.int32) + three
     best_B = jnp.argmax(jnp.where(one, matched * L + place, 0), axis=1)
 
+    # what followed there
     following_BG = best_B[:, None] + 1 + jnp.arange(count)
-    return jnp.take_along_axis(history_BL, jnp.minimum(following_BG, L - 1), axis=1)
+    following_BG = jnp.minimum(following_BG, L - 1)
+    return jnp.take_along_axis(history_BL, following_BG, axis=1)
 
 
 def _draft(params, config: Config, cache: Cache, rows, force_BT):
@@ -152,11 +165,13 @@ def _draft(params, config: Config, cache: Cache, rows, force_BT):
     for force_B in force_BT.T:
         fed_B1 = jnp.where(rows["alive"], rows["token"], -1)[:, None]
         logits_BTV, cache = model.forward(params, config, fed_B1, cache)
-        token_B = jnp.where(force_B >= 0, force_B, sample(logits_BTV[:, 0], rows))
+        token_B = sample(logits_BTV[:, 0], rows)
+        token_B = jnp.where(force_B >= 0, force_B, token_B)
         drafts.append(token_B)
         # no draft ends a row
         never = jnp.zeros_like(rows["alive"])
-        rows = step_rows(rows | dict(left=rows["left"] + 1), token_B, rows["alive"], never)
+        rows = rows | dict(left=rows["left"] + 1)
+        rows = step_rows(rows, token_B, rows["alive"], never)
     return jnp.stack(drafts[:-1], axis=1), cache
 
 
@@ -170,13 +185,19 @@ def verify(params, config: Config, state: State, active_B, tokens_BT, force_BT) 
     B, T, V = logits_BTV.shape
 
     # places are rows of a wider batch, each of which has made and seen the drafts before it
-    rows = {name: a for name, a in state.rows.items() if name != "history"}
-    wide = {name: jnp.repeat(a, T, axis=0) for name, a in rows.items()}
-    drafted_BTV = jnp.cumsum(jax.nn.one_hot(tokens_BT, V, dtype=jnp.int8), axis=1) > 0
-    wide["made"] = (rows["made"][:, None] + jnp.arange(T)).reshape(-1)
+    wide = {}
+    for name, state_B in state.rows.items():
+        if name != "history":
+            wide[name] = jnp.repeat(state_B, T, axis=0)
+    is_token_BTV = jax.nn.one_hot(tokens_BT, V, dtype=jnp.int8)
+    drafted_BTV = jnp.cumsum(is_token_BTV, axis=1) > 0
+    made_BT = state.rows["made"][:, None] + jnp.arange(T)
+    wide["made"] = made_BT.reshape(-1)
     wide["seen"] = wide["seen"] | drafted_BTV.reshape(-1, V)
 
-    choice_BT = sample(logits_BTV.reshape(-1, V), wide).reshape(B, T)
+    # the row's own choice at each place, unless a tool's answer is due
+    choice_X = sample(logits_BTV.reshape(-1, V), wide)
+    choice_BT = choice_X.reshape(B, T)
     choice_BT = jnp.where(force_BT >= 0, force_BT, choice_BT)
     return Verified(choice_BT, logits_BTV, cache)
 
@@ -185,11 +206,18 @@ def accept(state: State, draft_BG, choice_BT, force_BT, pause: int, room_B):
     """How many of the choices stand: those behind right drafts and the one after them, up to a stop
     or pause and within what is left.
     """
+    # drafts up to the first wrong one
     G = draft_BG.shape[1]
-    right_B = jnp.cumprod(draft_BG == choice_BT[:, :G], axis=1).sum(axis=1)
+    is_right_BG = draft_BG == choice_BT[:, :G]
+    right_B = jnp.cumprod(is_right_BG, axis=1).sum(axis=1)
+
+    # the first choice behind which the row writes nothing more
     is_stop_BT = (choice_BT[..., None] == state.rows["stop"][:, None]).any(-1)
-    ends_BT = ((force_BT < 0) & is_stop_BT) | (choice_BT == pause)
+    own_stop_BT = (force_BT < 0) & is_stop_BT
+    ends_BT = own_stop_BT | (choice_BT == pause)
     first_end_B = jnp.where(ends_BT.any(1), jnp.argmax(ends_BT, axis=1), G)
+
+    # the choice behind the last right draft is the model's own, so it stands too
     kept_B = jnp.minimum(right_B, first_end_B) + 1
     return jnp.minimum(kept_B, jnp.minimum(state.rows["left"], room_B))
 
@@ -209,6 +237,8 @@ def commit_rows(state: State, choice_BT, force_BT, kept_B, newest_B) -> dict:
     B, T = choice_BT.shape
     steps = jnp.arange(T)
     kept_BT = steps < kept_B[:, None]
+
+    # the text that drafts are looked up in
     if "history" in rows:
         # places beyond the history are dropped
         place_BT = state.caches[0].length[:, None] + 1 + steps
@@ -237,17 +267,23 @@ def commit_chunk(state: State, verified: Verified, kept_B, active_B) -> Chunk:
     C = chunk.id.shape[1]
     steps = jnp.arange(T)
     # columns beyond the chunk are dropped
-    column_BT = jnp.where(steps < kept_B[:, None], state.made_B[:, None] + steps, C)
+    kept_BT = steps < kept_B[:, None]
+    column_BT = jnp.where(kept_BT, state.made_B[:, None] + steps, C)
     row_B1 = jnp.arange(B)[:, None]
 
     def put(old, new):
         return old.at[row_B1, column_BT].set(new, mode="drop")
 
-    logits_BTV, choice_BT = verified.logits_BTV, verified.choice_BT
+    # log-probabilities of the choices, and alternatives if any row asks for them
+    logits_BTV = verified.logits_BTV
+    choice_BT = verified.choice_BT
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    picked_BT = jnp.take_along_axis(logits_BTV, choice_BT[..., None], axis=-1)[..., 0]
+    picked_BT1 = jnp.take_along_axis(logits_BTV, choice_BT[..., None], axis=-1)
+    picked_BT = picked_BT1[..., 0]
     wanted = jnp.any(state.rows["top"] & active_B)
     top_id, top_logprob = top_alternatives(logits_BTV, lse_BT, wanted)
+
+    # of what is kept all but the last were drafts
     return Chunk(
         id=put(chunk.id, choice_BT),
         logprob=put(chunk.logprob, picked_BT - lse_BT),

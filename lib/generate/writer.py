@@ -37,9 +37,11 @@ class Writer:
         self.tool = tool
         self.special = tokenizer.special if tool else {}
         self.stops = [text.encode() for text in sampling.stop_strings]
-        self.call: list[int] | None = None  # ids since <|python_start|>, or None outside of a call
+        # ids since <|python_start|>, or None outside of a call
+        self.call: list[int] | None = None
         self.forced: list[int] = []
-        self.held: list[Token] = []  # may turn out to be the beginning of a stop string
+        # tokens that may turn out to be the beginning of a stop string
+        self.held: list[Token] = []
         self.ready: list[Token] = []
         self.made = 0
         self.finish: str | None = None
@@ -60,6 +62,7 @@ class Writer:
             self._close("stop")
             return
 
+        # a stop string may end the row here, and so may its length
         self._let_out(token)
         if self.finish is None and self.made == self.sampling.max_tokens:
             self._close("length")
@@ -67,6 +70,7 @@ class Writer:
             self._follow_call(token.id, self.tool)
 
     def _close(self, reason: str):
+        """End the row; what was held back was no stop string."""
         self.ready += self.held
         self.held = []
         self.finish = reason
@@ -82,7 +86,8 @@ class Writer:
             answer = tool(expression) if self.call else None
             self.call = None
             if answer is not None:
-                first, last = self.special["<|output_start|>"], self.special["<|output_end|>"]
+                first = self.special["<|output_start|>"]
+                last = self.special["<|output_end|>"]
                 self.forced = [first, *self.tokenizer.encode(answer), last]
         else:
             self.call.append(id)
@@ -96,8 +101,10 @@ class Writer:
             self.held = []
             return
 
+        # as bytes: a stop string may begin or end within a token
         self.held.append(token)
-        text = b"".join(self.tokenizer.tokens[held.id] for held in self.held)
+        parts = [self.tokenizer.tokens[held.id] for held in self.held]
+        text = b"".join(parts)
         stops_at = [text.find(stop) for stop in self.stops if stop in text]
         if stops_at:
             self._let_out_before(min(stops_at), split=True)
