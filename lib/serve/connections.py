@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lib.serve.counters import Counters
@@ -126,9 +127,10 @@ def bounded(settings: Settings, metrics: Counters) -> type[asyncio.Protocol]:
 class Once(logging.Filter):
     """Lets each message through once a minute, with the number of times that it was held back."""
 
-    def __init__(self, seconds: float = 60.0):
+    def __init__(self, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self.seconds = seconds
+        self.clock = clock
         # message: when it was let through last, and how often it came since
         self.said: dict[str, tuple[float, int]] = {}
 
@@ -136,7 +138,7 @@ class Once(logging.Filter):
         text = record.getMessage()
         # addresses and the like differ further down
         key = f"{record.levelname} {text.splitlines()[0] if text else ''}"
-        now = time.monotonic()
+        now = self.clock()
         when, more = self.said.get(key, (-self.seconds, 0))
         if now - when < self.seconds:
             self.said[key] = when, more + 1

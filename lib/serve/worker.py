@@ -222,9 +222,10 @@ class EngineThread:
     def _warm_up(self):
         """Compile the next shape while nobody asks for anything."""
         warm_up(self.engine, self.cold[-1])
-        self.cold.pop()
-        if not self.cold:
+        if len(self.cold) == 1:
             warm_up_copies(self.engine)
+        # only now, so that whoever waits for a warm server sees one
+        self.cold.pop()
 
     def _drop(self, now: float):
         """Free the slots of answers that nobody wants, or that have taken too long."""

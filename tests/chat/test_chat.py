@@ -146,6 +146,42 @@ def test_what_is_read_as_one_message():
     assert message('"""', "a\\", "", "/clear", ' """ ', "b") == ("a\\\n\n/clear", ["b"])
 
 
+def test_lines_that_are_pasted_together_are_one_message():
+    def message(*lines):
+        lines = list(lines)
+        return terminal.read_message(lambda prompt: lines.pop(0), lambda: bool(lines)), lines
+
+    assert message("one", "", "two") == ("one\n\ntwo", [])
+    assert message("one\\", "two") == ("one\ntwo", [])
+    assert message("/clear", "two") == ("/clear", ["two"]), "a command is a line of its own"
+    assert message("//etc", "two") == ("//etc\ntwo", [])
+    assert message('"""', "a", '"""', "b") == ("a", ["b"])
+
+
+def test_a_message_may_begin_with_a_slash(capsys):
+    talk = terminal.Talk(model(), terminal.Settings(temperature=0, max_tokens=3))
+    lines = ["//etc/fstab", "/dance", "//", "/a\n/b"]
+
+    def read(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    terminal.converse(talk, read)
+    asked = [m["content"] for m in talk.messages if m["role"] == "user"]
+    assert asked == ["/etc/fstab", "/", "/a\n/b"]
+    assert "no command /dance" in capsys.readouterr().err
+
+
+def test_a_base_model_is_greeted_as_one(capsys):
+    for stage, chatty in (("sft", True), ("base", False)):
+        talk = terminal.Talk(model()._replace(stage=stage), terminal.Settings())
+        talk.greet("mine")
+        greeting = capsys.readouterr().err
+        assert f"mine, {stage}, step" in greeting
+        assert ("has not learnt to chat" in greeting) != chatty
+
+
 def test_words_around_a_hidden_call_are_not_glued_and_offsets_point_into_what_was_said():
     tokenizer = model().tokenizer
     call = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}]
@@ -325,6 +361,25 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     terminal.until("> \033[0m")  # before, the terminal takes Ctrl-D for itself
     terminal.type("\x04")
     assert terminal.wait() == 0
+
+
+def test_pasted_lines_are_one_message_in_a_real_terminal(tmp_path):
+    # with the marks that a terminal sets around what is pasted, and without
+    for before, after in (("", ""), ("\033[200~", "\033[201~")):
+        terminal = Terminal("--max-tokens", "2", NO_COLOR="1")
+        terminal.until("> ")
+        terminal.type(f"{before}one\ntwo\nthree{after}")
+        time.sleep(0.5)
+        terminal.type("\n")
+        terminal.until("(cut after 2 tokens)")
+        terminal.until("> ")
+        file = tmp_path / f"{len(before)}.json"
+        terminal.type(f"/save {file}\n")
+        terminal.until("(saved 2 messages")
+        terminal.type("/quit\n")
+        assert terminal.wait() == 0
+        saved = json.loads(file.read_text())["messages"]
+        assert saved[0] == {"role": "user", "content": "one\ntwo\nthree"}
 
 
 def test_no_color_is_respected():

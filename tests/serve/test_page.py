@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 
 from lib import serve
+from lib.data.speech import spoken
 from lib.runs import load_model
 from lib.serve.server import Server
 from tests.helpers import parrot
@@ -344,15 +345,155 @@ def test_odd_markdown_is_rendered_quickly_and_whole(page):
     assert all(r["bad"] == [] for r in rendered)
 
 
+DOUBT = "spans => spans.map(span => span.style.getPropertyValue('--doubt'))"
+DAMAGED = ["", "{", "null", "7", '"text"', "[]", "[null]", '{"a": {"b": null}}']
+CHATS = [
+    '{"id": "0", "messages": [null, 1, {"role": "user"}, {"role": "user", "content": 3}]}',
+    '{"id": "0", "messages": [{"role": "assistant", "content": [{"type": "text"}]}]}',
+    '{"id": "0", "time": {}, "saves": "x", "messages": [{"role": "user", "content": "kept"},'
+    ' {"role": "assistant", "content": "b", "tokens": {"0": [[1]]}, "usage": 4, "note": {}}]}',
+    '{"id": 5, "messages": []}',
+    '{"messages": {"length": 3}}',
+]
+
+
+def test_damaged_storage_never_leaves_the_page_dead(page):
+    def store(settings, view, token, chat):
+        page.evaluate(
+            "([settings, view, token, chat]) => { localStorage.clear();"
+            " for (const [key, value] of Object.entries({'rawchat:settings': settings,"
+            " 'rawchat:view': view, 'rawchat:token': token, 'rawchat:chat:0': chat}))"
+            " localStorage.setItem(key, value); sessionStorage.setItem('rawchat:here', '0'); }",
+            [settings, view, token, chat],
+        )
+        page.reload()
+        page.get_by_text("context of 768 tokens").wait_for()
+
+    values = [*DAMAGED, '{"temperature": "hot", "top_k": [], "seed": 1e400, "doubts": "x"}']
+    for value in values:
+        store(value, value, value, value)
+        assert page.get_by_role("heading", name="What shall we talk about?").is_visible()
+        page.get_by_role("button", name="Settings").click()
+        # where nothing is stored, this browser stores 0
+        temperature = "0.6" if value else "0"
+        assert page.get_by_label("Temperature").input_value() == temperature
+        page.get_by_role("button", name="Done").click()
+    for chat in CHATS:
+        store("{}", '{"doubts": true}', '""', chat)
+    assert questions(page) == []
+    store('{"temperature": 0}', "{}", '""', CHATS[2])
+    assert [questions(page), answers(page)] == [["kept"], ["b"]], "what is sound is kept"
+    send(page, "hello")
+    finished(page)
+    assert answers(page)[-1] == "Hello! How can I help?"
+
+
+def test_a_browser_that_keeps_nothing_can_chat(browser, server):
+    with contextlib.closing(browser.new_context(base_url=server.url)) as context:
+        for store in ("localStorage", "sessionStorage"):
+            context.add_init_script(
+                f"Object.defineProperty(window, '{store}', {{ get() {{ throw new DOMException("
+                "'no', 'SecurityError'); } })"
+            )
+        page = context.new_page()
+        page.goto("/")
+        page.get_by_text("context of 768 tokens").wait_for()
+        page.evaluate("settings.temperature = 0")
+        send(page, "hello")
+        finished(page)
+        assert answers(page) == ["Hello! How can I help?"]
+
+
+def test_long_runs_of_backticks_are_drawn_fast(page):
+    texts = [
+        "`" * 30_000,
+        "a " + "`" * 30_000,
+        " ".join("`" * n for n in range(1, 250)),
+        "``` " * 8000 + "`",
+        "x`" * 8000,
+    ]
+    milliseconds = page.evaluate(
+        "texts => texts.map(t => { const box = document.createElement('div'), began = "
+        "performance.now(); showMarkdown(box, t); return performance.now() - began; })",
+        texts,
+    )
+    assert max(milliseconds) < 500, milliseconds
+    code = ["`a`", "``a`b``", "`a``b`", "a ` b", "`` `", "``a` b", "`a\nb` `c`"]
+    shown = page.evaluate(
+        "texts => texts.map(t => { const box = document.createElement('div'); showMarkdown(box, t);"
+        " return [...box.querySelectorAll('code')].map(e => e.textContent); })",
+        code,
+    )
+    assert shown == [["a"], ["a`b"], ["a``b"], [], [], [], ["a\nb", "c"]]
+
+
+def test_what_is_copied_is_not_glued(page, context):
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    call = [{"type": "python", "text": "1"}, {"type": "python_output", "text": "1"}]
+    text = lambda t: {"type": "text", "text": t}
+    cases = [
+        [text("s t r a w"), *call, text("The letter")],
+        [text("is"), *call, text("3145 or"), *call, text("= 7"), *call, text(" so")],
+        [*call, text("a"), text("b")],
+        [text("東京"), *call, text("は")],
+    ]
+    assert page.evaluate("cases => cases.map(plain)", cases) == [spoken(case) for case in cases]
+    page.evaluate(
+        "content => { chat.messages = [{ role: 'user', content: 'x' },"
+        " { role: 'assistant', content }]; show(); }",
+        cases[0],
+    )
+    page.locator(".message.assistant").get_by_role("button", name="Copy").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "s t r a w\nThe letter"
+
+
+def test_hidden_buttons_leave_no_hole(page):
+    """Between a message and its answer there is the gap between messages, and no row of nothing."""
+    for text in ("hello", "hello"):
+        send(page, text)
+        finished(page)
+    question = page.locator(".message.user .body").first.bounding_box()
+    answer = page.locator(".message.assistant .body").first.bounding_box()
+    assert answer["y"] - question["y"] - question["height"] < 20
+    # the buttons are there all the same, and inside of the page
+    page.locator(".message.user").first.hover()
+    edit = page.get_by_role("button", name="Edit").first.bounding_box()
+    assert edit["x"] > 0 and edit["x"] + edit["width"] <= question["x"]
+
+
+def test_a_base_model_is_greeted_as_one(browser):
+    base = model()._replace(stage="base")
+    settings = serve.Settings(run=str(parrot.run()), port=0)
+    server = Server(base, settings).start()
+    try:
+        with contextlib.closing(browser.new_context(base_url=server.url)) as context:
+            page = context.new_page()
+            page.goto("/")
+            page.get_by_role("heading", name="How shall a text begin?").wait_for()
+            assert page.get_by_text("has not learnt to chat").is_visible()
+            assert page.get_by_placeholder("Begin a text").is_visible()
+            page.get_by_role("button", name="Once upon a time").click()
+            finished(page)
+            assert page.get_by_role("alert").count() == 0
+    finally:
+        server.close()
+
+
 def test_probabilities_on_hover(page):
     page.get_by_role("button", name="Token probabilities").click()
     send(page, SUM)
     finished(page)
     assert (
-        "".join(page.locator(".message.assistant .tokens span").all_inner_texts())
+        "".join(page.locator(".body > .tokens span").all_inner_texts())
         == "Let me see. 37 plus 85 is **122**."
     )
-    token = page.locator(".tokens span").nth(1)
+    token = page.locator(".body > .tokens span").nth(1)
+    assert page.get_by_text("How likely each token was").is_visible()
+    # what it called is coloured too, though not what the calculator answered
+    called = page.locator("details.tool summary .tokens span")
+    assert "".join(called.all_inner_texts()) == "37+85"
+    assert all(0 <= float(d) <= 1 for d in called.evaluate_all(DOUBT))
+    assert page.locator("details.tool summary").inner_text() == "Calculator: 37+85 = 122"
     assert not page.locator("#tip").is_visible()
     token.hover()
     rows = page.locator("#tip tr").all_inner_texts()

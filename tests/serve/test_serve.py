@@ -5,7 +5,9 @@ and requests that make no sense.
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import gc
+import io
 import json
 import os
 import random
@@ -22,8 +24,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lib import serve
+from lib import notebook, serve
 from lib.chat import messages
+from lib.chat.terminal import Settings as ChatSettings
 from lib.files import UserError
 from lib.generate import Sampling, generate
 from lib.runs import load_model
@@ -31,8 +34,9 @@ from lib.serve import api
 from lib.serve.answers import Answers
 from lib.serve.counters import Counters
 from lib.serve.guard import guarded
-from lib.serve.server import Server
-from lib.serve.worker import Job
+from lib.serve.server import Server, listen, main
+from lib.serve.web import _engine
+from lib.serve.worker import EngineThread, Job
 from tests.helpers import parrot
 
 openai = pytest.importorskip("openai")
@@ -650,6 +654,88 @@ def test_a_failing_engine_is_an_error_for_all_and_ends_the_server(capsys):
     assert "no more memory" in capsys.readouterr().err
 
 
+def damaged():
+    """The model after a training that diverged."""
+    import jax
+
+    return model()._replace(params=jax.tree.map(lambda leaf: leaf * float("nan"), model().params))
+
+
+def test_a_model_that_computes_no_numbers_says_so():
+    settings = serve.Settings(run=str(parrot.run()), port=0)
+    with pytest.raises(UserError, match="computes no numbers"):
+        Server(damaged(), settings)
+
+
+def test_an_engine_that_computes_no_numbers_any_more_says_so_to_all():
+    engine = _engine(model(), serve.Settings(slots=1), 768)
+    news, failed = [], []
+    thread = EngineThread(engine, 4, Counters(), lambda: failed.append(1))
+    thread.cold = []
+    engine.parts[0].params[0] = damaged().params
+    job = Job([1, 2], Sampling(max_tokens=9), lambda *new: news.append(new), time.monotonic() + 60)
+    thread.submit([job])
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        thread._run()
+    [(tokens, error)] = news
+    assert tokens == [] and error.status == 500 and failed == [1]
+    assert "computes no numbers (NaN)" in error.body["error"]["message"]
+    assert log.getvalue().startswith("Error: the model computes no numbers")
+    assert log.getvalue().count("\n") == 1, "no traceback"
+    with pytest.raises(api.ApiError, match="computes no numbers"):
+        thread.submit([job])
+
+
+def test_a_crowd_on_a_warm_server_waits_for_no_compiler(http, caplog):
+    until(http, timeout=300, warming=0)
+    texts = ["a", "word " * 9, "word " * 14, "word " * 25, "word " * 45, "word " * 90]
+    asks = [dict(prompt=f"{i}{texts[i % 6]}", max_tokens=3, seed=i) for i in range(24)]
+    asks += [dict(prompt="the same", max_tokens=3, n=4)] * 2
+    with compiling() as compiled, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        post = lambda ask: httpx.post(f"{http.server.url}/v1/completions", json=ask, timeout=60)
+        assert {answer.status_code for answer in pool.map(post, asks)} == {200}
+    assert compiled == []
+
+
+@contextlib.contextmanager
+def compiling():
+    """The programs that are compiled, or fetched from where compiled ones are kept, meanwhile."""
+    import jax
+
+    events, watching = [], True
+
+    def note(event, seconds, **about):
+        if watching and event == "/jax/core/compile/backend_compile_duration":
+            events.append(about)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield events
+    watching = False
+
+
+def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one(monkeypatch):
+    with serving() as client:
+        until(client, timeout=300, warming=0)
+        worker = client.server.app.state.worker
+        added = []
+        add_many = worker.engine.add_many
+        monkeypatch.setattr(
+            worker.engine, "add_many", lambda p, s: (added.append(len(p)), add_many(p, s))[1]
+        )
+        for cold, together in (([(2, 16)], {1}), ([], {4})):
+            # nothing is idle while the line is held
+            with worker.wake:
+                worker.cold = cold
+                jobs = [
+                    Job([1, i], Sampling(max_tokens=2), lambda *news: None, time.monotonic() + 60)
+                    for i in range(4)
+                ]
+                worker.submit(jobs)
+            settle(client)
+            assert set(added) == together and sum(added) == 4
+            added.clear()
+
+
 # ---- who may ask
 
 
@@ -751,6 +837,54 @@ def test_other_pages_and_other_names_are_kept_out(http):
             ).status_code
             == 415
         )
+
+
+def test_pages_elsewhere_are_let_in_by_name():
+    """CORS: what a browser asks before it lets a page's script read answers."""
+    friend, stranger = "https://chat.example.org", "https://evil.test"
+    asking = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+    }
+    with serving(origins=(friend,), token="t") as client:
+        path = "/v1/chat/completions"
+        # a browser sends no token with this question
+        answer = client.options(path, headers={"Origin": friend, **asking})
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == friend
+        assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+        answer = client.options(path, headers={"Origin": stranger, **asking})
+        assert "access-control-allow-origin" not in answer.headers
+
+        ask = dict(messages=ASK["hello"], max_tokens=3)
+        token = {"Authorization": "Bearer t"}
+        for stream in (False, True):
+            headers = {"Origin": friend, **token}
+            answer = client.post(path, json=ask | {"stream": stream}, headers=headers)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] == friend
+        # an error can be read too, and neither the name nor the token is asked for any less
+        for headers, status in (
+            ({"Origin": friend}, 401),
+            ({"Origin": stranger, **token}, 403),
+            ({"Origin": friend, "Host": "evil.test", **token}, 403),
+        ):
+            assert client.post(path, json=ask, headers=headers).status_code == status
+    with serving(origins=("*",)) as client:
+        answer = client.get("/v1/models", headers={"Origin": stranger})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_no_page_elsewhere_is_let_in_by_default(http):
+    answer = http.options("/v1/models", headers={"Access-Control-Request-Method": "GET"})
+    assert answer.status_code == 405
+    assert "access-control-allow-origin" not in http.get("/v1/models").headers
+
+
+def test_an_origin_is_written_as_browsers_do():
+    for origin in ("chat.example.org", "https://a.test/", "https://a.test/path", ""):
+        with pytest.raises(UserError, match="is no origin"):
+            serve.Settings(origins=(origin,))
 
 
 def test_the_page_may_run_its_own_code_only(http):
@@ -986,6 +1120,52 @@ def test_settings_out_of_bounds_are_told():
 def test_a_taken_port_is_told(http):
     with pytest.raises(UserError, match="choose another --port"):
         Server(model(), serve.Settings(port=http.server.port))
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(http, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(serve.Settings, "load", lambda self: loaded.append(self))
+    settings = serve.Settings(run=str(parrot.run()), port=http.server.port)
+    for begin in (serve.start, lambda settings: main(settings, in_colab=False)):
+        with pytest.raises(UserError, match="choose another --port"):
+            begin(settings)
+    assert loaded == []
+
+
+def test_the_example_of_the_papers_works(monkeypatch, tmp_path, capsys):
+    """docs/chat.md's lines for a notebook, where the newest run is the one that is served."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "chat.md").read_text(), re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(parrot.run())
+    monkeypatch.chdir(tmp_path)
+    # somebody may have the usual port
+    free = lambda settings: listen(dataclasses.replace(settings, port=0))
+    monkeypatch.setattr("lib.serve.server.listen", free)
+    names = {}
+    exec(code.partition("server.close()")[0], names)
+    try:
+        url = re.search(r"chat page: (\S+)", capsys.readouterr().out)[1]
+        assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "mine-sft"
+    finally:
+        exec("server.close()", names)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+
+
+def test_options_are_grouped_and_name_the_command(capsys):
+    for kind, name, options in (
+        (serve.Settings, "serve", ("which", "doors", "crowd", "patience")),
+        (ChatSettings, "chat", ("which", "choosing", "saying")),
+    ):
+        with pytest.raises(SystemExit):
+            notebook.options(kind, f"python -m lib.{name}", ["--help"])
+        shown = capsys.readouterr().out
+        assert f"usage: python -m lib.{name} " in shown
+        assert all(f"{group} options" in shown for group in options)
+    settings = notebook.options(serve.Settings, "", ["--run", "a", "--hosts", "b", "c", "--int8"])
+    assert settings == serve.Settings(run="a", hosts=("b", "c"), int8=True)
+    with pytest.raises(UserError, match="slots must be"):
+        notebook.options(serve.Settings, "", ["--slots", "0"])
 
 
 def test_colabs_address_is_printed(monkeypatch, capsys):
