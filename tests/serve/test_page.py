@@ -383,6 +383,7 @@ def test_damaged_storage_never_leaves_the_page_dead(page):
     assert questions(page) == []
     store('{"temperature": 0}', "{}", '""', CHATS[2])
     assert [questions(page), answers(page)] == [["kept"], ["b"]], "what is sound is kept"
+    page.get_by_role("button", name="+ New conversation").click()
     send(page, "hello")
     finished(page)
     assert answers(page)[-1] == "Hello! How can I help?"

@@ -713,27 +713,26 @@ def compiling():
     watching = False
 
 
-def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one(monkeypatch):
-    with serving() as client:
-        until(client, timeout=300, warming=0)
-        worker = client.server.app.state.worker
-        added = []
-        add_many = worker.engine.add_many
-        monkeypatch.setattr(
-            worker.engine, "add_many", lambda p, s: (added.append(len(p)), add_many(p, s))[1]
-        )
-        for cold, together in (([(2, 16)], {1}), ([], {4})):
-            # nothing is idle while the line is held
-            with worker.wake:
-                worker.cold = cold
-                jobs = [
-                    Job([1, i], Sampling(max_tokens=2), lambda *news: None, time.monotonic() + 60)
-                    for i in range(4)
-                ]
-                worker.submit(jobs)
-            settle(client)
-            assert set(added) == together and sum(added) == 4
-            added.clear()
+def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
+    engine = _engine(model(), serve.Settings(slots=4), 768)
+    thread = EngineThread(engine, 8, Counters())
+    assert {rows for rows, _ in thread.cold} >= {1, 2}, "several rows are warmed up too"
+    added, add_many = [], engine.add_many
+    engine.add_many = lambda p, s: (added.append(len(p)), add_many(p, s))[1]
+    for cold, together in (([(2, 16)], [1, 1, 1, 1]), ([], [4])):
+        thread.cold = cold
+        ended = []
+        thread.submit([greedy_job([1, i], ended) for i in range(4)])
+        while len(ended) < 4:
+            thread._turn()
+        assert added == together and ended == ["length"] * 4
+        added.clear()
+
+
+def greedy_job(prompt, ended) -> Job:
+    """A job of two tokens that notes in `ended` why it ended."""
+    note = lambda tokens, reason: ended.extend([reason] if reason else [])
+    return Job(prompt, Sampling(max_tokens=2, temperature=0), note, time.monotonic() + 60)
 
 
 # ---- who may ask
