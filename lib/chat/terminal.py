@@ -112,6 +112,7 @@ class Talk:
         self.colours = colours
         self.tools = tools
         self.context = model.config.sequence_len
+        # one conversation needs one slot
         self.engine = Engine(
             settings.weights(model),
             model.config,
@@ -174,6 +175,7 @@ class Talk:
                 )
             return ids
 
+        # a chat that has grown too long loses its oldest turns
         ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
         if dropped:
             self.note(
@@ -186,6 +188,7 @@ class Talk:
         """Write the answer to the last message and remember it, also when Ctrl-C cuts it short."""
         ids = self.prompt()
         reader = Reader(self.model.tokenizer)
+        # as much as was asked for, or as there is room for
         most = min(self.settings.max_tokens, self.context - len(ids))
         sampling = self.sampling(max_tokens=most)
         self.seed += 1
@@ -196,6 +199,7 @@ class Talk:
             self._remember(reader)
             raise
         self._remember(reader)
+        # why it is no longer, where it did not end by itself
         if stopped:
             self.note("(stopped)")
         elif reader.finish == "length":
@@ -225,6 +229,7 @@ class Talk:
         """
         if piece.kind != "text" and not self.tools:
             return piece
+        # what stands around a call
         begins = last is None or last.index != piece.index
         if begins and piece.kind != "python_output":
             print(self._close(last), end="")
@@ -246,6 +251,7 @@ class Talk:
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; False when it asks to leave. Raises UserError."""
+        # the first word, and what it is about
         name, _, rest = line[1:].strip().partition(" ")
         if name in ("quit", "exit", "q"):
             return False
@@ -302,6 +308,7 @@ class Talk:
         """Change one sampling setting; UserError leaves it as it was."""
         if name not in TUNABLE:
             raise UserError(f"there is no setting {name!r}: choose one of {', '.join(TUNABLE)}")
+        # tried on the settings themselves, and taken back if they make no sense
         before = self.settings
         kind = type(getattr(before, name))
         try:
@@ -365,9 +372,11 @@ def read_message(read: Read, more: Callable[[], bool] = lambda: False) -> str:
 
     more(): whether another line is there already, as behind the first line of a pasted text.
     """
+    # a block begins with a line of its own
     line = read("> ")
     if line.strip() == '"""':
         return _block(read)
+    # a line goes on in the next, or the next is there already
     lines = [line]
     while True:
         if lines[-1].endswith("\\"):
@@ -401,6 +410,7 @@ def converse(talk: Talk, read: Read, more: Callable[[], bool] = lambda: False):
     An error is one line, and the conversation goes on.
     """
     while True:
+        # what the person says
         try:
             text = read_message(read, more)
         except EOFError:
@@ -409,6 +419,7 @@ def converse(talk: Talk, read: Read, more: Callable[[], bool] = lambda: False):
             talk.note("\n(Ctrl-D or /quit leaves)")
             continue
 
+        # what comes of it
         try:
             if is_command(text):
                 if not talk.command(text):
@@ -430,6 +441,7 @@ def main(settings: Settings, coloured: bool):
     """
     # what is not text becomes U+FFFD; a TextIOWrapper, though its type is that of any text stream
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
+    # one message and no conversation
     single = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if settings.prompt and not single.strip():
         raise UserError(
@@ -437,6 +449,7 @@ def main(settings: Settings, coloured: bool):
             "standard input"
         )
 
+    # no colours in a file
     colours = PLAIN
     if coloured and sys.stdout.isatty() and sys.stderr.isatty():
         colours = COLOURS

@@ -37,6 +37,7 @@ def spelled(tokenizer: Tokenizer, id: int, logprob: float) -> dict:
     if id >= len(tokenizer.tokens):
         names = {number: name for name, number in tokenizer.special.items()}
         return {"token": names.get(id, f"<|{id}|>"), "logprob": logprob, "bytes": None}
+    # bytes of an ordinary token
     raw = tokenizer.tokens[id]
     try:
         text = raw.decode()
@@ -57,6 +58,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[Token]) -> dict:
 def completion_logprobs(tokenizer: Tokenizer, tokens: list[Token], offsets: list[int]) -> dict:
     """`logprobs` of a completion; offsets: where in the text each token begins."""
     own = [spelled(tokenizer, token.id, token.logprob) for token in tokens]
+    # alternatives by their spelling, as this older form has them
     tops = []
     for token in tokens:
         alternatives = [spelled(tokenizer, *pair) for pair in token.top]
@@ -95,12 +97,14 @@ class Answers:
         self.first: float | None = None  # when the first token came
         self.made = 0  # tokens so far
 
+        # what the envelope of every body says
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         self.id = f"{prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue = asyncio.Queue()
 
+        # n answers to each prompt, one behind the other
         prompts = [prompt for prompt in asked.prompts for _ in range(asked.n)]
         self.readers = [chat.Reader(api.tokenizer) for _ in prompts]
         self.jobs = [self._job(i, prompt) for i, prompt in enumerate(prompts)]
@@ -135,9 +139,11 @@ class Answers:
                 yield None
                 continue
 
+            # an error of one ends all
             if isinstance(reason, ApiError):
                 self._fail()
                 raise reason
+            # tokens become text
             if self.first is None:
                 self._note_first()
             self.made += len(tokens)
@@ -215,11 +221,13 @@ class Answers:
         """The body of an answer that is not streamed."""
         pieces: list[list[chat.Piece]] = [[] for _ in self.readers]
         reasons: list[str | None] = [None for _ in self.readers]
+        # all that comes, by answer
         async for news in self:
             if news:
                 pieces[news.index] += news.pieces
                 reasons[news.index] = news.reason
 
+        # one choice for each answer, in the form of its endpoint
         choices = []
         for i, reader in enumerate(self.readers):
             text = spoken(reader.parts)
@@ -246,6 +254,7 @@ class Answers:
 
         Tool calls are in `parts` of a delta, beside `content`, which has only the text.
         """
+        # what comes before the first token
         for i in range(len(self.readers)):
             if self.kind == "chat":
                 start = {"role": "assistant", "content": "", "refusal": None}
@@ -253,6 +262,7 @@ class Answers:
             elif self.asked.echo:
                 yield self._event(i, text=self._echo(i))
 
+        # once the status is sent, an error can only be an event
         try:
             async for news in self:
                 if news is None:
@@ -264,6 +274,7 @@ class Answers:
             yield _event(e.body)
             return
 
+        # what comes behind the last
         if self.asked.usage_wanted:
             yield _event(self._envelope(self._chunk) | {"choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
@@ -281,6 +292,7 @@ class Answers:
 
     def _events(self, news: News) -> list[str]:
         """The events that tell what is new of an answer."""
+        # a hidden call adds parts, but no text
         text = "".join(piece.said for piece in news.pieces)
         events = []
         if self.kind == "chat" and news.pieces:
@@ -292,6 +304,7 @@ class Answers:
         elif text:
             events.append(self._event(news.index, text=text, logprobs=self._logprobs(news.pieces)))
 
+        # the end is an event of its own
         if news.reason:
             end = {"delta": {}} if self.kind == "chat" else {"text": ""}
             events.append(self._event(news.index, news.reason, **end))

@@ -114,6 +114,7 @@ NOTES = (
     "parallel_tool_calls",
 )
 
+# what each endpoint knows
 COMMON = {"model", "stream", "stream_options", "stop", "logprobs", *NUMBERS, *NEUTRAL, *NOTES}
 CHAT_FIELDS = COMMON | {"messages", "top_logprobs", "truncation"}
 COMPLETION_FIELDS = COMMON - {"max_completion_tokens"} | {"prompt", "echo", "best_of"}
@@ -131,10 +132,12 @@ def _number(body: dict, name: str) -> Any:
     if value is None:
         return number.default
 
+    # an integer will do for a real number
     right_type = _is_int(value) or (number.kind is float and isinstance(value, float))
     if not right_type:
         due = "a number" if number.kind is float else "an integer"
         _refuse(f"{name} must be {due}, not {type(value).__name__}", name, "invalid_type")
+    # no bound that nobody reaches is spoken of
     if not number.low <= value <= number.high:
         open_ended = number.high >= COUNT and number.low >= 0
         bounds = f"from {number.low} to {number.high}"
@@ -183,6 +186,7 @@ def _stops(body: dict) -> tuple[str, ...]:
 
 def _check_fields(body, known: set[str], model_id: str):
     """Refuse what is not known, not supported or meant for another model."""
+    # a field that does nothing would be a promise
     if not isinstance(body, dict):
         _refuse("the request body must be a JSON object")
     for name in body:
@@ -194,6 +198,7 @@ def _check_fields(body, known: set[str], model_id: str):
         if name in body and (isinstance(body[name], bool) or body[name] not in allowed):
             _refuse(f"{name} is not supported here: leave it out", name, "unsupported_parameter")
 
+    # there is one model; a client that names none means it
     wanted = body.get("model", model_id)
     if not isinstance(wanted, str):
         _refuse("model must be a string", "model", "invalid_type")
@@ -221,6 +226,7 @@ def _sampling(body: dict, logprobs: int, stop: tuple[int, ...], max_tokens: int)
     chosen = {name: _number(body, name) for name in names}
     # 0 is allowed by OpenAI, and leaves the likeliest token alone
     chosen["top_p"] = max(chosen["top_p"], 1e-9)
+    # without a seed each answer is another
     seed = _number(body, "seed")
     return Sampling(
         max_tokens=max_tokens,
@@ -236,6 +242,7 @@ def _messages(messages) -> list[dict]:
     """The messages of a request in turns, the last one the user's."""
     if not isinstance(messages, list) or not messages:
         _refuse("messages must be a list of at least one message", "messages", "invalid_type")
+    # the same rule as for files and for the terminal
     try:
         turns = in_turns(messages)
     except BadMessage as e:
@@ -278,6 +285,7 @@ class Api:
         self.context = settings.context or model.config.sequence_len
         # bytes of a token: a text of more than context * longest can't fit
         self.longest = max(map(len, self.tokenizer.tokens))
+        # the name under which clients ask for the model
         run = Path(settings.run).name or Path(model.path).parent.parent.name
         self.id = re.sub(r"[^\w.-]", "-", f"{run}-{model.stage}")
         self.created = int(time.time())
@@ -300,6 +308,7 @@ class Api:
     def chat(self, body) -> Asked:
         """A request for /v1/chat/completions."""
         _check_fields(body, CHAT_FIELDS, self.id)
+        # one that has never seen a chat would write nonsense
         if self.model.stage == "base":
             _refuse(
                 "this model was only pretrained and has not learnt to chat: let it go on with a "
@@ -313,11 +322,13 @@ class Api:
         if wanted is None:
             wanted = older
 
+        # probabilities, and of how many alternatives
         logprobs = _flag(body, "logprobs")
         top = _up_to(body, "top_logprobs", TOP) or 0
         if top and not logprobs:
             _refuse("top_logprobs needs logprobs to be true", "top_logprobs", "invalid_value")
 
+        # the prompt, and the room that it leaves
         ids, dropped = self._chat_prompt(body, wanted)
         room = self._room(ids, wanted, "messages")
         stream = _flag(body, "stream")
@@ -345,6 +356,7 @@ class Api:
         # what can't be left out must fit
         needed = messages[-1:] if shorten else messages
         self._check_size([spoken(message["content"]) for message in needed], "messages")
+        # a chat that cannot be rendered is told in the tokenizer's words
         try:
             if not shorten:
                 return self.tokenizer.render_for_completion(messages), 0
@@ -362,18 +374,21 @@ class Api:
         _check_fields(body, COMPLETION_FIELDS, self.id)
         prompts, texts = self._prompts(body.get("prompt", ""))
 
+        # of n answers all are given back
         n = _number(body, "n")
         best_of = body.get("best_of")
         if best_of is not None and best_of != n:
             why = "best_of is not supported beside n: leave it out"
             _refuse(why, "best_of", "unsupported_parameter")
 
+        # the prompt itself has no probabilities
         logprobs = _up_to(body, "logprobs", TOP_OF_COMPLETIONS)
         echo = _flag(body, "echo")
         if echo and logprobs is not None:
             why = "echo together with logprobs is not supported: ask for one of them"
             _refuse(why, "echo", "unsupported_parameter")
 
+        # all prompts get the room of the longest
         wanted = _number(body, "max_tokens")
         if wanted is None:
             wanted = SHORT
@@ -397,6 +412,7 @@ class Api:
         if isinstance(prompt, str) or is_ids:
             prompt = [prompt]
 
+        # no more than can wait in line
         most = self.settings.queue
         if not isinstance(prompt, list) or not 1 <= len(prompt) <= most:
             _refuse(
@@ -413,6 +429,7 @@ class Api:
             self._check_size([prompt], "prompt")
             return self.tokenizer.encode(prompt, bos=True), prompt
 
+        # ids of this model, and no text between them
         vocabulary = range(self.model.config.vocab_size)
         is_list = isinstance(prompt, list) and prompt
         if not is_list or not all(type(id) is int and id in vocabulary for id in prompt):

@@ -59,6 +59,7 @@ class Watch:
         self.look(newcomer)
         if len(newcomer.connections) <= self.most:
             return
+        # somebody has to leave
         self.metrics.add("rawchat_refused_connections_total")
         leaving = next(iter(self.idle))
         self.forget(leaving)
@@ -71,6 +72,7 @@ class Watch:
 
     def look(self, connection):
         """Note whether a connection has a request now; its time begins when that changes."""
+        # uvicorn's record of the request that is being answered, None before the first
         cycle = connection.cycle
         is_idle = cycle is None or cycle.response_complete
         was_idle = connection in self.idle
@@ -78,6 +80,7 @@ class Watch:
         if connection.transport.is_closing() or (known and is_idle == was_idle):
             return
 
+        # its clock starts anew
         self.forget(connection)
         seconds = self.for_an_answer
         if is_idle:

@@ -35,6 +35,7 @@ def guarded(
     async def asgi(scope, receive, send):
         if scope["type"] != "http":
             return await app(scope, receive, send)
+        # unknown paths are counted as one, or anybody could fill the metrics
         began = time.monotonic()
         path = scope["path"] if scope["path"] in paths else "other"
         status = 0
@@ -46,6 +47,7 @@ def guarded(
                 message["headers"] = [*message["headers"], *SAFE_HEADERS]
             await send(message)
 
+        # a refusal is an answer like any other: counted, and with safe headers
         refusal = _refusal(scope, settings, hosts)
         answer = app
         if refusal:
@@ -77,6 +79,7 @@ def _refusal(scope, settings: Settings, hosts: tuple[str, ...] | None) -> ApiErr
 
 def _wrong_name(headers: dict, settings: Settings, hosts: tuple[str, ...]) -> ApiError | None:
     """Refuses other names of this server, and pages of other servers."""
+    # a name that somebody else has made to point here
     host = headers.get("host", "")
     if _hostname(host) not in hosts:
         why = f"this server does not answer to the name {host[:100]!r}, only to {', '.join(hosts)}"
@@ -134,6 +137,7 @@ async def read_json(request, settings: Settings) -> Any:
     if length.isdecimal() and int(length) > most:
         raise too_large
 
+    # chunks tell no length, so that each is counted
     data = bytearray()
     seconds = min(settings.body_seconds, settings.seconds)
     try:

@@ -26,6 +26,7 @@ LOGGERS = ("uvicorn.error", "asyncio")
 
 def check_installed():
     """UserError if the packages of the serve extra are not there."""
+    # neither is imported before somebody serves
     needed = ("fastapi", "uvicorn")
     missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
@@ -72,6 +73,7 @@ def patient_until(grace: float, worker: EngineThread, base):
 @contextlib.contextmanager
 def quiet_log():
     """Within it the server's log says a thing once a minute, however often it happens."""
+    # one for both, so that neither repeats the other
     once = Once()
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
@@ -97,6 +99,7 @@ class Server:
         hosts: tuple[str, ...] | None = None,
         listener: socket.socket | None = None,
     ):
+        # whether it may and can be served at all
         settings.check_token()
         check_installed()
         self.settings = settings
@@ -104,6 +107,7 @@ class Server:
         self.port = self.socket.getsockname()[1]
         self.url = f"http://{_name(settings.host)}:{self.port}"
 
+        # on loopback, or where names are given, no other name is answered to
         if hosts is None and (settings.loopback or settings.hosts):
             hosts = (*LOOPBACK, settings.host, *map(str.lower, settings.hosts))
         self.app = make_app(model, settings, hosts or None, self.stop)
@@ -139,6 +143,7 @@ class Server:
     def start(self) -> "Server":
         """Serve in a thread, and return when requests are answered."""
         self.thread.start()
+        # requests are answered once uvicorn says so
         while not self.uvicorn.started:
             if not self.thread.is_alive():
                 raise RuntimeError("the server's thread ended before it began to serve")
@@ -201,6 +206,7 @@ def prepare(settings: Settings, hosts: tuple[str, ...] | None) -> Server:
     """
     settings.check_token()
     check_installed()
+    # the port is ours while the model is loaded
     listener = listen(settings)
     try:
         return Server(settings.load(), settings, hosts, listener)
@@ -234,6 +240,7 @@ def main(settings: Settings, in_colab: bool):
         print("Interrupted while loading", flush=True)
         raise SystemExit(130) from None
 
+    # where it is, in words that a script can wait for
     api = server.app.state.api
     print(
         f"{api.id} (step {api.model.meta.get('step')}) at {address(server.url, settings)}\n"

@@ -87,17 +87,20 @@ class Settings(Which, Writing, Doors, Crowd, Patience):
     """
 
     def __post_init__(self):
+        # told now, before a model is loaded
         for name, low in LEAST.items():
             if getattr(self, name) < low:
                 raise UserError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.port > 65535:
             raise UserError(f"port must be at most 65535, not {self.port}")
 
+        # the token goes through a browser
         if not (self.token.isascii() and self.token.isprintable() and " " not in self.token):
             raise UserError(
                 "the token must be printable ASCII without blanks: browsers can't send any other "
                 "in a header"
             )
+        # one that is written otherwise would never match
         for origin in self.origins:
             if not re.fullmatch(r"\*|https?://[^/\s]+", origin):
                 raise UserError(

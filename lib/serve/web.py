@@ -44,19 +44,23 @@ def make_app(
     """
     from fastapi import FastAPI
 
+    # what answers, and what counts
     api, metrics = Api(model, settings), Counters()
     for name in COUNTED:
         metrics.add(name, 0)
+    # the engine in its thread, warm enough for a first prompt
     engine = _engine(model, settings, api.context)
     worker = EngineThread(engine, settings.queue, metrics, on_failure)
     warm_up(engine)
 
+    # the thread lives as long as the application
     @contextlib.asynccontextmanager
     async def lifespan(app):
         worker.thread.start()
         yield
         await asyncio.to_thread(worker.close)
 
+    # no pages of FastAPI's own: they load scripts from elsewhere
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.worker, app.state.api, app.state.metrics = worker, api, metrics
     _add_page(app, framed=hosts is None)
@@ -110,6 +114,7 @@ def page(framed: bool = False) -> tuple[bytes, str]:
 
     framed: whether other sites may show it in a frame, as Colab does.
     """
+    # whatever is not named here the browser refuses
     html = PAGE.read_text(encoding="utf-8")
     policy = [
         "default-src 'none'",
@@ -162,6 +167,7 @@ def _add_answers(app):
         # encoding much text takes a while
         check = api.chat if kind == "chat" else api.completion
         asked = await asyncio.to_thread(check, body)
+        # from here on the engine works for this request
         answers = Answers(api, asked, kind, worker)
         if asked.stream:
             return events(answers)
@@ -244,6 +250,7 @@ def _add_monitoring(app):
 
     @app.api_route("/metrics", methods=["GET", "HEAD"])
     async def show_metrics():
+        # what is read at this moment, beside what was counted
         gauges = {
             "rawchat_slots": engine.slots,
             "rawchat_busy_slots": len(worker.busy),

@@ -65,6 +65,7 @@ def warm_up(engine: Engines, shape: Shape = (1, 0)):
     prompts = [[row] * (length + 1) for row in range(rows)]
     slots = part.add_many(prompts, [Sampling(max_tokens=1)] * rows)
     part.step()
+    # the slots are free again before anybody asks
     for slot in slots:
         part.cancel(slot)
 
@@ -100,6 +101,7 @@ class EngineThread:
         self.metrics = metrics
         self.on_failure = on_failure
 
+        # the line, and what is being written
         self.waiting: collections.deque[Job] = collections.deque()
         self.busy: dict[int, Job] = {}  # by slot
         self.wake = threading.Condition()
@@ -117,11 +119,13 @@ class EngineThread:
         any more.
         """
         with self.wake:
+            # nothing is written any more
             if self.closing:
                 raise ApiError(503, "the server is shutting down", code="unavailable")
             if self.failed:
                 raise ApiError(503, _blame(self.failed), code="unavailable")
 
+            # more than could ever wait, and more than can wait now
             if len(jobs) > self.queue:
                 raise ApiError(
                     400,
@@ -147,6 +151,7 @@ class EngineThread:
         """
         with self.wake:
             for job in jobs:
+                # the engine's thread looks at this between two steps
                 job.cancelled = True
                 if job in self.waiting:
                     self.waiting.remove(job)
@@ -191,6 +196,7 @@ class EngineThread:
                 self.wake.wait()
             if self.closing:
                 return False
+            # what changes the line happens under the lock, what takes long outside of it
             idle = not (self.waiting or self.busy)
             now = time.monotonic()
             late = self._take_late(now)
@@ -199,6 +205,7 @@ class EngineThread:
         if idle:
             self._warm_up()
             return True
+        # those who leave, those who come, and a few tokens for all who are there
         for job in late:
             why = "no slot became free in time: try again later"
             job.deliver([], ApiError(503, why, code="timeout", headers={"Retry-After": "10"}))
