@@ -208,6 +208,15 @@ place = f"{STAGES['rl']}/{Path(trained.past.path).name}"
 records.write(folder, "rl", dict(step=trained.done, checkpoint=place, seed=seed) | after)
 reinforce.print_differences(before, after, (start.stage, "rl"))
 
+# %% [markdown]
+# The question of the group above once more, answered by what the model has become. It was among those that it learnt
+# from, so this shows what was reinforced, and proves nothing: read it to see whether the reward was earned as you meant.
+
+# %%
+groups = training.ask(params, 0, Seconds())
+again = next(group for group in groups if group[0]["id"] == best[0]["id"])
+reinforce.show_group(*again, settings, tokenizer)
+
 # %%
 score = after["tasks"][task]["score"]
 update_json(folder / "results.json", stage="rl", **{f"rl_{task}": score})
@@ -221,10 +230,13 @@ mirror.wait()
 # 2. What would the model learn if an answer that was cut in the middle could be worth something?
 # 3. A reward pays for the last number of an answer. How would a lazy model earn it?
 # 4. pass@1 rises and pass@8 doesn't. What has the model learnt, and what not?
+# 5. The end of an answer is a token like any other, and is learnt like one. What would happen to the answers' length if
+#    it were not?
 #
 # ## Where to go next
 #
 # - A reward of your own: `--reward mine.py:reward`, a function of the item and the answer that returns a number.
+# - [Reinforcement](docs/rl.md): which preset when, and what to watch.
 # - Talk to it: `python -m lib.chat` takes the furthest stage.
 # - Papers: [GRPO](https://arxiv.org/abs/2402.03300), [Dr. GRPO](https://arxiv.org/abs/2503.20783),
 #   [DAPO](https://arxiv.org/abs/2503.14476).
