@@ -19,7 +19,8 @@ UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "THAI", "LAO", "KHMER", "MY
 
 def said(answer: str) -> str:
     """What was said after the last use of a tool, without special tokens."""
-    return re.sub(r"<\|\w+\|>", "", answer.rpartition("<|output_end|>")[2]).strip()
+    _, _, spoken = answer.rpartition("<|output_end|>")
+    return re.sub(r"<\|\w+\|>", "", spoken).strip()
 
 
 # ---- numbers -------------------------------------------------------------------------------------
@@ -29,10 +30,14 @@ def _latin_digits(text: str) -> str:
     """The same text with digits of all scripts as 0 to 9."""
     if text.isascii():
         return text
-    return "".join(str(unicodedata.decimal(char)) if char.isdecimal() else char for char in text)
+    latin = ""
+    for char in text:
+        latin += str(unicodedata.decimal(char)) if char.isdecimal() else char
+    return latin
 
 
 def _value(match: re.Match) -> Decimal | None:
+    """The number of a match of _SIGNED; None for digits that are no number, like 1e999999999."""
     sign, inner_sign, digits = match.groups()
     try:
         value = Decimal(re.sub(r"[^\d.eE+-]", "", digits))
@@ -45,7 +50,9 @@ def _value(match: re.Match) -> Decimal | None:
 def number(text: str) -> Decimal | None:
     """The number that a text begins with: "$1,234.", "-0.50", "5 %", "1 000", "1e6", "**18**"."""
     match = re.match(_BEFORE + _SIGNED, _latin_digits(text))
-    return _value(match) if match else None
+    if match is None:
+        return None
+    return _value(match)
 
 
 def numbers(text: str) -> list[Decimal | None]:
@@ -73,7 +80,9 @@ def number_after_mark(text: str) -> Decimal | None:
 
 def bare(text: str) -> str:
     """A text as it is compared: one form of each character, no case, no final stops and quotes."""
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    # twice, because without case a character may have another form
+    lower = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", lower)
     return " ".join(text.split()).strip(" .!\"'`。！「」")
 
 
@@ -94,8 +103,12 @@ def contains(given: str, wanted: str) -> bool:
     start = given.find(wanted)
     while start >= 0:
         end = start + len(wanted)
-        glued_before = _spaced(given[start - 1 : start] or " ") and _spaced(wanted[0])
-        glued_behind = _spaced(given[end : end + 1] or " ") and _spaced(wanted[-1])
+        before = given[start - 1 : start] or " "
+        behind = given[end : end + 1] or " "
+
+        # "art" does not stand in "start", nor in "arts"
+        glued_before = _spaced(before) and _spaced(wanted[0])
+        glued_behind = _spaced(behind) and _spaced(wanted[-1])
         if not glued_before and not glued_behind:
             return True
         start = given.find(wanted, start + 1)
@@ -104,7 +117,10 @@ def contains(given: str, wanted: str) -> bool:
 
 def same_number(given: str, wanted: str) -> bool:
     """Whether the number behind ####, or else the last one said, is the wanted one."""
-    value = number_after_mark(given) if "####" in given else last_number(given)
+    if "####" in given:
+        value = number_after_mark(given)
+    else:
+        value = last_number(given)
     return value is not None and value == number(wanted)
 
 

@@ -12,15 +12,17 @@ from lib.sandbox import run_python
 
 def humaneval(row: dict, id: str) -> dict:
     """A row of HumanEval as a question whose answer is a program."""
-    solution = f"```python\n{row['prompt']}{row['canonical_solution']}```"
+    prompt = row["prompt"]
+    question = f"Complete this Python program:\n```python\n{prompt}```"
+    solution = f"```python\n{prompt}{row['canonical_solution']}```"
     messages = [
-        dict(role="user", content=f"Complete this Python program:\n```python\n{row['prompt']}```"),
+        dict(role="user", content=question),
         dict(role="assistant", content=solution),
     ]
     return dict(
         id=id,
         messages=messages,
-        prompt=row["prompt"],
+        prompt=prompt,
         test=row["test"],
         entry_point=row["entry_point"],
     )
@@ -65,6 +67,8 @@ def program_of(text: str, entry_point: str = "") -> str:
     blocks = code_blocks(text)
     if not blocks:
         return text
+
+    # what was asked for, else what may be Python, else whatever comes first
     if entry_point:
         for block in blocks:
             if defines(block.code, entry_point):
@@ -83,9 +87,12 @@ def grade_humaneval(item: dict, text: str) -> bool:
     in the official check the program is not the main one, so that a main part, which may ask for
     input or leave, does not run.
     """
-    code = program_of(text, item["entry_point"])
+    name = item["entry_point"]
+    code = program_of(text, name)
+
+    # "pass" ends the unfinished function, which a whole answer then replaces
     program = item["prompt"] + code
-    if defines(code, item["entry_point"]):
+    if defines(code, name):
         program = item["prompt"].rstrip() + "\n    pass\n\n" + code
-    tested = f"{program}\n\n{item['test']}\n\ncheck({item['entry_point']})\n"
+    tested = f"{program}\n\n{item['test']}\n\ncheck({name})\n"
     return run_python(tested, name="solution").ok

@@ -25,8 +25,10 @@ from lib.tasks.stdlib import TASKS as STDLIB
 
 # seed of the order of items, so that the first few are a fair sample; nanochat's order too
 ORDER = 42
+# nanochat's conversations in which an assistant tells who it is
 IDENTITY = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
-IDENTITY_HELD_OUT = 20  # of those one conversation in so many is for tests
+# of those one conversation in so many is for tests
+IDENTITY_HELD_OUT = 20
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -46,9 +48,12 @@ def parquet_files(place: Place, repo: str, config: str, split: str) -> list[Path
     """The parquet files of one split of a Hub data set in order, downloaded unless they are
     there.
     """
+    # what was put there by hand comes before what the Hub has
     if not place.root:
         by_hand = Path(place.cache_dir, "hub", repo, config, split).glob("*.parquet")
         return sorted(by_hand) or hub_parquet(repo, config, split, place.cache_dir)
+
+    # a folder: our own order, or that of clones
     shapes = (
         f"{config}/{split}/*.parquet",
         f"{config}/{split}-*.parquet",
@@ -60,8 +65,8 @@ def parquet_files(place: Place, repo: str, config: str, split: str) -> list[Path
             if files:
                 return files
     raise UserError(
-        f"no data of {repo} ({config}, {split}) in {place.root}: put its parquet files at"
-        f" {Path(place.root, repo, config, split)}"
+        f"no data of {repo} ({config}, {split}) in {place.root}: "
+        f"put its parquet files at {Path(place.root, repo, config, split)}"
     )
 
 
@@ -83,8 +88,8 @@ def rows(place: Place, repo: str, config: str, split: str, columns: list[str]) -
                 table += file.read(columns).to_pylist()
         except (pyarrow.ArrowException, OSError) as e:
             raise UserError(
-                f"cannot read {path} as parquet ({first_line(e)}): it is damaged, so delete it and"
-                " run again"
+                f"cannot read {path} as parquet ({first_line(e)}): "
+                "it is damaged, so delete it and run again"
             ) from e
     return table
 
@@ -93,14 +98,17 @@ def rows(place: Place, repo: str, config: str, split: str, columns: list[str]) -
 
 
 def smoltalk(row, id):
+    """A chat as it is."""
     return dict(id=id, messages=row["messages"])
 
 
 def mmlu(row, id):
+    """A question with four options, of a subject."""
     return choice_item(id, row["question"], row["choices"], row["answer"], subject=row["subject"])
 
 
 def arc(row, id):
+    """A question with its own letters: some have five options, some have digits."""
     texts, labels = row["choices"]["text"], row["choices"]["label"]
     return choice_item(id, row["question"], texts, labels.index(row["answerKey"]), labels)
 
@@ -109,6 +117,7 @@ def gsm8k(row, id):
     """The solution with each <<12*3=36>> as a use of the calculator and its answer; the value after
     #### is the item's answer.
     """
+    # text and calls take turns
     parts = []
     for i, piece in enumerate(re.split(r"<<(.*?)>>", row["answer"])):
         if i % 2:
@@ -116,7 +125,9 @@ def gsm8k(row, id):
             parts += [dict(type="python", text=expression), dict(type="python_output", text=result)]
         elif piece:
             parts.append(dict(type="text", text=piece))
-    if (answer := number_after_mark(row["answer"])) is None:
+
+    answer = number_after_mark(row["answer"])
+    if answer is None:
         raise ValueError("no number after ####")
     messages = [
         dict(role="user", content=row["question"].strip()),
@@ -126,11 +137,13 @@ def gsm8k(row, id):
 
 
 def grade_gsm8k(item, text) -> bool:
+    """The number behind #### is the item's."""
     given = number_after_mark(text)
     return given is not None and given == Decimal(item["answer"])
 
 
 def hellaswag(row, id):
+    """Which of four endings goes on from the beginning of a scene or a how-to."""
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return dict(
         id=id,
@@ -143,10 +156,12 @@ def hellaswag(row, id):
 def _without_marks(text: str) -> str:
     """A text without the marks of the how-to articles that half of HellaSwag's items come from."""
     text = text.strip().replace(" [title]", ". ")
-    return re.sub(r" {2,}", " ", re.sub(r"\[.*?\]", "", text)).strip()
+    text = re.sub(r"\[.*?\]", "", text)
+    return re.sub(r" {2,}", " ", text).strip()
 
 
 def piqa(row, id):
+    """Which of two ways reaches a goal."""
     choices = [" " + row["sol1"].strip(), " " + row["sol2"].strip()]
     return dict(
         id=id,
@@ -172,6 +187,7 @@ def winogrande(row, id):
 
 
 def lambada(row, id):
+    """The last word of a passage: one choice, of which the likelihood is asked."""
     context, _, word = row["text"].strip().rpartition(" ")
     return dict(id=id, context=context, choices=[" " + word], gold=0)
 
@@ -183,12 +199,13 @@ def wikitext_articles(lines: list[dict]) -> list[dict]:
     texts = ["", *(row["text"] for row in lines), ""]
     articles: list[list[str]] = []
     for before, text, after in zip(texts, texts[1:], texts[2:]):
-        # A formula may begin with " = " too, but stands in a paragraph; "= =" is a section.
+        # a formula may begin with " = " too, but stands in a paragraph; "= =" is a section
         title = re.fullmatch(r" = (?!=).*(?<!=) = \n?", text)
-        if (title and not before.strip() and not after.strip()) or not articles:
+        alone = not before.strip() and not after.strip()
+        if (title and alone) or not articles:
             articles.append([])
         articles[-1].append(text)
-    joined = ("".join(article) for article in articles)
+    joined = ["".join(article) for article in articles]
     return [dict(text=text) for text in joined if text.strip()]
 
 
@@ -212,6 +229,7 @@ TOGETHER = (
 
 def detokenised(text: str) -> str:
     """WikiText's tokens put together again: "1 @,@ 000 ( km ) , and" becomes "1,000 (km), and"."""
+    # quotes and headings are a matter of whole lines
     text = "\n".join(map(_paired_quotes, text.split("\n")))
     text = re.sub(r"^ ?((?:= )+)(.*?)((?: =)+) ?$", _heading, text, flags=re.M)
     for pattern, replacement in TOGETHER:
@@ -220,6 +238,7 @@ def detokenised(text: str) -> str:
 
 
 def _heading(match: re.Match) -> str:
+    """= = Title = = as == Title ==."""
     left, title, right = match.groups()
     return f"{left.replace(' ', '')} {title} {right.replace(' ', '')}"
 
@@ -232,8 +251,9 @@ def _paired_quotes(line: str) -> str:
     out = first
     for number, part in enumerate(rest, 1):
         opening = number % 2 == 1
+        # the last one, whose partner is missing, stays as it is
         if opening and number == len(rest):
-            out += '"' + part  # its partner is missing
+            out += '"' + part
         elif opening:
             out += '"' + part.removeprefix(" ")
         else:
@@ -338,16 +358,19 @@ def hub_items(place: Place, name: str, split: str) -> list[dict]:
     if split not in source.splits:
         return []
     theirs = source.splits[split]
-    records = source.join(rows(place, source.repo, source.config, theirs, source.columns.split()))
+    table = rows(place, source.repo, source.config, theirs, source.columns.split())
+    records = source.join(table)
+
+    # an item is known by its row, whatever the order
     items = []
-    for i in np.random.default_rng(ORDER).permutation(len(records)).tolist():
+    order = np.random.default_rng(ORDER).permutation(len(records))
+    for i in order.tolist():
         try:
             items.append(source.item(records[i], f"{name}/{split}/{i}"))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             raise UserError(
-                f"row {i} of {source.repo} ({source.config}, {theirs}) is not as task {name}"
-                " expects"
-                f" ({type(e).__name__}: {e}): was the data set changed?"
+                f"row {i} of {source.repo} ({source.config}, {theirs}) is not as task {name} "
+                f"expects ({type(e).__name__}: {e}): was the data set changed?"
             ) from e
     return items
 
@@ -356,16 +379,18 @@ def identity_items(place: Place, split: str) -> list[dict]:
     """Conversations in which an assistant tells who it is: nanochat's, one list of messages a
     line.
     """
+    # a file beside the data sets, or nanochat's own
     if place.root:
         path = Path(place.root, "identity_conversations.jsonl")
         if not path.is_file():
             raise UserError(
-                f"no identity conversations in {place.root}: put them at {path}, one list of"
-                " messages a line"
+                f"no identity conversations in {place.root}: "
+                f"put them at {path}, one list of messages a line"
             )
     else:
         path = Path(place.cache_dir, "hub", "identity_conversations.jsonl")
         data.fetch(place.identity, path, tries=2)
+
     items = []
     for line, record in json_lines(path):
         messages = record.get("messages") if isinstance(record, dict) else record
@@ -385,12 +410,12 @@ def make(root=None, cache_dir=data.CACHE, identity: str = IDENTITY) -> dict[str,
     for first. identity: address of the identity conversations.
     """
     place = Place(root and str(root), str(cache_dir), identity)
-    made = {
-        name: Task(s.kind, partial(hub_items, place, name), s.baseline, s.grade)
-        for name, s in SOURCES.items()
-    }
-    chats = Task("perplexity", partial(identity_items, place), None)
-    return made | {"identity_conversations": chats}
+    tasks = {}
+    for name, source in SOURCES.items():
+        items = partial(hub_items, place, name)
+        tasks[name] = Task(source.kind, items, source.baseline, source.grade)
+    tasks["identity_conversations"] = Task("perplexity", partial(identity_items, place), None)
+    return tasks
 
 
 TASKS: dict[str, Task] = {**STDLIB, **make()}

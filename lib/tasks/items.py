@@ -43,9 +43,13 @@ def choice_item(
     White space around question and options is dropped.
     """
     letters = list(letters or ascii_uppercase[: len(options)])
-    if not 0 <= gold < len(options) == len(letters) or len(set(letters)) < len(letters):
+    fitting = len(letters) == len(set(letters)) == len(options)
+    if not fitting or not 0 <= gold < len(options):
         raise ValueError(f"{len(options)} options, letters {letters}, answer {gold}")
-    question, options = question.strip(), [option.strip() for option in options]
+
+    # one option a line, its letter behind it
+    question = question.strip()
+    options = [option.strip() for option in options]
     lines = "".join(f"- {option}={letter}\n" for option, letter in zip(options, letters))
     asked = f"{question}\n\n{lines}\nAnswer with the letter alone."
     messages = [dict(role="user", content=asked), dict(role="assistant", content=letters[gold])]
@@ -65,12 +69,16 @@ def shuffled(item: dict, order: list[int]) -> dict:
     order[i].
     """
     gold = order.index(item["gold"])
+
+    # likelihood: there may be a context for each option
     if "letters" not in item:
         context = item["context"]
         if isinstance(context, list):
             context = [context[i] for i in order]
         choices = [item["choices"][i] for i in order]
         return item | dict(context=context, choices=choices, gold=gold)
+
+    # choice: the letters stay where they are
     if "options" not in item:
         raise UserError(
             f"item {item['id']} does not tell its options apart, so their order cannot be changed"

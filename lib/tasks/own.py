@@ -12,7 +12,7 @@ from lib.tasks.answers import MATCH, number, number_after_mark, said
 from lib.tasks.code import grade_humaneval, humaneval
 from lib.tasks.items import Task, choice_item
 
-# The keys by which a line of HumanEval's file is known.
+# the keys by which a line of HumanEval's file is known
 PROGRAM_KEYS = {"prompt", "test", "entry_point", "canonical_solution"}
 FORMS = (
     'expected "question" or "context" with "choices" and "answer", "question" with "answer",'
@@ -41,11 +41,12 @@ def jsonl(path) -> Task:
     for line, record in json_lines(path):
         try:
             this, item = own_item(record)
-            given = record.get("id", record.get("task_id")) if isinstance(record, dict) else None
-            item["id"] = str(f"{path.stem}/{line}" if given is None else given)
+            item["id"] = _id_of(record, f"{path.stem}/{line}")
+
+            # what the lines above do not allow
             if item["id"] in seen:
                 raise ValueError(f"the id {item['id']!r} is taken by an earlier line")
-            if this != (kind or this):
+            if kind is not None and this != kind:
                 raise ValueError(
                     f"a {this} item, but the lines above are {kind} items: make a file of each"
                 )
@@ -57,12 +58,17 @@ def jsonl(path) -> Task:
         items.append(item)
     if kind is None:
         raise UserError(f"{path} has no items: write one JSON object a line")
-    return Task(
-        kind,
-        partial(own_split, items),
-        None if kind == "perplexity" else 0.0,
-        grade_own if kind == "generate" else None,
-    )
+    baseline = None if kind == "perplexity" else 0.0
+    grade = grade_own if kind == "generate" else None
+    return Task(kind, partial(own_split, items), baseline, grade)
+
+
+def _id_of(record, default: str) -> str:
+    """The id that a line gives itself, as HumanEval's lines do too."""
+    if not isinstance(record, dict):
+        return default
+    id = record.get("id", record.get("task_id"))
+    return default if id is None else str(id)
 
 
 def own_split(items: list[dict], split: str) -> list[dict]:
@@ -103,34 +109,41 @@ def own_item(record) -> tuple[str, dict]:
 def texts(value, what: str) -> list[str]:
     """A text or a list of texts as a list; ValueError for anything else."""
     values = [value] if isinstance(value, str) else value
-    sound = isinstance(values, list) and values
-    if not sound or not all(isinstance(v, str) and v.strip() for v in values):
+    sound = isinstance(values, list) and len(values) > 0
+    if not sound or not all(isinstance(text, str) and text.strip() for text in values):
         raise ValueError(f"{what} must be text, or a list of texts, none of them empty")
     return values
 
 
 def _choice(record: dict) -> tuple[str, dict]:
-    asked = record["question" if "question" in record else "context"]
+    """A question to answer by a letter, or a context to go on from."""
+    is_question = "question" in record
+    asked = record["question"] if is_question else record["context"]
     (context,) = texts(asked, "question or context")
     options = texts(record["choices"], "choices")
     gold = _gold(record["answer"], options)
-    if "question" in record:
+    if is_question:
         return "choice", choice_item("", context, options, gold)
+
+    # a continuation begins with a blank, which is part of its first token
     choices = [option if option[0].isspace() else " " + option for option in options]
     return "likelihood", dict(context=context, choices=choices, gold=gold)
 
 
 def _gold(answer, options: list[str]) -> int:
     """The index of the right option, which is given by index, text or letter."""
+    count = len(options)
     gold = answer
     if answer in options:
         gold = options.index(answer)
     elif isinstance(answer, str) and answer:
-        gold = ascii_uppercase[: len(options)].find(answer)
-    if not 2 <= len(options) <= 26 or type(gold) is not int or not 0 <= gold < len(options):
+        gold = ascii_uppercase[:count].find(answer)
+
+    # True is an int, too
+    is_index = type(gold) is int and 0 <= gold < count
+    if not is_index or not 2 <= count <= 26:
         raise ValueError(
-            f"answer {answer!r} is none of the {len(options)} choices, by index from 0, text or"
-            " letter "
+            f"answer {answer!r} is none of the {count} choices, by index from 0, text or letter "
             "(2 to 26 are needed)"
         )
     return gold
@@ -140,14 +153,17 @@ def _question(record: dict) -> dict:
     """A question that the model answers in its own words."""
     answers = texts(record["answer"], "answer")
     reference, match = answers[0], record.get("match", "exact")
-    if "match" not in record and all(number_after_mark(a) is not None for a in answers):
-        # A solution with its result behind ####, as GSM8K has it.
-        answers, match = [str(number_after_mark(a)) for a in answers], "number"
+
+    # a solution with its result behind ####, as GSM8K has it
+    results = [number_after_mark(answer) for answer in answers]
+    if "match" not in record and None not in results:
+        answers, match = [str(result) for result in results], "number"
     if match not in MATCH:
         raise ValueError(f"match {match!r} is none of {', '.join(MATCH)}")
     if match == "number" and any(number(answer) is None for answer in answers):
         raise ValueError(f"answer {record['answer']!r} is no number")
 
+    # asked in a chat, or alone
     if record.get("messages"):
         messages = messages_of(record)
     else:
@@ -163,6 +179,7 @@ def _question(record: dict) -> dict:
 
 
 def _chat(record) -> tuple[str, dict]:
+    """A chat of which the assistant's part is measured."""
     messages = messages_of(record)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no message is the assistant's, so there is nothing to measure")

@@ -13,7 +13,9 @@ from lib.tasks.items import Task
 
 ITEMS = 400
 PER_FILE = 16
-LINES_PER_DEF = 60  # files with fewer definitions are tables of numbers and names, not code
+# files with fewer definitions are tables of numbers and names, not code
+LINES_PER_DEF = 60
+# of a context at most, and of a continuation
 CONTEXT_LINES, NEXT_LINES = 12, 2
 # the context is cut to whole lines of about so many; a continuation has at least so many
 CONTEXT_CHARS, SHORTEST = 400, 24
@@ -23,6 +25,7 @@ PASSAGES, PASSAGE_CHARS = 2000, 700
 
 
 def _depth(line: str) -> int:
+    """How far a line is indented."""
     return len(line) - len(line.lstrip())
 
 
@@ -30,24 +33,40 @@ def _passages(document: str) -> list[tuple[str, str]]:
     """(context, next lines) wherever a text of code can be broken between two lines that both say
     something.
     """
-    lines, found = document.expandtabs(8).splitlines(keepends=True), []
-    if LINES_PER_DEF * len(re.findall(r"^ *(?:def|class) ", document, re.M)) < len(lines):
+    lines = document.expandtabs(8).splitlines(keepends=True)
+    definitions = re.findall(r"^ *(?:def|class) ", document, re.M)
+    if LINES_PER_DEF * len(definitions) < len(lines):
         return []
+
+    passages = []
     for i in range(4, len(lines) - NEXT_LINES):
-        after = lines[i : i + NEXT_LINES]
-        plain = all(
-            re.match(r" *[A-Za-z_@]{2}", line) and len(line) < 100 and line.isascii()
-            for line in after
-        )
-        if plain and len("".join(after).strip()) >= SHORTEST and lines[i - 1].strip():
-            context = ""
-            for line in reversed(lines[max(0, i - CONTEXT_LINES) : i]):
-                if len(context) + len(line) > CONTEXT_CHARS:
-                    break
-                context = line + context
-            if len(context) >= 2 * SHORTEST:
-                found.append((context, "".join(after).rstrip("\n")))
-    return found
+        # what comes next is code, and something stands right before it
+        after = "".join(lines[i : i + NEXT_LINES])
+        says_something = all(map(_is_plain, lines[i : i + NEXT_LINES]))
+        if not says_something or len(after.strip()) < SHORTEST or not lines[i - 1].strip():
+            continue
+
+        # a question needs enough to go by
+        context = _context(lines[max(0, i - CONTEXT_LINES) : i])
+        if len(context) >= 2 * SHORTEST:
+            passages.append((context, after.rstrip("\n")))
+    return passages
+
+
+def _is_plain(line: str) -> bool:
+    """Whether a line begins with a name, is not too long, and has nothing but ASCII."""
+    begins = re.match(r" *[A-Za-z_@]{2}", line)
+    return begins is not None and len(line) < 100 and line.isascii()
+
+
+def _context(lines: list[str]) -> str:
+    """The last lines that fit into a context, whole."""
+    context = ""
+    for line in reversed(lines):
+        if len(context) + len(line) > CONTEXT_CHARS:
+            break
+        context = line + context
+    return context
 
 
 def completion_items(split: str) -> list[dict]:
@@ -58,29 +77,35 @@ def completion_items(split: str) -> list[dict]:
     """
     if split != "test":
         return []
+    # a few passages of each file, and a pool of continuations by how far they are indented
     rng, pool, asked = random.Random("code completion"), defaultdict(list), []
     for number, document in enumerate(data.documents("stdlib", "val")):
-        found = _passages(document)
-        for context, after in rng.sample(found, min(PER_FILE, len(found))):
+        passages = _passages(document)
+        for context, after in rng.sample(passages, min(PER_FILE, len(passages))):
             pool[_depth(after)].append((number, after))
             asked.append((number, context, after))
     rng.shuffle(asked)
+
     items, seen = [], set()
     for number, context, after in asked:
-        others = sorted({text for other, text in pool[_depth(after)] if other != number} - {after})
-        if len(others) >= CHOICES - 1 and context + after not in seen:
-            seen.add(context + after)
-            choices = [after, *rng.sample(others, CHOICES - 1)]
-            rng.shuffle(choices)
-            digest = hashlib.sha256("\0".join([context, *choices]).encode()).hexdigest()[:12]
-            items.append(
-                dict(
-                    id=f"code_completion/{digest}",
-                    context=context,
-                    choices=choices,
-                    gold=choices.index(after),
-                )
-            )
+        # wrong ones: of other files, each once
+        alike = {text for other, text in pool[_depth(after)] if other != number}
+        others = sorted(alike - {after})
+        if len(others) < CHOICES - 1 or context + after in seen:
+            continue
+        seen.add(context + after)
+        choices = [after, *rng.sample(others, CHOICES - 1)]
+        rng.shuffle(choices)
+
+        # named after what it says: the same item has the same name on another Python
+        digest = hashlib.sha256("\0".join([context, *choices]).encode()).hexdigest()
+        item = dict(
+            id=f"code_completion/{digest[:12]}",
+            context=context,
+            choices=choices,
+            gold=choices.index(after),
+        )
+        items.append(item)
     return items[:ITEMS]
 
 
@@ -88,16 +113,18 @@ def _cut(side: str) -> set[str]:
     """The files of one side of the standard library, cut between lines into passages of about one
     size.
     """
-    found = set()
+    cut = set()
     for document in data.documents("stdlib", side):
         passage = ""
         for line in document.splitlines(keepends=True):
             if passage and len(passage) + len(line) > PASSAGE_CHARS:
-                found.add(passage)
+                cut.add(passage)
                 passage = ""
             passage += line[:PASSAGE_CHARS]
-        found.add(passage)
-    return {p for p in found if len(p) > PASSAGE_CHARS // 2}
+        cut.add(passage)
+
+    # the ends of files may be short
+    return {passage for passage in cut if len(passage) > PASSAGE_CHARS // 2}
 
 
 def passages(split: str) -> list[dict]:
@@ -105,12 +132,12 @@ def passages(split: str) -> list[dict]:
     None is in both splits.
     """
     # files share licences and the like
-    found = _cut("train") if split == "train" else _cut("val") - _cut("train")
-    found, size = sorted(found), PASSAGES if split == "train" else ITEMS
-    return [
-        dict(id=f"source_text/{split}/{i}", text=p)
-        for i, p in enumerate(random.Random(split).sample(found, min(size, len(found))))
-    ]
+    if split == "train":
+        texts, size = sorted(_cut("train")), PASSAGES
+    else:
+        texts, size = sorted(_cut("val") - _cut("train")), ITEMS
+    drawn = random.Random(split).sample(texts, min(size, len(texts)))
+    return [dict(id=f"source_text/{split}/{i}", text=text) for i, text in enumerate(drawn)]
 
 
 TASKS: dict[str, Task] = {
