@@ -739,6 +739,7 @@ def _setting(run: Run) -> list[str]:
 
 def _last_day(run: Run) -> str:
     """The day on which something was measured or trained last."""
+    # of a record, and of the last step of a training
     days = [record["time"][:10] for record in run.records.values() if record.get("time")]
     for rows in run.curves.values():
         if rows and "time" in rows[-1]:

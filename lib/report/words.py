@@ -2,12 +2,14 @@
 
 import math
 
+# where a run has not recorded a figure
 UNKNOWN = "—"
+SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def short(x: float) -> str:
     """A number for an axis or a sentence: 13.7k, 0.05, 1.8M."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, suffix in SUFFIXES:
         if abs(x) >= size:
             return f"{x / size:.3g}{suffix}"
     return f"{x:.3g}"
@@ -56,6 +58,7 @@ def score(entry: dict | None) -> str:
 
 def is_share(entry: dict) -> bool:
     """Whether an entry's score is a share from 0 to 1, rather than a perplexity or nothing."""
+    # only shares have a baseline: what guessing gets
     if entry.get("kind") == "perplexity" or entry.get("score") is None:
         return False
     return entry.get("baseline") is not None
@@ -72,6 +75,7 @@ def value(x) -> str:
         return UNKNOWN
     if isinstance(x, bool) or not isinstance(x, int | float):
         return str(x)
+    # whole numbers whole, others with six digits
     if isinstance(x, int):
         return f"{x:,}"
     return f"{x:,.6g}"

@@ -83,8 +83,9 @@ def _staircase(axis, x, y, goal: str):
     """Results as dots, and the best of them so far as a line."""
     minimize = goal == "minimize"
     better = np.minimum if minimize else np.maximum
+    best = better.accumulate(y)
     axis.scatter(x, y, color="C0", s=20, label=f"finished ({len(x)})", zorder=3)
-    axis.step(x, better.accumulate(y), where="post", color="black", label="best so far")
+    axis.step(x, best, where="post", color="black", label="best so far")
 
     # far-off trials would flatten the rest
     if minimize and len(y) > 4:
@@ -195,7 +196,12 @@ def _result_scale(values: list[float]) -> Scale:
     high = max(np.quantile(values, 0.9), low + 1e-9)
     spread = high - low
     ticks = [(share, f"{low + spread * share:.3f}") for share in QUARTERS]
-    return Scale(lambda value: min(max((value - low) / spread, 0), 1.04), ticks)
+
+    def place(value):
+        share = (value - low) / spread
+        return min(max(share, 0), 1.04)
+
+    return Scale(place, ticks)
 
 
 @styled
@@ -225,8 +231,13 @@ def parallel(trials, spec: dict):
 
     # many names side by side need to be turned
     turn = 12 if len(names) > 4 else 0
-    axis.set_xticks(range(len(names) + 1), [*names, metric], fontsize=8, rotation=turn)
-    axis.set(yticks=[], ylim=(-0.06, 1.08), xlim=(-0.1, len(names) + 0.35))
+    labels = [*names, metric]
+    axis.set_xticks(range(len(labels)), labels, fontsize=8, rotation=turn)
+
+    # each axis has numbers of its own, so that the figure needs none
+    axis.set_xlim(-0.1, len(names) + 0.35)
+    axis.set_ylim(-0.06, 1.08)
+    axis.set(yticks=[])
     axis.set(title="parameters and result (black: best, grey: not finished)")
     axis.grid(False)
     axis.spines["left"].set_visible(False)
@@ -262,7 +273,8 @@ def compared(first, second, spec: dict, name: str):
         if t.curve:
             losses.plot(*zip(*t.curve), color=colour, label=label)
         if t.reports:
-            scores.plot(list(t.reports), list(t.reports.values()), "o-", color=colour, label=label)
+            steps, values = list(t.reports), list(t.reports.values())
+            scores.plot(steps, values, "o-", color=colour, label=label)
     losses.set(title="training loss", xlabel="step", ylabel="nats per token")
     scores.set(title=spec["metric"]["name"], xlabel="step")
     losses.legend()
@@ -310,8 +322,10 @@ def isoflop(fit: dict, metric: str):
         axis.plot(N, L, "o", color=colour, markersize=4, label=f"{budget.target:.2g} FLOPs")
 
         # their parabola, which is one in ln N
-        x = np.linspace(np.log(N.min()), np.log(N.max()), 100)
-        axis.plot(np.exp(x), np.polyval(budget.coefficients, x), color=colour, linewidth=1)
+        least, most = np.log(N.min()), np.log(N.max())
+        x = np.linspace(least, most, 100)
+        fitted_loss = np.polyval(budget.coefficients, x)
+        axis.plot(np.exp(x), fitted_loss, color=colour, linewidth=1)
 
         # and its minimum, where that was measured
         star = dict(color=colour, markeredgecolor="black", markersize=13, zorder=5)
@@ -339,16 +353,17 @@ def frontier(fit: dict, params: dict | None = None):
     for j, (axis, name, label) in enumerate(zip(axes, "NDL", labels)):
         # minima with their intervals
         for budget in inside:
-            low, high = getattr(budget, f"{name}_interval")
-            axis.plot([budget.C, budget.C], [low, high], color="C0", linewidth=1)
-            axis.plot(budget.C, getattr(budget, name), "o", color="C0", markersize=5)
+            best, interval = getattr(budget, name), getattr(budget, f"{name}_interval")
+            axis.plot([budget.C, budget.C], interval, color="C0", linewidth=1)
+            axis.plot(budget.C, best, "o", color="C0", markersize=5)
 
         # the law through them, and what the parametric fit says
         law = fit[f"{name}_opt"]
         if math.isfinite(law["p"]):
             low, high = law["p_interval"]
             text = f"C^{law['p']:.2f}  [{low:.2f}, {high:.2f}]"
-            axis.plot(line, law["k"] * line ** law["p"], color="C0", label=text)
+            power_law = law["k"] * line ** law["p"]
+            axis.plot(line, power_law, color="C0", label=text)
         if expected is not None:
             axis.plot(line, expected[j], "--", color="C1", label="parametric fit")
         _log(axis, "x" if name == "L" else "xy")
@@ -394,7 +409,8 @@ def series(runs, fit: dict, metric: str):
 
     label = f"{fit['E']:.3f} + k C^-{fit['p']:.3f}"
     axis.plot(line, loss_of(fit), color="C0", label=label)
-    axis.plot(C, [r["L"] for r in runs], "o", color="black", markersize=4, label="runs")
+    losses = [run["L"] for run in runs]
+    axis.plot(C, losses, "o", color="black", markersize=4, label="runs")
     _log(axis)
     axis.set(xlabel="FLOPs", ylabel=metric, title="growing together: size and tokens")
     axis.legend()
@@ -405,14 +421,16 @@ def series(runs, fit: dict, metric: str):
 def predicted(rows: list[dict], metric: str):
     """Predicted against actual for runs that the fit has not seen."""
     figure, axis = subplots(size=(4, 3.8))
-    actual, guess, low, high = (
-        np.array([row[name] for row in rows]) for name in ("actual", "predicted", "low", "high")
-    )
+    actual = np.array([row["actual"] for row in rows])
+    guess = np.array([row["predicted"] for row in rows])
+    low = np.array([row["low"] for row in rows])
+    high = np.array([row["high"] for row in rows])
 
     # a prediction without an interval has no bar
     low = np.where(low > 0, low, guess)
     high = np.where(high > 0, high, guess)
-    below, above = np.maximum(guess - low, 0), np.maximum(high - guess, 0)
+    below = np.maximum(guess - low, 0)
+    above = np.maximum(high - guess, 0)
     axis.errorbar(
         actual,
         guess,

@@ -39,6 +39,7 @@ class Members:
 
     def __init__(self, configs: list[Config], explode: float):
         self.configs = configs
+        # of each: how it ended, points of its loss, what was validated last, who says it diverged
         self.outcomes: list[Outcome | None] = [None] * len(configs)
         self.curves: list[list] = [[] for _ in configs]
         self.values: list[dict] = [{} for _ in configs]
@@ -51,7 +52,9 @@ class Members:
 
     def settle(self, i: int, state: str, n: int, reason: str = ""):
         """End member `i` after step `n`."""
-        facts = facts_of(self.configs[i], n, time.perf_counter() - self.clock)
+        # the seconds are those of all members: their number is told beside them
+        seconds = time.perf_counter() - self.clock
+        facts = facts_of(self.configs[i], n, seconds)
         facts |= dict(population=len(self.configs))
         self.outcomes[i] = Outcome(state, self.values[i], reason, self.curves[i], facts)
 
@@ -66,6 +69,7 @@ class Members:
 
     def read(self, n: int, metrics: dict):
         """Take in the losses of step `n`; a member that diverged or exploded ends here."""
+        # one transfer for all members
         losses = np.asarray(metrics["loss"], np.float64)
         norms = np.asarray(metrics["grad_norm"])
         last = self.configs[0].num_steps
@@ -148,7 +152,8 @@ def _validate(members: Members, n: int, metrics, state, settings: dict, *, bench
     for i in members.open():
         config = members.configs[i]
         params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
-        values = dict(loss=float(metrics["loss"][i]), lr=lr_at(config, n))
+        loss = float(metrics["loss"][i])
+        values = dict(loss=loss, lr=lr_at(config, n))
         members.values[i] = values | bench.validate(params, config, settings)
 
         # whoever is at the end is done, whatever the report says

@@ -54,7 +54,13 @@ BUDGETS = {
     # minutes on two CPU cores
     "small": dict(
         constants=_CPU | dict(eval_bytes=100_000, evals=2),
-        search=dict(depth=3, num_steps=240, run_cap=24, min_iter=1, fixed=_WIDE | dict(evals=8)),
+        search=dict(
+            depth=3,
+            num_steps=240,
+            run_cap=24,
+            min_iter=1,
+            fixed=_WIDE | dict(evals=8),
+        ),
         miniseries=dict(depths=[2, 3, 4, 5, 6], tokens_per_param=5.0, seeds=1),
         isoflop=dict(depths=[2, 3, 4, 5, 6], flops=[3e11, 6e11, 1.2e12, 2e12]),
         # both optimizers' rates are the best by factors of two, so that Muon is not compared with a

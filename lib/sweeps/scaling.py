@@ -14,7 +14,9 @@ import numpy as np
 
 from lib.files import UserError
 
+# of the bootstrap
 DRAWS = 400
+# of all intervals
 LEVEL = 0.95
 
 
@@ -142,7 +144,8 @@ def isoflop(runs, draws: int = DRAWS, seed: int = 0) -> dict:
 
     # laws through the minima that were measured, not guessed
     used = [(budget, spread) for budget, spread in fitted if budget.inside]
-    result: dict[str, Any] = dict(budgets=[budget for budget, _ in fitted], used=len(used))
+    all_budgets = [budget for budget, _ in fitted]
+    result: dict[str, Any] = dict(budgets=all_budgets, used=len(used))
     C = [budget.C for budget, _ in used]
     for j, name in enumerate("NDL"):
         k, p = power_law(C, [getattr(budget, name) for budget, _ in used])
@@ -288,12 +291,14 @@ def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> di
     n, d = n - at_n, d - at_d
 
     # the objective has several valleys: the lowest of those reached from all starts is the fit
-    tried = [_minimise(np.array(start), n, d, logs, delta) for start in _starts(logs.min())]
+    starts = map(np.array, _starts(logs.min()))
+    tried = [_minimise(start, n, d, logs, delta) for start in starts]
     best = min(tried, key=lambda result: result.fun)
     fit = _constants(best.x, at_n, at_d)
 
     # how sure the constants are: fits to residuals drawn anew, from the best fit on
-    expected = np.log(predict(fit, np.exp(n + at_n), np.exp(d + at_d)))
+    N, D = np.exp(n + at_n), np.exp(d + at_d)
+    expected = np.log(predict(fit, N, D))
     residual = logs - expected
     widened = residual * math.sqrt(len(logs) / max(len(logs) - 5, 1))
     rng = np.random.default_rng(seed)
@@ -346,7 +351,8 @@ def frontier(fit: dict, C) -> tuple:
     alpha, beta = fit["alpha"], fit["beta"]
 
     # where a little more of N and of D help equally (arXiv:2203.15556, equation 4)
-    G = (alpha * fit["A"] / (beta * fit["B"])) ** (1 / (alpha + beta))
+    ratio = alpha * fit["A"] / (beta * fit["B"])
+    G = ratio ** (1 / (alpha + beta))
     N = G * (C / 6) ** fit["a"]
     D = C / 6 / N
     return N, D, predict(fit, N, D)
@@ -372,7 +378,8 @@ def series(runs, draws: int = DRAWS, seed: int = 0) -> dict:
     # how sure the constants are: fits to relative residuals drawn anew, widened by what three
     # constants have taken from them
     expected = fit["E"] + fit["k"] * C ** -fit["p"]
-    residual = np.log(L / expected) * math.sqrt(len(L) / max(len(L) - 3, 1))
+    widened = math.sqrt(len(L) / max(len(L) - 3, 1))
+    residual = np.log(L / expected) * widened
     rng = np.random.default_rng(seed)
     again = []
     for _ in range(draws // 4):
@@ -390,7 +397,8 @@ def _fit_series(C, L) -> dict:
     for p in np.geomspace(0.02, 2, 120):
         # for one power the rest is linear, and neither constant may be negative
         basis = np.stack([np.ones_like(x), x**-p], axis=1)
-        (E, k), _ = nnls(basis / L[:, None], np.ones_like(L))
+        relative = basis / L[:, None]
+        (E, k), _ = nnls(relative, np.ones_like(L))
         predicted = np.maximum(basis @ [E, k], 1e-12)
         miss = float(np.sum(np.log(predicted / L) ** 2))
         best = min(best, (miss, E, k * C.min() ** p, p))
@@ -518,4 +526,5 @@ def _mean_and_half(deltas: list[float]) -> tuple[float, float]:
     if n == 1:
         return mean, math.nan
     quantile = student.ppf((1 + LEVEL) / 2, n - 1)
-    return mean, float(quantile * np.std(deltas, ddof=1) / math.sqrt(n))
+    spread = np.std(deltas, ddof=1)
+    return mean, float(quantile * spread / math.sqrt(n))

@@ -97,7 +97,8 @@ def _log_uniform(p, rng):
 
 
 def _log_uniform_values(p, rng):
-    return math.exp(float(rng.uniform(math.log(p["min"]), math.log(p["max"]))))
+    low, high = math.log(p["min"]), math.log(p["max"])
+    return math.exp(float(rng.uniform(low, high)))
 
 
 def _q_log_uniform_values(p, rng):
@@ -310,6 +311,7 @@ def _check_values(name: str, entry: dict, kind):
     if len(different) < len(values):
         raise _bad(name, f"values has an entry twice: {values}")
 
+    # how likely each is: all alike, unless it is said
     shares = entry.get("probabilities", [1 / len(values)] * len(values))
     good = isinstance(shares, list) and all(_is_number(share) and share >= 0 for share in shares)
     if not good or len(shares) != len(values) or abs(sum(shares) - 1) > 1e-6:
@@ -351,12 +353,14 @@ def _check_normal(name: str, entry: dict, distribution: str):
 def _check_bounds(name: str, entry: dict, distribution: str):
     """Refuse bounds, or a step between them, from which nothing could be drawn."""
     rule = DISTRIBUTIONS[distribution]
-    low, high = entry.get("min"), entry.get("max")
+    low, high, q = entry.get("min"), entry.get("max"), entry.get("q")
     if not (_is_number(low) and _is_number(high)) or not low < high:
         raise _bad(name, "min and max must be numbers, min below max")
+
+    # what the distribution asks for beside that
     if rule.positive and low <= 0:
         raise _bad(name, f"{distribution} needs min above 0")
-    if "q" in rule.needs and not (_is_number(entry.get("q")) and entry["q"] > 0):
+    if "q" in rule.needs and not (_is_number(q) and q > 0):
         raise _bad(name, f"{distribution} needs a step q above 0")
     if rule.whole == "yes" and not (_is_int(low) and _is_int(high)):
         raise _bad(name, f"{distribution} needs whole numbers min and max")
@@ -390,12 +394,14 @@ def typed(name: str, value, kind):
 
 def constants(spec: dict) -> dict:
     """The parameters that are the same in every trial."""
-    return {name: p["value"] for name, p in spec["parameters"].items() if "value" in p}
+    entries = spec["parameters"].items()
+    return {name: entry["value"] for name, entry in entries if "value" in entry}
 
 
 def varied(spec: dict) -> dict:
     """The entries of the parameters that differ between trials."""
-    return {name: p for name, p in spec["parameters"].items() if "value" not in p}
+    entries = spec["parameters"].items()
+    return {name: entry for name, entry in entries if "value" not in entry}
 
 
 def with_constants(spec: dict, values: dict) -> dict:

@@ -95,6 +95,7 @@ def _cell(value, name: str, formats: dict) -> str:
 
 def leaders(trials, goal: str = "minimize", count: int = 10) -> str:
     """The best finished trials."""
+    # with their parameters, so that one can be trained again
     scored = [t for t in trials if t.scored]
     scored.sort(key=lambda t: t.value, reverse=goal == "maximize")
     rows = []
@@ -106,6 +107,7 @@ def leaders(trials, goal: str = "minimize", count: int = 10) -> str:
 
 def budget_table(fit: dict) -> str:
     """`scaling.isoflop` as text: the best size at each budget."""
+    # a budget whose minimum is not inside is shown, and not used
     rows = []
     for budget in fit["budgets"]:
         row = {

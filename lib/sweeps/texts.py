@@ -20,6 +20,7 @@ def join_command(run: str, driver: str, sweep_id: str, store: str) -> str:
 
 def sweep_text(spec: dict) -> str:
     """What varies, as a table, and what is the same in all trials."""
+    # entries have different keys: min and max, values, …
     rows = []
     for name, entry in space.varied(spec).items():
         words = {key: str(value) for key, value in entry.items()}
@@ -71,6 +72,7 @@ def time_text(plan, timing, spec: dict, count: float) -> str:
 
 def trial_text(trial, outcome, metric: str) -> str:
     """One line on a trial that has ended here."""
+    # its result, or why it has none
     result = outcome.reason
     if metric in outcome.values and outcome.state != "failed":
         result = f"{metric} {outcome.values[metric]:.4f}"

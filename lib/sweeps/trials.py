@@ -427,6 +427,7 @@ def run(
 
 def _train_alone(driver, trial, config, settings, bench: Bench, *, stop, say) -> Outcome:
     """The outcome of one trial, checkpoints in its folder."""
+    # what it has to say goes to the driver, under its name
     job = functools.partial(
         train_trial,
         config,
@@ -495,6 +496,7 @@ def _give_up(bench: Bench, outcome: Outcome):
 
 def _settle(driver, trial, outcome: Outcome, say) -> Outcome:
     """Tell the driver how a trial ended, and remove the checkpoints of one that did."""
+    # unfinished: anyone's now, or another's
     if outcome.state == "free":
         driver.free(trial)
     elif outcome.state == "lost":
@@ -531,6 +533,7 @@ def guarded(function: Callable, bench: Bench, say=print):
         # what one combination is too large for is no sign that something is broken
         if _out_of_memory(e):
             return Outcome("failed", reason=f"out of memory: {first_line(e)[:300]}")
+        # nobody foresaw it: once is bad luck, three times in a row is not
         bench.unexpected += 1
         if bench.unexpected >= UNEXPECTED:
             raise
