@@ -5,10 +5,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-WORDS = 13  # in a row, as GPT-3's authors did it (Brown et al. 2020, appendix C)
-LEAST = 8  # an item shorter than WORDS is looked for as a whole, one shorter than this not at all
+# words in a row, as GPT-3's authors did it (Brown et al. 2020, appendix C)
+WORDS = 13
+# an item shorter than WORDS is looked for as a whole, one shorter than this not at all
+LEAST = 8
 WORD = re.compile(r"\w+")
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
+# odd, so that multiplying by it loses nothing
+MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _hashes(text: str) -> np.ndarray:
@@ -17,14 +20,18 @@ def _hashes(text: str) -> np.ndarray:
     By Python's own hash: another one in every process, which does no harm here.
     """
     words = WORD.findall(text.lower())
-    return np.array(list(map(hash, words)), np.int64).view(np.uint64)
+    hashes = np.array(list(map(hash, words)), np.int64)
+    return hashes.view(np.uint64)
 
 
 def _runs(words: np.ndarray, n: int) -> np.ndarray:
     """A number for each run of n words."""
     count = max(0, len(words) - n + 1)
     runs = np.zeros(count, np.uint64)
-    for i in range(n if count else 0):
+    if not count:
+        return runs
+    # a rolling hash: word after word, so that their order counts
+    for i in range(n):
         runs = runs * MIX + words[i : i + count]
     return runs
 
@@ -33,8 +40,10 @@ class Index:
     """The runs of words that items are looked for by, by their length."""
 
     def __init__(self, tasks: dict[str, list[dict]], n: int):
-        self.owners: list[tuple[str, str]] = []  # (task, id) of each item that is looked for
+        # (task, id) of each item that is looked for, and how many of each task are not
+        self.owners: list[tuple[str, str]] = []
         self.short = dict.fromkeys(tasks, 0)
+
         # a number for every run of every item, with whose it is
         by_size: dict[int, list[tuple[int, np.ndarray]]] = {}
         for name, items in tasks.items():
@@ -44,9 +53,10 @@ class Index:
                     self.short[name] += 1
                     continue
                 size = min(n, len(words))
-                entry = len(self.owners), _runs(words, size)
-                by_size.setdefault(size, []).append(entry)
+                number = len(self.owners)
+                by_size.setdefault(size, []).append((number, _runs(words, size)))
                 self.owners.append((name, item["id"]))
+        # tables that a text's runs are looked up in, and what was found so far
         self.tables = {size: _table(entries) for size, entries in by_size.items()}
         self.hit = np.zeros(len(self.owners), bool)
 
@@ -56,7 +66,9 @@ class Index:
         for size, (runs, owner) in self.tables.items():
             # where in the table each of the text's runs would stand
             here = np.unique(_runs(words, size))
-            first, last = np.searchsorted(runs, here, "left"), np.searchsorted(runs, here, "right")
+            first = np.searchsorted(runs, here, "left")
+            last = np.searchsorted(runs, here, "right")
+            # one run may belong to several items
             known = first < last
             for begin, end in zip(first[known], last[known]):
                 self.hit[owner[begin:end]] = True
@@ -66,7 +78,8 @@ def _table(entries: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarra
     """(runs in order, whose each is) of items and their runs."""
     items, by_item = zip(*entries)
     runs = np.concatenate(by_item)
-    owner = np.repeat(np.array(items, np.int32), list(map(len, by_item)))
+    counts = [len(runs_of_item) for runs_of_item in by_item]
+    owner = np.repeat(np.array(items, np.int32), counts)
     order = np.argsort(runs, kind="stable")
     return runs[order], owner[order]
 
@@ -85,11 +98,17 @@ def overlap(texts: Iterable[str], tasks: dict[str, list[dict]], n: int = WORDS) 
     index = Index(tasks, n)
     for text in texts:
         index.look(text)
+
     # what was hit, counted by task
     counts = {}
     for name, items in tasks.items():
-        short = index.short[name]
-        counts[name] = dict(overlapping=0, n=len(items), short=short, words=n, items=[])
+        counts[name] = dict(
+            overlapping=0,
+            n=len(items),
+            short=index.short[name],
+            words=n,
+            items=[],
+        )
     for (name, item), hit in zip(index.owners, index.hit):
         if hit:
             counts[name]["overlapping"] += 1

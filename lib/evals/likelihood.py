@@ -139,15 +139,17 @@ def _read(params, config: Config, x_BTD, places_2M, targets_MA):
     chunk = min(config.loss_chunk, M)
     x_MD = x_BTD[places_2M[0], places_2M[1]]
     padding = ((0, -M % chunk), (0, 0))
-    chunks = [
-        jnp.pad(array, padding).reshape(-1, chunk, array.shape[-1])
-        for array in (x_MD, jnp.maximum(targets_MA, 0))
-    ]
+
+    def in_chunks(array):
+        return jnp.pad(array, padding).reshape(-1, chunk, array.shape[-1])
+
+    chunks = in_chunks(x_MD), in_chunks(jnp.maximum(targets_MA, 0))
 
     def one(chunk):
         x, targets = chunk
         logits_V = logits(params, config, x)
         top = logits_V.max(axis=-1, keepdims=True)
+        # of each target, its logit less the log of the sum of all exponentials
         picked = jnp.take_along_axis(logits_V, targets, axis=-1)
         total = jnp.exp(logits_V - top).sum(axis=-1, keepdims=True)
         lse = top + jnp.log(total)
@@ -156,7 +158,8 @@ def _read(params, config: Config, x_BTD, places_2M, targets_MA):
         best = jnp.where(logits_V == top, jnp.arange(V), V).min(axis=-1)
         return picked - lse, best
 
-    logprob, best = jax.lax.map(one, tuple(chunks))
+    logprob, best = jax.lax.map(one, chunks)
+    # without the padding of the last chunk
     return logprob.reshape(-1, A)[:M], best.reshape(-1)[:M]
 
 
@@ -170,14 +173,16 @@ def _whole(params, config: Config, tokens_BT, places_2M, targets_MA):
 @partial(jax.jit, static_argnames=("config", "slots"))
 def _begin(params, config: Config, tokens_BT, *, slots: int):
     """A cache that has read `tokens_BT` (padded behind with -1)."""
-    cache = init_cache(config, len(tokens_BT), slots)
-    return hidden(params, config, tokens_BT, cache)[1]
+    empty = init_cache(config, len(tokens_BT), slots)
+    _, cache = hidden(params, config, tokens_BT, empty)
+    return cache
 
 
 @partial(jax.jit, static_argnames="config")
 def _extend(params, config: Config, cache, rows_B, tokens_BT):
     """Rows of a cache, copied as `rows_B` says, that have read `tokens_BT` too."""
-    return hidden(params, config, tokens_BT, pick_rows(cache, rows_B))[1]
+    _, cache = hidden(params, config, tokens_BT, pick_rows(cache, rows_B))
+    return cache
 
 
 @partial(jax.jit, static_argnames="config")
@@ -205,8 +210,8 @@ def _power(n: int, base: int = 2) -> int:
 
 def _fit(tokens: int, width: int) -> int:
     """How many rows of a width hold so many tokens, as a power of two, at least 1."""
-    rows = tokens // width
-    return 1 << rows.bit_length() - 1 if rows else 1
+    rows = max(tokens // width, 1)
+    return 1 << rows.bit_length() - 1
 
 
 def _batches(things, size: Callable, batch_tokens: int, most: int | None = None):
@@ -217,13 +222,17 @@ def _batches(things, size: Callable, batch_tokens: int, most: int | None = None)
     pools = {}
     for thing in things:
         pools.setdefault(size(thing), []).append(thing)
+
     # from short to long, handing on what does not fill a batch
     left = []
     for i, width in enumerate(sorted(pools)):
         pool = left + pools[width]
         B = min(_fit(batch_tokens, width), most or batch_tokens)
+        # the last have nobody to be handed on to
         last = i + 1 == len(pools)
-        whole = len(pool) if last else len(pool) - len(pool) % B
+        whole = len(pool)
+        if not last:
+            whole -= len(pool) % B
         for start in range(0, whole, B):
             part = pool[start : start + B]
             yield min(B, _power(len(part), 4)), part
@@ -243,10 +252,14 @@ def _asked(rows: Sequence[Row], skips: Sequence[int]) -> tuple[np.ndarray, np.nd
 
     skips: how many first tokens of each row are not in the batch.
     """
-    M = max(LEAST_ANSWERS, _power(sum(row.scored for row in rows)))
-    A = _power(max(len(row.targets) for row in rows))
+    # M answers, each for up to A alternatives
+    scored = sum(row.scored for row in rows)
+    alternatives = max(len(row.targets) for row in rows)
+    M = max(LEAST_ANSWERS, _power(scored))
+    A = _power(alternatives)
     places = np.zeros((2, M), np.int32)
     targets = np.full((M, A), -1, np.int32)
+
     # each row takes the next `scored` answers
     begin = 0
     for i, (row, skip) in enumerate(zip(rows, skips)):
@@ -281,11 +294,15 @@ def _share(things, near: float, enough: int) -> list[tuple[int, list]]:
     than SHARE_BELOW of its tokens to read.
     """
     things = sorted(things, key=lambda t: (t.key, t.first))
-    # of each thing and the one before it, nothing at both ends
+
+    # what each thing and the one before it have in common, nothing at both ends
     common = [0]
     for a, b in zip(things, things[1:]):
-        common.append(min(a.first, b.first, _common(a.key, b.key)))
+        shared = min(a.first, b.first, _common(a.key, b.key))
+        common.append(shared)
     common.append(0)
+
+    # runs of neighbours that have about as much in common
     runs = []
     for i, thing in enumerate(things):
         neighbours = max(common[i - 1], common[i + 1])
@@ -298,7 +315,8 @@ def _share(things, near: float, enough: int) -> list[tuple[int, list]]:
     # a run that saves too little falls apart
     worth = []
     for shared, run in runs:
-        total, saved = sum(t.length for t in run), (len(run) - 1) * shared
+        total = sum(t.length for t in run)
+        saved = (len(run) - 1) * shared
         if saved >= max(enough, (1 - SHARE_BELOW) * total):
             worth.append((shared, run))
         else:
@@ -314,8 +332,11 @@ def _plan(rows, batch_tokens: int) -> list[tuple[int, list[Group]]]:
     """
     groups = [Group(run, shared) for shared, run in _share(rows, NEAR, 1)]
     # too little to gain: every row by itself
-    if sum((len(g.rows) - 1) * g.shared for g in groups) < batch_tokens:
+    saved = sum((len(g.rows) - 1) * g.shared for g in groups)
+    if saved < batch_tokens:
         groups = [Group([row]) for row in rows]
+
+    # sets of groups that begin alike; those that don't are a set without a beginning
     sets, alone = [], []
     for shared, run in _share(groups, FAR, batch_tokens):
         if shared:
@@ -340,20 +361,27 @@ class ForwardPasses(NamedTuple):
 
     def read(self, rows: list[Row], share: bool) -> Iterator[tuple]:
         """All rows in batches, in no particular order."""
-        plan = [(0, [Group([row]) for row in rows])] if rows else []
         if share:
             plan = _plan(rows, self.batch_tokens)
+        elif rows:
+            plan = [(0, [Group([row]) for row in rows])]
+        else:
+            plan = []
+
         for prefix, groups in plan:
             # the beginning of a set is read once, into a cache of one row
             longest = max(row.length for group in groups for row in group.rows)
             slots = _length(longest, 16)
             start = self.begin(groups[0], prefix, slots) if prefix else None
+
+            # rows that share nothing but that beginning; those longer than the context need a
+            # cache, which knows how far a long layer sees
             single = [group.rows[0] for group in groups if not group.shared]
-            # rows longer than the context need a cache, which knows how far a long layer sees
             if prefix or longest > self.config.sequence_len:
                 yield from self.read_behind(start, prefix, single, slots)
             else:
                 yield from self.read_whole(single)
+            # and groups that share more
             shared = [group for group in groups if group.shared]
             yield from self.read_groups(start, prefix, shared, slots)
 
@@ -368,7 +396,9 @@ class ForwardPasses(NamedTuple):
 
     def read_whole(self, rows: list[Row]) -> Iterator[tuple]:
         """Rows that share nothing, without a cache."""
-        tile = KERNEL_TILE if self.config.attention_name in ("splash", "pallas") else 1
+        # TPU kernels want whole tiles of positions
+        has_tiles = self.config.attention_name in ("splash", "pallas")
+        tile = KERNEL_TILE if has_tiles else 1
 
         def width(row):
             tiles = -(-_length(row.length, 16) // tile)
@@ -401,8 +431,11 @@ class ForwardPasses(NamedTuple):
             # what the rows of each group share goes into the cache
             widest = max(map(width, part))
             ids = _pad([group.key_ids[prefix:] for group in part], B, widest)
-            tails = [Tail(i, row, g.shared) for i, g in enumerate(part) for row in g.rows]
-            end = _length(max(tail.row.length - tail.skip for tail in tails))
+            tails = []
+            for i, group in enumerate(part):
+                tails += [Tail(i, row, group.shared) for row in group.rows]
+            longest = max(tail.row.length - tail.skip for tail in tails)
+            end = _length(longest)
             if prefix:
                 room = slots
                 copies = np.zeros(B, np.int32)
@@ -410,6 +443,7 @@ class ForwardPasses(NamedTuple):
             else:
                 room = widest + end
                 cache = _begin(self.params, self.config, ids, slots=room)
+
             # and then their ends, as many at a time as there is room for
             R = min(_power(len(tails)), _fit(self.batch_tokens, end), self.most(room))
             for begin in range(0, len(tails), R):
@@ -417,7 +451,9 @@ class ForwardPasses(NamedTuple):
 
     def read_tails(self, cache, tails: list[Tail], B: int, width: int) -> tuple:
         """What stands behind the tokens that rows of a cache have read."""
-        rows, skips = [tail.row for tail in tails], [tail.skip for tail in tails]
+        rows = [tail.row for tail in tails]
+        skips = [tail.skip for tail in tails]
+        # which row of the cache each one goes on from
         cached = np.zeros(B, np.int32)
         cached[: len(tails)] = [tail.cached for tail in tails]
         ids = _pad([tail.row.ids[tail.skip :] for tail in tails], B, width)
@@ -433,11 +469,17 @@ def _answers(batches, total: int, progress) -> Iterator[tuple]:
     done, waiting = 0, deque()
     for batch in itertools.chain(batches, [None] * AHEAD):
         waiting.append(batch)
-        if len(waiting) <= AHEAD or (oldest := waiting.popleft()) is None:
+        if len(waiting) <= AHEAD:
             continue
-        rows, answers = oldest
+        oldest = waiting.popleft()
+        if oldest is None:
+            continue
+
         # here the host waits for the device
+        rows, answers = oldest
         logprob, best = map(np.asarray, answers)
+
+        # each row takes the next `scored` answers, as `_asked` laid them out
         begin = 0
         for row in rows:
             part = slice(begin, begin + row.scored)
@@ -484,7 +526,8 @@ def _windows(context: Sequence[int], continuation: Sequence[int], room: int, str
     for.
     """
     whole = [*context, *continuation]
-    step = room if len(continuation) <= room else stride
+    fits = len(continuation) <= room
+    step = room if fits else stride
     for start in range(len(context), len(whole), step):
         end = min(start + step, len(whole))
         seen = max(0, end - 1 - room)
@@ -496,12 +539,15 @@ def _logprobs(params, config: Config, pairs: Iterable, reading: Reading) -> list
 
     Log-probability per token, whether each is the likeliest, tokens of context left out.
     """
-    rows, pieces, cuts = {}, [], []
+    rows = {}
+    pieces = []
+    cuts = []
     for n, (context, continuation) in enumerate(pairs):
         _check_ids(config, np.array([*context, *continuation]), n)
         windows = list(_windows(context, continuation, reading.room, reading.stride))
         cuts.append(windows[0][2] if windows else 0)
         pieces.append([None] * len(windows))
+
         # equal sequences are read once, whatever is asked of them
         for i, (before, scored, _) in enumerate(windows):
             # the last scored token is never an input
@@ -510,6 +556,7 @@ def _logprobs(params, config: Config, pairs: Iterable, reading: Reading) -> list
             row = rows.setdefault((key, first), Row(key, first, [], []))
             row.targets.append(scored)
             row.owners.append((n, i))
+
     # answers come in any order, and know where they belong
     passes = ForwardPasses(params, config, reading.batch_tokens)
     batches = passes.read(list(rows.values()), reading.share)
@@ -551,16 +598,21 @@ def score(
     """
     reading = _reading(config, batch_tokens, max_tokens, None, share, progress)
     # one pair per continuation; the rows that they share are found later
-    pairs = [
-        (list(context) or [tokenizer.bos], list(continuation))
-        for context, continuations in requests
-        for continuation in continuations
-    ]
+    pairs = []
+    for context, continuations in requests:
+        before = list(context) or [tokenizer.bos]
+        pairs += [(before, list(continuation)) for continuation in continuations]
     answers = iter(_logprobs(params, config, pairs, reading))
-    return [[_score(*next(answers)) for _ in continuations] for _, continuations in requests]
+
+    # handed back as they were asked
+    scores = []
+    for _, continuations in requests:
+        scores.append([_score(*next(answers)) for _ in continuations])
+    return scores
 
 
 def _score(logprobs: np.ndarray, greedy: np.ndarray, cut: int) -> Score:
+    """The `Score` of a continuation from what is known of its tokens."""
     total = float(logprobs.sum(dtype=np.float64))
     return Score(total, len(logprobs), bool(greedy.all()), cut)
 

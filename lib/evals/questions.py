@@ -73,7 +73,9 @@ class Questions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
-        if self.temperature < 0 or (self.samples > 1 and self.temperature == 0):
+        # greedy decoding writes the same every time
+        all_equal = self.samples > 1 and self.temperature == 0
+        if self.temperature < 0 or all_equal:
             raise UserError(
                 f"{self.samples} samples at temperature {self.temperature}: it must not be "
                 "negative, nor 0 for more than one, or all are equal"
@@ -137,11 +139,11 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 
     def losses(rows):
         inputs, targets = zip(*rows)
-        inputs_BT, targets_BT = (
-            _padded(inputs, config, batch, 0),
-            _padded(targets, config, batch, -1),
-        )
-        losses_BT = np.asarray(token_losses(params, config, inputs_BT, targets_BT), np.float64)
+        inputs_BT = _padded(inputs, config, batch, 0)
+        targets_BT = _padded(targets, config, batch, -1)
+        losses_BT = token_losses(params, config, inputs_BT, targets_BT)
+        losses_BT = np.asarray(losses_BT, np.float64)
+        # without the padding
         return [row[: len(target)] for row, target in zip(losses_BT, targets)]
 
     def texts(prompts, samplings):
@@ -158,17 +160,22 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
 def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]:
     """What an engine writes after each prompt, as `Answers.texts` yields it."""
     # prompts by number: those that wait, those in a slot, and what they have written
-    waiting, busy = deque(range(len(prompts))), {}
+    waiting = deque(range(len(prompts)))
+    busy = {}
     written = [[] for _ in prompts]
+
     # rows join in groups of one size: a prefill serves several, and is compiled once
     group = max(1, engine.slots // 4)
     while waiting or busy:
         while waiting and engine.free >= group:
             new = [waiting.popleft() for _ in range(min(group, len(waiting)))]
-            yield from ((i, None) for i in new)
+            for i in new:
+                yield i, None
             new_prompts = [prompts[i] for i in new]
-            slots = engine.add_many(new_prompts, [samplings[i] for i in new])
+            new_samplings = [samplings[i] for i in new]
+            slots = engine.add_many(new_prompts, new_samplings)
             busy |= dict(zip(slots, new))
+
         # a chunk of tokens for every row
         for slot, (tokens, finish) in engine.step(LONG_CHUNK).items():
             if any(math.isnan(token.logprob) for token in tokens):
@@ -198,7 +205,8 @@ class Job:
 
     def evaluating(self, items: list[dict]):
         """Stop at any error, saying which of the task's items were at work."""
-        return evaluating(f"task {self.name}, {named([str(item['id']) for item in items])}")
+        ids = [str(item["id"]) for item in items]
+        return evaluating(f"task {self.name}, {named(ids)}")
 
     def each(self, function: Callable) -> list:
         """function(item) of every item, an error naming the item."""
@@ -213,13 +221,17 @@ class Job:
 
         The longest come first. owners: the item of each thing, by index; each its own for None.
         """
-        owners = range(len(lengths)) if owners is None else owners
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        results = [None] * len(lengths)
+        count = len(lengths)
+        if owners is None:
+            owners = range(count)
+        order = sorted(range(count), key=lambda i: -lengths[i])
+        results = [None] * count
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            at_work = sorted({owners[i] for i in part})
-            with self.evaluating([self.items[j] for j in at_work]):
+            # an error names all the items that it may be about
+            numbers = sorted({owners[i] for i in part})
+            at_work = [self.items[j] for j in numbers]
+            with self.evaluating(at_work):
                 for i, result in zip(part, function(part), strict=True):
                     results[i] = result
             self.bar.update(len(part))
@@ -250,7 +262,8 @@ def _credit(scores: list[float], gold: int) -> float:
     if not all(map(math.isfinite, scores)):
         raise ValueError(f"the model gives scores that are no numbers: {scores}")
     # who cannot tell two options apart has half a point
-    best = [i for i, score in enumerate(scores) if score >= max(scores) - TIE]
+    least = max(scores) - TIE
+    best = [i for i, score in enumerate(scores) if score >= least]
     return (gold in best) / len(best)
 
 
@@ -258,17 +271,22 @@ def _perplexity_of(nats, units) -> tuple[float, float | None]:
     """(perplexity per unit, its standard error, None for a single item) of independent items."""
     mean, error = stats.ratio(nats, units)
     perplexity = math.exp(min(mean, LARGEST))
-    return perplexity, perplexity * error if len(nats) > 1 else None
+    if len(nats) < 2:
+        return perplexity, None
+    # an error of the mean becomes a factor
+    return perplexity, perplexity * error
 
 
 def _accuracy(job: Job, correct: list[float], options: list[int] | None = None, **more) -> dict:
     """The entry of a task that is right or wrong. options: how many each item offered."""
     score, error = stats.proportion(correct)
-    baseline, majority = job.task.baseline, None
+    baseline = job.task.baseline
+    majority = None
     # the chance of a guess, item by item: their numbers of options may differ
     if options and min(options) > 1:
         baseline = sum(1 / n for n in options) / len(options)
         majority = stats.majority([item["gold"] for item in job.items])
+    # 0 for whoever guesses, where that can be told
     centered = None if baseline is None else stats.centered(score, baseline)
     return dict(
         score=score,
@@ -292,6 +310,7 @@ class Lettered(NamedTuple):
 
 
 def _lettered(job: Job, item: dict) -> Lettered:
+    """An item's prompt and letters as ids; UserError where they can't be asked for."""
     # only the next token is looked at, so a letter must be one
     letters = [job.tokenizer.encode(letter) for letter in item["letters"]]
     single = all(len(letter) == 1 for letter in letters)
@@ -300,6 +319,7 @@ def _lettered(job: Job, item: dict) -> Lettered:
             f"letters {item['letters']} must be one token each, and gold {item['gold']} the index "
             "of one"
         )
+
     prompt = job.tokenizer.render_for_completion(item["messages"])
     ids, cut = _cut(prompt, job.config.sequence_len)
     return Lettered(ids, cut, [letter[0] for letter in letters])
@@ -317,10 +337,13 @@ def _choice(job: Job) -> dict:
     # alike in length go together, so that little is padding
     lengths = [len(question.ids) for question in questions]
     by_item = job.in_batches(lengths, job.settings.batch, scores)
+
+    # the entry
     correct = job.judge(by_item)
     items = job.outcomes(correct)
     truncated = sum(question.cut for question in questions)
-    return _accuracy(job, correct, list(map(len, by_item)), truncated=truncated, items=items)
+    options = list(map(len, by_item))
+    return _accuracy(job, correct, options, truncated=truncated, items=items)
 
 
 # ---- likelihood: which continuation
@@ -338,7 +361,10 @@ class Continued(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the longest request."""
-        return max(len(before) + max(map(len, after)) for before, after in self.requests)
+        lengths = []
+        for before, after in self.requests:
+            lengths.append(len(before) + max(map(len, after)))
+        return max(lengths)
 
 
 def continuation_ids(tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
@@ -350,31 +376,39 @@ def continuation_ids(tokenizer, context: str, choice: str) -> tuple[list[int], l
     """
     bare = context.rstrip(" \t")
     choice = context[len(bare) :] + choice
-    before, whole = tokenizer.encode(bare), tokenizer.encode(bare + choice)
+    before = tokenizer.encode(bare)
+    whole = tokenizer.encode(bare + choice)
     # in one piece, unless a token of the whole lies across the border
-    joined = whole[: len(before)] == before
-    after = whole[len(before) :] if joined else tokenizer.encode(choice)
+    border = len(before)
+    if whole[:border] == before:
+        after = whole[border:]
+    else:
+        after = tokenizer.encode(choice)
     return [tokenizer.bos, *before], after
 
 
 def _continued(job: Job, item: dict) -> Continued:
-    contexts, choices = item["context"], item["choices"]
+    """An item as requests, its contexts cut to what there is room for."""
+    contexts = item["context"]
+    choices = item["choices"]
     if not isinstance(contexts, list):
         contexts = [contexts] * len(choices)
-    pairs = [
-        continuation_ids(job.tokenizer, context, choice)
-        for context, choice in zip(contexts, choices, strict=True)
-    ]
+    pairs = []
+    for context, choice in zip(contexts, choices, strict=True):
+        pairs.append(continuation_ids(job.tokenizer, context, choice))
     with_text = all(after for _, after in pairs)
     if not with_text or not 0 <= item["gold"] < len(pairs):
         raise UserError(
             "a likelihood item needs choices with text, and gold must be the index of one"
         )
-    # room for the longest choice, but half of the context at least is the context's
+    # room for the longest choice, but half of the model's context at least is the item's context
     context_len = job.config.sequence_len
-    room = max(context_len // 2, context_len - max(len(after) for _, after in pairs))
+    longest = max(len(after) for _, after in pairs)
+    room = max(context_len // 2, context_len - longest)
+
     # neighbours with the same context are one request
-    requests, cut = [], False
+    requests = []
+    cut = False
     for before, after in pairs:
         before, was_cut = _cut(before, room)
         cut |= was_cut
@@ -393,23 +427,36 @@ def _likelihood(job: Job) -> dict:
     questions = job.each(partial(_continued, job))
 
     def scores(part):
-        asked = [request for i in part for request in questions[i].requests]
+        # the requests of all items in one list, and their answers back to the items
+        asked = []
+        for i in part:
+            asked += questions[i].requests
         answers = iter(job.ask.continuations(asked))
         by_item = []
         for i in part:
-            by_request = [next(answers) for _ in questions[i].requests]
-            by_item.append([score for scores in by_request for score in scores])
+            of_item = []
+            for _ in questions[i].requests:
+                of_item += next(answers)
+            by_item.append(of_item)
         return by_item
 
     # many at a time: score() makes its own batches, and finds the longest first again
     lengths = [question.length for question in questions]
     by_item = job.in_batches(lengths, 16 * job.settings.batch, scores)
     # the mean over its tokens, or a short choice would always win
-    correct = job.judge([[s.logprob / s.tokens for s in item] for item in by_item])
+    means = []
+    for scores_of_item in by_item:
+        means.append([score.logprob / score.tokens for score in scores_of_item])
+    correct = job.judge(means)
     items = job.outcomes(correct)
+
+    # nothing to choose from
     more = {}
-    if all(len(item) == 1 for item in by_item):
-        correct, more = _one_continuation([item[0] for item in by_item], items)
+    if all(len(scores_of_item) == 1 for scores_of_item in by_item):
+        single = [scores_of_item[0] for scores_of_item in by_item]
+        correct, more = _one_continuation(single, items)
+
+    # the entry
     truncated = sum(question.cut for question in questions)
     options = list(map(len, by_item))
     return _accuracy(job, correct, options, truncated=truncated, items=items, **more)
@@ -453,47 +500,61 @@ class Drawing(NamedTuple):
 
 def _generate(job: Job) -> dict:
     """The model writes its own answers, with the calculator, and they are graded as they come."""
-    settings, n = job.settings, job.settings.samples
+    settings = job.settings
+    n = settings.samples
+
     # an answer may fill half of the context; the prompt has the rest
     max_tokens = min(settings.max_tokens, job.config.sequence_len // 2)
     room = job.config.sequence_len - max_tokens
-    prompts = job.each(
-        lambda item: _cut(job.tokenizer.render_for_completion(item["messages"]), room)
-    )
+
+    def prompt_of(item):
+        ids = job.tokenizer.render_for_completion(item["messages"])
+        return _cut(ids, room)
+
+    prompts = job.each(prompt_of)
+
     # as they come: lengths mixed, so that prefills have few shapes
     numbers = itertools.product(range(len(prompts)), range(n))
     drawings = [Drawing(i, s) for i, s in numbers]
-    stop = stop_ids(job.tokenizer)
+
     # every sample of every item has a seed of its own
+    stop = stop_ids(job.tokenizer)
     samplings = []
     for i, s in drawings:
         seed = _seed(settings.seed, job.items[i]["id"], s)
         samplings.append(Sampling(max_tokens, settings.temperature, seed=seed, stop=stop))
+
+    # written and graded side by side
     job.bar.reset(len(drawings))
-    written = job.ask.texts([prompts[i][0] for i, _ in drawings], samplings)
+    asked = [prompts[i][0] for i, _ in drawings]
+    written = job.ask.texts(asked, samplings)
     texts, counts = _graded(job, drawings, written)
+
     # of several samples, the share that was right and the text of the first
-    items = [
-        dict(id=item["id"], correct=count / n, text=text[:TEXT_CHARS])
-        for item, count, text in zip(job.items, counts, texts)
-    ]
+    correct = [count / n for count in counts]
+    items = job.outcomes(correct)
+    for item, text in zip(items, texts):
+        item["text"] = text[:TEXT_CHARS]
     entry = _accuracy(
         job,
-        [count / n for count in counts],
+        correct,
         truncated=sum(cut for _, cut in prompts),
         items=items,
         max_tokens=max_tokens,
         temperature=settings.temperature,
         samples=n,
     )
-    return entry | dict(pass_at=_pass_at(n, counts)) if n > 1 else entry
+    if n > 1:
+        entry["pass_at"] = _pass_at(n, counts)
+    return entry
 
 
 def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[str], list[int]]:
     """(what was said in the first sample, how many samples were right) of each item."""
     if job.task.grade is None:
         raise UserError(f"task {job.name} has no way to grade what a model writes")
-    texts, grades = [""] * len(job.items), [[] for _ in job.items]
+    texts = [""] * len(job.items)
+    grades = [[] for _ in job.items]
     at_work = {}
     # a program's tests run while others are written
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
@@ -508,23 +569,30 @@ def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[
                 at_work[number] = job.items[i]
                 continue
             at_work.pop(number, None)
+
             # what was called and calculated is not what was said
             text = said(job.tokenizer, ids)
-            texts[i] = text if sample == 0 else texts[i]
+            if sample == 0:
+                texts[i] = text
             grade = pool.submit(job.task.grade, job.items[i], text)
             grades[i].append(grade)
             job.bar.update()
         # a grader that failed raises here, with its item's name
         rest = iter(grades)
-        counts = job.each(lambda item: sum(bool(grade.result()) for grade in next(rest)))
+
+        def count_right(item):
+            return sum(bool(grade.result()) for grade in next(rest))
+
+        counts = job.each(count_right)
     return texts, counts
 
 
 def _pass_at(n: int, counts: list[int]) -> dict[str, dict]:
     """{k: score and error} of pass@k, from how many of n samples of each item were right."""
     entries = {}
-    for k in sorted({k for k in PASS_AT if k < n} | {n}):
-        score, error = stats.proportion([stats.pass_at_k(n, count, k) for count in counts])
+    for k in [*(k for k in PASS_AT if k < n), n]:
+        chances = [stats.pass_at_k(n, count, k) for count in counts]
+        score, error = stats.proportion(chances)
         entries[str(k)] = dict(score=score, stderr=error)
     return entries
 
@@ -555,14 +623,20 @@ def _windows(ids: list[int], bos: int, width: int) -> Iterator[tuple[list[int], 
 
 
 def _foreseen(job: Job, item: dict) -> Foreseen:
-    tokenizer, width = job.tokenizer, job.config.sequence_len
+    """A text's windows, or a chat as one row."""
+    tokenizer = job.tokenizer
+    width = job.config.sequence_len
     if "text" in item:
-        rows = _windows(tokenizer.encode(item["text"]), tokenizer.bos, width)
+        ids = tokenizer.encode(item["text"])
+        rows = _windows(ids, tokenizer.bos, width)
         return Foreseen(list(rows), False)
+
     # of a chat only what the assistant says, as far as one row goes
     ids, mask = tokenizer.render_conversation(item["messages"], sys.maxsize)
     cut = len(ids) > width + 1
-    ids, mask = ids[: width + 1], mask[: width + 1]
+    ids = ids[: width + 1]
+    mask = mask[: width + 1]
+
     # special tokens are no text: neither they nor their loss count
     is_text = tokenizer.token_bytes[ids[1:]] > 0
     learnt = np.array(mask[1:], bool) & is_text
@@ -572,16 +646,20 @@ def _foreseen(job: Job, item: dict) -> Foreseen:
 
 def _perplexity(job: Job) -> dict:
     """The loss on what an assistant should say, or on all of a text."""
+    # the rows of all texts, and the item of each
     texts = job.each(partial(_foreseen, job))
-    rows = [row for text in texts for row in text.rows]
-    owners = [j for j, text in enumerate(texts) for _ in text.rows]
+    rows, owners = [], []
+    for j, text in enumerate(texts):
+        rows += text.rows
+        owners += [j] * len(text.rows)
     job.bar.reset(len(rows))
-    losses = job.in_batches(
-        [len(inputs) for inputs, _ in rows],
-        job.settings.batch,
-        lambda part: job.ask.losses([rows[i] for i in part]),
-        owners,
-    )
+
+    def losses_of(part):
+        return job.ask.losses([rows[i] for i in part])
+
+    lengths = [len(inputs) for inputs, _ in rows]
+    losses = job.in_batches(lengths, job.settings.batch, losses_of, owners)
+
     # rows add up to their items
     none = dict(nats=0.0, tokens=0, bytes=0)
     items = [dict(id=item["id"], **none) for item in job.items]
@@ -592,7 +670,8 @@ def _perplexity(job: Job) -> dict:
         items[j]["tokens"] += int(real.sum())
         items[j]["bytes"] += int(job.tokenizer.token_bytes[targets[real]].sum())
     for item, sums in zip(job.items, items):
-        sums |= {"words": item["words"]} if "words" in item else {}
+        if "words" in item:
+            sums["words"] = item["words"]
     truncated = sum(text.cut for text in texts)
     return dict(**_foresight(job, items), truncated=truncated, items=items)
 
@@ -600,8 +679,12 @@ def _perplexity(job: Job) -> dict:
 def _foresight(job: Job, items: list[dict]) -> dict:
     """The entry of a task of texts from the sums of each."""
     # words are known of data sets that count them
-    units = [u for u in ("tokens", "bytes", "words") if all(u in item for item in items)]
-    total = {name: sum(item[name] for item in items) for name in ("nats", *units)}
+    units = ["tokens", "bytes"]
+    if all("words" in item for item in items):
+        units.append("words")
+    total = {}
+    for name in ("nats", *units):
+        total[name] = sum(item[name] for item in items)
     if not all(total[unit] for unit in units):
         raise UserError(
             f"task {job.name} has no text to measure within the model's context of "
@@ -611,16 +694,22 @@ def _foresight(job: Job, items: list[dict]) -> dict:
     for item in items:
         if not math.isfinite(item["nats"]):
             raise RuntimeError(f"task {job.name}, item {item['id']}: the loss is not finite")
+    # perplexity per unit; that of words is the score where they are known
     nats = [item["nats"] for item in items]
-    per = {unit: _perplexity_of(nats, [item[unit] for item in items]) for unit in units}
-    score, error = per["words" if "words" in per else "tokens"]
+    score = error = None
+    perplexities = {}
+    for unit in units:
+        perplexity, its_error = _perplexity_of(nats, [item[unit] for item in items])
+        perplexities[f"per_{unit.removesuffix('s')}"] = perplexity
+        if unit in ("tokens", "words"):
+            score, error = perplexity, its_error
     return dict(
         score=score,
         stderr=error,
         baseline=None,
         majority=None,
         centered=None,
-        **{f"per_{unit.removesuffix('s')}": value for unit, (value, _) in per.items()},
+        **perplexities,
         bpb=total["nats"] / math.log(2) / total["bytes"],
         **total,
     )
@@ -645,8 +734,10 @@ def find(names, known: dict[str, Task]) -> dict[str, Task]:
     chosen = {}
     for name in dict.fromkeys(map(str, known if names is None else names)):
         if name.endswith(".jsonl"):
+            # called by its path where the name is taken
             stem = Path(name).stem
-            chosen[name if stem in known or stem in chosen else stem] = jsonl(name)
+            is_taken = stem in known or stem in chosen
+            chosen[name if is_taken else stem] = jsonl(name)
         else:
             chosen[name] = choose("task", name, known)
     if not chosen:
@@ -684,16 +775,24 @@ def evaluate(
     everything and names it.
     """
     questions = questions or Questions()
-    chosen = find(names, tasks() if known is None else known)
+    if known is None:
+        known = tasks()
+    chosen = find(names, known)
+
     # downloads side by side, and waiting for no network only once
+    load = partial(items_or_reason, limit=questions.limit)
     with ThreadPoolExecutor(8) as pool:
-        results = pool.map(lambda task: items_or_reason(task, questions.limit), chosen.values())
-        results = dict(zip(chosen, results))
-    skipped = {name: why for name, why in results.items() if isinstance(why, str)}
-    loaded = {name: items for name, items in results.items() if not isinstance(items, str)}
+        results = list(pool.map(load, chosen.values()))
+    loaded, skipped = {}, {}
+    for name, result in zip(chosen, results):
+        if isinstance(result, str):
+            skipped[name] = result
+        else:
+            loaded[name] = result
     if progress:
         for name, why in skipped.items():
             tqdm.write(f"{name:20} skipped: {why}")
+
     # one task after the other
     ask = answers or model_answers(params, config, tokenizer, questions.batch)
     entries = {}
@@ -706,6 +805,7 @@ def evaluate(
             entries[name] = _measured(job)
         if progress:
             tqdm.write(summary(name, entries[name]))
+
     record = dict(tasks=entries, skipped=skipped)
     if score := stats.chatcore(entries):
         record["chatcore"] = score
@@ -748,14 +848,20 @@ def texts_of(items: list[dict]) -> list[dict]:
 
 
 def _words(item: dict) -> str:
+    """What an item says, the right answer to it included."""
     if "text" in item:
         return item["text"]
     if "choices" in item:
+        gold = item["gold"]
         context = item["context"]
-        context = context[item["gold"]] if isinstance(context, list) else context
-        return context + item["choices"][item["gold"]]
+        if isinstance(context, list):
+            context = context[gold]
+        return context + item["choices"][gold]
     if "options" in item:
-        return f"{item['question']} {item['options'][item['gold']]}"
+        answer = item["options"][item["gold"]]
+        return f"{item['question']} {answer}"
+
+    # a conversation, whose messages may have parts
     contents = []
     for message in item["messages"]:
         content = message["content"]
@@ -767,9 +873,14 @@ def _words(item: dict) -> str:
 
 def summary(name: str, entry: dict) -> str:
     """One line about a task: score, standard error, baselines, speed."""
-    scale = 1 if entry["kind"] == "perplexity" else 100
-    error = "" if entry["stderr"] is None else f" ± {entry['stderr'] * scale:.2f}"
-    if entry["kind"] == "perplexity":
+    # accuracies in per cent
+    is_perplexity = entry["kind"] == "perplexity"
+    scale = 1 if is_perplexity else 100
+    error = ""
+    if entry["stderr"] is not None:
+        error = f" ± {entry['stderr'] * scale:.2f}"
+
+    if is_perplexity:
         result = f"perplexity {entry['score']:.2f}{error}, {entry['bpb']:.4f} bits per byte"
     else:
         beside = []
@@ -777,5 +888,7 @@ def summary(name: str, entry: dict) -> str:
             if entry[key] is not None:
                 beside.append(f"{label} {100 * entry[key]:.1f}")
         result = f"{100 * entry['score']:.2f}{error} % ({', '.join(beside)})"
-    cut = f", {entry['truncated']} prompts cut" if entry["truncated"] else ""
+    cut = ""
+    if entry["truncated"]:
+        cut = f", {entry['truncated']} prompts cut"
     return f"{name:20} {result}, n {entry['n']}, {entry['per_second']:.1f}/s{cut}"

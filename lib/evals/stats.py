@@ -32,7 +32,8 @@ def proportion(correct: Sequence[float]) -> tuple[float, float]:
     values = np.asarray(correct, np.float64)
     if not values.size:
         return math.nan, math.nan
-    n, mean = values.size, float(values.mean())
+    n = values.size
+    mean = float(values.mean())
     # all right or all wrong: no spread is seen, and yet it is not certain
     if mean in (0.0, 1.0):
         p = (mean * n + 0.5) / (n + 1)
@@ -45,13 +46,16 @@ def ratio(totals, sizes) -> tuple[float, float]:
 
     The delta method for a ratio of means: a long item weighs more than a short one.
     """
-    totals, sizes = np.asarray(totals, np.float64), np.asarray(sizes, np.float64)
-    n, size = len(totals), sizes.sum()
+    totals = np.asarray(totals, np.float64)
+    sizes = np.asarray(sizes, np.float64)
+    n = len(totals)
+    size = sizes.sum()
     # what an item has more than its size makes one expect
     mean = totals.sum() / size
     residual = totals - mean * sizes
     squares = (residual**2).sum()
-    error = math.sqrt(squares * n / max(n - 1, 1)) / size
+    variance = squares * n / max(n - 1, 1)
+    error = math.sqrt(variance) / size
     return float(mean), float(error)
 
 
@@ -62,7 +66,10 @@ def centered(score: float, baseline: float) -> float:
 
 def majority(answers: Sequence) -> float:
     """Accuracy of always giving the most frequent right answer."""
-    return max(Counter(answers).values()) / len(answers) if answers else math.nan
+    if not answers:
+        return math.nan
+    most = max(Counter(answers).values())
+    return most / len(answers)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -85,11 +92,12 @@ def bootstrap(values, statistic: Callable = np.mean, draws: int = DRAWS, seed: i
 
     statistic takes axis=-1.
     """
-    values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    values = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
     # a batch of resampled sets at a time
     results = []
     for i in range(0, draws, BATCH):
-        shape = min(BATCH, draws - i), len(values)
+        shape = (min(BATCH, draws - i), len(values))
         picks = rng.integers(0, len(values), shape)
         results.append(statistic(values[picks], axis=-1))
     return float(np.concatenate(results).std())
@@ -108,15 +116,19 @@ def _questions(tasks: dict[str, dict]) -> list[dict[str, np.ndarray]]:
         # in one order, so that outcomes of two tasks can be added
         outcome = {item["id"]: item["correct"] for item in task["items"]}
         ids = tuple(sorted(outcome))
+        outcomes = np.array([outcome[i] for i in ids], np.float64)
+
+        # tasks of one source and the same ids share a pool
         scale = 1 - task["baseline"]
-        outcomes = np.array([outcome[i] for i in ids], np.float64) / scale
-        pools.setdefault((task.get("source", label), ids), {})[label] = outcomes
+        pool = pools.setdefault((task.get("source", label), ids), {})
+        pool[label] = outcomes / scale
     return list(pools.values())
 
 
 def _own_variance(task: dict) -> float:
     """The variance of a task's centred score by its own standard error."""
-    return (task["stderr"] / (1 - task["baseline"])) ** 2
+    stderr = task["stderr"] / (1 - task["baseline"])
+    return stderr**2
 
 
 def _with_centered(tasks: dict[str, dict]) -> dict[str, dict]:
@@ -134,18 +146,25 @@ def mean_centered(tasks: dict[str, dict], draws: int = 2000, seed: int = 0) -> t
     if not known:
         return math.nan, math.nan
     score = float(np.mean([t["centered"] for t in known.values()]))
-    with_items = {label: t for label, t in known.items() if t.get("items")}
+
     # variances of independent sets of questions add up
-    rng, variance = np.random.default_rng(seed), 0.0
+    with_items = {label: t for label, t in known.items() if t.get("items")}
+    rng = np.random.default_rng(seed)
+    variance = 0.0
     for outcomes in _questions(with_items):
         total = np.sum(list(outcomes.values()), axis=0)
-        if total.std() == 0:  # nothing to resample: all right or all wrong
+        if total.std() == 0:
+            # nothing to resample: all right or all wrong
             variance += sum(_own_variance(known[label]) for label in outcomes)
         elif len(outcomes) == 1:
             variance += total.var() / total.size
         else:
-            variance += bootstrap(total, draws=draws, seed=int(rng.integers(1 << 31))) ** 2
-    variance += sum(_own_variance(t) for label, t in known.items() if label not in with_items)
+            own_seed = int(rng.integers(1 << 31))
+            variance += bootstrap(total, draws=draws, seed=own_seed) ** 2
+
+    # of tasks without items nothing but the standard error is known
+    without = [task for label, task in known.items() if label not in with_items]
+    variance += sum(map(_own_variance, without))
     return score, math.sqrt(variance) / len(known)
 
 
@@ -177,16 +196,18 @@ def sign_test(wins: int, losses: int) -> float:
 
     McNemar's test on outcomes 0 and 1.
     """
-    n, k = wins + losses, min(wins, losses)
+    n = wins + losses
+    k = min(wins, losses)
     if n == 0:
         return 1.0
     if n < EXACT:
         # whole numbers, no rounding
         ways = sum(math.comb(n, i) for i in range(k + 1))
         return min(1.0, 2 * ways / 2**n)
+    # beyond, logarithms: the whole numbers would have thousands of digits
     each = n * math.log(2)
-    tail = _sum_of_logs([log_choose(n, i) - each for i in range(k + 1)])
-    return min(1.0, 2 * tail)
+    logs = [log_choose(n, i) - each for i in range(k + 1)]
+    return min(1.0, 2 * _sum_of_logs(logs))
 
 
 def _sum_of_logs(logs: list[float]) -> float:
@@ -202,26 +223,34 @@ def binomial_test(right: int, n: int, chance: float) -> float:
         return 1.0
     if chance <= 0:
         return 0.0
-    yes, no = math.log(chance), math.log1p(-chance)
+    yes = math.log(chance)
+    no = math.log1p(-chance)
     logs = []
     for i in range(right, n + 1):
+        # so many ways to have i right, each as likely as this
         logs.append(log_choose(n, i) + i * yes + (n - i) * no)
     return min(1.0, _sum_of_logs(logs))
 
 
 def sign_flips(differences, draws: int = DRAWS, seed: int = 0) -> float:
     """Two-sided p-value of a mean difference of pairs, by flipping signs of pairs at random."""
-    d, rng = np.asarray(differences, np.float64), np.random.default_rng(seed)
+    d = np.asarray(differences, np.float64)
+    # pairs without a difference have no sign
     d = d[d != 0]
     if not d.size:
         return 1.0
-    # how often chance alone makes so large a sum; the draw that was made counts as one
-    seen, limit = 0, abs(d.sum()) * (1 - 1e-9)
+
+    # how often chance alone makes so large a sum, a little less for rounding
+    rng = np.random.default_rng(seed)
+    limit = abs(d.sum()) * (1 - 1e-9)
+    as_large = 0
     for i in range(0, draws, BATCH):
-        shape = min(BATCH, draws - i), d.size
+        shape = (min(BATCH, draws - i), d.size)
         flips = rng.integers(0, 2, shape, np.int8) * 2.0 - 1
-        seen += int((np.abs(flips @ d) >= limit).sum())
-    return (1 + seen) / (1 + draws)
+        sums = np.abs(flips @ d)
+        as_large += int((sums >= limit).sum())
+    # the draw that was made counts as one
+    return (1 + as_large) / (1 + draws)
 
 
 def normal_test(z: float) -> float:
@@ -232,10 +261,14 @@ def normal_test(z: float) -> float:
 def adjusted(p: Mapping[str, float]) -> dict[str, float]:
     """p-values that count how many are looked at together (Holm 1979)."""
     # the smallest is multiplied by their number, the next by one less, and none falls behind
-    running, result = 0.0, {}
-    for rank, label in enumerate(sorted(p, key=lambda label: p[label])):
-        running = max(running, min(1.0, (len(p) - rank) * p[label]))
+    running = 0.0
+    result = {}
+    smallest_first = sorted(p, key=lambda label: p[label])
+    for rank, label in enumerate(smallest_first):
+        corrected = (len(p) - rank) * p[label]
+        running = max(running, min(1.0, corrected))
         result[label] = running
+    # in the order in which they were given
     return {label: result[label] for label in p}
 
 
@@ -297,7 +330,8 @@ class Comparison:
     @property
     def interval(self) -> tuple[float, float]:
         """The range that holds the true difference 19 times in 20."""
-        return self.delta - SURE * self.stderr, self.delta + SURE * self.stderr
+        margin = SURE * self.stderr
+        return self.delta - margin, self.delta + margin
 
 
 def compare(
@@ -311,23 +345,31 @@ def compare(
     "chatcore" and "bpb/SOURCE" where both records have them. Tasks without common items, and CORE
     tasks measured with other limits, are left out.
     """
-    # each task, the two means, and bits per byte of each text
+    # each task
     candidates = []
     for label, task in a.get("tasks", {}).items():
         if label in b.get("tasks", {}):
             candidates.append(_compare_task(label, task, b["tasks"][label]))
+
+    # the two means
     for name in ("core", "chatcore"):
         if a.get(name) and b.get(name):
-            candidates.append(_compare_means(name, _members(a, name), _members(b, name)))
+            tasks_a = _members(a, name)
+            tasks_b = _members(b, name)
+            candidates.append(_compare_means(name, tasks_a, tasks_b))
+
+    # bits per byte of each text
     for source, bits in a.get("bpb", {}).items():
         if source in b.get("bpb", {}):
             candidates.append(_compare_bits(f"bpb/{source}", bits, b["bpb"][source]))
     compared = {c.label: c for c in candidates if c}
+
     # only now is it known how many were compared
     sure = adjusted({label: c.p for label, c in compared.items()})
     for label, p in sure.items():
         entry = replace(compared[label], p_adjusted=p)
-        compared[label] = replace(entry, sentence=_sentence(entry, names, len(compared)))
+        sentence = _sentence(entry, names, len(compared))
+        compared[label] = replace(entry, sentence=sentence)
     return compared
 
 
@@ -338,7 +380,8 @@ def differences(compared: Mapping[str, Comparison]) -> list[Comparison]:
     """
 
     def order(c):
-        return not c.real, c.unit, -c.delta if c.better == "higher" else c.delta
+        loss = -c.delta if c.better == "higher" else c.delta
+        return not c.real, c.unit, loss
 
     return sorted(compared.values(), key=order)
 
@@ -356,7 +399,9 @@ def _paired(a: dict, b: dict) -> tuple[list[str], list[dict], list[dict]]:
     first = {item["id"]: item for item in a.get("items", ())}
     second = {item["id"]: item for item in b.get("items", ())}
     ids = [i for i in first if i in second]
-    return ids, [first[i] for i in ids], [second[i] for i in ids]
+    first_items = [first[i] for i in ids]
+    second_items = [second[i] for i in ids]
+    return ids, first_items, second_items
 
 
 def _compare_task(label: str, a: dict, b: dict) -> Comparison | None:
@@ -365,9 +410,12 @@ def _compare_task(label: str, a: dict, b: dict) -> Comparison | None:
     if a.get("kind") == "core" and a.get("limit") != b.get("limit"):
         return None
     ids, first, second = _paired(a, b)
-    if ids and all("correct" in item for item in first + second):
+    if not ids:
+        return None
+    both = first + second
+    if all("correct" in item for item in both):
         return _compare_outcomes(label, first, second)
-    if ids and all("nats" in item for item in first + second):
+    if all("nats" in item for item in both):
         return _compare_nats(label, first, second)
     return None
 
@@ -451,18 +499,20 @@ def _compare_means(name: str, a: dict[str, dict], b: dict[str, dict]) -> Compari
     # by source and question: what it adds to the difference of the means
     sources: dict[str, dict[str, float]] = {}
     for label, (first, second) in both.items():
-        scale = 1 / (len(first) * len(both) * (1 - a[label]["baseline"]))
+        span = 1 - a[label]["baseline"]
+        scale = 1 / (len(first) * len(both) * span)
         weights = sources.setdefault(a[label].get("source", label), {})
         for x, y in zip(first, second):
             change = scale * (y["correct"] - x["correct"])
             weights[x["id"]] = weights.get(x["id"], 0.0) + change
-    # sources are independent of each other
+    # sources are independent of each other: their variances add up
     by_source = [np.array(list(weights.values())) for weights in sources.values()]
+    variance = sum(len(v) * v.var() for v in by_source)
     d = np.concatenate(by_source)
     return Comparison(
         label=name,
         delta=float(d.sum()),
-        stderr=math.sqrt(sum(len(v) * v.var() for v in by_source)),
+        stderr=math.sqrt(variance),
         p=sign_flips(d),
         n=len(d),
         tasks=len(both),
@@ -482,11 +532,15 @@ def _compare_bits(label: str, a: dict, b: dict) -> Comparison | None:
         return paired
     delta = b["bpb"] - a["bpb"]
     stderr = math.hypot(a["stderr"], b["stderr"])
+    if stderr:
+        p = normal_test(delta / stderr)
+    else:
+        p = float(delta == 0)
     return Comparison(
         label=label,
         delta=delta,
         stderr=stderr,
-        p=normal_test(delta / stderr) if stderr else float(delta == 0),
+        p=p,
         n=0,
         test="unpaired z-test, which overestimates the error",
         unit="bits per byte",
@@ -504,12 +558,15 @@ def told(compared: Mapping[str, Comparison]) -> list[str]:
     rest = [c.label for c in surest if not c.real]
     if rest:
         differences = "difference is" if len(rest) == 1 else "differences are"
-        sentences.append(f"{len(rest)} {differences} no more than chance: {', '.join(rest)}.")
+        names = ", ".join(rest)
+        sentences.append(f"{len(rest)} {differences} no more than chance: {names}.")
     return sentences
 
 
 def _amount(x: float, unit: str) -> str:
-    return f"{100 * x:.1f} points" if unit == "points" else f"{x:.4f} {unit}"
+    if unit == "points":
+        return f"{100 * x:.1f} points"
+    return f"{x:.4f} {unit}"
 
 
 def _chance(p: float) -> str:
@@ -520,8 +577,10 @@ def _basis(c: Comparison, names: tuple[str, str]) -> str:
     """What a comparison rests on."""
     if c.wins is not None:
         return f", {names[1]} alone right on {c.wins} and {names[0]} on {c.losses} of {c.n}"
+    if not c.n:
+        return ""
     things = "texts" if c.unit == "bits per byte" else "items"
-    return f" over {c.n} {things}" if c.n else ""
+    return f" over {c.n} {things}"
 
 
 def _sentence(c: Comparison, names: tuple[str, str], compared: int) -> str:
