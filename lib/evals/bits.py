@@ -64,13 +64,20 @@ def bits_per_byte(
     independent draws of the standard error. losses_of: `token_losses`, or several devices'.
     """
     # by rows, which the error is made of
-    nats, sizes, tokens = [], [], 0
+    nats = []
+    sizes = []
+    tokens = 0
     for inputs_BT, targets_BT, *_ in itertools.islice(batches, max_batches):
-        losses_BT = np.asarray(losses_of(params, config, inputs_BT, targets_BT), np.float64)
+        losses_BT = losses_of(params, config, inputs_BT, targets_BT)
+        losses_BT = np.asarray(losses_BT, np.float64)
+        # special tokens have no bytes, and their loss does not count
         bytes_BT = target_bytes(targets_BT, token_bytes)
-        nats.append((losses_BT * (bytes_BT > 0)).sum(axis=1))
+        is_text_BT = bytes_BT > 0
+        nats.append((losses_BT * is_text_BT).sum(axis=1))
         sizes.append(bytes_BT.sum(axis=1))
-        tokens += int((bytes_BT > 0).sum())
+        tokens += int(is_text_BT.sum())
+
+    # no batches at all give empty arrays
     nats = np.concatenate([np.zeros(0), *nats])
     sizes = np.concatenate([np.zeros(0, np.int64), *sizes])
     bpb, stderr = ratio_bits(nats, sizes)
@@ -82,7 +89,8 @@ def ratio_bits(nats, sizes) -> tuple[float, float]:
     """(bits per byte, its standard error) from nats and bytes of rows, which are independent."""
     if not np.sum(sizes):
         return math.inf, math.inf
-    return stats.ratio(np.asarray(nats, np.float64) / math.log(2), sizes)
+    bits = np.asarray(nats, np.float64) / math.log(2)
+    return stats.ratio(bits, sizes)
 
 
 # ---- what in a text is of which kind
@@ -109,16 +117,24 @@ def python_kinds(text: str) -> Iterator[Span]:
     SyntaxError or ValueError where the text is not Python.
     """
     docstrings = _docstring_lines(text)
-    begins = list(itertools.accumulate(map(len, io.StringIO(text)), initial=0))
+
+    # the tokenizer counts lines and columns; this is where each line begins
+    lengths = map(len, io.StringIO(text))
+    begins = list(itertools.accumulate(lengths, initial=0))
+
     # where a string began that is made of several tokens, as f-strings are; how many are open
     opened = depth = 0
     for token in _tokens(text):
-        start = begins[token.start[0] - 1] + token.start[1]
-        end = begins[token.end[0] - 1] + token.end[1]
+        line, column = token.start
+        start = begins[line - 1] + column
+        line, column = token.end
+        end = begins[line - 1] + column
+
         # since Python 3.12 an f-string is several tokens; it counts as one string
         name = tokenize.tok_name[token.type]
         if name.endswith("STRING_START"):
-            opened = start if depth == 0 else opened
+            if depth == 0:
+                opened = start
             depth += 1
         elif name.endswith("STRING_END"):
             depth -= 1
@@ -129,6 +145,7 @@ def python_kinds(text: str) -> Iterator[Span]:
 
 
 def _tokens(text: str) -> list[tokenize.TokenInfo]:
+    """Python's tokens of a text; SyntaxError where it is not Python."""
     try:
         return list(tokenize.generate_tokens(io.StringIO(text).readline))
     except (tokenize.TokenError, IndentationError) as e:
@@ -138,7 +155,8 @@ def _tokens(text: str) -> list[tokenize.TokenInfo]:
 def _docstring_lines(text: str) -> set[int]:
     """The lines on which docstrings begin."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the escapes of somebody else's strings
+        # about the escapes of somebody else's strings
+        warnings.simplefilter("ignore")
         tree = ast.parse(text)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     lines = set()
@@ -165,7 +183,8 @@ def automatic(text: str) -> Iterator[Span]:
         try:
             return iter(list(python_kinds(text)))
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            pass  # not Python, or too deep for its parser: plain text then
+            # not Python, or too deep for its parser: plain text then
+            pass
     return plain_kinds(text)
 
 
@@ -181,25 +200,32 @@ def kinds_of(text: str, sizes, spans: Iterable[Span]) -> list[str]:
 
     sizes: bytes per token.
     """
-    raw = text.encode()
-    names = [BLANK]
-    # spans count characters, tokens bytes
+    # spans count characters, tokens bytes: where each character's bytes begin
     place = np.arange(len(text) + 1)
     if not text.isascii():
-        place = np.cumsum([0, *(len(c.encode()) for c in text)])
+        widths = [len(character.encode()) for character in text]
+        place = np.cumsum([0, *widths])
+
     # the kind of each byte, as a number
+    raw = text.encode()
+    names = [BLANK]
     number_of_byte = np.zeros(len(raw) + 1, np.int16)
     for start, end, kind in spans:
         if kind not in names:
             names.append(kind)
         number_of_byte[place[start] : place[end]] = names.index(kind)
     inked = np.array([c not in b" \t\r\n\f\v" for c in raw] + [False])
+
     # a token is of the kind of its first byte that is no white space
     ends = np.cumsum(sizes)
     kinds = []
     for begin, end in zip(ends - sizes, ends):
-        first = np.flatnonzero(inked[begin:end])[:1]
-        kinds.append(names[number_of_byte[begin + first[0]]] if first.size else BLANK)
+        inked_places = np.flatnonzero(inked[begin:end])
+        if not inked_places.size:
+            kinds.append(BLANK)
+            continue
+        number = number_of_byte[begin + inked_places[0]]
+        kinds.append(names[number])
     return kinds
 
 
@@ -229,17 +255,23 @@ def bits_by_kind(
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     ids = tokenizer.encode_batch(texts)
     logprobs = likelihood.rolling(params, config, tokenizer, ids, **options)
-    items, by_kind = [], {}
+
+    items = []
+    by_kind = {}
     for number, (text, tokens, logprob) in enumerate(zip(texts, ids, logprobs)):
-        sizes, nats = tokenizer.token_bytes[tokens], -logprob.astype(np.float64)
+        sizes = tokenizer.token_bytes[tokens]
+        nats = -logprob.astype(np.float64)
         item = dict(id=str(number), nats=float(nats.sum()), bytes=int(sizes.sum()))
         items.append(item)
+
         # nats and bytes of the document's tokens of each kind
         kind_of_token = np.array(kinds_of(text, sizes, spans_of(text)))
         for kind in np.unique(kind_of_token):
             mask = kind_of_token == kind
-            part = nats[mask].sum(), sizes[mask].sum()
+            part = (nats[mask].sum(), sizes[mask].sum())
             by_kind.setdefault(str(kind), []).append(part)
+
+    # in all, and kind by kind
     whole = _summary([(item["nats"], item["bytes"]) for item in items])
     return dict(
         **whole,

@@ -61,7 +61,9 @@ def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 
     fetch(url, path, tries=tries)
     digest = sha256(path)
     # what it should be, as told or as it was the first time
-    want = expect or (note.read_text().strip() if note.exists() else "")
+    want = expect
+    if not want and note.exists():
+        want = note.read_text().strip()
     if want and digest != want:
         raise UserError(
             f"{path} has SHA-256 {digest}, not {want}: delete it and {note.name}, and run again"
@@ -73,6 +75,7 @@ def download(cache_dir=CACHE, url: str = BUNDLE, expect: str = "", tries: int = 
 
 
 def _check_zip(path: Path) -> None:
+    """UserError if the zip is cut off or one of its members is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
@@ -89,7 +92,8 @@ class Bundle:
     """
 
     def __init__(self, path: Path):
-        self.path, self.digest = path, hashlib.sha256()
+        self.path = path
+        self.digest = hashlib.sha256()
         if path.is_dir():
             self.names, self.read = _folder(path)
         elif zipfile.is_zipfile(path):
@@ -132,12 +136,17 @@ def _archive(path: Path) -> tuple[list[str], Callable[[str], str]]:
     archive = zipfile.ZipFile(path)
     # macOS adds a shadow of each file
     names = [n for n in archive.namelist() if not n.startswith("__MACOSX")]
-    lists = sorted((n for n in names if n.split("/")[-1] == CONFIG), key=len)
+    lists = [n for n in names if n.split("/")[-1] == CONFIG]
     if not lists:
         raise UserError(f"{path} holds no {CONFIG}: it is not DCLM's eval_bundle")
+
     # the list nearest to the top
-    root = lists[0].removesuffix(CONFIG)
-    return names, lambda name: archive.read(root + name).decode("utf-8")
+    root = min(lists, key=len).removesuffix(CONFIG)
+
+    def read(name: str) -> str:
+        return archive.read(root + name).decode("utf-8")
+
+    return names, read
 
 
 def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[list[CoreTask], str]:
@@ -158,15 +167,18 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
         )
     bundle = Bundle(path)
     entries, baselines = _list_of_tasks(bundle)
-    tasks, files = [], {}
+    tasks = []
+    files = {}
     for entry in entries:
         label, kind, source, fewshot, delimiter = _entry(entry, path)
         if label not in baselines:
             raise UserError(f"{BASELINES} in {path} has no random baseline for {label}")
+
         # several tasks may ask the same items
         if source not in files:
             files[source] = _items(bundle, source)
         items = files[source].copy()
+        # first shuffled, then cut: a part is a fair sample
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = tuple(items[:limit])
         if len(items) <= fewshot:
@@ -186,12 +198,12 @@ def _list_of_tasks(bundle: Bundle) -> tuple[list[dict], dict[str, float]]:
 
     try:
         entries = yaml.safe_load(bundle.text(CONFIG))["icl_tasks"]
-        lines = list(csv.DictReader(io.StringIO(bundle.text(BASELINES))))
-        baselines = {
-            line["Eval Task"]: float(line["Random baseline"]) / 100
-            for line in lines
-            if line["Random baseline"]
-        }
+        table = csv.DictReader(io.StringIO(bundle.text(BASELINES)))
+        # given in per cent, and not for every task
+        baselines = {}
+        for row in table:
+            if row["Random baseline"]:
+                baselines[row["Eval Task"]] = float(row["Random baseline"]) / 100
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise UserError(
             f"{CONFIG} or {BASELINES} in {bundle.path} is not as in DCLM's bundle "
@@ -203,8 +215,11 @@ def _list_of_tasks(bundle: Bundle) -> tuple[list[dict], dict[str, float]]:
 def _entry(entry: dict, path: Path) -> tuple[str, str, str, int, str]:
     """(label, kind, source, examples, delimiter) of one entry of the list."""
     try:
-        label, kind, source = entry["label"], entry["icl_task_type"], entry["dataset_uri"]
-        fewshot, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
+        label = entry["label"]
+        kind = entry["icl_task_type"]
+        source = entry["dataset_uri"]
+        fewshot = entry["num_fewshot"][0]
+        delimiter = entry.get("continuation_delimiter", " ")
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(
             f"{CONFIG} in {path} has a task without {e}: it is not as in DCLM's bundle"
@@ -233,11 +248,13 @@ def _render(query: str, answer: str, examples, delimiter: str) -> str:
 
 
 def _choice_prompts(item: dict, examples: list[dict], delimiter: str) -> list[str]:
+    """The question with each of its answers."""
     shown = [(e["query"], e["choices"][e["gold"]]) for e in examples]
     return [_render(item["query"], choice, shown, delimiter) for choice in item["choices"]]
 
 
 def _schema_prompts(item: dict, examples: list[dict], delimiter: str) -> list[str]:
+    """Each of the contexts with the one continuation."""
     shown = [(e["context_options"][e["gold"]], e["continuation"]) for e in examples]
     contexts = item["context_options"]
     return [_render(context, item["continuation"], shown, delimiter) for context in contexts]
@@ -285,7 +302,9 @@ def _language_spans(tokens: list[list[int]]) -> Spans:
     """
     _, whole = tokens
     start = common_start(tokens)
-    return [(whole, start)] if len(whole) > start else []
+    if len(whole) == start:
+        return []
+    return [(whole, start)]
 
 
 def _least_loss(item: dict, scores: list[likelihood.Score]) -> bool:
@@ -304,7 +323,9 @@ def _greedy(item: dict, scores: list[likelihood.Score]) -> bool:
 
 def mean_loss(score: likelihood.Score) -> float:
     """Nats per token."""
-    return -score.logprob / score.tokens if score.tokens else math.nan
+    if not score.tokens:
+        return math.nan
+    return -score.logprob / score.tokens
 
 
 class Kind(NamedTuple):
@@ -333,8 +354,12 @@ def examples_of(task: CoreTask, index: int) -> list[dict]:
     """
     others = range(len(task.items) - 1)
     drawn = random.Random(FEWSHOT_SEED + index).sample(others, task.fewshot)
-    # the item itself is left out
-    return [task.items[i + (i >= index)] for i in drawn]
+    # the item itself is left out: those behind it move up
+    examples = []
+    for i in drawn:
+        number = i + 1 if i >= index else i
+        examples.append(task.items[number])
+    return examples
 
 
 def prompts_of(task: CoreTask, index: int) -> list[str]:
@@ -361,7 +386,8 @@ class Prepared:
 def prepare(tokenizer, task: CoreTask) -> Prepared:
     """Render and tokenise a task."""
     # all prompts of a task are encoded in one go
-    prompts, counts = [], []
+    prompts = []
+    counts = []
     for index, item in enumerate(task.items):
         with evaluating(f"{task.label} item {item['id']}"):
             _check_gold(item)
@@ -370,21 +396,30 @@ def prepare(tokenizer, task: CoreTask) -> Prepared:
         counts.append(len(texts))
     tokens = tokenizer.encode_batch(prompts, bos=True)
     # and taken apart again, item by item
-    requests, spans, start, moved = [], [], 0, 0
+    requests = []
+    spans = []
+    start = moved = 0
     for item, count in zip(task.items, counts):
-        sequences = KINDS[task.kind].spans(tokens[start : start + count])
+        own = tokens[start : start + count]
+        start += count
+        sequences = KINDS[task.kind].spans(own)
         if not sequences:
             raise UserError(
                 f"{task.label} item {item['id']}: its continuation adds no token to its context"
             )
-        moved += task.kind == "language_modeling" and sequences[0][1] < len(tokens[start])
-        start += count
+        # the continuation begins before the context alone would end
+        if task.kind == "language_modeling":
+            moved += sequences[0][1] < len(own[0])
+
+        # what each sequence begins with, and the rest of it, which is scored
         spans.append((len(requests), len(sequences)))
-        requests += [(t[:first], [t[first:]]) for t, first in sequences]
+        for ids, first in sequences:
+            requests.append((ids[:first], [ids[first:]]))
     return Prepared(task, requests, spans, moved)
 
 
 def _check_gold(item: dict) -> None:
+    """UserError if the right answer is none of the options."""
     options = item.get("choices", item.get("context_options", ()))
     if "gold" in item and not 0 <= item["gold"] < len(options):
         raise UserError(f"gold is {item['gold']}, outside its options")
@@ -395,17 +430,24 @@ def _check_gold(item: dict) -> None:
 
 def decide(prepared: Prepared, scores: list[list[likelihood.Score]]) -> dict:
     """One task's entry of an evaluation record, with every item's outcome."""
-    task, items, truncated = prepared.task, [], 0
+    task = prepared.task
+    items = []
+    truncated = 0
     for item, (start, count) in zip(task.items, prepared.spans):
         with evaluating(f"{task.label} item {item['id']}"):
-            own = [s for one in scores[start : start + count] for s in one]
+            own = []
+            for scores_of_request in scores[start : start + count]:
+                own += scores_of_request
             if not all(math.isfinite(s.logprob) for s in own):
                 raise UserError("the model's likelihood is not a number: its weights are broken")
             right = KINDS[task.kind].right(item, own)
             items.append(dict(id=item["id"], correct=int(right)))
             truncated += any(s.cut for s in own)
+
     # what always saying the same would score
-    answers = [item["gold"] if "gold" in item else item["continuation"] for item in task.items]
+    answers = []
+    for item in task.items:
+        answers.append(item["gold"] if "gold" in item else item["continuation"])
     accuracy, stderr = stats.proportion([item["correct"] for item in items])
     return dict(
         kind="core",
@@ -442,7 +484,9 @@ def summary(tasks: dict[str, dict]) -> dict:
 def headline(core: dict) -> str:
     """The sum of a measurement in one line, from the "core" part of a record."""
     tasks = len(core["tasks"])
-    part = ", of a part of the benchmark" if core.get("partial") else ""
+    part = ""
+    if core.get("partial"):
+        part = ", of a part of the benchmark"
     return (
         f"CORE {core['score']:.4f} ± {core['stderr']:.4f}, the mean of {tasks} centred scores "
         f"(0 is chance, 1 perfect){part}"
@@ -451,7 +495,9 @@ def headline(core: dict) -> str:
 
 def line(label: str, entry: dict) -> str:
     """One task's entry in a line."""
-    cut = f", {entry['truncated']} truncated" if entry["truncated"] else ""
+    cut = ""
+    if entry["truncated"]:
+        cut = f", {entry['truncated']} truncated"
     return (
         f"{label}: {100 * entry['score']:.1f} ± {100 * entry['stderr']:.1f} % "
         f"(random {100 * entry['baseline']:.1f} %), centred {entry['centered']:+.3f}, "
@@ -481,8 +527,11 @@ def evaluate(
     end. UserError without a bundle; any failure names the task and the item, and nothing is scored.
     """
     tasks, digest = load_bundle(bundle, cache_dir, limit)
-    only = [choose("CORE task", label, {t.label for t in tasks}) for label in only]
-    entries, begin = {}, time.perf_counter()
+    labels = {task.label for task in tasks}
+    only = [choose("CORE task", label, labels) for label in only]
+
+    entries = {}
+    begin = time.perf_counter()
     for task in tasks:
         if only and task.label not in only:
             continue
@@ -491,20 +540,25 @@ def evaluate(
         with evaluating(f"{task.label} item one of {len(task.items)}"):
             scores = score(prepared.requests)
         entry = decide(prepared, scores)
+
+        # told at once: a whole measurement takes long
         seconds = time.perf_counter() - clock
         entry |= dict(seconds=seconds, per_second=entry["n"] / seconds, limit=limit)
         entries[task.label] = entry
         report(line(task.label, entry))
+    # all tasks together
     seconds = time.perf_counter() - begin
+    count = sum(entry["n"] for entry in entries.values())
     core = summary(entries) | dict(
         seconds=seconds,
-        per_second=sum(entry["n"] for entry in entries.values()) / seconds,
+        per_second=count / seconds,
         limit=limit,
         bundle=digest,
         partial=bool(only) or limit is not None,
     )
     report(headline(core))
-    return {"core": core, "tasks": {f"core/{label}": entry for label, entry in entries.items()}}
+    by_name = {f"core/{label}": entry for label, entry in entries.items()}
+    return {"core": core, "tasks": by_name}
 
 
 def during_training(
@@ -516,14 +570,21 @@ def during_training(
     the parameters. It has its own compiled programs, so that the training step is not compiled
     again and the data's cursor does not move. options: of `likelihood.score`.
     """
-    prepared = [prepare(tokenizer, task) for task in load_bundle(bundle, cache_dir, limit)[0]]
+    tasks, _ = load_bundle(bundle, cache_dir, limit)
+    prepared = [prepare(tokenizer, task) for task in tasks]
 
     def measure(params) -> dict[str, float]:
         score = scorer(params, config, tokenizer, **options)
-        entries = {p.task.label: decide(p, score(p.requests)) for p in prepared}
+        entries = {}
+        for task in prepared:
+            entries[task.task.label] = decide(task, score(task.requests))
+
+        # the mean first, and then task by task
         core = summary(entries)
-        centered = {f"core/{label}": float(e["centered"]) for label, e in entries.items()}
-        return {"core": core["score"], "core_stderr": core["stderr"], **centered}
+        result = {"core": core["score"], "core_stderr": core["stderr"]}
+        for label, entry in entries.items():
+            result[f"core/{label}"] = float(entry["centered"])
+        return result
 
     return measure
 
@@ -534,7 +595,12 @@ def texts_of(task: CoreTask) -> list[dict]:
 
 
 def _words(kind: str, item: dict) -> str:
+    """What an item of a kind says, the right answer to it included."""
     if kind == "multiple_choice":
-        return f"{item['query']} {item['choices'][item['gold']]}"
-    begin = item["context_options"][item["gold"]] if kind == "schema" else item["context"]
-    return f"{begin} {item['continuation']}"
+        answer = item["choices"][item["gold"]]
+        return f"{item['query']} {answer}"
+    if kind == "schema":
+        context = item["context_options"][item["gold"]]
+    else:
+        context = item["context"]
+    return f"{context} {item['continuation']}"
