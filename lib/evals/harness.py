@@ -21,13 +21,15 @@ from lib.runs import STAGES, load_model
 # A chat is handed through lm_eval as text. Ours begins with this, and JSON follows: special tokens
 # in a task's text stay plain text.
 CHAT = "\ue000chat\ue000"
-MAX_TOKENS = 256  # new tokens where a task does not say how many
+# new tokens where a task does not say how many
+MAX_TOKENS = 256
+# names that lm_eval's tasks give the arguments of generation
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
-# What a file of results holds for each task, and for all of them.
+# what a file of results holds for each task, and for all of them.
 BY_TASK = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 WHOLE = ("config", "date")
-# What a measurement is compared by: another value is another measurement.
+# what a measurement is compared by: another value is another measurement.
 SETTINGS = ("limit", "num_fewshot", "bootstrap_iters", "gen_kwargs", "random_seed", "batch_size")
 
 
@@ -80,17 +82,19 @@ def sampling(arguments: dict, stop: tuple[int, ...], seed: int, room: int) -> Sa
     until = given.pop("until", None) or []
     until = [until] if isinstance(until, str) else until
     limits = [given.pop(name) for name in LIMITS if name in given]
+    max_tokens = int(limits[0]) if limits else MAX_TOKENS
     filters = {name: given.pop(name) for name in FILTERS if name in given}
     temperature = float(given.pop("temperature", 0.0))
     if not given.pop("do_sample", temperature > 0):
         temperature = 0.0
+
     if given:
         raise UserError(
             f"generation argument {', '.join(given)} is not known here: leave it out of the task's "
             "generation_kwargs"
         )
     return Sampling(
-        min(int(limits[0]) if limits else MAX_TOKENS, room),
+        min(max_tokens, room),
         temperature,
         seed=seed,
         stop=stop,
@@ -145,21 +149,23 @@ class Checkpoint:
     def loglikelihood(self, requests):
         """(log-probability, whether greedy decoding would write it) of each continuation."""
         # continuations of one context are one request of ours
-        m, by_context = self.model, {}
+        m = self.model
+        by_context = {}
         for n, request in enumerate(requests):
             before, after = pair_ids(m.tokenizer, *request.args)
             by_context.setdefault(tuple(before), []).append((n, after))
-        asked = [
-            (list(before), [after for _, after in members])
-            for before, members in by_context.items()
-        ]
+        asked = []
+        for before, members in by_context.items():
+            asked.append((list(before), [after for _, after in members]))
+
         # back into the order of the requests
         answers = likelihood.score(m.params, m.config, m.tokenizer, asked)
         scores = {}
         for members, by_continuation in zip(by_context.values(), answers):
             for (n, _), score in zip(members, by_continuation):
                 scores[n] = score
-        self._warn_cut(sum(score.cut > 0 for score in scores.values()), len(scores))
+        cut = sum(score.cut > 0 for score in scores.values())
+        self._warn_cut(cut, len(scores))
         return [(scores[n].logprob, scores[n].greedy) for n in range(len(scores))]
 
     def loglikelihood_rolling(self, requests):
@@ -175,18 +181,22 @@ class Checkpoint:
         self._warn_cut(sum(prompt.cut for prompt in prompts), len(prompts))
         written = {}
         if prompts:
-            ids, samplings = [p.ids for p in prompts], [p.sampling for p in prompts]
+            ids = [prompt.ids for prompt in prompts]
+            samplings = [prompt.sampling for prompt in prompts]
+            # a prompt comes twice, begun without ids and done with them
             for i, new in self.answers.texts(ids, samplings):
                 written[i] = new
         return [said(self.model.tokenizer, written[i]) for i in range(len(prompts))]
 
     def _prompt(self, n: int, request) -> Prompt:
+        """Request number n with its sampling, cut to what there is room for."""
         context, arguments = request.args
         m = self.model
         # each request draws from a seed of its own
         options = sampling(arguments, self.stop, self.seed + n, m.config.sequence_len // 2)
         ids, rest = context_ids(m.tokenizer, context)
         ids = [*ids, *m.tokenizer.encode(rest)]
+
         # the oldest tokens go, but for bos
         most = m.config.sequence_len - options.max_tokens
         cut = len(ids) > most
@@ -226,7 +236,9 @@ def register():
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
 
-    return register_model("rawchat")(type("Rawchat", (Checkpoint, LM), {}))
+    # theirs is a base class, which can only be named once lm_eval is there
+    rawchat = type("Rawchat", (Checkpoint, LM), {})
+    return register_model("rawchat")(rawchat)
 
 
 # ---- measuring and keeping
@@ -249,21 +261,25 @@ def evaluate(
     num_fewshot, apply_chat_template, batch_size. UserError for unknown tasks and for data that
     cannot be had.
     """
-    lm_eval, run = _import(), Path(run)
+    lm_eval: Any = _import()
+    run = Path(run)
     if include_path and not Path(include_path).is_dir():
         raise UserError(
             f"include_path {include_path} is no folder: name one that holds task YAML files"
         )
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(
-        include_path=str(include_path) if include_path else None, include_defaults=defaults
-    )
-    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+    # names are checked before a model is loaded
+    folder = str(include_path) if include_path else None
+    manager = TaskManager(include_path=folder, include_defaults=defaults)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
         raise UserError(
             f"lm_eval knows no task {', '.join(unknown)}: see `lm_eval ls tasks`, or give the "
             "folder of its YAML as include_path"
         )
+
+    # the measurement
     batch_size = options.pop("batch_size", None) or 32
     rawchat: Any = register()
     model = rawchat(run.name, stage, ckpt, str(run.parent), batch_size)
@@ -292,11 +308,14 @@ def write(run, results: dict) -> Path:
 
     kept = {key: results[key] for key in (*BY_TASK, *WHOLE) if key in results}
     kept = json.loads(json.dumps(kept, default=handle_non_serializable))
+
     # when and how each task was measured: its neighbours may be of another day
     config = kept["config"]
     settings = {key: config[key] for key in (*SETTINGS, "chat_template") if key in config}
     names = [*kept.get("results", {}), *kept.get("groups", {})]
     kept["measured"] = {name: dict(time=records.now(), **settings) for name in names}
+
+    # merged with what the file holds already
     stage = choose("stage", config["stage"], tuple(STAGES))
     path = Path(run, "evals", f"lm_eval_{stage}.json")
     write_json(path, _merged(records.read(path), kept))
@@ -305,9 +324,12 @@ def write(run, results: dict) -> Path:
 
 def _merged(old: dict, new: dict) -> dict:
     """Results of one checkpoint, task by task; nothing of another one's."""
-    was = old.get("config", {})
-    if any(was.get(key) != new["config"].get(key) for key in records.IDENTITY):
+    old_config = old.get("config", {})
+    new_config = new["config"]
+    if any(old_config.get(key) != new_config.get(key) for key in records.IDENTITY):
         old = {}
+
+    # tasks beside each other, everything else as it is now
     merged = old | new
     for part in (*BY_TASK, "measured"):
         if part in old or part in new:
@@ -350,9 +372,10 @@ def main(settings: Settings) -> None:
     from lm_eval.utils import make_table
 
     folder = Path(settings.runs_dir) / settings.run
+    tasks = [name for name in settings.tasks.split(",") if name]
     results = evaluate(
         folder,
-        [name for name in settings.tasks.split(",") if name],
+        tasks,
         stage=settings.stage,
         ckpt=settings.ckpt,
         include_path=settings.include_path or None,
