@@ -72,7 +72,6 @@ from lib.preflight.plan import Payment, count_tokens, epochs_text
 from lib.puzzles import check
 from lib.runs import enter, results_table
 from lib.runtime import ends_within, give_back, host
-from lib.train.due import SAMPLED_STEPS
 from lib.train.metrics import column, read_jsonl
 
 # %% cellView="form" tags=["parameters"]
@@ -312,6 +311,7 @@ solved = check("mask", visible)
 
 # %%
 config = pretrain.choose_model(wishes, device, tokenizer)
+shards = shards or pretrain.shards_for(folder, source, config, if_exists)
 text = pretrain.open_text(source, tokenizer, config, shards, packing, eval_bytes)
 config = pretrain.fit_text(config, text, wishes)
 
@@ -432,12 +432,8 @@ training = pretrain.open_run(config, layout, text, folder, store, past, device)
 # %%
 last = config.num_steps
 measurements = [
-    train.Measurement(
-        pretrain.validation(training, text), eval_every or max(1, last // 10), by_clock=True
-    ),
-    train.Measurement(
-        pretrain.sampling(training, text), sample_every or max(1, last // 2), at=SAMPLED_STEPS
-    ),
+    pretrain.validation(training, text, eval_every or max(1, last // 10)),
+    pretrain.sampling(training, text, sample_every or max(1, last // 2)),
     *cores,
 ]
 saving = train.Saving(save_every or max(1, last // 4), keep=keep, then=sender)

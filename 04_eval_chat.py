@@ -147,7 +147,8 @@ if device["count"] > 1:
 # %%
 base = load_model(folder, ckpt, stage="base")
 params, config, tokenizer, meta = base.params, base.config, base.tokenizer, base.meta
-source = source or meta["settings"]["source"]
+trained_on = meta["settings"]["source"]
+source = source or trained_on
 print(f"{base.path}: step {meta['step']} of {config.num_steps}")
 print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x {config.n_embd}")
 
@@ -156,7 +157,7 @@ print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x 
 
 # %%
 phases = teach.open_phases(
-    source, bad_lines, mid=(mid, mid_epochs, mid_lr), sft=(sft_mixture, sft_epochs, sft_lr)
+    trained_on, bad_lines, mid=(mid, mid_epochs, mid_lr), sft=(sft_mixture, sft_epochs, sft_lr)
 )
 
 # %% [markdown]
@@ -235,7 +236,7 @@ solved = check("bits", bits)
 # end of a line, which costs bits too. Look at the beginnings of words, and at what follows an open bracket.
 
 # %%
-ids, costs = teach.losses_of(base, texts[0])
+ids, costs = teach.token_bits(base, texts[0])
 show(pictures.surprise(tokenizer, ids, costs), folder / "plots" / "surprise.png")
 
 # %% [markdown]
@@ -320,7 +321,7 @@ def fine_tune(phase, start):
 
 # %%
 stage, path, curves = "base", base.path, {}
-model = finetune.Base(params, config, tokenizer, source)
+model = finetune.Base(params, config, tokenizer, trained_on)
 if optimizer_state == "warm":
     state, _ = checkpoint.restore(base.path, state_template(config))
     model = model._replace(opt_state=state.opt_state)

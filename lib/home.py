@@ -308,7 +308,8 @@ class Mirror:
             return
         self._again.set()
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._upload, name="home", daemon=True)
+            # no daemon: a program that ends waits for what it has begun to send
+            self._thread = threading.Thread(target=self._upload, name="home")
             self._thread.start()
 
     def wait(self):

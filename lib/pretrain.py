@@ -8,17 +8,18 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from lib import data, evals, model, parallel, report, train
 from lib.config import Config
+from lib.data.sources import MANIFEST
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.data.vocabulary import read_by
 from lib.evals import core
-from lib.files import UserError, is_remote, update_json
+from lib.files import UserError, is_remote, read_json, update_json
 from lib.generate import Sampling, generate
 from lib.home import Mirror
 from lib.notebook import parse_overrides, secret
@@ -27,11 +28,15 @@ from lib.params import count_params
 from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
 from lib.preflight.plan import Plan, compare, count_tokens
 from lib.preflight.search import with_microbatch
-from lib.recipes import fit_horizon, pick_preset, pick_shards, tokenizer_of
+from lib.recipes import SHARD_CHARS, fit_horizon, pick_preset, pick_shards, tokenizer_of
 from lib.runs import start_afresh
 from lib.runtime import host
 from lib.train import checkpoint
+from lib.train.due import SAMPLED_STEPS
 from lib.train.metrics import column, read_jsonl
+
+# the text that needs no network, and is small
+EMBEDDED = ("stdlib", "stdlib_with_tests")
 
 # what a model is asked to go on with while it trains: of code, and of prose
 CODE = ("def ", "import ", "# The ", "class ")
@@ -91,8 +96,8 @@ class Text(NamedTuple):
     shards: int
     packing: str
     tokenizer: Tokenizer
-    train: Any
-    held_out: Any
+    train: data.Tokens
+    held_out: data.Tokens
 
     def feed(self, config: Config, layout: Layout | None) -> Callable:
         """feed(cursor) of a training run: batches on the devices, made ahead of time.
@@ -137,16 +142,28 @@ class Text(NamedTuple):
 def open_text(
     source: str, tokenizer: Tokenizer, config: Config, shards: int, packing: str, eval_bytes: int
 ) -> Text:
-    """The text of a training: as many shards as its plan needs, where `shards` is 0."""
-    shards = shards or pick_shards(source, config.num_steps * config.total_batch_size)
+    """The text of a training, of so many shards."""
     tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
     texts = data.head(data.documents(source, "val", shards=shards), eval_bytes)
     return Text(source, shards, packing, tokenizer, tokens, data.tokens_of(texts, tokenizer))
 
 
+def shards_for(folder: Path, source: str, config: Config, if_exists: str) -> int:
+    """How many shards of a source on the Hub a plan needs; a run that goes on keeps its number, so
+    that it may be trained longer.
+    """
+    path = folder / MANIFEST
+    if if_exists == "continue" and source in SHARD_CHARS and path.exists():
+        before = read_json(path)
+        if before.get("source") == source:
+            return len(before["files"])
+    return pick_shards(source, config.num_steps * config.total_batch_size)
+
+
 def fit_text(config: Config, text: Text, wishes: Wishes) -> Config:
     """The config, with a shorter horizon where the embedded text would be learnt by heart."""
-    if not text.source.startswith("stdlib") or "num_steps" in wishes.fields:
+    asked = {"num_steps", "tokens_per_param"} & wishes.fields.keys()
+    if text.source not in EMBEDDED or asked:
         return config
     config, why = fit_horizon(config, count_tokens(text.train))
     if why:
@@ -168,13 +185,16 @@ def identity_of(text: Text) -> dict:
 
 
 def find_past(folder: Path, store, if_exists: str, config: Config, text: Text) -> train.Past | None:
-    """What was trained in the run's folder and goes on; refused where the text has changed."""
+    """What was trained and goes on; refused where settings or text have changed."""
     identity = identity_of(text)
     places = dict(run=str(folder), checkpoints=str(store))
     parallel.check_same("settings", config.to_dict() | identity | places)
 
+    own = folder / "checkpoints"
+    elsewhere = is_remote(store) or Path(store).resolve() != own.resolve()
+
     def aside():
-        if store != folder / "checkpoints":
+        if elsewhere:
             raise UserError(
                 f"{store} holds another training's checkpoints: name an empty folder to start "
                 "afresh"
@@ -182,6 +202,14 @@ def find_past(folder: Path, store, if_exists: str, config: Config, text: Text) -
         start_afresh(folder)
 
     past = train.find_past(store, if_exists, config, identity, folder, aside)
+    if past is None and elsewhere and own.exists():
+        # its curves and config would stand beside the old checkpoints in the run's folder
+        if if_exists != "fresh":
+            raise UserError(
+                f"{folder} was trained before with its checkpoints in {own}, and {store} has none: "
+                "leave checkpoints empty to go on, pass if_exists=fresh, or take another run"
+            )
+        parallel.from_first("fresh start", lambda: start_afresh(folder) and None)
     if past or jax.process_index() == 0:
         data.check_text(folder, text.source, text.shards, resumed=bool(past))
     return past
@@ -242,8 +270,8 @@ def open_run(
 # ---- what is measured on the way -----------------------------------------------------------------
 
 
-def validation(run: train.TrainingRun, text: Text) -> Callable:
-    """measure(params): bits per byte and loss of the held-out text."""
+def validation(run: train.TrainingRun, text: Text, every: int) -> train.Measurement:
+    """Bits per byte and loss of the held-out text, every so many steps and by the clock."""
     losses_of = train.token_losses_on(run.layout) if run.layout else evals.token_losses
 
     def measure(params) -> dict:
@@ -256,27 +284,27 @@ def validation(run: train.TrainingRun, text: Text) -> Callable:
         )
         return dict(val_bpb=score.bpb, val_loss=score.loss)
 
-    return measure
+    return train.Measurement(measure, every, by_clock=True, gives="val_bpb")
 
 
 def write_samples(params, config: Config, text: Text) -> list[str]:
     """What the model goes on with after four beginnings; `params` whole, on this device."""
-    beginnings = CODE if text.source.startswith("stdlib") else PROSE
+    beginnings = CODE if text.source in EMBEDDED else PROSE
     prompts = [text.tokenizer.encode(words, bos=True) for words in beginnings]
     stop = (text.tokenizer.bos,)
-    sampling = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=stop)
-    written = generate(params, config, prompts, sampling)
+    settings = Sampling(48, temperature=0.8, top_k=50, seed=config.seed, stop=stop)
+    written = generate(params, config, prompts, settings)
     return [words + text.tokenizer.decode(ids) for words, ids in zip(beginnings, written)]
 
 
-def sampling(run: train.TrainingRun, text: Text) -> Callable:
-    """measure(params): samples, as one text."""
+def sampling(run: train.TrainingRun, text: Text, every: int) -> train.Measurement:
+    """Samples as one text, every so many steps, and often while the model is young."""
 
     def measure(params) -> dict:
         params = parallel.whole(run.layout, params, run.config.dtype)
         return {"samples": "\n\n".join(write_samples(params, run.config, text))}
 
-    return measure
+    return train.Measurement(measure, every, at=SAMPLED_STEPS)
 
 
 def core_measurement(
@@ -314,16 +342,19 @@ class Sender:
             checkpoint.check_hub(push_to, self.token)
             tokenizer.push_to_hub(push_to, self.token)
 
-    def __call__(self, step: int, wait: Callable):
-        """Send the checkpoint of a step; `wait` returns its path once it is written."""
-        if self.push_to and self.first:
-            self.upload = checkpoint.upload_to_hub(wait(), self.push_to, self.token)
+    def __call__(self, step: int, path):
+        """Send what has just been written, the checkpoint of a step."""
+        if not self.first:
+            return
+        if self.push_to:
+            self.upload = checkpoint.upload_to_hub(path, self.push_to, self.token)
         self.mirror.send()
 
     def wait(self):
         """Return when all is where it belongs."""
-        if self.upload is not None:
-            print(f"last checkpoint uploaded: {self.upload.result()}")
+        address = self.upload and self.upload.result()
+        if address:
+            print(f"last checkpoint uploaded: {address}")
         self.mirror.wait()
 
 
@@ -377,11 +408,11 @@ def write_results(
         train_tokens_per_s=round(float(np.median(speeds[1:] or speeds))),
         train_loss=losses[-1],
         train_seconds=round(run.seconds, 1),
-        compile_seconds=round(run.notes["compile_seconds"], 1),
+        compile_seconds=round(run.notes.get("compile_seconds", run.compile_seconds), 1),
         step_memory_bytes=peak_bytes(run.step_fn),
-        val_bpb=run.measured["val_bpb"],
+        val_bpb=run.measured.get("val_bpb"),
         val_source=text.source,
-        packing_waste=data.waste(run.cursor or {}),
+        packing_waste=data.waste(run.cursor) if run.cursor else None,
         samples=samples,
         device=device["kind"],
         devices=device["count"],

@@ -4,6 +4,7 @@ The phases that forms ask for, an examiner that puts the same questions to every
 what came out, and a conversation that a notebook can hold.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -18,7 +19,7 @@ from lib.config import Config
 from lib.data.speech import spoken
 from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, core, questions, records, stats
-from lib.files import update_json
+from lib.files import UserError, update_json
 from lib.generate import Engine, Sampling
 from lib.runs import STAGES, Model
 from lib.sandbox import calculator
@@ -28,6 +29,9 @@ from lib.train.finetune import Phase, parse_mixture
 
 # sources of web text: their models learn nanochat's mixtures, all others the embedded ones
 WEB = ("climbmix", "fineweb_edu", "tinystories")
+
+# what stands before a piece of an answer where its kind changes
+BEFORE = {"python": " [", "python_output": " = ", "text": "] "}
 
 # ---- the phases ----------------------------------------------------------------------------------
 
@@ -50,7 +54,9 @@ def open_phases(source: str, bad_lines: str, **asked: tuple[str, float, float]) 
 
 def show_conversation(phase: Phase, tokenizer: Tokenizer, length: int):
     """Print a conversation of a phase, one with a tool call if there is any, as it is learnt."""
-    chats = phase.chats.messages
+    chats = phase.chats.messages[:1000]
+    if not chats:
+        raise UserError(f"the mixture of {phase.stage} holds no conversation: raise its epochs")
     shown = next((chat for chat in chats if '"type": "python"' in json.dumps(chat)), chats[0])
     pairs = zip(*data.render(tokenizer, shown, length))
     print(f"{phase.stage}, a conversation of its mixture:")
@@ -62,7 +68,7 @@ def show_conversation(phase: Phase, tokenizer: Tokenizer, length: int):
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def losses_of(model: Model, text: str, most: int = 240) -> tuple[list[int], np.ndarray]:
+def token_bits(model: Model, text: str, most: int = 240) -> tuple[list[int], np.ndarray]:
     """(ids, bits of each) of the beginning of a text: what its tokens cost the model."""
     config = model.config
     ids = model.tokenizer.encode(text, bos=True)[: min(config.sequence_len, most) + 1]
@@ -154,9 +160,13 @@ class Examiner:
         self.records[stage] = records.write(self.folder, stage, record)
 
     def about(self, stage: str, path) -> dict:
-        """What says whose measurements a record holds."""
+        """What says whose measurements a record holds: a checkpoint in the run's folder by its name
+        there, any other by its address.
+        """
         step = checkpoint.read_meta(path)["step"]
         place = f"{STAGES[stage]}/step_{step:08d}"
+        if not str(path).endswith(place):
+            place = str(path)
         return dict(step=step, checkpoint=place, seed=self.settings.seed)
 
     @property
@@ -188,12 +198,18 @@ def marks_table(examiner: Examiner) -> str:
         stages = "".join(f"{stage:>16}" for stage in graded)
         lines.append(f"{'% right':22}{'guessing':>9}{stages}   questions")
     for name in names:
-        entries = [entries[name] for entries in graded.values() if name in entries]
-        line = f"{name:22}{100 * (entries[0]['baseline'] or 0):9.1f}"
-        for entry in entries:
-            line += f"{100 * entry['score']:9.1f} ± {100 * (entry['stderr'] or 0):4.1f}"
-        lines.append(f"{line}   {entries[0]['n']}")
+        # a stage that could not be asked leaves its place empty
+        marks = [entries.get(name) for entries in graded.values()]
+        known = next(mark for mark in marks if mark)
+        line = f"{name:22}{100 * (known['baseline'] or 0):9.1f}"
+        for mark in marks:
+            line += _percent(mark) if mark else f"{'':16}"
+        lines.append(f"{line}   {known['n']}")
     return "\n".join(lines)
+
+
+def _percent(mark: dict) -> str:
+    return f"{100 * mark['score']:9.1f} ± {100 * (mark['stderr'] or 0):4.1f}"
 
 
 def print_differences(examiner: Examiner):
@@ -235,9 +251,10 @@ def task_names(asked: str, phases: list[Phase]) -> list[str]:
 
 def documents_of(meta: dict) -> Iterable[str]:
     """The text that a checkpoint was trained on; UserError where it cannot be had here."""
-    return data.documents(
-        meta["settings"]["source"], "train", shards=meta["settings"].get("shards", 1)
-    )
+    settings = meta.get("settings") or {}
+    if "source" not in settings:
+        raise UserError("its checkpoint does not say which text that was")
+    return data.documents(settings["source"], "train", shards=settings.get("shards", 1))
 
 
 # ---- talking -------------------------------------------------------------------------------------
@@ -255,7 +272,9 @@ class Conversation:
         """Say something to the model, print its answer as it comes, and keep both."""
         context = self.config.sequence_len
         asked = [*self.messages, dict(role="user", content=words)]
-        ids, _ = chat.fit(self.tokenizer, asked, context, self.sampling.max_tokens)
+        ids, dropped = chat.fit(self.tokenizer, asked, context, self.sampling.max_tokens)
+        if dropped:
+            print(f"(the {dropped} oldest messages no longer fit, and are left out)")
         room = min(self.sampling.max_tokens, context - len(ids))
         sampling = dataclasses.replace(
             self.sampling, max_tokens=room, stop=chat.ends(self.tokenizer)
@@ -263,12 +282,14 @@ class Conversation:
 
         print(f"you    {words}\nmodel  ", end="")
         reader, kind = chat.Reader(self.tokenizer), "text"
-        for piece in chat.reply(self.engine, ids, sampling, reader):
-            if piece.kind != kind:
-                print({"python": " [", "python_output": " = ", "text": "] "}[piece.kind], end="")
-            kind = piece.kind
-            print(piece.text, end="", flush=True)
-        print()
+        with contextlib.closing(chat.reply(self.engine, ids, sampling, reader)) as pieces:
+            for piece in pieces:
+                if piece.kind != kind:
+                    print(BEFORE[piece.kind], end="")
+                kind = piece.kind
+                # what a terminal would obey is shown instead
+                print(piece.text.replace("\x1b", "␛"), end="", flush=True)
+        print("" if kind == "text" else "]")
         answer = dict(role="assistant", content=chat.compact(reader.parts))
         self.messages = [*asked, answer]
 

@@ -319,7 +319,7 @@ def train_trial(
         seconds=max(bench.save_seconds, 1e-9),  # 0 means never there, and always here
         keep=1,
         at_end=False,
-        then=lambda step, wait: saved(step),
+        then=lambda step, path: saved(step),
     )
     n = run.done
     stepping = run.steps([validate], saving, writers=None, stop=stop, signals=False)

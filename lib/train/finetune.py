@@ -32,7 +32,7 @@ from lib.train.step import TrainState, with_rates
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
 VAL_EVERY, VAL_MOST = 50, 200
 # Phase -> what it teaches, in order. Each starts from the furthest stage before it and leaves its
-# own (lib.train.checkpoint.STAGES).
+# own (lib.runs.STAGES).
 PHASES = {
     "mid": "the broad mixture: conversations, tools, many kinds of questions",
     "sft": "the smaller, cleaner mixture: how answers should be",
@@ -272,10 +272,11 @@ def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurem
     return Measurement(
         lambda params: {"val_loss": validation_loss(params, config, rows)},
         every=max(1, config.num_steps // VALIDATIONS),
+        gives="val_loss",
     )
 
 
-def saving(run: TrainingRun, then: Callable = lambda step, wait: None) -> Saving:
+def saving(run: TrainingRun, then: Callable = lambda step, path: None) -> Saving:
     """When a phase is saved: three times, the last one kept."""
     every = max(1, run.config.num_steps // SAVES)
     return Saving(every, keep=1, metric="val_loss", then=then)

@@ -3,7 +3,7 @@
 Pretraining, each phase of fine-tuning, reinforcement learning and a trial of a sweep are such runs.
 What makes them different is handed in: the batches, what is measured, what may not change.
 
-    past = find_past(store, "continue", config, identity, folder)
+    past = find_past(store, "continue", config, identity, folder, start_afresh)
     run = TrainingRun(config, feed, folder, store, identity, past)
     for step in run.steps([Measurement(validate, every=100)], Saving(every=500)):
         print(step.step, step.metrics["loss"])
@@ -11,11 +11,13 @@ What makes them different is handed in: the batches, what is measured, what may 
 """
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import math
+import os
 import tempfile
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +27,15 @@ import jax
 import numpy as np
 
 from lib.config import Config
-from lib.files import UserError, choose, first_line
+from lib.files import (
+    Interrupted,
+    UserError,
+    choose,
+    filesystem,
+    first_line,
+    is_remote,
+    reaching,
+)
 from lib.interrupts import interruptible
 from lib.locks import check_free, working_in
 from lib.parallel.hosts import from_each, from_first, stop_together
@@ -34,10 +44,12 @@ from lib.train import checkpoint, loop
 from lib.train.changes import allowed_changes
 from lib.train.due import AT_LEAST_EVERY, Due
 from lib.train.metrics import Metrics, trace_window
+from lib.train.records import NAME
 from lib.train.step import TrainState, init_state, make_train_step, state_template, with_rates
 
-# this process: a fresh start that it has made itself is not set aside when its cell is run again
-SESSION = uuid.uuid4().hex
+# Where this process has begun afresh: such a start is not set aside when its cell is run again. The
+# one thing that this module remembers; `find_past` reads and writes it.
+BEGUN_AFRESH: set[str] = set()
 
 # a save that failed is tried again after so many seconds
 TRY_AGAIN = 60.0
@@ -80,15 +92,16 @@ def find_past(
     choose("if_exists", if_exists, ("continue", "fresh", "stop"))
     if jax.process_index() == 0:
         check_free(folder)
-    path = from_first("checkpoint", lambda: _newest(store, if_exists))
-    if not path:
+    there, path = from_first("checkpoint", lambda: _newest(store, if_exists))
+    if not there:
         return None
     if if_exists == "stop":
         raise UserError(
             f"{folder} was trained before: pass if_exists=continue or fresh, or another run"
         )
-    if if_exists == "fresh" and not _begun_here(path, config, identity, folder):
+    if if_exists == "fresh" and not _begun_here(store, path, config, identity):
         from_first("fresh start", lambda: start_afresh() and None)
+        BEGUN_AFRESH.add(str(store))
         return None
 
     meta = checkpoint.read_meta(path)
@@ -99,30 +112,36 @@ def find_past(
     return Past(path, meta, told, bool(changes.rates))
 
 
-def _newest(store, if_exists: str) -> str | None:
-    """The newest checkpoint; "damaged" for a fresh start where none of them can be read."""
+def _newest(store, if_exists: str) -> tuple[bool, str | None]:
+    """(whether there are checkpoints, the newest one); a fresh start gets past damaged ones."""
     try:
         path = checkpoint.latest(store)
     except UserError:
         if if_exists != "fresh":
             raise
-        return "damaged"
-    return str(path) if path else None
+        return True, None
+    return path is not None, str(path) if path else None
 
 
-def _begun_here(path, config: Config, identity: dict, folder) -> bool:
-    """Whether a checkpoint is of the fresh start that this very process has made: a cell that is
-    run again goes on with it.
-    """
+def _begun_here(store, path: str | None, config: Config, identity: dict) -> bool:
+    """Whether this process has begun what is there afresh, with these settings: it goes on then."""
+    if str(store) not in BEGUN_AFRESH or path is None:
+        return False
     with contextlib.suppress(UserError):
         meta = checkpoint.read_meta(path)
-        allowed_changes(_described(meta), config.to_dict() | identity, folder, meta["step"])
-        return meta.get("session") == SESSION
+        allowed_changes(_described(meta), config.to_dict() | identity, store, meta["step"])
+        return True
     return False
 
 
 def _described(meta: dict) -> dict:
     """Config, settings and tokenizer of a checkpoint, as a run describes itself."""
+    if not isinstance(meta.get("config"), dict) or "settings" not in meta:
+        raise UserError(
+            "the checkpoint there tells no config and settings: it was not written by a training "
+            "run; pass if_exists=fresh, or another run"
+        )
+    meta = {"tokenizer": ""} | meta
     config = Config.from_dict(meta["config"]).to_dict()
     return config | meta["settings"] | {"tokenizer": meta["tokenizer"]}
 
@@ -135,13 +154,16 @@ class Measurement:
     """Something measured of the parameters every so many steps, and at the last one.
 
     measure(params) returns {name: number or text}, which is logged with the step's loss. by_clock:
-    also when ten minutes have passed since it was last done. at: single steps more.
+    also when ten minutes have passed since it was last done (not on several hosts, whose clocks
+    differ). at: single steps more. gives: the name that Saving.metric rates checkpoints by: it is
+    measured at each save too.
     """
 
     measure: Callable[[Any], dict]
     every: int
     by_clock: bool = False
     at: tuple[int, ...] = ()
+    gives: str = ""
 
     def due(self, last: int) -> Due:
         """Tells at which steps it is due, in a run of `last` steps."""
@@ -150,11 +172,11 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When checkpoints are made and how many are kept, besides the best one and the last.
+    """When checkpoints are made, and how many are kept: the `keep` newest, and the best one.
 
-    every: steps. seconds: also when so many have passed (0: never). metric: the measured number
-    that is lowest in the best one. then(step, wait) is called after each save was begun; wait()
-    returns its path once it is written.
+    every: steps. seconds: also when so many have passed (0, and on several hosts: never). metric:
+    the measured number that is lowest in the best one. at_end: after the last step too. then(step,
+    path) is called once a save is written, on every process.
     """
 
     every: int
@@ -162,7 +184,7 @@ class Saving:
     keep: int = 2
     metric: str = "val_bpb"
     at_end: bool = True
-    then: Callable[[int, Callable], None] = lambda step, wait: None
+    then: Callable[[int, Any], None] = lambda step, path: None
 
 
 def _clock(wanted: bool | float) -> float:
@@ -211,17 +233,21 @@ class TrainingRun:
         self.measured: dict = {}  # the newest value of everything that was measured
         self.cursor: dict | None = None
         self._state: TrainState | None = None
-        if self.past:
-            self._remember(self.past.meta)
+        self._there = _names(self.store)
+        self._remember()
 
-    def _remember(self, meta: dict):
-        """Take over what a checkpoint says besides its arrays."""
-        self.cursor = meta["cursor"]
+    def _remember(self):
+        """Take over what the past says besides its arrays, as copies."""
+        meta = copy.deepcopy(self.past.meta) if self.past else {}
+        self.cursor = meta.get("cursor")
         self.seconds = meta.get("seconds", 0.0)
         self.measured = meta.get("measured", {})
-        self.notes = meta.get("notes", {})
+        # in place: callers hold it
+        if self.past or self._state is not None:
+            self.notes.clear()
+            self.notes.update(meta.get("notes", {}))
 
-    @property
+    @functools.cached_property
     def template(self) -> TrainState:
         """The state's shapes, dtypes and shardings; allocates nothing."""
         return state_template(self.config, self.layout)
@@ -229,24 +255,25 @@ class TrainingRun:
     @property
     def state(self) -> TrainState:
         """The state after the last step that was waited for; the saved one where it is gone, as
-        after a Ctrl-C in the middle of a step.
+        after a Ctrl-C in the middle of a step. Read from disk at first.
         """
-        if self._state is None or _is_gone(self._state):
+        if self._state is None:
+            self._state = self._load()
+        elif _is_gone(self._state):
+            self._remember()
             self._state = self._load()
         return self._state
 
     def _load(self) -> TrainState:
         if self.past is None:
-            self.cursor = None
             return self.begin() if self.begin else init_state(self.config, self.layout)
         state: Any
-        state, meta = checkpoint.restore(self.past.path, self.template)
-        self._remember(meta)
+        state, _ = checkpoint.restore(self.past.path, self.template)
         return with_rates(state, self.config) if self.past.new_rates else state
 
     @property
     def done(self) -> int:
-        """Steps taken so far."""
+        """Steps taken so far; loads the state where it isn't there yet."""
         return int(self.state.step)
 
     @property
@@ -260,9 +287,8 @@ class TrainingRun:
         rows = self.config.total_batch_size // self.config.sequence_len
         batch = jax.ShapeDtypeStruct((rows, self.config.sequence_len), np.int32)
         clock = time.perf_counter()
-        step_fn = self.make_step(self.config, self.layout)
-        lowered: Any = step_fn
-        self.step_fn = lowered.lower(self.template, batch, batch).compile()
+        jitted: Any = self.make_step(self.config, self.layout)
+        self.step_fn = jitted.lower(self.template, batch, batch).compile()
         self.compile_seconds = time.perf_counter() - clock
         return self.step_fn
 
@@ -287,15 +313,13 @@ class TrainingRun:
         if self.finished:
             return
         with contextlib.ExitStack() as stack:
-            if writers is not None and jax.process_index() == 0:
-                stack.enter_context(working_in(self.folder))
+            self._lock(stack, writers)
             batches = stack.enter_context(contextlib.closing(self.feed(self.cursor)))
             log = self._log(stack, writers)
             saver = _Saver(stack, self, saving)
             flag = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
-            agenda = _Agenda(self, measurements, saving, trace)
-            agenda.saver = saver
-            agenda.stop = lambda: (flag is not None and flag.stop) or stop()
+            asked = lambda: (flag is not None and flag.stop) or stop()  # noqa: E731
+            agenda = _Agenda(self, measurements, saver, trace, asked)
             tick = stack.enter_context(trace_window(self.folder, *trace))
             tick(self.done + 1, self.state)
             stepping = loop.steps(
@@ -305,7 +329,11 @@ class TrainingRun:
 
             for step in self._watched(stepping, saver):
                 due = agenda.take(step.step)
-                self._note(step, due.measure)
+                try:
+                    self._note(step, due.measure)
+                except Exception:
+                    saver.rescue(step)
+                    raise
                 log(step.step, step.metrics)
                 yield step
                 if due.save:
@@ -315,6 +343,26 @@ class TrainingRun:
                     return
                 if step.state is not None:
                     tick(step.step + 1, step.state)
+
+    def _lock(self, stack: contextlib.ExitStack, writers):
+        """Keep others out of where this run writes; UserError where another has written there
+        since the run was opened.
+        """
+        if jax.process_index():
+            return
+        places = [self.folder] if writers is not None else []
+        # checkpoints elsewhere than below the folder have a lock of their own
+        local = self.store is not None and not is_remote(self.store)
+        if local and not Path(self.store).resolve().is_relative_to(self.folder.resolve()):
+            places.append(Path(self.store))
+        for place in places:
+            stack.enter_context(working_in(place))
+        if _names(self.store) != self._there:
+            raise UserError(
+                f"{self.store} was written by another training since this run was opened: run "
+                "again to go on from there"
+            )
+        stack.callback(lambda: setattr(self, "_there", _names(self.store)))
 
     def _note(self, step: loop.Step, measure: Sequence[Measurement]):
         """Add to a step's numbers what they make, and what is due to be measured of its state."""
@@ -361,25 +409,40 @@ class TrainingRun:
             tokenizer=self.identity.get("tokenizer", ""),
             loss=metrics["loss"],
             seconds=self.seconds,
-            measured=self.measured,
-            notes=self.notes,
+            measured=dict(self.measured),
+            notes=copy.deepcopy(self.notes),
             changes=self.past.changes if self.past else [],
-            session=SESSION,
         )
 
     def finish(self) -> bool:
         """Wait for all processes, and read the newest checkpoint back: whether it is the state, bit
-        for bit. UserError where the run was stopped before its end.
+        for bit (True without a store). Interrupted where the run was stopped before its end.
         """
         done = self.done
         from_each("end", done)  # until the last one has written
         if not self.finished:
-            raise UserError(
+            if self.past is None:
+                raise Interrupted(f"stopped at step {done}, and nothing is saved: run again")
+            raise Interrupted(
                 f"stopped at step {done} and saved: run again with the same settings "
                 "(if_exists=continue) to go on"
             )
-        back, _ = checkpoint.restore(checkpoint.latest(self.store), self.template)
+        if self.past is None:
+            return self.store is None
+        back, _ = checkpoint.restore(self.past.path, self.template)
         return equal(back, self.state)
+
+
+def _names(store) -> set[str]:
+    """The checkpoints in a store, by name."""
+    if store is None or jax.process_index():
+        return set()
+    fs, root = filesystem(store)
+    with reaching(store):
+        if not fs.exists(root):
+            return set()
+        names = {path.rstrip("/").rpartition("/")[2] for path in fs.ls(root, detail=False)}
+    return {name for name in names if NAME.fullmatch(name)}
 
 
 def _is_gone(state) -> bool:
@@ -404,17 +467,16 @@ class _Todo(NamedTuple):
 class _Agenda:
     """Decides what is due after each step, when the loop asks whether to pause there."""
 
-    saver: "_Saver"
-    stop: Callable[[], bool]
-
     def __init__(
         self,
         run: TrainingRun,
         measurements: Sequence[Measurement],
-        saving: Saving,
+        saver: "_Saver",
         trace: tuple[int, int],
+        stop: Callable[[], bool],
     ):
-        self.run, self.saving = run, saving
+        self.run, self.saver, self.stop = run, saver, stop
+        self.saving = saving = saver.saving
         self.last = run.config.num_steps
         self.due = [(one, one.due(self.last)) for one in measurements]
         self.save_due = Due(saving.every, self.last, _clock(saving.seconds))
@@ -428,6 +490,10 @@ class _Agenda:
         save = self.save_due(n) or self.saver.overdue() or wanted
         if n == self.last:
             save = self.saving.at_end
+        # a checkpoint is rated by a measurement of its own step, unless there is no time for it
+        if save and not wanted:
+            rating = [one for one, _ in self.due if one.gives == self.saving.metric]
+            measure += [one for one in rating if one not in measure]
         self.todo[n] = _Todo(measure, save, wanted or n == self.last)
         return self.run.watch_state or bool(measure) or save or n in self.looked_at
 
@@ -445,7 +511,7 @@ class _Saver:
 
     def __init__(self, stack: contextlib.ExitStack, run: TrainingRun, saving: Saving):
         self.run, self.saving = run, saving
-        self.pending: Past | None = None
+        self.pending: tuple[int, Past] | None = None
         self.again_at = math.inf
         self.saver: checkpoint.Saver | None = None
         if run.store is None:
@@ -463,43 +529,68 @@ class _Saver:
         if self.saver is None:
             return
         self.again_at = math.inf
-        meta = self.run.meta(step.metrics)
-        changes = self.run.past.changes if self.run.past else []
+        # what the save before this one met is told, and costs this one nothing
         try:
             self.wait()
+        except (UserError, OSError) as e:
+            self._failed(e, leaving)
+        meta = self.run.meta(step.metrics)
+        changes = self.run.past.changes if self.run.past else []
+        where = checkpoint.path_of(self.run.store, step.step)
+        try:
             self.saver.save(step.step, step.state, meta, step.metrics.get(self.saving.metric))
-            where = checkpoint.path_of(self.run.store, step.step)
-            self.pending = Past(where, meta, changes, False)
-            self.saving.then(step.step, self.wait)
+            self.pending = step.step, Past(where, meta, changes, False)
             if leaving:
                 self.wait()
         except (UserError, OSError) as e:
-            self._failed(e)
+            self._failed(e, leaving)
             if leaving:
                 raise UserError(self._keep_here(step, meta, e)) from e
 
+    def rescue(self, step: loop.Step):
+        """Save a step whose measurement went wrong: all since the last save would be lost."""
+        if step.state is not None and jax.process_count() == 1:
+            with contextlib.suppress(Exception):
+                self.save(step, leaving=True)
+
     def look(self):
-        """Say at this step, not at the next save, that a save has failed meanwhile."""
-        error = self.saver and self.saver.failure()
-        if error:
-            self._failed(error)
+        """Say at this step, not at the next save, how the one under way has ended."""
+        if self.saver is None:
+            return
+        error = self.saver.failure()
+        if isinstance(error, UserError | OSError):
+            self._failed(error, leaving=False)
+        elif error is not None:
+            raise error
+        elif self.saver.written() is not None:
+            self._tell()
 
     def wait(self):
-        """The path of what was saved last, once it is written; raises what that met."""
-        path = self.saver and self.saver.wait()
+        """Return once what was saved last is written; raises what that met."""
+        if self.saver is not None:
+            self.saver.wait()
+            self._tell()
+
+    def _tell(self):
+        """Let the run go on from what has been written, and tell who wants to know."""
         if self.pending is not None:
-            self.run.past, self.pending = self.pending, None
-        return path
+            (step, self.run.past), self.pending = self.pending, None
+            self.saving.then(step, self.run.past.path)
 
     def _settle(self):
-        """Let the run go on from what was saved last, however the loop was left."""
+        """The same when the loop was left, however that was, and the last save has been written."""
         if self.pending is not None:
             with contextlib.suppress(UserError):
-                checkpoint.read_meta(self.pending.path)
-                self.run.past = self.pending
+                checkpoint.read_meta(self.pending[1].path)
+                self._tell()
 
-    def _failed(self, error: BaseException):
+    def _failed(self, error: Exception, leaving: bool):
+        """Tell of a save that failed; on several hosts, which must go on together, raise it."""
         self.pending = None
+        if jax.process_count() > 1:
+            raise error
+        if leaving:
+            return
         self.again_at = time.monotonic() + TRY_AGAIN
         warnings.warn(
             f"no checkpoint was written ({first_line(error)}); training goes on, and it is tried "
@@ -509,9 +600,12 @@ class _Saver:
 
     def _keep_here(self, step: loop.Step, meta: dict, error: Exception) -> str:
         """Keep the last checkpoint on this machine; the sentence that says where."""
-        for folder in (self.run.folder / "kept", Path(tempfile.gettempdir()) / "rawchat-kept"):
+        name = f"kept-{time.strftime('%Y%m%d-%H%M%S')}"
+        temporary = Path(tempfile.gettempdir()) / f"rawchat-{os.getpid()}-{name}"
+        metric = step.metrics.get(self.saving.metric)
+        for folder in (self.run.folder / name, temporary):
             with contextlib.suppress(UserError, OSError):
-                path = checkpoint.save(folder, step.step, step.state, meta)
+                path = checkpoint.save(folder, step.step, step.state, meta, metric=metric)
                 return (
                     f"{self.run.store} cannot be written ({first_line(error)}): the checkpoint of "
                     f"step {step.step} is in {path}; move it to {self.run.store} and run again"

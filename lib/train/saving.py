@@ -129,6 +129,16 @@ class Saver:
             self._job = None
         return error
 
+    def written(self):
+        """The path of a save that has been written and was not told of yet, else None.
+
+        This looks and does not wait.
+        """
+        if self._job is None or not self._job.done() or self._job.exception() is not None:
+            return None
+        job, self._job = self._job, None
+        return job.result()
+
     def __enter__(self):
         return self
 

@@ -149,8 +149,10 @@ def test_a_finished_run_reports_what_it_measured(tmp_path, whole):
 
 
 def test_fresh_sets_the_old_one_aside_once_for_a_process(tmp_path, monkeypatch):
-    go_on(open_run(tmp_path), upto=6)
-    monkeypatch.setattr(runs, "SESSION", "another process")
+    monkeypatch.setattr(runs, "BEGUN_AFRESH", set())
+    old = open_run(tmp_path)
+    go_on(old, upto=6)
+    go_on(open_run(tmp_path), upto=8)  # going on with it makes it no fresh start
     fresh = open_run(tmp_path, "fresh")
     assert (tmp_path / "old" / "step_00000005").exists() and fresh.done == 0
     go_on(fresh, upto=6)
@@ -237,7 +239,7 @@ def test_a_place_that_stays_away_costs_nothing_that_was_trained(tmp_path, whole,
     run = open_run(tmp_path)
     with pytest.warns(UserWarning), pytest.raises(UserError) as told:
         go_on(run)
-    kept = tmp_path / "kept" / "step_00000012"
+    [kept] = tmp_path.glob("kept-*/step_00000012")
     assert f"the checkpoint of step 12 is in {kept}; move it to" in str(told.value)
     state, _ = checkpoint.restore(kept, run.template)
     assert digest(state) == whole[1]
@@ -302,3 +304,84 @@ def test_metadata_is_json_and_names_the_training(tmp_path):
     meta = checkpoint.read_meta(tmp_path / "checkpoints")
     json.dumps(meta)
     assert meta["settings"] == dict(source="text", packing="bestfit") and meta["tokenizer"] == "t"
+
+
+def test_each_save_is_told_once_it_is_written_the_last_one_too(tmp_path):
+    """Also when the loop is left: what sends checkpoints home must not miss the last."""
+    told = []
+
+    def then(step, path):
+        assert checkpoint.read_meta(path)["step"] == step
+        told.append(step)
+
+    run = open_run(tmp_path)
+    steps = run.steps([], train.Saving(every=3, seconds=0, then=then), writers=[])
+    with contextlib.closing(steps):
+        for step in steps:
+            if step.step == 10:
+                break
+    assert told == [3, 6, 9]
+    go = open_run(tmp_path)
+    list(go.steps([], train.Saving(every=0, seconds=0, then=then), writers=[]))
+    assert told == [3, 6, 9, 12]
+
+
+def test_a_checkpoint_is_rated_by_its_own_step(tmp_path):
+    run = open_run(tmp_path)
+    rates = dataclasses.replace(measure(run), gives="val_bpb")
+    list(run.steps([rates], train.Saving(every=5, seconds=0, keep=9), writers=[]))
+    metrics = [
+        checkpoint.read_meta(path)["metric"] for path in (tmp_path / "checkpoints").iterdir()
+    ]
+    assert len(metrics) == 3 and None not in metrics
+
+
+def test_a_measurement_that_fails_costs_no_step(tmp_path):
+    def fails(params):
+        raise RuntimeError("out of memory")
+
+    run = open_run(tmp_path)
+    bad = train.Measurement(fails, every=0, at=(7,))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(run.steps([bad], train.Saving(every=0, seconds=0), writers=[]))
+    assert open_run(tmp_path).done == 7
+
+
+def test_a_run_that_was_overtaken_is_told(tmp_path):
+    """Opened, then trained by somebody else who is gone again: nothing is overwritten."""
+    early = open_run(tmp_path)
+    go_on(open_run(tmp_path), upto=6)
+    with pytest.raises(UserError, match="written by another training since this run was opened"):
+        go_on(early)
+    assert open_run(tmp_path).done == 5
+
+
+def test_a_save_that_failed_costs_the_next_one_nothing(tmp_path, monkeypatch):
+    """The save of step 5 fails in flight and is met by the last one, which is written all the
+    same.
+    """
+    real = saving._write
+
+    def write(folder, record, *rest):
+        if record["step"] == 5:
+            raise OSError(5, "Input/output error")
+        return real(folder, record, *rest)
+
+    monkeypatch.setattr(saving, "_write", write)
+    run = open_run(tmp_path)
+    with pytest.warns(UserWarning, match="no checkpoint was written"):
+        go_on(run)
+    assert run.finish()
+
+
+def test_what_was_noted_by_one_who_holds_it_is_kept(tmp_path):
+    """Notes stay the object that a caller has taken, in a run that goes on too."""
+    run = open_run(tmp_path)
+    run.notes["seen"] = []
+    go_on(run, upto=6)
+    again = open_run(tmp_path)
+    held = again.notes
+    assert again.done == 5
+    held["seen"].append("here")
+    go_on(again)
+    assert open_run(tmp_path).notes == {"seen": ["here"]}
