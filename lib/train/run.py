@@ -352,9 +352,9 @@ class TrainingRun:
             return
         places = [self.folder] if writers is not None else []
         # checkpoints elsewhere than below the folder have a lock of their own
-        local = self.store is not None and not is_remote(self.store)
-        if local and not Path(self.store).resolve().is_relative_to(self.folder.resolve()):
-            places.append(Path(self.store))
+        store = None if self.store is None or is_remote(self.store) else Path(self.store)
+        if store and not store.resolve().is_relative_to(self.folder.resolve()):
+            places.append(store)
         for place in places:
             stack.enter_context(working_in(place))
         if _names(self.store) != self._there:
