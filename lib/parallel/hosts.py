@@ -216,15 +216,15 @@ def end_all(error):
     # another failed first, or process 0 is gone
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         store.key_value_set(FAILED + "/why", why)
-    _exit()
+    _exit(getattr(error, "code", 2))
 
 
-def _exit():
+def _exit(code: int = 2):
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
         time.sleep(LAST_WORDS)
-    os._exit(2)  # an orderly exit waits for the others
+    os._exit(code)  # an orderly exit waits for the others
 
 
 def _watch():
