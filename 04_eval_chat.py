@@ -58,6 +58,7 @@ from lib import data, evals, pictures, report, teach
 from lib.evals.questions import Questions
 from lib.files import UserError, update_json
 from lib.generate import Sampling, generate
+from lib.interop import export_run
 from lib.model.looking import attention_weights
 from lib.notebook import device_report, flags, secret, show_page
 from lib.params import count_params
@@ -96,6 +97,8 @@ if_exists = "continue"  # @param ["continue", "fresh", "stop"]
 
 # %% cellView="form" tags=["parameters"]
 # @title Advanced
+# @markdown Write the model for another program at the end: see docs/interop.md
+export_to = "none"  # @param ["none", "transformers", "gguf", "onnx", "stablehlo"]
 # @markdown Text to measure on: a name, or a path or glob; empty takes what the model was trained on (its held-out split)
 source = ""  # @param {type:"string"}
 # @markdown Bytes of text to measure on
@@ -396,6 +399,18 @@ while live and (words := input("you    ").strip()):
 # %%
 show_page(report.write(folder))
 mirror.wait()
+
+# %% [markdown]
+# ## Leaving
+#
+# A model that can only be used here is half a model. One call writes it for another program, runs it *by that program*,
+# and keeps it only if logits and 200 greedy tokens agree with ours. `transformers` takes every model, `gguf` (llama.cpp,
+# Ollama) plain ones such as `llama_like`; a refusal names the fields that stand against it. What each needs stands in
+# [docs/interop.md](docs/interop.md). Choose one under `export_to`.
+
+# %%
+if export_to != "none":
+    print(export_run(folder, export_to).table())
 
 # %% [markdown]
 # ## Questions

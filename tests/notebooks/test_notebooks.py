@@ -13,6 +13,7 @@ import pytest
 from lib.config import PRESETS
 from lib.data import SOURCES
 from lib.data.packing import PACKING
+from lib.interop.exports import FORMATS
 from lib.notebook import flags, parameters
 from lib.sweeps import presets as sweep_presets
 from lib.train.policy import PRESETS as rl_presets
@@ -85,7 +86,10 @@ CHOICES = {
         "budget": ["auto", *sweep_presets.BUDGETS],
         "driver": ["local", "wandb"],
     },
-    "04_eval_chat": {"if_exists": ["continue", "fresh", "stop"]},
+    "04_eval_chat": {
+        "if_exists": ["continue", "fresh", "stop"],
+        "export_to": ["none", *FORMATS],
+    },
     "05_rl": {
         "preset": rl_presets,
         "optimizer": ["adamw", "muon"],
