@@ -8,7 +8,7 @@ every token that the model chose, the end of its turn among them, and never a to
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -96,25 +96,8 @@ def roll_out(  # noqa: PLR0913  (a model, what is asked of it, and how)
     engine = Engines(params, config, slots, length, tokenizer, _timed(calculator, seconds))
 
     stop = tokenizer.special["<|assistant_end|>"], tokenizer.bos
-    waiting = deque(range(len(questions)))
-    busy: dict[int, tuple[int, int]] = {}  # slot -> (question, number of its answer)
-    tokens: list[list[list[Token]]] = [[[] for _ in own] for own in seeds]
-    finish = [["" for _ in own] for own in seeds]
-    while waiting or busy:
-        # whole groups join, so that a prompt is prefilled once for all of its answers
-        while waiting and engine.free >= len(seeds[waiting[0]]):
-            i = waiting.popleft()
-            samplings = [
-                Sampling(max_tokens, seed=seed, stop=stop, keep_stop=True) for seed in seeds[i]
-            ]
-            taken = engine.add_many([questions[i].prompt] * len(samplings), samplings)
-            busy |= {slot: (i, n) for n, slot in enumerate(taken)}
-        for slot, (new, end) in engine.step(LONG_CHUNK).items():
-            i, n = busy[slot]
-            tokens[i][n] += new
-            if end:
-                finish[i][n] = end
-                del busy[slot]
+    sampling = Sampling(max_tokens, stop=stop, keep_stop=True)
+    tokens, finish = _write_groups(engine, questions, seeds, sampling)
 
     groups = []
     for question, answers, ends in zip(questions, tokens, finish):
@@ -124,6 +107,35 @@ def roll_out(  # noqa: PLR0913  (a model, what is asked of it, and how)
         groups.append(group)
     seconds.rollout += time.perf_counter() - start
     return groups
+
+
+def _write_groups(
+    engine: Engines,
+    questions: Sequence[Question],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> tuple[list[list[list[Token]]], list[list[str]]]:
+    """(tokens, why each ended) of every answer, by question and by number."""
+    waiting = deque(range(len(questions)))
+    busy: dict[int, tuple[int, int]] = {}  # slot -> (question, number of its answer)
+    tokens: list[list[list[Token]]] = [[[] for _ in own] for own in seeds]
+    finish = [["" for _ in own] for own in seeds]
+    while waiting or busy:
+        # whole groups join, so that a prompt is prefilled once for all of its answers
+        while waiting and engine.free >= len(seeds[waiting[0]]):
+            i = waiting.popleft()
+            samplings = [replace(sampling, seed=seed) for seed in seeds[i]]
+            slots = engine.add_many([questions[i].prompt] * len(samplings), samplings)
+            busy |= {slot: (i, n) for n, slot in enumerate(slots)}
+
+        # some more tokens of all that are being written
+        for slot, (new, end) in engine.step(LONG_CHUNK).items():
+            i, n = busy[slot]
+            tokens[i][n] += new
+            if end:
+                finish[i][n] = end
+                del busy[slot]
+    return tokens, finish
 
 
 def _timed(tool: Callable, seconds: Seconds) -> Callable:
