@@ -216,17 +216,9 @@ with journal.Journal(here) as book, interruptible("giving the trial at hand back
         boss = drivers.Local(book, spec)
     else:
         boss = drivers.Wandb(book, spec, site, path, drivers.wandb_runs(path))
-    try:
-        while (count == 0 or worked < count) and not signal.stop:
-            size = min(population, count - worked) if count else population
-            taken = boss.take(size, stop=lambda: signal.stop)
-            if not taken:
-                break
-            for trial, outcome in trials.run(boss, taken, bench, stop=lambda: signal.stop):
-                worked += outcome.state in journal.ENDS
-                print(texts.trial_text(trial, outcome, metric), flush=True)
-    finally:
-        boss.close()
+    for trial, outcome in trials.work(boss, bench, count, population, lambda: signal.stop):
+        worked += outcome.state in journal.ENDS
+        print(texts.trial_text(trial, outcome, metric), flush=True)
     interrupted = signal.stop
 print(f"{worked} trial(s) ended here in {time.perf_counter() - clock:.1f} s; once more: {again}")
 

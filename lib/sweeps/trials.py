@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
 from lib.params import count_params
 from lib.preflight.memory import estimate_memory
-from lib.sweeps import space
+from lib.sweeps import journal, space
 from lib.train import checkpoint
 from lib.train.optim import compile_key
 
@@ -382,6 +382,28 @@ def together(config: Config) -> Config:
     population.
     """
     return compile_key(config).replace(num_steps=config.num_steps)
+
+
+def work(
+    driver, bench: Bench, count: int, at_once: int, stop: Callable[[], bool]
+) -> Iterator[tuple]:
+    """Take trials and train them, yielding (trial, Outcome) of each, until none is left.
+
+    count: how many to end at most (0: no bound). at_once: trials of equal shape that train as one
+    program. The driver is closed whatever happens.
+    """
+    ended = 0
+    try:
+        while (count == 0 or ended < count) and not stop():
+            size = min(at_once, count - ended) if count else at_once
+            taken = driver.take(size, stop=stop)
+            if not taken:
+                break
+            for trial, outcome in run(driver, taken, bench, stop=stop):
+                ended += outcome.state in journal.ENDS
+                yield trial, outcome
+    finally:
+        driver.close()
 
 
 def run(
