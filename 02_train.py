@@ -22,7 +22,7 @@
 # **At the end you have** a checkpoint from which training resumes bit for bit, curves, samples from the first step to
 # the last, and you can say where in the model each FLOP goes.
 #
-# **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about 1.2 bits per byte of
+# **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about 1.25 bits per byte of
 # Python code (`xz -9`: 1.8). A free Colab v5e-1: `colab_free_v5e`, planned at twenty minutes to an hour. A v6e-1
 # (*Runtime > Change runtime type*, paid): `colab_v6e`, a larger model, three hours or more. TPU figures are the
 # compiler's and not measured on a chip; the plan below says what to expect on yours.
@@ -462,10 +462,12 @@ if not first:
 # %% [markdown]
 # ## Curves
 #
-# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The training curve lies a
-# little above the validation one though that text is new: it also counts where a document ends, which nothing in the
-# text foretells. The learning rate warms up, so that the first wild gradients do no harm, and falls to the end, where
-# small steps settle into the valley. Throughput should be flat; dips are validations, samples and saves.
+# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The dots are text that the
+# model never saw. Where they lie above the training curve, it knows its own text better than others, and the gap grows
+# with every pass over a small corpus; only the dots tell whether more training helps. (The two are not quite the same
+# measure: training counts the ends of documents too, which nothing in a text foretells.) The learning rate warms up, so
+# that the first wild gradients do no harm, and falls to the end, where small steps settle into the valley. Throughput
+# should be flat; on a shared machine it is not.
 
 # %%
 rows = read_jsonl(folder / "metrics.jsonl")
