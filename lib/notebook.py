@@ -295,7 +295,9 @@ def show_page(path):
     from IPython.display import HTML, FileLink, display
 
     content = html.escape(Path(path).read_text(), quote=True)
-    display(HTML(f'<iframe srcdoc="{content}" style="width:100%;height:700px;border:0"></iframe>'))
+    frame = f'<iframe srcdoc="{content}" style="width:100%;height:700px;border:0"></iframe>'
+    # within a div, or IPython warns that frames have a class of their own
+    display(HTML(f"<div>{frame}</div>"))
     display(FileLink(str(path), result_html_prefix="to keep it: "))
 
 
