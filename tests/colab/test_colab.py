@@ -128,7 +128,7 @@ def test_the_real_steps_compile_for_tpus_with_the_mended_pair(used):
                 assert (program["kernels"] > 0) == has_kernels, program
 
 
-def test_a_pair_that_is_not_mended_makes_auto_attention_jax(used):
+def test_a_pair_that_is_not_mended_makes_auto_attention_einsum(used):
     """Asked of the compiler, with a sentence on what it costs and what would mend it."""
     machine, before, _ = used
     code = (
@@ -138,9 +138,9 @@ def test_a_pair_that_is_not_mended_makes_auto_attention_jax(used):
     assert run(machine, "-c", code, **ENVIRONMENT).stdout == "splash\n"
     install(machine, f"libtpu=={before['libtpu']}")
     done = run(machine, "-c", code, **ENVIRONMENT)
-    assert done.stdout == "jax\n"
+    assert done.stdout == "einsum\n"
     note = [line for line in done.stderr.splitlines() if line.startswith("note: libtpu")]
-    assert len(note) == 1 and "attention=auto is jax" in note[0]
+    assert len(note) == 1 and "attention=auto is einsum" in note[0]
     assert "python -m pip install 'libtpu==0.0.23' mends it" in note[0]
 
     # the first cell says so too where it cannot mend it, and goes on
