@@ -23,7 +23,7 @@
 # **At the end you have** bits per byte beside what `gzip -9` and `xz -9` need for the very same bytes, a model that
 # chats, its marks on held-out questions with their errors, and a report card on one page.
 #
-# **Hardware and time:** whatever trained the model; about six minutes on two CPU cores for the default.
+# **Hardware and time:** whatever trained the model; about nine minutes on two CPU cores for the default.
 #
 # %% [markdown]
 # ## Set-up
