@@ -317,11 +317,39 @@ def results_table(run) -> str:
     for key, (label, spec) in RESULTS.items():
         if results.get(key) is not None:
             table.append((label, format(results[key], spec)))
+    by_task = _by_task(results)
+    shown = {f"{stage}_{task}" for task, figures in by_task.items() for stage in figures}
     for key, value in results.items():
-        if key not in RESULTS and key not in HIDDEN and isinstance(value, int | float | str):
+        known = key in RESULTS or key in HIDDEN or key in shown
+        if not known and isinstance(value, int | float | str):
             table.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
 
     width = max(len(label) for label, _ in table)
     lines = [f"{label:<{width}}  {value:>14}" for label, value in table]
+    lines += _stage_lines(by_task, width)
     lines += [f"\nsample: {sample}" for sample in results.get("samples", [])]
     return "\n".join(lines)
+
+
+def _by_task(results: dict) -> dict[str, dict[str, float]]:
+    """What was measured after each stage (`sft_spelling`), as {task: {stage: figure}}."""
+    by_task: dict[str, dict[str, float]] = {}
+    for key, value in results.items():
+        stage, _, task = key.partition("_")
+        if stage in STAGES and isinstance(value, int | float):
+            by_task.setdefault(task, {})[stage] = value
+    return by_task
+
+
+def _stage_lines(by_task: dict, width: int) -> list[str]:
+    """A table of tasks by stages, under a heading; nothing where no stage was measured."""
+    measured = {stage for figures in by_task.values() for stage in figures}
+    columns = [stage for stage in STAGES if stage in measured]
+    if not columns:
+        return []
+    lines = ["", f"{'after each stage':<{width}}" + "".join(f"{c:>9}" for c in columns)]
+    for task, figures in by_task.items():
+        cells = [f"{figures[c]:.4g}" if c in figures else "" for c in columns]
+        label = task.replace("_", " ")
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>9}" for cell in cells))
+    return lines

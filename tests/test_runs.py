@@ -69,6 +69,19 @@ def test_results_table(tmp_path):
     assert "nested" not in table and "None" not in table
 
 
+def test_results_table_sets_stages_side_by_side(tmp_path):
+    figures = dict(params=1, base_spelling=0.0, sft_spelling=0.86719, sft_val_loss=0.8)
+    (tmp_path / "results.json").write_text(json.dumps(figures))
+    table = runs.results_table(tmp_path)
+    for line in (
+        r"after each stage +base +sft\n",
+        r"spelling +0 +0\.8672\n",
+        r"val loss {9,}0\.8$",
+    ):
+        assert re.search(line, table), line
+    assert "sft_spelling" not in table
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 CONFIG = Config(

@@ -349,6 +349,8 @@ def frontier(fit: dict, params: dict | None = None):
     expected = _expected(fit, params, line)
     labels = ("best size (parameters)", "best number of tokens", "loss at the best")
     inside = [b for b in fit["budgets"] if b.inside]
+    if not inside:
+        figure.suptitle("no budget is best among its sizes: train smaller and larger ones")
 
     for j, (axis, name, label) in enumerate(zip(axes, "NDL", labels)):
         # minima with their intervals
