@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from lib import hub
 from lib.files import (
     UserError,
     filesystem,
@@ -156,32 +157,17 @@ class Repository:
     """A mirror in a model repository of the Hugging Face Hub; one change is one commit."""
 
     def __init__(self, repo: str, token: str | None):
-        import huggingface_hub
-
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
             raise UserError(f"home=hub:{repo} is no repository: write hub:USER/NAME")
         self.repo = repo
         self.token = token
-        self.api = huggingface_hub.HfApi(token=token)
+        self.api = hub.client(token)
 
-    @contextlib.contextmanager
     def _reaching(self):
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as e:
-            status = getattr(getattr(e, "response", None), "status_code", None)
-            advice = "check the name and the network"
-            if status in (401, 403) or not self.token:
-                advice = (
-                    "set the secret HF_TOKEN to a token with write access "
-                    "(https://huggingface.co/settings/tokens)"
-                )
-            raise UserError(f"cannot use home=hub:{self.repo} ({first_line(e)}): {advice}") from e
+        return hub.reaching(f"cannot use home=hub:{self.repo}", self.token)
 
     def probe(self):
-        import huggingface_hub as hub
+        import huggingface_hub
 
         if not self.token:
             raise UserError(
@@ -189,11 +175,11 @@ class Repository:
                 "Colab's or Kaggle's secrets, or in the environment"
             )
         with self._reaching():
-            self.api.create_repo(self.repo, private=True, exist_ok=True)
+            hub.make(self.repo, self.token)
             # a commit is the only proof that one may write
-            note = hub.CommitOperationAdd("probe.txt", b"probe")
+            note = huggingface_hub.CommitOperationAdd("probe.txt", b"probe")
             self.api.create_commit(self.repo, [note], commit_message="can this be written?")
-            gone = hub.CommitOperationDelete("probe.txt")
+            gone = huggingface_hub.CommitOperationDelete("probe.txt")
             self.api.create_commit(self.repo, [gone], commit_message="it can")
 
     def names(self) -> list[str]:
@@ -210,14 +196,11 @@ class Repository:
             os.replace(self.api.hf_hub_download(self.repo, name, local_dir=folder), path)
 
     def change(self, new: dict[str, Path], gone: Iterable[str]):
-        import huggingface_hub as hub
-
         there = set(self.names())
-        operations = [hub.CommitOperationAdd(name, str(path)) for name, path in new.items()]
-        operations += [hub.CommitOperationDelete(name) for name in gone if name in there]
-        if operations:
+        gone = [name for name in gone if name in there]
+        if new or gone:
             with self._reaching():
-                self.api.create_commit(self.repo, operations, commit_message="runs as they are now")
+                hub.commit(self.repo, new, gone, "runs as they are now", self.token)
 
 
 def _place(home: Home, token: Callable[[], str | None]):

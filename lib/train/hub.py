@@ -3,7 +3,8 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lib.files import UserError, first_line
+from lib.files import first_line
+from lib.hub import client, make, reaching
 
 # one at a time: two commits to a repository at once conflict
 _uploads = ThreadPoolExecutor(1, "hub")
@@ -14,26 +15,8 @@ def check_hub(repo: str, token: str | None = None, private: bool = True):
 
     UserError if that is not allowed.
     """
-    import huggingface_hub as hub
-
-    try:
-        hub.HfApi(token=token).create_repo(repo, private=private, exist_ok=True)
-    except Exception as e:
-        raise _explained(repo, e) from e
-
-
-def _explained(repo: str, error: Exception) -> UserError:
-    """What the Hub's client raised, as one sentence with a cure."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    advice = "check the name"
-    if status in (401, 403):
-        advice = (
-            "the token is wrong, has run out or may not write there: make one with write access "
-            "at https://huggingface.co/settings/tokens"
-        )
-    elif status is None or status >= 500:
-        advice = "check the name and the network"
-    return UserError(f"cannot upload to the Hub repository {repo} ({first_line(error)}): {advice}")
+    with reaching(f"cannot upload to the Hub repository {repo}", token):
+        make(repo, token, private)
 
 
 def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = True) -> Future:
@@ -43,20 +26,19 @@ def upload_to_hub(folder, repo: str, token: str | None = None, private: bool = T
     meanwhile) is one printed sentence, and the Future holds None. `restore("hf://user/name")` reads
     an uploaded checkpoint.
     """
-    import huggingface_hub as hub
 
     def upload():
         try:
             check_hub(repo, token, private)
-            commit = hub.HfApi(token=token).upload_folder(
-                repo_id=repo,
-                folder_path=folder,
-                commit_message=f"upload {Path(folder).name}",
-            )
+            with reaching(f"cannot upload to the Hub repository {repo}", token):
+                commit = client(token).upload_folder(
+                    repo_id=repo,
+                    folder_path=folder,
+                    commit_message=f"upload {Path(folder).name}",
+                )
             return str(commit)
         except Exception as e:
-            told = e if isinstance(e, UserError) else _explained(repo, e)
-            print(f"warning: {told}")
+            print(f"warning: {first_line(e)}")
             return None
 
     return _uploads.submit(upload)

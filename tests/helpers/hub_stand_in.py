@@ -25,9 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             (self.command, path, {name.title(): value for name, value in self.headers.items()})
         )
         fault = server.faults.pop(0) if server.faults else None
-        body = server.files.get(path)
-        if path.startswith("/api/datasets/"):
-            body = self.listing(path)
+        body, commit = self.content(path)
         if body is None or isinstance(fault, int):
             self.send_response(fault or 404)
             self.send_header("Retry-After", "0")
@@ -40,14 +38,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(asked[6:].partition("-")[0]) if asked else 0
         self.send_response(206 if start else 200)
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         if self.command == "GET":
+            # a line that is kept open would only be waited on
+            self.close_connection |= fault == "truncate"
             half = start + (len(body) - start) // 2
             self.wfile.write(body[start : half if fault == "truncate" else None])
 
     do_HEAD = do_GET  # noqa: N815
+
+    def content(self, path: str) -> tuple[bytes | None, str]:
+        """(what is at an address, the commit that it is of)."""
+        if path.startswith("/api/datasets/"):
+            return self.listing(path), COMMIT
+        return self.server.files.get(path), COMMIT
 
     def listing(self, path: str):
         repo, _, rest = path.removeprefix("/api/datasets/").partition("/tree/")
