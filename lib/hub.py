@@ -163,7 +163,9 @@ def commit(
 
 def commit_of(source: Source, token: str | None) -> str:
     """The id of the commit that a revision is now: a branch moves on, a commit does not."""
-    info = patiently(lambda: client(token).model_info(source.repo, revision=source.revision or None))
+    info = patiently(
+        lambda: client(token).model_info(source.repo, revision=source.revision or None)
+    )
     return info.sha
 
 

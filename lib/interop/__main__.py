@@ -5,7 +5,10 @@ from pathlib import Path
 import tyro
 
 from lib.interop import export_run, import_run
-from lib.notebook import setup
+from lib.interop.hub_pull import pull as pull_run
+from lib.interop.hub_push import Wish
+from lib.interop.hub_push import push as push_run
+from lib.notebook import secret, setup
 from lib.runs import newest_run
 
 
@@ -50,7 +53,48 @@ def import_(
     print(import_run(source, Path(runs_dir) / run, sequence_len, prove))
 
 
-COMMANDS = {"export": export, "import": import_}
+def push(
+    repo: str,
+    run: str = "",
+    what: str = "model",
+    stage: str = "",
+    ckpt: str = "",
+    format: str = "transformers",
+    public: bool = False,
+    runs_dir: str = "runs",
+):
+    """Send a run, a model, a tokenizer or an export to the Hugging Face Hub, with a model card.
+
+    Needs HF_TOKEN with write access. All goes in one commit: who pulls has all of it or nothing.
+
+    Args:
+        repo: USER/NAME; made if it is not there
+        run: name of the run; empty takes the one that was trained last
+        what: model (parameters and tokenizer), run (whole, to go on elsewhere), tokenizer or export
+        stage: of the model: base, mid, sft or rl; empty for the furthest that the run has
+        ckpt: of the model: best, or a checkpoint's path; empty for the newest
+        format: of the export
+        public: let everybody see it; else a repository that is made now is private
+        runs_dir: folder that holds the runs
+    """
+    folder = Path(runs_dir) / run if run else newest_run(runs_dir)
+    wish = Wish(stage, ckpt, format)
+    pushed = push_run(folder, repo, what, wish, private=not public, token=secret("HF_TOKEN"))
+    print(pushed.told(folder.name))
+
+
+def pull(source: str, run: str, runs_dir: str = "runs"):
+    """Bring back what was pushed, into a run folder.
+
+    Args:
+        source: hf:USER/NAME, or hf:USER/NAME@REVISION for what a branch held at one commit
+        run: name of the run that it becomes or, for a tokenizer or an export, is put into
+        runs_dir: folder that holds the runs
+    """
+    print(pull_run(source, Path(runs_dir) / run, secret("HF_TOKEN")))
+
+
+COMMANDS = {"export": export, "import": import_, "push": push, "pull": pull}
 
 if __name__ == "__main__":
     setup()

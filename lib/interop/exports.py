@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lib.files import choose
+from lib.files import choose, write_atomic
 from lib.interop import gguf_file, huggingface, onnx_files, stablehlo
 from lib.interop.proof import Proof
 from lib.runs import load_model
@@ -16,6 +16,8 @@ FORMATS = {
 }
 # the folder of a run that they are written to, by default
 FOLDER = "exports"
+# beside it, what its proof has shown
+PROOF = ".txt"
 
 
 def export_run(run, format: str, stage: str = "", ckpt: str = "", out="") -> Proof:
@@ -27,4 +29,7 @@ def export_run(run, format: str, stage: str = "", ckpt: str = "", out="") -> Pro
     write = choose("export format", format, FORMATS)
     model = load_model(run, ckpt, stage)
     path = Path(out) if out else Path(run) / FOLDER / format
-    return write(model.params, model.config, model.tokenizer, path)
+    shown = write(model.params, model.config, model.tokenizer, path)
+    if not out:
+        write_atomic(path.with_suffix(PROOF), shown.table() + "\n")
+    return shown

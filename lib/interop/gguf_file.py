@@ -6,7 +6,6 @@ a text, the export says so. The proof runs llama.cpp itself, which the package x
 """
 
 import json
-import time
 import urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ import numpy as np
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, first_line, replacing
+from lib.files import UserError, first_line
 from lib.interop import proof
 from lib.interop.families import FAMILIES, Family, fitting, refusal
 from lib.interop.folding import as_linear, fold, interleave_halves, normed_rows, swap_halves
@@ -64,15 +63,15 @@ def export(params, config: Config, tokenizer: Tokenizer, path) -> proof.Proof:
     UserError where no architecture of llama.cpp holds the config, naming the fields against it.
     """
     optional(EXTRA, "gguf", "xllamacpp")
-    start = time.perf_counter()
     architecture = fitting(config, ARCHITECTURES)
     if not architecture:
         raise refusal(config, ARCHITECTURES, "llama.cpp")
-    with replacing(path) as draft:
-        draft.mkdir()
-        write(params, config, tokenizer, draft / "model.gguf", architecture)
-        shown = prove(params, config, tokenizer, draft / "model.gguf", architecture).check()
-    return replace(shown, path=Path(path) / "model.gguf", seconds=time.perf_counter() - start)
+    shown = proof.proved(
+        path,
+        lambda draft: write(params, config, tokenizer, draft / "model.gguf", architecture),
+        lambda draft: prove(params, config, tokenizer, draft / "model.gguf", architecture),
+    )
+    return replace(shown, path=Path(path) / "model.gguf")
 
 
 # ---- the file ------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ A folder holds config.json, model.safetensors, generation_config.json and the to
 """
 
 import shutil
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, first_line, replacing, save_tensors, to_json
+from lib.files import UserError, first_line, save_tensors, to_json
 from lib.interop import proof
 from lib.interop.families import FAMILIES, fitting, has_short_windows
 from lib.interop.folding import as_linear, fold, normed_rows, swap_halves
@@ -36,16 +34,12 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
     """
     # a missing package is told before anything is written
     optional(EXTRA, "torch", "transformers")
-    start = time.perf_counter()
     family = fitting(config)
-    # what is not proved never stands where it was asked for
-    with replacing(folder) as draft:
-        draft.mkdir()
-        write(params, config, tokenizer, draft, family)
-        shown = prove(params, config, tokenizer, draft, family)
-        shown.check()
-    seconds = time.perf_counter() - start
-    return replace(shown, path=Path(folder), seconds=seconds)
+    return proof.proved(
+        folder,
+        lambda draft: write(params, config, tokenizer, draft, family),
+        lambda draft: prove(params, config, tokenizer, draft, family),
+    )
 
 
 def write(params, config: Config, tokenizer: Tokenizer, folder: Path, family: str):

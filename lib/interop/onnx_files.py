@@ -8,9 +8,7 @@ Two files, each with the weights inside, in float32:
 """
 
 import logging
-import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, first_line, replacing
+from lib.files import UserError, first_line
 from lib.interop import proof
 from lib.interop.packages import optional
 from lib.interop.tokenizer_files import write_tokenizer
@@ -43,12 +41,11 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
             f"the weights are {size / 1e9:.1f} GB and one ONNX file holds 2 GB at most: export "
             "stablehlo, which keeps them beside it"
         )
-    start = time.perf_counter()
-    with replacing(folder) as draft:
-        draft.mkdir()
-        write(params, config, tokenizer, draft)
-        shown = prove(params, config, draft).check()
-    return replace(shown, path=Path(folder), seconds=time.perf_counter() - start)
+    return proof.proved(
+        folder,
+        lambda draft: write(params, config, tokenizer, draft),
+        lambda draft: prove(params, config, draft),
+    )
 
 
 def write(params, config: Config, tokenizer: Tokenizer, folder: Path):

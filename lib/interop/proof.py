@@ -1,7 +1,8 @@
 """What every export must show: run by its own program, it says what our model says."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lib import model
 from lib.config import Config
 from lib.data.sources import documents
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError
+from lib.files import UserError, replacing
 
 # how far logits may be apart, for each unit of the largest one (1 at least)
 CLOSE = 1e-4
@@ -88,6 +89,19 @@ class Proof:
                 f"{self.difference:.1e} from ours (allowed {self.bound:.1e}), and {equal} are equal"
             )
         return self
+
+
+def proved(folder, write: Callable[[Path], Any], prove: Callable[[Path], Proof]) -> Proof:
+    """Write an export into a folder, prove it there, and only then put it in its place.
+
+    What is not proved never stands where it was asked for.
+    """
+    start = time.perf_counter()
+    with replacing(folder) as draft:
+        draft.mkdir()
+        write(draft)
+        shown = prove(draft).check()
+    return replace(shown, path=Path(folder), seconds=time.perf_counter() - start)
 
 
 def exact(config: Config) -> Config:

@@ -12,8 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from jax import export as jax_export
 from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, replacing, save_tensors, to_json
+from lib.files import UserError, save_tensors, to_json
 from lib.interop import proof
 from lib.interop.packages import optional
 from lib.params import path_name
@@ -39,12 +37,11 @@ RUNNER = Path(__file__).with_name("stablehlo_run.py")
 def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
     """Write the folder, prove it in a process that knows nothing of us, then put it in place."""
     optional(EXTRA, "flatbuffers")
-    start = time.perf_counter()
-    with replacing(folder) as draft:
-        draft.mkdir()
-        write(params, config, tokenizer, draft)
-        shown = prove(params, config, draft).check()
-    return replace(shown, path=Path(folder), seconds=time.perf_counter() - start)
+    return proof.proved(
+        folder,
+        lambda draft: write(params, config, tokenizer, draft),
+        lambda draft: prove(params, config, draft),
+    )
 
 
 def write(params, config: Config, tokenizer: Tokenizer, folder: Path):

@@ -87,6 +87,7 @@ class Samples(NamedTuple):
 class Code(NamedTuple):
     kind = "code"
     text: str
+    language: str = "markdown"
 
 
 Block = Heading | Text | Items | Pairs | Table | Charts | Samples | Code

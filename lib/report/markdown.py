@@ -84,5 +84,5 @@ WRITERS: dict[str, Callable[..., list[str]]] = {
     "table": table_lines,
     "charts": _charts,
     "samples": _samples,
-    "code": lambda block: fenced(block.text, "markdown"),
+    "code": lambda block: fenced(block.text, block.language),
 }
