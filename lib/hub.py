@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from lib.files import ADVICE, UserError, first_line
 
 # how often a commit is tried, and the seconds before the second try; each wait is twice the last
-TRIES = 4
+TRIES = 3
 WAIT = 2.0
 
 # what the Hub says when it has too much to do, or something fell over

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
@@ -238,13 +238,15 @@ class Tokenizer:
 
     @classmethod
     def from_hub(cls, repo: str, token: str | None = None) -> "Tokenizer":
-        """Download what `push_to_hub` uploaded."""
+        """Download what `push_to_hub` uploaded. repo: USER/NAME, or USER/NAME@REVISION."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+        repo, _, revision = repo.partition("@")
+        pinned: dict[str, Any] = {"revision": revision} if revision else {}
         with _hub_errors(f"cannot pull a tokenizer from {repo!r}"):
             # fails at once; the next line tries 20 s
-            get_hf_file_metadata(hf_hub_url(repo, FILE), token=token)
-            path = hf_hub_download(repo, FILE, token=token)
+            get_hf_file_metadata(hf_hub_url(repo, FILE, **pinned), token=token)
+            path = hf_hub_download(repo, FILE, token=token, **pinned)
         return cls.from_json(Path(path).read_bytes(), f"{FILE} of {repo}")
 
     # ---- facts

@@ -122,8 +122,13 @@ def load_section(repo: str, kind: str, name: str) -> Section:
 
 
 def _in_words(section: Section) -> Section:
-    """A section without its pictures."""
-    blocks = [block for block in section.blocks if block.kind != "charts"]
+    """A section without its pictures, and without the text behind one, which explains it."""
+    blocks = []
+    before = ""
+    for block in section.blocks:
+        if block.kind != "charts" and (before, block.kind) != ("charts", "text"):
+            blocks.append(block)
+        before = block.kind
     return make_section(section.title, *blocks)
 
 

@@ -6,6 +6,7 @@ their place when all of them are there and bear the checksums of their list.
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ def pull(source: str, run, token: str | None = None) -> str:
         # a branch may move on while its files come
         pinned = hub.Source(wanted.repo, hub.commit_of(wanted, token))
         names = hub.names(pinned, token)
-        contents = _contents(pinned, names, staging, token)
+        contents = _contents(pinned, names, token)
         target = _target(run, contents)
         hub.download(pinned, contents.files, staging, token)
         size = _check(pinned, staging, contents.files)
@@ -56,11 +57,12 @@ def pull(source: str, run, token: str | None = None) -> str:
     )
 
 
-def _contents(source: hub.Source, names: list[str], staging: Path, token: str | None) -> Contents:
+def _contents(source: hub.Source, names: list[str], token: str | None) -> Contents:
     """What a revision holds; UserError where that is nothing of ours."""
     if MANIFEST in names:
-        hub.download(source, [MANIFEST], staging, token)
-        return _listed(source, read_json(staging / MANIFEST, cure="push it again"))
+        with tempfile.TemporaryDirectory() as folder:
+            hub.download(source, [MANIFEST], Path(folder), token)
+            return _listed(source, read_json(Path(folder, MANIFEST), cure="push it again"))
     # 02 uploads checkpoints without a list: they have one of their own
     if "meta.json" in names and FILE in names:
         files = [name for name in names if CHECKPOINT_FILE.fullmatch(name)]
@@ -75,20 +77,31 @@ def _contents(source: hub.Source, names: list[str], staging: Path, token: str | 
 
 def _listed(source: hub.Source, manifest: dict[str, Any]) -> Contents:
     """The contents that a list names, after a look at every word of it."""
-    files, kind = manifest.get("files"), manifest.get("kind")
+    kind, files = manifest.get("kind"), manifest.get("files") or {}
     stage, export = manifest.get("stage") or "", manifest.get("export") or ""
-    known = kind in KINDS and stage in ("", *STAGES) and export in ("", *FORMATS)
-    sound = isinstance(files, dict) and all(isinstance(entry, dict) for entry in files.values())
-    if manifest.get("format") != FORMAT or not known or not sound or not files:
+    # words of a later version, or of somebody who wrote the list by hand
+    sound = manifest.get("format") == FORMAT and kind in KINDS and _are_entries(files)
+    if not sound or stage not in ("", *STAGES) or export not in ("", *FORMATS):
         raise UserError(
-            f"{MANIFEST} of {source.name} lists nothing that is known here: update the "
-            "code, or push again"
+            f"{MANIFEST} of {source.name} lists nothing that is known here: update the code, or "
+            "push again"
         )
     # a list of a stranger's may point anywhere
-    outside = [name for name in files if name.startswith("/") or ".." in name.split("/")]
-    if outside or any("\\" in name for name in files):
-        raise UserError(f"{MANIFEST} of {source.name} lists files outside it: don't trust it")
+    for name in files:
+        if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+            raise UserError(
+                f"{MANIFEST} of {source.name} lists the file {name!r} outside it: don't trust it"
+            )
     return Contents(str(kind), stage, export, files)
+
+
+def _are_entries(files) -> bool:
+    """Whether these are files by name, each with what is told of it."""
+    return bool(files) and isinstance(files, dict) and all(map(_is_entry, files.values()))
+
+
+def _is_entry(entry) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
 
 
 def _target(run: Path, contents: Contents) -> Path:
@@ -126,7 +139,6 @@ def _settle(staging: Path, contents: Contents, run: Path, target: Path):
     """Give what came its place, by one renaming."""
     # notes of the Hub's client on what it has fetched
     shutil.rmtree(staging / ".cache", ignore_errors=True)
-    (staging / MANIFEST).unlink(missing_ok=True)
     if contents.kind == "tokenizer":
         Tokenizer.load(staging / FILE)
         run.mkdir(parents=True, exist_ok=True)
@@ -146,7 +158,9 @@ def _as_run(folder: Path, contents: Contents):
     if not isinstance(config, dict) or not isinstance(meta.get("step"), int):
         raise UserError("the checkpoint that came tells no config: push it again")
     # as load_model looks for them
-    place = folder / STAGES[contents.stage or "base"] / checkpoint.path_of("", meta["step"]).name
+    place = (
+        folder / STAGES[contents.stage or "base"] / Path(checkpoint.path_of("", meta["step"])).name
+    )
     place.mkdir(parents=True)
     for name in contents.files:
         if name != FILE:

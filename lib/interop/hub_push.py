@@ -95,8 +95,9 @@ def _one_model(run: Path, wish: Wish) -> Iterator[Parcel]:
     with tempfile.TemporaryDirectory(dir=run, prefix=".push-") as folder:
         params = {"params": model.params}
         step, metric = model.meta["step"], model.meta["metric"]
-        made = checkpoint.save(folder, step, params, meta, metric=metric)
-        files = {path.name: path for path in sorted(Path(made).iterdir())}
+        checkpoint.save(folder, step, params, meta, metric=metric)
+        made = Path(checkpoint.path_of(folder, step))
+        files = {path.name: path for path in sorted(made.iterdir())}
         yield Parcel(files | {FILE: run / FILE}, model.stage)
 
 

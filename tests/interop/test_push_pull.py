@@ -42,20 +42,16 @@ def run(tmp_path, trained):
     for step in (1, 2):
         checkpoint.save(folder / "checkpoints", step, state, meta, metric=2.0)
     taught = meta | dict(settings=dict(mixture={"smoltalk": 1.0, "arithmetic": 2.0}))
-    checkpoint.save(folder / "sft", 5, state, taught)
+    other = {"params": random_params(config, seed=3), "opt_state": {"m": np.zeros(2, np.float32)}}
+    checkpoint.save(folder / "sft", 5, other, taught)
     config.save(folder / "config.json")
+    marks = dict(gsm=dict(score=0.5, stderr=0.06, n=64, baseline=0.0))
     write_json(
-        folder / "results.json",
-        dict(
-            val_bpb=1.25,
-            val_bpb_stderr=0.01,
-            steps=2,
-            train_tokens=512,
-            planned_steps=2,
-            samples=["Once upon a time"],
-            params=1234,
-        ),
+        folder / "evals" / "sft.json",
+        dict(stage="sft", time="2026-11-01T10:00:00", tasks=marks, seed=0),
     )
+    results = dict(params=1234, steps=2, val_bpb=1.25, val_bpb_stderr=0.01)
+    write_json(folder / "results.json", results | dict(samples=["Once upon a time"]))
     (folder / ".checksums.json").write_text("{}")
     (folder / "old-1").mkdir()
     (folder / "old-1" / "results.json").write_text("{}")
@@ -75,6 +71,17 @@ def test_a_model_goes_and_comes_back_and_is_the_same(run, model_hub, trained, tm
     assert model.stage == "base" and model.meta["step"] == 2 and model.config == trained[1]
     np.testing.assert_array_equal(model.params["embed"], trained[0]["embed"])
     assert not list((tmp_path / "runs").glob(".*"))
+
+
+def test_a_pushed_model_is_loaded_from_where_it_is(run, model_hub, monkeypatch, trained):
+    """As the card says: one line, at a revision that is pinned."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pushed = push(run, REPO, "model", Wish(stage="base"), token=TOKEN)
+    push(run, REPO, "model", Wish(stage="sft"), token=TOKEN)
+    model = load_model("", ckpt=f"hf://{REPO}@{pushed.commit}")
+    assert model.meta["step"] == 2
+    np.testing.assert_array_equal(model.params["embed"], trained[0]["embed"])
+    assert load_model("", ckpt=f"hf://{REPO}").meta["step"] == 5
 
 
 def test_a_whole_run_goes_and_comes_back(run, model_hub, tmp_path):
@@ -126,13 +133,14 @@ def test_the_card_says_what_it_is(run, model_hub):
         f"pull --source hf:{REPO} --run mine",
         "CDLA-Sharing 1.0",
         "sft was trained on smoltalk, arithmetic",
-        "1.250 ± 0.010",
+        "1.2500 ± 0.0100",
+        "50.0 ± 6.0",
         "Plan and outcome",
         "Once upon a time",
         "Configuration",
     ):
         assert words in card, words
-    assert "svg" not in card
+    assert "svg" not in card and "Dots" not in card
 
 
 def test_a_killed_upload_leaves_the_old_revision_and_goes_on(run, model_hub, tmp_path):
