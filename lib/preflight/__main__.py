@@ -4,6 +4,7 @@ python -m lib.preflight --depth 20 --chip v6e-1
 python -m lib.preflight --preset nanochat_d24 --chip v6e-8 --strategy fsdp
 python -m lib.preflight --run mine --chip v5e-1 --search
 python -m lib.preflight --table
+python -m lib.preflight --dashboard
 """
 
 import contextlib
@@ -77,8 +78,8 @@ class Where:
     """On what."""
 
     chip: str = "v6e-1"
-    """What you would rent: v6e-1, v6e-8, v5e-4, v5p-8, v4-8, ... (v4 and v5p count cores, two a
-    chip), or a topology like v6e:2x4"""
+    """What you would rent: v6e-1, v6e-8, v5p-8, tpu7x-8, ... (v4, v5p and tpu7x count cores, two
+    a chip), a topology like v6e:2x4, or GPUs of one machine like h100-8, l4-1"""
     strategy: str = "dp"
     """On several chips: dp, zero, fsdp or tp"""
     mesh: str = ""
@@ -101,6 +102,10 @@ class Ask:
     table: bool = False
     """Print which depths fit on which chips instead: compiled where that was asked before, else
     from shapes"""
+    dashboard: bool = False
+    """Write a page of sliders and menus that estimates in a browser: dashboard.html, or --to"""
+    to: str = ""
+    """Where to write it"""
     calibrate: bool = False
     """Compare the bound with the published v6e-1 measurement instead"""
 
@@ -156,9 +161,12 @@ def choose_config(which: Which):
 
 def main(args: Args):
     """Answer what is asked, on standard output."""
+    from lib.preflight.dashboard import write_dashboard
     from lib.preflight.table import fits_table
 
-    if args.ask.table:
+    if args.ask.dashboard:
+        print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
+    elif args.ask.table:
         print(fits_table())
     elif args.ask.calibrate:
         calibrate(args)
@@ -168,19 +176,22 @@ def main(args: Args):
 
 def answer(args: Args):
     """Print the report of a step and the plan of a run, after a search where one is asked for."""
-    from lib.chips import tpu_slice
-    from lib.preflight.compile import as_compiled, for_tpu, inspect
+    from lib.chips import rented
+    from lib.preflight.compile import as_compiled, for_chip, inspect
     from lib.preflight.estimate import estimate, report_text
     from lib.preflight.memory import parse_mesh
     from lib.preflight.plan import Payment, plan, plan_text
 
     config = choose_config(args.which)
     where, mesh, strategy = (
-        tpu_slice(args.where.chip),
+        rented(args.where.chip),
         parse_mesh(args.where.mesh),
         args.where.strategy,
     )
-    config = for_tpu(config) if args.ask.estimate else as_compiled(config)
+    if args.ask.estimate or not where.chip.is_tpu:
+        config = for_chip(config, where.chip)
+    else:
+        config = as_compiled(config)
     if args.ask.search:
         config = search_first(args, config, where, mesh)
 
@@ -211,7 +222,7 @@ def search_first(args: Args, config, where, mesh):
     def verify(candidate):
         return inspect(candidate, where.name, args.where.strategy, mesh)
 
-    compiling = has_libtpu() and not args.ask.estimate
+    compiling = has_libtpu() and where.chip.is_tpu and not args.ask.estimate
     result = search(config, where, args.where.strategy, mesh, verify if compiling else None)
     print(json.dumps(result.to_dict()) if args.json else search_text(result))
     if args.ask.map:

@@ -43,6 +43,24 @@ def kept(folder: Path | None, question: list, answer: Callable | None = None) ->
     return result
 
 
+def answers(folder: Path | None, kind: str) -> list[tuple[list, Any]]:
+    """(question, answer) of all that was asked of this code and kept with its question.
+
+    kind: the question's first word. An answer has its question under "asked".
+    """
+    if folder is None:
+        return []
+    known = []
+    for path in sorted(Path(folder).glob("*.json")):
+        with contextlib.suppress(UserError):
+            answer = read_json(path, expect=None)
+            asked = answer.get("asked") if isinstance(answer, dict) else None
+            # of other code or another compiler it would be another file
+            if asked and asked[0] == kind and _place(Path(folder), asked) == path:
+                known.append((asked, answer))
+    return known
+
+
 def _place(folder: Path, question: list) -> Path:
     """The file of a question to this code with these versions of jax and libtpu."""
     libtpu = importlib.metadata.version("libtpu") if has_libtpu() else ""

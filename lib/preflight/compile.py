@@ -18,7 +18,7 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from lib import chips, runtime
-from lib.chips import Slice, tpu_slice
+from lib.chips import Chip, Slice, rented
 from lib.config import Config
 from lib.files import UserError, first_line
 from lib.model.kernels import compiled_kernels
@@ -105,6 +105,17 @@ def for_tpu(config: Config, kernels: bool = True) -> Config:
     """`config` with what "auto" means on a TPU named; kernels: whether Pallas kernels compile."""
     attention = "splash" if kernels else "einsum"
     meaning = dict(attention=attention, compute_dtype="bfloat16")
+    named = {name: value for name, value in meaning.items() if getattr(config, name) == "auto"}
+    return config.replace(**named)
+
+
+def for_chip(config: Config, chip: Chip) -> Config:
+    """`config` with what "auto" means on a chip named: a TPU's kernels, or what a GPU has."""
+    if chip.is_tpu:
+        return for_tpu(config)
+    # all of the table's GPUs have bfloat16 but the T4
+    dtype = "float32" if chip == chips.T4 else "bfloat16"
+    meaning = dict(attention="jax", compute_dtype=dtype)
     named = {name: value for name, value in meaning.items() if getattr(config, name) == "auto"}
     return config.replace(**named)
 
@@ -284,16 +295,22 @@ def inspect(
 ) -> Report:
     """Compile the train step of `config` for the slice `name` (v6e-1, v5p-8, v6e:2x4, ...).
 
+    For GPUs (h100-8) no compiler is at hand: an estimate from shapes answers.
     decode: rows of a decode step to compile too (one chip only). The answer is kept in `cache`.
     """
-    where, config = tpu_slice(name), as_compiled(config, cache)
+    where = rented(name)
+    if not where.chip.is_tpu:
+        return estimate(for_chip(config, where.chip), where, strategy, mesh)
+    config = as_compiled(config, cache)
     if not has_libtpu():
         return estimate(config, where, strategy, mesh)
 
-    def answer():
-        return _inspect(config, where, strategy, mesh, decode).to_dict()
-
     asked = question(config, where, strategy, mesh, decode)
+
+    # with its question, so that others can find it
+    def answer():
+        return _inspect(config, where, strategy, mesh, decode).to_dict() | dict(asked=asked)
+
     return Report.from_dict(kept(cache, asked, answer))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from lib.chips import Slice
+from lib.chips import Chip, Slice
 from lib.config import Config
 from lib.files import choose
 from lib.parallel.layout import MESH_AXIS
@@ -104,9 +104,14 @@ def estimate(
         work,
         memory=memory,
         peak=sum(memory.values()),
-        available=int(where.chip.usable or USABLE * where.chip.memory),
+        available=available_bytes(where.chip),
         source="estimated from shapes, nothing was compiled",
     )
+
+
+def available_bytes(chip: Chip) -> int:
+    """Bytes of a chip's memory that a program gets."""
+    return int(chip.usable or USABLE * chip.memory)
 
 
 def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, int]:

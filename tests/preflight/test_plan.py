@@ -27,11 +27,38 @@ def hours(mfu):
         ("v5p-8", "v5p:2x2x1", 4),
         ("v4-8", "v4:2x2x1", 4),
         ("v6e:4x4", "v6e:4x4", 16),
+        # whose chips are two devices each
+        ("tpu7x-8", "tpu7x:2x2x1", 8),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", 8),
+        ("h100-8", "h100", 8),
+        ("a100-40gb-2", "a100-40gb", 2),
     ],
 )
 def test_names_are_topologies(name, topology, count):
-    where = chips.tpu_slice(name)
+    where = chips.rented(name)
     assert (where.topology, where.chips) == (topology, count)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("TPU v5 lite", "TPU v5e"),
+        ("TPU v5p", "TPU v5p"),
+        ("TPU7x", "TPU7x"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("Tesla T4", "T4"),
+        ("cpu", None),
+    ],
+)
+def test_devices_are_known_by_their_kind(kind, name):
+    known = chips.chip(kind)
+    assert (known.name if known else None) == name
 
 
 def test_hours_and_dollars():
