@@ -19,7 +19,7 @@ if sys.argv[1:] not in ([], ["--check"]):
 # What makes Colab offer the right machine: a TPU v5e-1, which free accounts have too, where models are trained; else the
 # one that is there. Every front end gets a Python kernel.
 TPU = {"accelerator": "TPU", "colab": {"gpuType": "V5E1"}}
-MACHINES = {"02_train": TPU, "03_worker": TPU, "05_rl": TPU}
+MACHINES = {"02_train": TPU, "03_worker": TPU, "05_rl": TPU, "06_speed": TPU}
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},

@@ -6,16 +6,12 @@ the weights have (they may stay in a cache) and on far more.
 """
 
 import json
-import os
 import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-
-LARGE = 2**29  # bytes: more than caches hold
 
 
 @dataclass
@@ -48,54 +44,6 @@ class Args:
     """A Python that has torch, for nanochat"""
     json: str = ""
     """Also write the result to this file"""
-
-
-def read_bandwidth(size: int, seconds: float = 0.3) -> float:
-    """Bytes a second that the device reads from an array of `size` bytes, the best of several
-    tries.
-
-    On CPUs numpy's maximum in as many threads as there are cores, and in one; on accelerators a
-    jitted product with a vector.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    best = 0.0
-    if jax.default_backend() != "cpu":
-        a, x = jnp.ones((size // 2 // 4096, 4096), jnp.bfloat16), jnp.ones(4096, jnp.bfloat16)
-        f = jax.jit(
-            lambda a, x: jax.lax.fori_loop(
-                0, 20, lambda i, x: x + (1e-30 * (a @ x).max()).astype(x.dtype), x
-            )
-        )
-        f(a, x).block_until_ready()
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            clock = time.perf_counter()
-            f(a, x).block_until_ready()
-            best = max(best, 20 * a.nbytes / (time.perf_counter() - clock))
-        return best
-    a = np.ones(size // 4, np.float32)
-    rounds = max(1, LARGE // size)  # a thread's start must not count
-
-    def read(part):
-        for _ in range(rounds):
-            part.max()
-
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not best:
-        for threads in {1, os.cpu_count()}:
-            work = [
-                threading.Thread(target=read, args=(part,)) for part in np.array_split(a, threads)
-            ]
-            clock = time.perf_counter()
-            for t in work:
-                t.start()
-            for t in work:
-                t.join()
-            best = max(best, rounds * a.nbytes / (time.perf_counter() - clock))
-    return best
 
 
 NANOCHAT = """
@@ -165,6 +113,7 @@ def main(args: Args):
     from lib.generate.engine import WHOLE_CHUNK, sides_for
     from lib.notebook import parse_overrides
     from lib.runs import load_model
+    from lib.speed import LARGE, read_bandwidth
 
     if args.draft and not args.run:
         raise UserError("a draft model needs a trained model to draft for: pass --run too")

@@ -477,3 +477,63 @@ def reinforcement(rows: list[dict]):
     entropy.set(xlabel="step", ylabel="nats per token", title="entropy")
     kl.set(xlabel="step", ylabel="nats per token", title="divergence from the start")
     return figure
+
+
+# ---- 06: how fast it is --------------------------------------------------------------------------
+
+
+@styled
+def product_speeds(products):
+    """TFLOP/s of measured matrix products, one bar for each shape and dtype."""
+    dtypes = list(dict.fromkeys(product.dtype for product in products))
+    shapes = list(dict.fromkeys(product.what for product in products))
+    figure, axis = subplots(size=(7, 0.3 * len(shapes) * len(dtypes) + 1))
+    height = 0.8 / len(dtypes)
+    for i, dtype in enumerate(dtypes):
+        speeds = [p.flops / 1e12 for p in products if p.dtype == dtype]
+        places = [k + (i - (len(dtypes) - 1) / 2) * height for k in range(len(shapes))]
+        bars = axis.barh(places, speeds, height, color=(BLUE, ORANGE)[i % 2], label=dtype)
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axis.set_yticks(range(len(shapes)), shapes)
+    axis.invert_yaxis()
+    axis.grid(visible=False, axis="y")
+    axis.set(xlabel="TFLOP/s")
+    axis.margins(x=0.1)
+    figure.legend(loc="outside upper right", ncols=len(dtypes))
+    return figure
+
+
+@styled
+def roofline(reached, ceiling, sheet=None):
+    """Left: a dot for each component under the roof of a chip's two ceilings. Right: the share of
+    its bound that each reaches. sheet: the chip as its data sheet has it, dashed.
+    """
+    figure, (roof, shares) = subplots(1, 2, size=(4.8, 3.6))
+    dots = [r for r in reached if r.flops > 0 and r.bytes > 0 and r.seconds > 0]
+    intensity = [r.flops / r.bytes for r in dots]
+    corner = ceiling.flops / ceiling.bandwidth
+    line = np.geomspace(min([*intensity, corner]) / 4, max([*intensity, corner]) * 4, 100)
+    if sheet is not None:
+        above = np.minimum(sheet.flops, sheet.bandwidth * line) / 1e12
+        roof.plot(line, above, "--", color=DARK_GREY, label="data sheet")
+    roof.plot(line, np.minimum(ceiling.flops, ceiling.bandwidth * line) / 1e12, color=INK)
+
+    for i, (r, x) in enumerate(zip(dots, intensity)):
+        y = r.flops / r.seconds / 1e12
+        roof.plot(x, y, "o", color=f"C{i}")
+        roof.annotate(r.component, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=8)
+    roof.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s")
+    roof.set(title="each part of a step under its roof")
+    if sheet is not None:
+        roof.legend(loc="lower right")
+
+    bars = [r for r in reached if r.seconds > 0]
+    places = range(len(bars))
+    drawn = shares.barh(places, [100 * r.share for r in bars], color=BLUE)
+    shares.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
+    shares.set_yticks(places, [f"{r.component}\n{r.binds}" for r in bars])
+    shares.invert_yaxis()
+    shares.grid(visible=False, axis="y")
+    shares.axvline(100, color=INK, linewidth=1)
+    shares.set(xlabel="% of the bound", title="what is reached")
+    return figure

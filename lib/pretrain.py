@@ -28,7 +28,14 @@ from lib.params import count_params
 from lib.preflight.memory import choose_layout, parse_mesh, peak_bytes
 from lib.preflight.plan import Plan, compare, count_tokens
 from lib.preflight.search import with_microbatch
-from lib.recipes import SHARD_CHARS, fit_horizon, pick_preset, pick_shards, tokenizer_of
+from lib.recipes import (
+    SHARD_CHARS,
+    fit_horizon,
+    pick_preset,
+    pick_shards,
+    suited_to,
+    tokenizer_of,
+)
 from lib.runs import start_afresh
 from lib.runtime import host
 from lib.train import checkpoint
@@ -83,7 +90,8 @@ def choose_model(wishes: Wishes, device: dict, tokenizer: Tokenizer) -> Config:
     if chosen == "auto":
         chosen, why = pick_preset(device)
     print(f"preset      {chosen}: {why}")
-    return Config.preset(chosen, vocab_size=tokenizer.vocab_size, **wishes.fields)
+    fields = suited_to(device) | wishes.fields
+    return Config.preset(chosen, vocab_size=tokenizer.vocab_size, **fields)
 
 
 # ---- the text ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ this device finishes in the time it has, and as much text as that model can read
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lib.config import Config
 from lib.data.packing import MOST_EPOCHS
@@ -49,6 +49,17 @@ def pick_preset(device: dict) -> Choice:
     if "t4" in kind:
         return Choice("colab_free_t4", "an hour on one T4, computed in float32: it has no bfloat16")
     return Choice("gpu", "one GPU with 16 GB or more")
+
+
+def suited_to(device: dict) -> dict[str, Any]:
+    """Config fields that change no result, as this kind of device computes fastest (LOG.md).
+
+    On a GPU the copies that a scan over layers makes cost a quarter of a step, and unrolled layers
+    compile as fast; larger chunks of logits are larger products.
+    """
+    if device["platform"] == "gpu":
+        return {"scan_layers": False, "loss_chunk": 8192}
+    return {}
 
 
 class Text(NamedTuple):

@@ -5,6 +5,7 @@ import pytest
 from lib import recipes
 from lib.config import PRESETS, Config
 from lib.data import SOURCES
+from lib.train import changes
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,15 @@ from lib.data import SOURCES
 def test_every_device_gets_a_preset_and_a_reason(platform, kind, count, preset):
     picked, why = recipes.pick_preset(dict(platform=platform, kind=kind, count=count))
     assert picked == preset and picked in PRESETS and why
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_suits_a_gpu_changes_no_result(preset):
+    """Only fields with which a run may go on that began without them."""
+    fields = recipes.suited_to(dict(platform="gpu"))
+    assert Config.preset(preset, **fields).scan_layers is False
+    assert fields.keys() <= set(changes.HOW)
+    assert recipes.suited_to(dict(platform="tpu")) == {} == recipes.suited_to(dict(platform="cpu"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

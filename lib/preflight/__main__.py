@@ -106,7 +106,10 @@ class Ask:
     """Write a page of sliders and menus that estimates in a browser: dashboard.html, or --to"""
     to: str = ""
     """Where to write it"""
-    calibrate: bool = False
+    calibrate: str = ""
+    """A file that 06_speed wrote on such a chip: its measured ceilings instead of the data
+    sheet's"""
+    published: bool = False
     """Compare the bound with the published v6e-1 measurement instead"""
 
 
@@ -168,8 +171,8 @@ def main(args: Args):
         print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
     elif args.ask.table:
         print(fits_table())
-    elif args.ask.calibrate:
-        calibrate(args)
+    elif args.ask.published:
+        compare_with_published(args)
     else:
         answer(args)
 
@@ -177,6 +180,7 @@ def main(args: Args):
 def answer(args: Args):
     """Print the report of a step and the plan of a run, after a search where one is asked for."""
     from lib.chips import rented
+    from lib.preflight.calibrate import calibrated, recalibrate
     from lib.preflight.compile import as_compiled, for_chip, inspect
     from lib.preflight.estimate import estimate, report_text
     from lib.preflight.memory import parse_mesh
@@ -188,6 +192,8 @@ def answer(args: Args):
         parse_mesh(args.where.mesh),
         args.where.strategy,
     )
+    # a file that cannot be used is told before anything is compiled
+    measured = calibrated(where.chip, args.ask.calibrate) if args.ask.calibrate else None
     if args.ask.estimate or not where.chip.is_tpu:
         config = for_chip(config, where.chip)
     else:
@@ -199,6 +205,8 @@ def answer(args: Args):
         report = estimate(config, where, strategy, mesh)
     else:
         report = inspect(config, where.name, strategy, mesh, args.ask.decode)
+    if measured is not None:
+        report = recalibrate(report, config, where.chip, measured)
     cost = args.cost
     pay = Payment(cost.pay, cost.price, cost.units)
     planned = plan(config, where.chip, where.chips, cost.mfu, pay, report.peak)
@@ -234,7 +242,7 @@ def search_first(args: Args, config, where, mesh):
     return config.replace(**result.best)
 
 
-def calibrate(args: Args):
+def compare_with_published(args: Args):
     """Print how far a published measurement is from its bound."""
     from lib.chips import tpu_slice
     from lib.config import Config

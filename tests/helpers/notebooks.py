@@ -57,6 +57,9 @@ SMOKE = {
         test_items=4,
         test_samples=2,
     ),
+    "06_speed": dict(
+        run="smoke", preset="cpu_demo", overrides=f"n_layer=1 {TINY}", rows="1 2", seconds=0.01
+    ),
 }
 PRODUCTS = {
     "01_tokenizer": ["tokenizer.json", "results.json", "plots/tokenizer_compression.png"],
@@ -92,6 +95,7 @@ PRODUCTS = {
         "evals/base.json",
         "evals/sft.json",
     ],
+    "06_speed": ["cpu.json", "plots/products.png", "plots/roofline.png"],
     "05_rl": ["plots/reinforcement.png", "rl/step_00000002", "evals/rl.json"],
 }
 

@@ -63,7 +63,8 @@ def test_each_notebook_asks_for_the_machine_that_it_needs():
         metadata = json.loads(source.with_suffix(".ipynb").read_text())["metadata"]
         asked[source.stem[:2]] = metadata.get("accelerator"), metadata["colab"].get("gpuType")
     tpu = ("TPU", "V5E1")
-    expected = {"01": (None, None), "02": tpu, "03": tpu, "04": (None, None), "05": tpu}
+    expected = {number: tpu for number in ("02", "03", "05", "06")}
+    expected |= {number: (None, None) for number in ("01", "04")}
     assert asked == {number: expected[number] for number in asked}
 
 
@@ -95,6 +96,7 @@ CHOICES = {
         "optimizer": ["adamw", "muon"],
         "if_exists": ["continue", "fresh", "stop"],
     },
+    "06_speed": {"preset": ["auto", *PRESETS]},
 }
 
 

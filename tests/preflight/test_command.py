@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from lib.chips import V6E
 from lib.files import UserError
 from lib.preflight import __main__ as command
 from lib.preflight.cache import has_libtpu
@@ -73,10 +74,40 @@ def test_json(capsys):
 
 
 def test_a_published_measurement_stays_below_its_bound(capsys):
-    ask("--calibrate", "--estimate")
+    ask("--published", "--estimate")
     line = capsys.readouterr().out.splitlines()[-1]
     share = float(line.partition("measured: ")[2].partition("%")[0])
     assert "477,000 tokens/s" in line and 30 < share < 100
+
+
+def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
+    """At half of both, twice the time; MFU is of the data sheet all the same."""
+    path = tmp_path / "chip.json"
+    half = dict(device="TPU v6 lite", flops=V6E.flops / 2, bandwidth=V6E.bandwidth / 2)
+    path.write_text(json.dumps(half))
+    question = ["--depth", "4", "--estimate", "--json"]
+    ask(*question)
+    sheet = json.loads(capsys.readouterr().out)
+    ask(*question, "--calibrate", str(path))
+    measured = json.loads(capsys.readouterr().out)
+    for name, bound in sheet["bound"].items():
+        assert measured["bound"][name]["seconds"] == pytest.approx(2 * bound["seconds"], rel=1e-6)
+    assert measured["mfu"] == pytest.approx(sheet["mfu"] / 2)
+    assert "459 TFLOP/s, 800 GB/s measured" in measured["source"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(device="TPU v5 lite", flops=1.0, bandwidth=1.0), "measured on TPU v5 lite, not on"),
+        (dict(device="TPU v6 lite", flops=1.0), "is no file of 06_speed"),
+    ],
+)
+def test_a_file_of_another_chip_is_refused(tmp_path, fields, message):
+    path = tmp_path / "chip.json"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=message):
+        ask("--depth", "4", "--estimate", "--calibrate", str(path))
 
 
 @pytest.mark.tpu
