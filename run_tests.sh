@@ -32,5 +32,6 @@ fi
 [ "${1:-}" != --setup-only ] || exit 0
 
 cores=$(getconf _NPROCESSORS_ONLN)
-export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="$PWD/.cache/jax"
-exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile "${which[@]}" "$@"
+export JAX_PLATFORMS=cpu
+# tests/conftest.py says which files begin first
+exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

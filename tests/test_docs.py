@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +11,7 @@ from lib.evals import questions
 from lib.notebook import parameters, parse_overrides
 from lib.tasks import tasks
 from lib.train.finetune import parse_mixture
-from tests.helpers import ROOT
+from tests.helpers import ROOT, programs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -61,15 +59,23 @@ def test_tasks_that_are_named_can_be_asked(tmp_path, monkeypatch):
         assert questions.find(teach.task_names(words, []), tasks())
 
 
+@pytest.fixture(scope="module")
+def helps():
+    """{command: how it ends when it is asked for help}, of the rooms' commands."""
+    lines = with_python("-m")
+    runs = []
+    for line in lines:
+        _, _, *words = shlex.split(line)
+        # what stands before the first flag: the room, and maybe what it is to do
+        first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+        runs.append([*words[:first], "--help"])
+    return dict(zip(lines, programs.run_scripts(*runs, cwd=ROOT)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", with_python("-m"))
-def test_commands_of_rooms_have_these_flags(line):
-    words = shlex.split(line)
-    # what stands before the first flag: the room, and maybe what it is to do
-    first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    done = subprocess.run(
-        [sys.executable, *words[1:first], "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+def test_commands_of_rooms_have_these_flags(line, helps):
+    done = helps[line]
     assert done.returncode == 0, done.stderr
     for name in options(line):
         assert re.search(rf"--{name}\b", done.stdout), name

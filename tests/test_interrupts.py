@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lib.interrupts import interruptible
+from lib.interrupts import heard, interruptible
 from lib.train.checkpoint import restore
 from tests.helpers import programs
 
@@ -38,6 +38,52 @@ def test_no_handlers_outside_the_main_thread():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_only_the_signals_that_are_named_and_in_silence(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    with interruptible("", signals=[signal.SIGINT]) as flag:
+        assert signal.getsignal(signal.SIGTERM) is before
+        signal.raise_signal(signal.SIGINT)
+        assert flag.stop
+    assert capsys.readouterr().out == ""
+
+
+def wait_for_a_key(pressed_after: float, key_after: float) -> float:
+    """Read from a pipe until Ctrl-C, which the system gives to another thread; the seconds till it
+    is heard. A key comes later.
+    """
+    reader, writer = os.pipe()
+    over = threading.Event()
+
+    def press():
+        time.sleep(pressed_after)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        over.wait(key_after)
+        os.write(writer, b"x")
+
+    thread = threading.Thread(target=press)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+        os.read(reader, 1)
+        time.sleep(1)
+    seconds = time.monotonic() - began
+    over.set()
+    thread.join()
+    os.close(reader)
+    os.close(writer)
+    return seconds
+
+
+def test_ctrl_c_is_heard_by_who_waits_for_a_key():
+    before = signal.getsignal(signal.SIGURG)
+    with heard():
+        assert wait_for_a_key(0.05, 2) < 1.5
+    assert signal.getsignal(signal.SIGURG) is before
+    assert "nudge" not in {thread.name for thread in threading.enumerate()}
+    # and this is what it is for
+    assert wait_for_a_key(0.05, 0.4) > 0.4
 
 
 def test_sigterm_saves_then_exits(tmp_path):

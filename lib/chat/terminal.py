@@ -8,7 +8,6 @@ import secrets
 import select
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
 from lib.generate import Engine, Sampling
+from lib.interrupts import heard, interruptible
 from lib.runs import Model
 
 HELP = """/clear        forget the conversation
@@ -214,10 +214,12 @@ class Talk:
         last = None
         stopped = False
         pieces = reply(self.engine, ids, sampling, reader)
-        with _interrupted() as flag, contextlib.closing(pieces):
+        # so that an answer ends between two tokens
+        ctrl_c = interruptible("", signals=[signal.SIGINT])
+        with ctrl_c as flag, contextlib.closing(pieces):
             for piece in pieces:
                 last = self._show(piece, last)
-                stopped = flag.is_set()
+                stopped = flag.stop
                 if stopped:
                     break
         print(self._close(last), flush=True)
@@ -320,28 +322,6 @@ class Talk:
         except UserError:
             self.settings = before
             raise
-
-
-@contextlib.contextmanager
-def _interrupted():
-    """An Event that the first Ctrl-C sets, so that an answer ends between two tokens; a second one
-    interrupts at once.
-    """
-    flag = threading.Event()
-
-    def handler(signum, frame):
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _load(path: str, tokenizer: Tokenizer) -> list[dict]:
@@ -471,7 +451,7 @@ def _in_a_terminal(talk: Talk, folder: Path):
         # \x01 and \x02 tell readline that what is between them takes no room
         return input(f"\x01{you}\x02{prompt}\x01{end}\x02" if you else prompt)
 
-    with _line_editing(folder / ".chat_history"):
+    with _line_editing(folder / ".chat_history"), heard():
         converse(talk, read, more_is_typed)
 
 

@@ -1,5 +1,6 @@
 """What the layers of a model look at: the weights that attention gives to every position."""
 
+import functools
 import math
 
 import jax
@@ -17,21 +18,35 @@ def attention_weights(params, config: Config, tokens_BT) -> list[np.ndarray]:
     The model's own block, handed an attention that keeps its weights. For pictures of short texts:
     the weights of all positions are held at once.
     """
-    # what enters the first layer, as in the model's own forward
-    tokens_BT = jnp.asarray(tokens_BT)
-    x0_BTD = x_BTD = embed(params, config, tokens_BT)
+    # layer by layer, each handed an attention that gives its weights back
+    x0_BTD, blocks, tables, rope = _enter(params, config, jnp.asarray(tokens_BT))
+    x_BTD = x0_BTD
+    kept = []
+    for i, w in enumerate(blocks):
+        x_BTD, weights_BNTS = _layer(
+            x_BTD, x0_BTD, w, tables.get(i), config, rope, config.windows[i]
+        )
+        kept.append(np.asarray(weights_BNTS))
+    return kept
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _enter(params, config: Config, tokens_BT):
+    """What enters the first layer, as in the model's own forward, and what each layer is given:
+    its weights, its values {layer: table}, the rotations.
+    """
+    x0_BTD = embed(params, config, tokens_BT)
     ve = value_embeddings(params, tokens_BT, config)
     layers = unstack({**params, "value_embeds": ve}, config)
     rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config)
+    return x0_BTD, layers["blocks"], layers["value_embeds"], rope
 
-    # layer by layer, each handed an attention that gives its weights back
-    kept = []
-    for i, w in enumerate(layers["blocks"]):
-        attend = _keeping(config.windows[i])
-        ve_BTKH = layers["value_embeds"].get(i)
-        x_BTD, weights_BNTS = block(x_BTD, x0_BTD, w, ve_BTKH, config, rope, attend)
-        kept.append(np.asarray(weights_BNTS))
-    return kept
+
+# compiled once for all layers that are alike
+@functools.partial(jax.jit, static_argnames=("config", "window"))
+def _layer(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, window: int):
+    """One layer's output, and the weights (B, N, T, S) of its attention."""
+    return block(x_BTD, x0_BTD, w, ve_BTKH, config, rope, _keeping(window))
 
 
 def _keeping(window: int):

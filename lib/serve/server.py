@@ -124,6 +124,9 @@ class Server:
             http=bounded(settings, state.metrics),
             ws="none",
             backlog=BACKLOG,
+            # uvicorn's own configuration would close the log handlers of all others in this
+            # process, and absl's closes the sys.stderr that it was made with
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,

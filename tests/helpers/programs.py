@@ -1,5 +1,6 @@
 """The programs of tests/programs, started as processes of their own with this checkout's `lib`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,3 +36,15 @@ def run(name: str, *args, env: dict | None = None, **options) -> subprocess.Comp
         text=True,
         **options,
     )
+
+
+def run_scripts(*runs, env: dict | None = None, **options) -> list[subprocess.CompletedProcess]:
+    """How each of `runs` ends, (script, its arguments...), all in one process.
+
+    A process and its imports cost seconds. A name without .py is that of a module.
+    """
+    words = [[str(word) for word in run] for run in runs]
+    done = run("run_scripts", json.dumps(words), env=env, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(done.stdout.rpartition("RESULT")[2])
+    return [subprocess.CompletedProcess(*result) for result in zip(words, *zip(*results))]

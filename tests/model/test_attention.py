@@ -217,6 +217,7 @@ def test_compiles_for_a_tpu():
         TPU_ACCELERATOR_TYPE="v6e-1",
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="0",
     )
     run = programs.run("compile_attention", env=env)
     assert run.returncode == 0, run.stderr[-3000:]

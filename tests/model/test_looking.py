@@ -46,15 +46,23 @@ def test_weights_are_shares_of_what_a_query_may_see(params):
 def test_the_stream_that_it_follows_is_the_model_s(params, monkeypatch):
     """The last layer's output leads to the very logits of forward."""
     outputs = []
+    layer = looking._layer
 
     def spy(*args):
-        x, kept = transformer.block(*args)
+        x, weights = layer(*args)
         outputs.append(x)
-        return x, kept
+        return x, weights
 
-    monkeypatch.setattr(looking, "block", spy)
+    monkeypatch.setattr(looking, "_layer", spy)
     tokens = jax.random.randint(jax.random.key(3), (1, 40), 0, 64)
     looking.attention_weights(params, CONFIG, tokens)
-    normed = transformer.final_norm(outputs[-1], outputs[1], params, CONFIG)
-    logits = transformer.logits(params, CONFIG, normed)
-    np.testing.assert_allclose(logits, model.forward(params, CONFIG, tokens)[0], atol=1e-4)
+
+    @jax.jit
+    def both(last, second):
+        """Logits of the stream, and the model's."""
+        normed = transformer.final_norm(last, second, params, CONFIG)
+        followed = transformer.logits(params, CONFIG, normed)
+        return followed, model.forward(params, CONFIG, tokens)[0]
+
+    followed, wanted = both(outputs[-1], outputs[1])
+    np.testing.assert_allclose(followed, wanted, atol=1e-4)

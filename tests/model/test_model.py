@@ -17,6 +17,7 @@ from tests.helpers.golden import load, parity_model
 
 forward = jax.jit(model.forward, static_argnums=1)
 loss_and_grad = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True), static_argnums=1)
+token_losses = jax.jit(model.token_losses, static_argnums=1)
 TINY = Config(
     vocab_size=100,
     sequence_len=256,
@@ -66,7 +67,7 @@ def test_logits_and_token_losses_match_the_reference():
     io = load("model_A_io.safetensors")
     logits, _ = forward(params, config, io["idx"])
     assert logits.dtype == jnp.float32 and np.abs(logits - io["logits"]).max() < 3e-5
-    losses = model.token_losses(params, config, io["idx"], io["targets"])
+    losses = token_losses(params, config, io["idx"], io["targets"])
     assert np.abs(losses - io["loss_per_token"]).max() < 5e-5
 
 
@@ -132,17 +133,24 @@ def test_short_windows_end_where_the_reference_says():
     assert seen(72) and not seen(71) and not seen(201)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
-def test_scanned_layers_equal_unrolled_ones(remat):
+# three groups of two layers, and a last layer of its own
+SEVEN = TINY.replace(n_layer=7)
+
+
+@pytest.fixture(scope="module")
+def unrolled():
+    """Loss and gradients of seven layers that are not scanned."""
     x = tokens(2, 64)
-    c = TINY.replace(n_layer=7)  # three groups of two, and a last layer of its own
-    assert group_size(c) == (2, 3) and group_size(c.replace(scan_layers=False)) == (
-        2,
-        0,
-    )
-    params = tiny_params(c)
-    (loss, _), grads = loss_and_grad(params, c.replace(remat=remat), x, x)
-    (want, _), expected = loss_and_grad(params, c.replace(scan_layers=False), x, x)
+    return loss_and_grad(tiny_params(SEVEN), SEVEN.replace(scan_layers=False), x, x)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+def test_scanned_layers_equal_unrolled_ones(unrolled, remat):
+    x = tokens(2, 64)
+    assert group_size(SEVEN) == (2, 3)
+    assert group_size(SEVEN.replace(scan_layers=False)) == (2, 0)
+    (loss, _), grads = loss_and_grad(tiny_params(SEVEN), SEVEN.replace(remat=remat), x, x)
+    (want, _), expected = unrolled
     assert float(loss) == pytest.approx(float(want), rel=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
@@ -186,8 +194,8 @@ def test_each_part_can_be_switched_and_matters(parts):
     params = tiny_params(c)
     (loss, _), grads = loss_and_grad(params, c, x, x)
     assert np.isfinite(loss) and all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-    plain = jax.value_and_grad(lambda p: dense_loss(p, c, x, x))(params)
-    assert float(loss) == pytest.approx(float(plain[0]), rel=1e-6)
+    plain = jax.jit(dense_loss, static_argnums=1)(params, c, x, x)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-6)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -201,13 +209,20 @@ def dense_loss(params, config, x, y):
     return -jnp.sum(jnp.where(y >= 0, picked, 0)) / jnp.maximum((y >= 0).sum(), 1)
 
 
-@pytest.mark.parametrize("chunk", [7, 48, 64, 10_000])
-def test_chunked_loss_equals_autodiff_of_the_whole(chunk):
-    c = TINY.replace(n_layer=2, loss_chunk=chunk, window_pattern="L")
+@pytest.fixture(scope="module")
+def whole():
+    """(config, inputs, targets, loss, gradients), the loss taken of all logits at once."""
+    c = TINY.replace(n_layer=2, window_pattern="L")
     x, y = tokens(2, 48), tokens(2, 48, seed=1)
     y[0, 5:20] = -1
-    (loss, _), grads = loss_and_grad(tiny_params(c), c, x, y)
-    want, expected = jax.value_and_grad(lambda p: dense_loss(p, c, x, y))(tiny_params(c))
+    dense = jax.jit(jax.value_and_grad(dense_loss), static_argnums=1)
+    return c, x, y, *dense(tiny_params(c), c, x, y)
+
+
+@pytest.mark.parametrize("chunk", [7, 48, 64, 10_000])
+def test_chunked_loss_equals_autodiff_of_the_whole(whole, chunk):
+    c, x, y, want, expected = whole
+    (loss, _), grads = loss_and_grad(tiny_params(c), c.replace(loss_chunk=chunk), x, y)
     assert float(loss) == pytest.approx(float(want), rel=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)

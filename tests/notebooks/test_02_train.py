@@ -17,7 +17,7 @@ import yaml
 from lib.data import documents, head
 from lib.data.tokenizer import Tokenizer
 from lib.train.metrics import read_jsonl
-from tests.helpers import ROOT
+from tests.helpers import ROOT, programs
 from tests.helpers.golden import load
 from tests.helpers.notebooks import CORPUS, SMOKE, TINY, check_products, script, words_of
 
@@ -166,29 +166,41 @@ def test_02_in_two_processes_stops_and_goes_on_as_one(alone):
     assert (run / "sft").exists()
 
 
-@pytest.mark.parametrize(
-    "settings, said",
-    [
-        (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
-        (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
-        (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
-        (
-            dict(overrides=SHARED["overrides"] + " microbatch=4"),
-            "microbatch=4 rows cannot be split over 8 devices",
-        ),
-        (
-            dict(coordinator="127.0.0.1:1", host_count=2),
-            "coordinator '127.0.0.1:1', process -1 of 2: give process 0's host:port, and an index",
-        ),
-        (
-            dict(host_count=2, host_index=0),
-            "process 0 of 2 does not know the others: give coordinator",
-        ),
-    ],
-)
-def test_02_refuses_what_cannot_be_shared_out(alone, settings, said):
-    [(_, err)] = finish(start_02(alone[0], 8, run="wrong", **settings), code=2)
-    assert said in err and err.startswith("Error: ") and err.count("\n") == 1
+# settings, and what the sentence says
+REFUSED = [
+    (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
+    (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
+    (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
+    (
+        dict(overrides=SHARED["overrides"] + " microbatch=4"),
+        "microbatch=4 rows cannot be split over 8 devices",
+    ),
+    (
+        dict(coordinator="127.0.0.1:1", host_count=2),
+        "coordinator '127.0.0.1:1', process -1 of 2: give process 0's host:port, and an index",
+    ),
+    (
+        dict(host_count=2, host_index=0),
+        "process 0 of 2 does not know the others: give coordinator",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(alone):
+    """How 02 on eight devices ends with each of these settings."""
+    settings = [SHARED | dict(run="wrong") | changes for changes, _ in REFUSED]
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    runs = [(ROOT / "02_train.py", *words_of(each)) for each in settings]
+    return programs.run_scripts(*runs, env=env, cwd=alone[0], timeout=240)
+
+
+@pytest.mark.parametrize("case", range(len(REFUSED)))
+def test_02_refuses_what_cannot_be_shared_out(refusals, case):
+    done, (_, said) = refusals[case], REFUSED[case]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
 def test_a_process_with_other_settings_ends_all(alone):

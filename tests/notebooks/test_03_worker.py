@@ -2,22 +2,22 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import ROOT
-from tests.helpers.notebooks import CORPUS, SMOKE
+from tests.helpers import ROOT, programs
+from tests.helpers.notebooks import CORPUS, SMOKE, words_of
 from tests.helpers.wandb_server import StandIn
 
 TINY = SMOKE["02_train"]["overrides"]
 
 
 def script(name, cwd, env=None, **flags):
-    words = [word for k, v in flags.items() for word in (f"--{k.replace('_', '-')}", str(v))]
     return subprocess.run(
-        [sys.executable, ROOT / f"{name}.py", *words],
+        [sys.executable, ROOT / f"{name}.py", *words_of(flags)],
         cwd=cwd,
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
         capture_output=True,
@@ -88,57 +88,65 @@ def test_what_to_read_may_stand_in_the_sweep_itself(workdir, sweep):
     assert said["source"] == {"values": [CORPUS, "stdlib"]} and said["shards"] == {"value": 8}
 
 
-@pytest.mark.parametrize(
-    "text, flags, said",
-    [
-        ("method: grid", {}, "needs parameters"),
-        ("method: [grid", {}, "is not YAML"),
-        (
-            "parameters: {depth: {value: 1}, matrix_lr: {min: 1e-3, max: 1e-1}}",
-            dict(overrides="matrix_lr=0.1"),
-            "varies",
-        ),
-        (
-            "method: grid\nparameters: {depth: {values: [1, 2]}, head_dim: {value: 7}}",
-            {},
-            "none of 2 combinations .* even",
-        ),
-        (
-            "method: grid\nparameters: {depth: {value: 1}}",
-            dict(overrides="dept=1"),
-            "config field 'dept'",
-        ),
-        (
-            "method: grid\nparameters: {depth: {value: 1}}",
-            dict(join="nowhere-123456"),
-            "no sweep in",
-        ),
-        (
-            "method: grid\nparameters: {depth: {value: 1}}",
-            dict(sweep="nothing"),
-            "ablate, isoflop, miniseries, search",
-        ),
-        (
-            "method: grid\nparameters: {depth: {value: 1}}",
-            dict(sweep="missing.yaml"),
-            "cannot read the sweep missing.yaml",
-        ),
-        ("method: grid\nparameters: {depth: {value: 1}}", dict(population=0), "population=0"),
-        (
-            "method: grid\nparameters: {depth: {value: 1}}",
-            dict(population=2, driver="wandb"),
-            "population=2 needs driver=local",
-        ),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_is_trained(workdir, sweep, text, flags, said):
-    import re
+# a sweep's text, other flags, and what the sentence says
+WRONG = [
+    ("method: grid", {}, "needs parameters"),
+    ("method: [grid", {}, "is not YAML"),
+    (
+        "parameters: {depth: {value: 1}, matrix_lr: {min: 1e-3, max: 1e-1}}",
+        dict(overrides="matrix_lr=0.1"),
+        "varies",
+    ),
+    (
+        "method: grid\nparameters: {depth: {values: [1, 2]}, head_dim: {value: 7}}",
+        {},
+        "none of 2 combinations .* even",
+    ),
+    (
+        "method: grid\nparameters: {depth: {value: 1}}",
+        dict(overrides="dept=1"),
+        "config field 'dept'",
+    ),
+    (
+        "method: grid\nparameters: {depth: {value: 1}}",
+        dict(join="nowhere-123456"),
+        "no sweep in",
+    ),
+    (
+        "method: grid\nparameters: {depth: {value: 1}}",
+        dict(sweep="nothing"),
+        "ablate, isoflop, miniseries, search",
+    ),
+    (
+        "method: grid\nparameters: {depth: {value: 1}}",
+        dict(sweep="missing.yaml"),
+        "cannot read the sweep missing.yaml",
+    ),
+    ("method: grid\nparameters: {depth: {value: 1}}", dict(population=0), "population=0"),
+    (
+        "method: grid\nparameters: {depth: {value: 1}}",
+        dict(population=2, driver="wandb"),
+        "population=2 needs driver=local",
+    ),
+]
 
-    done = script("03_worker", workdir, **sweep(text, "wrong") | flags)
-    assert done.returncode == 2 and re.search(f"Error: .*{said}", done.stderr), (
-        done.stdout + done.stderr
-    )
-    assert "Traceback" not in done.stderr
+
+@pytest.fixture(scope="module")
+def refusals(workdir):
+    """How 03 ends with each of these."""
+    runs = []
+    for i, (text, flags, _) in enumerate(WRONG):
+        (workdir / f"wrong{i}.yaml").write_text(text)
+        sweep = dict(run="smoke", source=CORPUS, budget="smoke", sweep=f"wrong{i}.yaml")
+        runs.append((ROOT / "03_worker.py", *words_of(sweep | flags)))
+    return programs.run_scripts(*runs, cwd=workdir, timeout=300)
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_what_is_wrong_is_said_before_anything_is_trained(refusals, case):
+    done, (_, _, said) = refusals[case], WRONG[case]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(f"Error: .*{said}", done.stderr) and "Traceback" not in done.stderr
 
 
 def test_a_wandb_sweep_from_start_to_table_and_joined_from_elsewhere_by_its_id(

@@ -17,7 +17,7 @@ from lib.interop.exports import FORMATS
 from lib.notebook import flags, parameters
 from lib.sweeps import presets as sweep_presets
 from lib.train.policy import PRESETS as rl_presets
-from tests.helpers import ROOT
+from tests.helpers import ROOT, programs
 from tests.helpers.notebooks import NOTEBOOKS, SMOKE, check_products, script, words_of
 
 each_notebook = pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
@@ -133,14 +133,22 @@ def test_runs_as_script(source, workdir):
     }
 
 
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory):
+    """{notebook: how it ends when it is asked for help}."""
+    folder = tmp_path_factory.mktemp("help")
+    done = programs.run_scripts(*([source, "--help"] for source in NOTEBOOKS), cwd=folder)
+    assert not list(folder.iterdir())  # asking for help makes nothing
+    return dict(zip(NOTEBOOKS, done))
+
+
 @each_notebook
-def test_help_lists_every_flag_and_a_wrong_one_ends_it(source, tmp_path, capsys):
-    done = script(source, "--help", cwd=tmp_path)
+def test_help_lists_every_flag_and_a_wrong_one_ends_it(source, helps, capsys):
+    done = helps[source]
     assert done.returncode == 0, done.stderr
     for p in parameters(source.read_text()):
         assert re.search(rf"--(no-)?{p.name.replace('_', '-')}\b", done.stdout)
         assert p.help and p.help.split(" ")[0] in done.stdout
-    assert not list(tmp_path.iterdir())  # asking for help makes nothing
 
     name = parameters(source.read_text())[0].name
     with pytest.raises(SystemExit) as stop:

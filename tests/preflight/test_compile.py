@@ -66,7 +66,9 @@ MESHED = dict(
 def ask(config, *questions):
     """Answers of tests/programs/preflight_compile.py."""
     request = json.dumps(dict(config=config, ask=questions))
-    done = programs.run("preflight_compile", request, timeout=300)
+    # as for a real chip, unlike other tests
+    env = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = programs.run("preflight_compile", request, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

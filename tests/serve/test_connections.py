@@ -1,6 +1,7 @@
 """People who connect and ask for nothing, or not to the end; and a log that says a thing once."""
 
 import contextlib
+import io
 import json
 import logging
 import re
@@ -194,7 +195,7 @@ def test_a_log_says_a_thing_once_a_minute_and_then_how_often():
     assert len(shown) == 3003 and len(once.said) <= 1001
 
 
-def test_a_broken_request_is_logged_once(capfd):
+def test_a_broken_request_is_logged_once(caplog):
     logger = logging.getLogger("uvicorn.error")
     filters = list(logger.filters)
     with serving() as server:
@@ -202,5 +203,14 @@ def test_a_broken_request_is_logged_once(capfd):
             with connect(server) as connection:
                 connection.sendall(b"\x00\x01\r\n\r\n")
                 assert b" 400 " in read_to_the_end(connection)
-    assert capfd.readouterr().err.count("Invalid HTTP request") == 1
+    assert caplog.text.count("Invalid HTTP request") == 1
     assert logger.filters == filters
+
+
+def test_a_server_leaves_the_logs_of_others_alone():
+    """absl, which optax brings, closes with its handler the sys.stderr of the time it was made."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.close = stream.close
+    Server(model(), serve.Settings(run=str(parrot.run()), port=0)).socket.close()
+    assert not stream.closed and not logging.getLogger("uvicorn").handlers
