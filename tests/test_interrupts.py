@@ -86,6 +86,7 @@ def test_ctrl_c_is_heard_by_who_waits_for_a_key():
     assert wait_for_a_key(0.05, 0.4) > 0.4
 
 
+@pytest.mark.slow
 def test_sigterm_saves_then_exits(tmp_path):
     process = programs.start("save_when_stopped", tmp_path, stdout=subprocess.PIPE)
     assert process.stdout.readline() == "running\n"

@@ -215,11 +215,13 @@ def run(*args, **kwargs):
     return subprocess.run(args, capture_output=True, timeout=120, **dict(text=True) | kwargs)
 
 
+@pytest.mark.slow
 def test_a_single_prompt_prints_the_answer_and_nothing_else():
     done = run("--prompt", "-", input="What is 37 plus 85?\n".strip())
     assert (done.returncode, done.stdout) == (0, "Let me see. 37 plus 85 is **122**.\n")
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence():
     done = run("--prompt", "hello", "--top-p", "2")
     assert (
@@ -237,6 +239,7 @@ def test_bad_input_is_one_sentence():
     )
 
 
+@pytest.mark.slow
 def test_a_piped_conversation_with_every_command(tmp_path):
     file = tmp_path / "chat.json"
     lines = [
@@ -330,6 +333,7 @@ class Terminal:
             os.close(self.fd)
 
 
+@pytest.mark.slow
 def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     terminal = Terminal()
     begin = terminal.until("> \033[0m")
@@ -356,6 +360,7 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_pasted_lines_are_one_message_in_a_real_terminal(tmp_path):
     # with the marks that a terminal sets around what is pasted, and without
     for before, after in (("", ""), ("\033[200~", "\033[201~")):
@@ -375,6 +380,7 @@ def test_pasted_lines_are_one_message_in_a_real_terminal(tmp_path):
         assert saved[0] == {"role": "user", "content": "one\ntwo\nthree"}
 
 
+@pytest.mark.slow
 def test_no_color_is_respected():
     terminal = Terminal(NO_COLOR="1")
     shown = terminal.until("> ")

@@ -208,6 +208,7 @@ def test_cached_decoding_is_refused():
     importlib.util.find_spec("libtpu") is None,
     reason="compiling for a TPU without one needs the preflight extra: pip install libtpu",
 )
+@pytest.mark.tpu
 def test_compiles_for_a_tpu():
     """Forward and backward in bfloat16; a policy that saves the residuals leaves no second forward
     kernel.

@@ -15,6 +15,7 @@ import tiktoken
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 
+pytestmark = pytest.mark.slow
 SCRIPT = str(Path(__file__).parents[2] / "01_tokenizer.py")
 
 

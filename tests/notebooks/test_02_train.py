@@ -21,6 +21,7 @@ from tests.helpers import ROOT, programs
 from tests.helpers.golden import load
 from tests.helpers.notebooks import CORPUS, SMOKE, TINY, check_products, script, words_of
 
+pytestmark = pytest.mark.slow
 SHARED = SMOKE["02_train"] | dict(
     num_steps=30,
     eval_every=30,

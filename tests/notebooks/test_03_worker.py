@@ -12,6 +12,7 @@ from tests.helpers import ROOT, programs
 from tests.helpers.notebooks import CORPUS, SMOKE, words_of
 from tests.helpers.wandb_server import StandIn
 
+pytestmark = pytest.mark.slow
 TINY = SMOKE["02_train"]["overrides"]
 
 

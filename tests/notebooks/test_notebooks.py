@@ -31,6 +31,7 @@ def test_every_notebook_has_smoke_settings():
     assert [p.stem for p in NOTEBOOKS] == list(SMOKE)
 
 
+@pytest.mark.slow
 def test_notebooks_match_their_sources():
     done = subprocess.run(
         ["bash", ROOT / "update_notebooks.sh", "--check"], capture_output=True, text=True
@@ -116,6 +117,7 @@ def workdir(tmp_path_factory):
 
 
 @each_notebook
+@pytest.mark.slow
 def test_runs_as_script(source, workdir):
     args = words_of(SMOKE[source.stem])
     first = script(source, *args, cwd=workdir)
@@ -143,6 +145,7 @@ def helps(tmp_path_factory):
 
 
 @each_notebook
+@pytest.mark.slow
 def test_help_lists_every_flag_and_a_wrong_one_ends_it(source, helps, capsys):
     done = helps[source]
     assert done.returncode == 0, done.stderr

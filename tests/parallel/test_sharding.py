@@ -129,6 +129,7 @@ def check_equal(many, single, noise, steps=slice(None)):
         assert distance(many, single) < FACTOR * noise
 
 
+@pytest.mark.slow
 def test_the_noise_is_small_beside_a_mistake(on_one, noise):
     """What is allowed is far from what two forgotten rows of sixteen do."""
     single, forgotten, *_ = on_one
@@ -145,16 +146,19 @@ def eight():
 
 
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
+@pytest.mark.slow
 def test_every_strategy_equals_one_device(single, eight, noise, layout):
     check_equal(eight[layout], single, noise)
 
 
+@pytest.mark.slow
 def test_what_is_split_takes_less_room(single, eight):
     size = {name: eight[name]["bytes"] / single["bytes"] for name in map(str, LAYOUTS)}
     dp, zero, fsdp, both, tp = size.values()
     assert dp == 1 and 0.4 < zero < 0.6 and fsdp < 0.15 and both < 0.25 and 0.3 < tp < 0.8
 
 
+@pytest.mark.slow
 def test_collectives_are_the_expected_ones(eight):
     dp, zero, fsdp, *_ = (eight[str(x)] for x in LAYOUTS)
     # gradients and metrics are summed, and the orthogonalised updates come back: nothing with a
@@ -175,6 +179,7 @@ def test_collectives_are_the_expected_ones(eight):
 
 
 @pytest.mark.parametrize("layout", [str(x) for x in LAYOUTS])
+@pytest.mark.slow
 def test_devices_add_up_in_float32_though_they_compute_in_bfloat16(eight, layout):
     """Gradients, losses and counts; what tensor parallelism sums within a layer are activations."""
     across = eight[layout]["bfloat16"]["across"]
@@ -188,6 +193,7 @@ def test_devices_add_up_in_float32_though_they_compute_in_bfloat16(eight, layout
         assert across["reduce_scatter f32"] > 10
 
 
+@pytest.mark.slow
 def test_a_device_adds_up_in_float32_though_it_computes_in_bfloat16(single, eight):
     for one in (single, *eight.values()):
         assert one["bfloat16"]["most"] <= 1, "of so many bfloat16 numbers a sum was taken"
@@ -196,12 +202,14 @@ def test_a_device_adds_up_in_float32_though_it_computes_in_bfloat16(single, eigh
 # ---- starting on one layout and checkpoint, going on in another ----------------------------------
 
 
+@pytest.mark.slow
 def test_a_state_is_the_same_wherever_it_is_made():
     (whole,) = train(dict(until=0))
     (spread,) = train(dict(until=0, make=True, layout=LAYOUTS[3]), devices=8)
     assert spread["params"] == whole["params"]
 
 
+@pytest.mark.slow
 def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, noise, tmp_path):
     """Trained five steps by two processes of two devices each, saved by both, the rest on one and
     on four devices of one process.
@@ -247,6 +255,7 @@ def test_bad_layouts_in_one_sentence():
             parallel.make_layout(strategy, config.replace(**change), devices, mesh)
 
 
+@pytest.mark.slow
 def test_missing_processes_are_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

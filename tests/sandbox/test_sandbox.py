@@ -23,6 +23,7 @@ from tests.sandbox.hostile import HOSTILE, TRY
 
 # ---- programs
 
+pytestmark = pytest.mark.slow
 LEVELS = [programs.LAYERS, ("landlock", "seccomp"), ("namespaces",), ("seccomp",), ()]
 BUILT = [level for level in LEVELS if set(level) <= set(available())]
 MEMORY = 128 << 20

@@ -138,6 +138,7 @@ def test_where_all_wait_for_an_answer_a_newcomer_is_told_so():
             connection.close()
 
 
+@pytest.mark.slow
 def test_more_connections_than_files_keep_nobody_out():
     """300 connections that ask for nothing, for a process that may open 256 files."""
     arguments = [sys.executable, "-m", "lib.serve", "--run", str(parrot.run()), "--port", "0"]

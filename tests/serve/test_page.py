@@ -19,9 +19,10 @@ sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM, reason="no chromium on this machine: apt install chromium"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no chromium on this machine: apt install chromium"),
+]
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -535,6 +535,7 @@ def process(*args, **env):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_memory_stays_flat():
     """The short version of benchmarks/serve.py, in a process of its own."""
     with process() as server, httpx.Client(base_url=server.url) as client:
@@ -1214,6 +1215,7 @@ def test_a_notebooks_server_makes_up_its_token_too(capsys):
         server.close()
 
 
+@pytest.mark.slow
 def test_the_command_serves_finishes_what_it_began_and_leaves():
     with process(RAWCHAT_TOKEN="t0ken") as server:
         headers, text = {"Authorization": "Bearer t0ken"}, ""
@@ -1243,6 +1245,7 @@ def test_the_command_serves_finishes_what_it_began_and_leaves():
         (["--slots", "0"], "slots must be"),
     ],
 )
+@pytest.mark.slow
 def test_the_commands_errors_are_one_sentence(args, said):
     done = subprocess.run(
         [sys.executable, "-m", "lib.serve", *args],
