@@ -8,7 +8,6 @@ seconds) and the values. JSON has no NaN and no infinity: they stand there as th
 import contextlib
 import functools
 import json
-import logging
 import math
 import os
 import socket
@@ -16,7 +15,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,11 +44,11 @@ def _number(value):
 class Metrics:
     """Writes metrics.jsonl in `run_dir` and to the named writers; a context manager.
 
-    writers: names from WRITERS. One that can't start is a UserError, before anything is computed;
-    one that fails later is switched off with one warning, and training goes on. resumed: the step a
-    resumed run goes on from: lines beyond it are dropped, so that no step is there twice. None
-    starts metrics.jsonl anew. config: JSON-able settings, shown by wandb. On several hosts process
-    0 writes.
+    writers: names from WRITERS, or otlp with an address. One that can't start is a UserError,
+    before anything is computed; one that fails later is switched off with one warning, and training
+    goes on. resumed: the step a resumed run goes on from: lines beyond it are dropped, so that no
+    step is there twice. None starts metrics.jsonl anew. config: JSON-able settings, shown by wandb.
+    On several hosts process 0 writes.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Metrics:
             return
         run = Run(Path(run_dir), total_steps, resumed, config or {})
         for name in dict.fromkeys([*writers, "jsonl"]):
-            if writer := choose("metrics writer", name, WRITERS)(run):
+            if writer := _find_writer(name)(run):
                 self._writers[name] = writer
 
     def log(self, step: int, values: dict) -> dict:
@@ -278,44 +277,24 @@ def _wandb(run: Run, mode: Literal["online", "offline"]):
     return lambda step, values: active.log({"step": step} | values), active.finish
 
 
-def _otlp(run: Run):
-    """OpenTelemetry gauges, the latest value of each sent every five seconds from a thread of its
-    own.
+def _otlp(run: Run, address: str = "http"):
+    """OpenTelemetry gauges of every step; address: as lib.train.otlp.open_sender has it."""
+    from lib.train.otlp import open_sender
 
-    The OpenTelemetry package itself takes the address from OTEL_EXPORTER_OTLP_ENDPOINT
-    (http://localhost:4318 without).
-    """
-    try:
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-        from opentelemetry.sdk.metrics import MeterProvider
-        from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
-        from opentelemetry.sdk.resources import Resource
-    except ImportError:
-        raise UserError(
-            "the otlp writer needs packages: pip install opentelemetry-sdk "
-            "opentelemetry-exporter-otlp-proto-http"
-        ) from None
-    reader = PeriodicExportingMetricReader(
-        OTLPMetricExporter(timeout=5), export_interval_millis=5000
-    )
-    provider = MeterProvider(
-        [reader], Resource.create({"service.name": "rawchat", "run": run.folder.name})
-    )
-    gauge = functools.cache(provider.get_meter("rawchat").create_gauge)
-    log, said = logging.getLogger(OTLPMetricExporter.__module__), []
-    # a dead collector is told of once
-    log.addFilter(once := lambda record: not said and not said.append(record))
-
-    def write(step, values):
-        for key, value in ({"step": step} | values).items():
-            if math.isfinite(value):
-                gauge(key).set(value)
-
-    def close():
-        provider.shutdown()
-        log.removeFilter(once)
-
-    return write, close
+    # a stage of a run has a folder within it
+    stage = "base"
+    name = run.folder.name
+    if (run.folder.parent / "config.json").exists():
+        name, stage = run.folder.parent.name, run.folder.name
+    devices = jax.devices()
+    attributes = {
+        "run": name,
+        "stage": stage,
+        "host": socket.gethostname(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+    }
+    return open_sender(address, attributes)
 
 
 WRITERS = {
@@ -327,6 +306,14 @@ WRITERS = {
     "wandb:off": lambda run: None,
     "otlp": _otlp,
 }
+
+
+def _find_writer(name: str) -> Callable:
+    """The entry of WRITERS, or otlp with an address: otlp:grpc, otlp:http://HOST:4318."""
+    kind, _, address = name.partition(":")
+    if kind == "otlp" and address:
+        return functools.partial(_otlp, address=address)
+    return choose("metrics writer", name, WRITERS)
 
 
 # ---- reading back --------------------------------------------------------------------------------

@@ -275,22 +275,6 @@ def test_wandb_offline_for_real(tmp_path):
         time.sleep(0.05)
 
 
-def test_otlp_gauges_arrive(tmp_path, collector):
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the otlp extra")
-    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-        ExportMetricsServiceRequest,
-    )
-
-    with Metrics(tmp_path / "run7", 2, ["otlp"]) as m:
-        m.log(1, {"loss": 3.0})
-        m.log(2, {"loss": 1.5, "bad": math.nan})
-    request = ExportMetricsServiceRequest.FromString(collector[-1])
-    (resource,) = request.resource_metrics
-    assert {a.key: a.value.string_value for a in resource.resource.attributes}["run"] == "run7"
-    points = {g.name: g.gauge.data_points[0] for s in resource.scope_metrics for g in s.metrics}
-    assert points["loss"].as_double == 1.5 and points["step"].as_int == 2 and "bad" not in points
-
-
 @pytest.mark.parametrize(
     "name, module",
     [("tensorboard", "tensorboard.compat.proto.event_pb2"), ("otlp", "opentelemetry.sdk.metrics")],
