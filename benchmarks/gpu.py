@@ -171,6 +171,10 @@ class Contestant:
         env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self.about: dict = {}
+
+    def wait(self):
+        """Until it has compiled and warmed up."""
         self.about = self.read()
 
     def read(self) -> dict:
@@ -197,7 +201,10 @@ def main(args: Args):
     from lib.chips import chip
     from lib.files import write_json
 
+    # they compile side by side, and run one at a time
     contestants = [Contestant(args, name) for name in args.contestants]
+    for contestant in contestants:
+        contestant.wait()
     for _ in range(args.rounds):
         for contestant in contestants:
             contestant.run()

@@ -67,6 +67,20 @@ def rotate(x_BTNH, cos, sin):
     return x_BTNH * cos + jnp.concatenate([second, first], axis=-1) * sin
 
 
+def turned(x_BTNH, rope, config: Config):
+    """Queries or keys, rotated to their positions, normalised (`qk_norm`), sharpened (`qk_scale`).
+
+    Rotation leaves lengths as they are, so the norm is taken of what comes in: the two are one pass
+    over memory then, and not two.
+    """
+    if not config.qk_norm:
+        return rotate(x_BTNH, *rope) * config.qk_scale
+    x32 = x_BTNH.astype(jnp.float32)
+    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
+    scale = config.qk_scale * jax.lax.rsqrt(mean_square + config.norm_eps)
+    return (rotate(x_BTNH, *rope).astype(jnp.float32) * scale).astype(x_BTNH.dtype)
+
+
 def full_attention(config: Config, window: int):
     """What a block attends with over whole rows: attend(q, k, v) -> (o, None), by the configured
     implementation.
@@ -129,11 +143,8 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
             v_BTKH = v_BTKH + scaled(gate_BTK[..., None], ve_BTKH)
 
     with jax.named_scope("rope"):
-        q_BTNH, k_BTKH = rotate(q_BTNH, *rope), rotate(k_BTKH, *rope)
-        if config.qk_norm:
-            q_BTNH = rms_norm(q_BTNH, config.norm_eps)
-            k_BTKH = rms_norm(k_BTKH, config.norm_eps)
-        q_BTNH, k_BTKH = q_BTNH * config.qk_scale, k_BTKH * config.qk_scale
+        q_BTNH = turned(q_BTNH, rope, config)
+        k_BTKH = turned(k_BTKH, rope, config)
 
     with jax.named_scope("attention"):
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
