@@ -1,14 +1,25 @@
-"""Ctrl-C: the first one asks to finish what was begun, the second insists; and none is lost."""
+"""Ctrl-C: in a loop the first one asks to finish what was begun and the second insists; anywhere
+else it ends a program with one line; and none is lost.
+"""
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 import types
 
 # when the main thread is woken after a signal, in seconds from one time to the next
 NUDGES = (0.02, 0.1, 0.3, 1.0)
+
+# what a shell expects of a program that Ctrl-C has ended
+INTERRUPTED = 130
+STOPPED = "stopped: run it again to go on from what was saved"
+
+# seconds after which a Ctrl-C that was lost is given once more
+AGAIN = 0.01
 
 
 @contextlib.contextmanager
@@ -85,3 +96,64 @@ def heard():
         thread.join()
         os.close(reader)
         signal.signal(signal.SIGURG, signal.SIG_DFL if before is None else before)
+
+
+# ---- one line, wherever a program is -------------------------------------------------------------
+
+
+def starting():
+    """Let Ctrl-C end this program on the spot, until `started`: while it imports what it needs.
+
+    Nothing has been begun then, and an exception would be of no use: packages make an ImportError
+    of it, or lose it. One that is lost later, in a callback of the garbage collector say, is given
+    once more. In a kernel, or where others handle Ctrl-C, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+    if sys.unraisablehook is not _unraisable:
+        OTHERS.append(sys.unraisablehook)
+        sys.unraisablehook = _unraisable
+
+
+def started():
+    """Let Ctrl-C raise KeyboardInterrupt again, so that what has been begun can be cleared away."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def caused(error: BaseException | None) -> bool:
+    """Whether an exception comes of a Ctrl-C, be it that a package made another one of it."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _leave(*_):
+    """End this process with one line; what is left undone is not even cleared away."""
+    # as far as it goes: the signal may have come in the middle of another print
+    with contextlib.suppress(Exception):
+        print(f"\n{STOPPED}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(INTERRUPTED)
+
+
+# what showed exceptions that nobody can catch before `starting` did
+OTHERS: list = []
+
+
+def _unraisable(problem):
+    """Don't lose a Ctrl-C that was raised where it could not be handed on."""
+    if not issubclass(problem.exc_type, KeyboardInterrupt):
+        OTHERS[-1](problem)
+    elif sys._getframe().f_back is None:
+        # the program is over, Python is tidying up
+        _leave()
+    else:
+        # from another thread, or it would be raised in here
+        again = threading.Timer(AGAIN, _thread.interrupt_main)
+        again.daemon = True
+        again.start()

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional
 
-from lib import runtime
+from lib import interrupts, runtime
 from lib.chips import CHIPS, Chip, chip  # noqa: F401  (part of this module's public surface)
 from lib.files import UserError, choose
 
@@ -73,6 +73,7 @@ def _show_sentences():
     """Show of a UserError only its sentence, in a kernel and in a script."""
     shell = runtime.shell()
     if shell is None:
+        interrupts.starting()
         sys.excepthook = _excepthook
         return
 
@@ -82,26 +83,24 @@ def _show_sentences():
     shell.set_custom_exc((UserError,), show_sentence)
 
 
-# what a shell expects of a program that Ctrl-C has ended
-INTERRUPTED = 130
-
-
 def _excepthook(kind, error, trace):
     """Show a script's last error: bad input and Ctrl-C in a sentence, all else with its
     traceback.
     """
-    from lib import parallel
-
+    # from here on there is nothing that another Ctrl-C could spoil
+    interrupts.starting()
     code = None
     if issubclass(kind, UserError):
         print(f"Error: {error}", file=sys.stderr)
         code = getattr(error, "code", 2)
-    elif issubclass(kind, KeyboardInterrupt):
-        print("\nstopped: run it again to go on from what was saved", file=sys.stderr)
-        code = INTERRUPTED
+    elif interrupts.caused(error):
+        print(f"\n{interrupts.STOPPED}", file=sys.stderr)
+        code = interrupts.INTERRUPTED
     else:
         sys.__excepthook__(kind, error, trace)
-    parallel.end_all(error)
+    # a program that has not got as far as importing it has nobody to take along
+    if parallel := sys.modules.get("lib.parallel"):
+        parallel.end_all(error)
     if code is not None:
         raise SystemExit(code)
 
@@ -208,6 +207,8 @@ def flags(namespace: dict, args: list[str] | None = None) -> dict:
 
     path = Path(namespace["__file__"])
     source = path.read_text()
+    # what a script imports is there now
+    interrupts.started()
     fields = [
         (p.name, Annotated[p.hint, tyro.conf.arg(help=p.help)], p.value) for p in parameters(source)
     ]
@@ -233,6 +234,7 @@ def options(kind, prog: str, args: list[str] | None = None) -> Any:
     command: Any = dataclasses.make_dataclass("Options", groups)
     flat: Any = Annotated[command, tyro.conf.OmitArgPrefixes]
     about = " ".join(kind.__doc__.split())
+    interrupts.started()
     chosen = tyro.cli(flat, prog=prog, args=args, description=about)
     values = {}
     for group in vars(chosen).values():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,28 @@ def progress(**options: Any):
     from tqdm.notebook import tqdm as widget
 
     return widget(**options)
+
+
+# seconds of silence after which a bar appears, and between two looks whether it is over
+BAR_AFTER, LOOK_EVERY = 2, 0.25
+
+
+def show_waiting(
+    is_over: Callable[[float], bool], count: Callable[[], int] | None = None, **options: Any
+):
+    """Wait under a bar, which appears once that takes long and goes when it is over.
+
+    is_over(seconds) waits so long at most. count() says how many of `total` are done; without it
+    the bar shows the time alone. options: of `progress`.
+    """
+    if count is None:
+        options["bar_format"] = "{desc}: {elapsed}"
+    begun = time.monotonic()
+    with progress(delay=BAR_AFTER, leave=False, **options) as bar:
+        while not is_over(LOOK_EVERY):
+            bar.n = count() if count else 0
+            if time.monotonic() - begun > BAR_AFTER:
+                bar.refresh()
 
 
 def tpu_attached() -> bool:

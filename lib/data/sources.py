@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from lib.files import (
     sha256,
     write_json,
 )
-from lib.runtime import progress
+from lib.runtime import progress, show_waiting
 
 SPLITS = ("train", "val")
 SHARD_BYTES = (
@@ -191,14 +191,32 @@ def _corpus(paths: list[Path], where: str, cache_dir, named: bool = False) -> Co
     if not files:
         ask = f"none of the {len(paths)} files at" if paths else "no files in"
         raise UserError(f"{ask} {where}: readable endings are {', '.join(READERS)}")
-    try:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(sha256, files))
-    except OSError as e:
-        raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
+    digests = _digests(files, where)
     pairs = sorted(zip(digests, files))
     names, digests = [path for _, path in pairs], [digest for digest, _ in pairs]
     return Corpus(where, names, digests, cache_dir, named)
+
+
+def _digests(files: list[Path], where: str) -> list[str]:
+    """The hash of each file's content, with a bar when that takes long."""
+    sizes = {}
+    pool = ThreadPoolExecutor()
+    try:
+        for file in files:
+            sizes[pool.submit(sha256, file)] = file.stat().st_size
+        show_waiting(
+            lambda seconds: not wait(sizes, timeout=seconds).not_done,
+            lambda: sum(size for job, size in sizes.items() if job.done()),
+            total=sum(sizes.values()),
+            unit="B",
+            unit_scale=True,
+            desc=f"hashing {where}",
+        )
+        return [job.result() for job in sizes]
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _held_out(looks: list[Look], where: str) -> tuple[int, int]:

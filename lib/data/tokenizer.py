@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import regex
-import rustbpe
 import tiktoken
 
+from lib.data import merges
 from lib.files import UserError, choose, local_path, parse_json, read_bytes, write_atomic
 
 # The GPT-4 split pattern, but digits in groups of at most two: a small vocabulary has better uses
@@ -109,11 +109,7 @@ class Tokenizer:
                 if read == max_chars:
                     return
 
-        bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
-        bpe.train_from_iterator(
-            stream(), vocab_size - len(SPECIAL_TOKENS), buffer_size=512, pattern=PATTERN
-        )
-        tokens = tuple(token for token, _ in bpe.get_mergeable_ranks())
+        tokens = merges.learn(stream(), vocab_size - len(SPECIAL_TOKENS), PATTERN)
         if not read:
             raise UserError(
                 "cannot train a tokenizer on an empty corpus: no text was found, so choose another"

@@ -23,7 +23,7 @@ from lib.data.download import CACHE
 from lib.data.sources import Shard, digest_of, fetch_shard, find_shards, groups_of
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, replacing
-from lib.runtime import progress
+from lib.runtime import show_waiting
 
 FORMAT = 1  # of token shards and cursors; raise it when either changes meaning
 
@@ -130,14 +130,13 @@ def _work(waiting: collections.deque[Job], spec: Path):
 
 def _show_waiting(jobs: list[Job], source: str):
     """Wait for the first shard, with a bar where that takes more than two seconds."""
-    bar = progress(
-        total=len(jobs), unit=" shards", desc=f"tokenising {source}", delay=2, leave=False
+    show_waiting(
+        lambda seconds: bool(wait([jobs[0].done], timeout=seconds).done),
+        lambda: sum(job.done.done() for job in jobs),
+        total=len(jobs),
+        unit=" shards",
+        desc=f"tokenising {source}",
     )
-    with bar:
-        while not wait([jobs[0].done], timeout=0.5).done:
-            bar.n = sum(job.done.done() for job in jobs)
-            bar.update(0)
-            bar.refresh()
 
 
 def spans(shard: TokenShard, bos: int) -> tuple[np.ndarray, np.ndarray]:

@@ -394,9 +394,11 @@ if __name__ == "__main__":
 
     import tyro
 
+    from lib.interrupts import started
     from lib.notebook import setup
 
     setup()
+    started()
     # its bootstrap would fork this process, which runs threads of JAX
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     main(tyro.cli(Settings))

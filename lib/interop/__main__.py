@@ -8,6 +8,7 @@ from lib.interop import export_run, import_run
 from lib.interop.hub_pull import pull as pull_run
 from lib.interop.hub_push import Wish
 from lib.interop.hub_push import push as push_run
+from lib.interrupts import started
 from lib.notebook import secret, setup
 from lib.runs import newest_run
 
@@ -98,4 +99,5 @@ COMMANDS = {"export": export, "import": import_, "push": push, "pull": pull}
 
 if __name__ == "__main__":
     setup()
+    started()
     tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m lib.interop")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import tyro
 
+from lib.interrupts import started
 from lib.notebook import setup
 from lib.report import write
 from lib.runs import newest_run
@@ -22,4 +23,5 @@ def main(run: str = "", runs_dir: str = "runs"):
 
 if __name__ == "__main__":
     setup()
+    started()
     tyro.cli(main, prog="python -m lib.report")

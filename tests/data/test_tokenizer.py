@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 import tiktoken
 
-from lib.data.tokenizer import LONGEST_BLANK, PUBLISHED, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from lib.data import merges
+from lib.data.tokenizer import (
+    LONGEST_BLANK,
+    PATTERN,
+    PUBLISHED,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    load_tokenizer,
+)
 from lib.files import UserError
 
 PARITY = Path(__file__).parents[1] / "golden"
@@ -410,3 +418,17 @@ def test_the_benchmark_runs_as_a_file_too(tmp_path):
     place = f"sys.path.insert(0, {str(script.parent)!r})"
     code = f"import sys; {place}; import tokenize; tokenize.TokenError"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_much_text_is_learnt_in_another_process_and_gives_the_same(monkeypatch):
+    texts = ["the cat sat on the mat, naïve 東京", "", "the dog sat on the log\n" * 40]
+    here = merges.learn(texts, 270, PATTERN)
+    monkeypatch.setattr(merges, "APART_CHARS", 20)
+    assert merges.learn(texts, 270, PATTERN) == here and len(here) == 270
+
+    def broken():
+        yield "x" * 30
+        raise UserError("line 7 is no text")
+
+    with pytest.raises(UserError, match="line 7"):
+        merges.learn(broken(), 270, PATTERN)
