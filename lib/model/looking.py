@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lib.config import Config
-from lib.model.transformer import block, embed, rope_tables, value_embeddings
+from lib.model.tables import value_embeddings
+from lib.model.transformer import block, embed, rope_tables
 from lib.params import unstack
 
 

@@ -27,6 +27,7 @@ from lib.model.decoding import cast_matrices, is_unstacked
 from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_token, summed_loss
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
 from lib.model.linear import grad_barrier, linear, merge_heads, scaled
+from lib.model.tables import token_embedding, value_embeddings
 from lib.parallel.collectives import enter, gather, leave, own_part
 from lib.params import unstack
 
@@ -177,11 +178,10 @@ def embed(params, config: Config, tokens_BT, last_B=None):
     last_B: the token before each row's first, where the rows are continued; -1, or None for all,
     where there is none.
     """
-    table_VD = gather("embed", params["embed"])
 
     def look_up(ids):
-        rows = table_VD[ids].astype(config.dtype)
-        return rms_norm(rows, config.norm_eps) if config.embed_norm else rows
+        x = token_embedding(params, ids, config)
+        return rms_norm(x, config.norm_eps) if config.embed_norm else x
 
     x_BTD = look_up(tokens_BT)
     if not config.smear:
@@ -200,24 +200,6 @@ def embed(params, config: Config, tokens_BT, last_B=None):
     gate_BT = jax.nn.sigmoid(x_BTD[..., :SMEAR_CHANNELS] @ gate_C)
     share_BT = scaled(params["smear"]["scale"], gate_BT)
     return x_BTD + scaled(share_BT[..., None], before_BTD)
-
-
-def value_embeddings(params, tokens_BT, config: Config) -> Any:
-    """The value embeddings of these tokens, (Lv, B, T, K, H) or {layer: (B, T, K, H)} as the tables
-    are.
-
-    Looked up before the layers, not within them: a scan over layers would copy a whole table for
-    each.
-    """
-    tables = params.get("value_embeds")
-    if not config.value_embeds:
-        return {}
-    if isinstance(tables, dict):
-        return {
-            layer: gather("value_embeds", table, stacked=True)[tokens_BT].astype(config.dtype)
-            for layer, table in tables.items()
-        }
-    return gather("value_embeds", tables)[:, tokens_BT].astype(config.dtype)
 
 
 # ---- the layers ----------------------------------------------------------------------------------

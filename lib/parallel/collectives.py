@@ -57,6 +57,12 @@ def gather(name: str, w, stacked: bool = False) -> jax.Array:
     return w  # pyright: ignore[reportReturnType]  (partial hides what custom_vjp returns)
 
 
+def is_gathered(name: str) -> bool:
+    """Whether this device holds only a part of a weight, which `gather` would complete."""
+    share = _share.get()
+    return share is not None and "fsdp" in tuple(share[1][name])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(w, axis):
     return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)

@@ -94,6 +94,8 @@ class Ask:
     """From shapes alone, compiling nothing"""
     decode: int = 0
     """Also compile a decode step of this many rows"""
+    int8: bool = False
+    """With weights in int8, that decode step"""
     search: bool = False
     """Search microbatch, attention, its block, loss chunk and rematerialisation for the fastest
     that fits"""
@@ -204,7 +206,8 @@ def answer(args: Args):
     if args.ask.estimate:
         report = estimate(config, where, strategy, mesh)
     else:
-        report = inspect(config, where.name, strategy, mesh, args.ask.decode)
+        ask = args.ask
+        report = inspect(config, where.name, strategy, mesh, ask.decode, int8=ask.int8)
     if measured is not None:
         report = recalibrate(report, config, where.chip, measured)
     cost = args.cost

@@ -4,6 +4,7 @@ machine.
 Answers are kept in .cache/preflight. Without libtpu an estimate from shapes answers and says so.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -244,16 +245,20 @@ def compile_step(config: Config, where) -> Compiled:
     return compiled
 
 
-def compile_decode(config: Config, device, rows: int, length: int) -> dict:
+def compile_decode(config: Config, device, rows: int, length: int, int8: bool = False) -> dict:
     """Compile the decoding of one token for each of `rows` rows with caches of `length` tokens.
 
-    Returns its memory and least time, as JSON.
+    int8: weights as `model.quantized` makes them. Returns its memory and least time, as JSON, with
+    the bytes that it moves by component beside those that it cannot do without.
     """
     from lib import model
 
-    # weights as decoding holds them, caches, and one token a row
-    params = state_template(config).params
-    params = jax.eval_shape(lambda p: model.decoding_params(p, config), params)
+    def weights(params):
+        """As decoding holds them."""
+        return model.decoding_params(model.quantized(params, config) if int8 else params, config)
+
+    # weights, caches, and one token a row
+    params = jax.eval_shape(weights, state_template(config).params)
     cache = jax.eval_shape(lambda: model.init_cache(config, rows, length))
     tokens = jax.ShapeDtypeStruct((rows, 1), "int32")
 
@@ -262,8 +267,9 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
 
     arguments = [_on(device, tree) for tree in (params, tokens, cache)]
     compiled = compile_lowered(jax.jit(decode, donate_argnums=2).lower(*arguments))
+    asked = dict(rows=rows, int8=int8)
     if compiled.needed is not None:
-        return dict(rows=rows, fits=False, needed=compiled.needed)
+        return dict(**asked, fits=False, needed=compiled.needed)
 
     # the least time of what was compiled
     chip = chips.chip(device.device_kind)
@@ -271,7 +277,7 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
     work = hlo.analyse(compiled.text, chip.matrix_unit).components
     step = roofline.bound(work, chip)["step"]
     return dict(
-        rows=rows,
+        **asked,
         fits=True,
         peak=compiled.peak,
         compile_seconds=compiled.seconds,
@@ -279,6 +285,8 @@ def compile_decode(config: Config, device, rows: int, length: int) -> dict:
         tokens_per_s=rows / step.seconds,
         bytes=step.bytes,
         flops=step.flops,
+        moved={name: part.bytes for name, part in work.items() if part.bytes},
+        needs=roofline.decode_bytes(config, rows, length, int8),
     )
 
 
@@ -292,11 +300,13 @@ def inspect(
     mesh: dict[str, int] | None = None,
     decode: int = 0,
     cache: Path | None = CACHE,
+    int8: bool = False,
 ) -> Report:
     """Compile the train step of `config` for the slice `name` (v6e-1, v5p-8, v6e:2x4, ...).
 
     For GPUs (h100-8) no compiler is at hand: an estimate from shapes answers.
-    decode: rows of a decode step to compile too (one chip only). The answer is kept in `cache`.
+    decode: rows of a decode step to compile too (one chip only), int8: with such weights. The
+    answer is kept in `cache`.
     """
     where = rented(name)
     if not where.chip.is_tpu:
@@ -305,38 +315,38 @@ def inspect(
     if not has_libtpu():
         return estimate(config, where, strategy, mesh)
 
-    asked = question(config, where, strategy, mesh, decode)
+    asked = question(config, where, strategy, mesh)
 
     # with its question, so that others can find it
     def answer():
-        return _inspect(config, where, strategy, mesh, decode).to_dict() | dict(asked=asked)
+        return _inspect(config, where, strategy, mesh).to_dict() | dict(asked=asked)
 
-    return Report.from_dict(kept(cache, asked, answer))
+    report = Report.from_dict(kept(cache, asked, answer))
+    if not decode or where.chips > 1:
+        return report
+
+    def decoding():
+        device = tpu_device(where.topology)
+        return compile_decode(config, device, decode, config.sequence_len, int8)
+
+    asked_too = ["decode", config.to_dict(), where.topology, decode, int8]
+    return dataclasses.replace(report, decode=kept(cache, asked_too, decoding))
 
 
 def question(
-    config: Config,
-    where: Slice,
-    strategy: str,
-    mesh: dict[str, int] | None = None,
-    decode: int = 0,
+    config: Config, where: Slice, strategy: str, mesh: dict[str, int] | None = None
 ) -> list:
-    """What `inspect` asks, as the key under which its answer is kept."""
+    """What `inspect` asks of a step, as the key under which its answer is kept."""
     split = make_split(where, strategy, mesh)
-    return ["inspect", config.to_dict(), where.topology, strategy, split._asdict(), decode]
+    return ["inspect", config.to_dict(), where.topology, strategy, split._asdict()]
 
 
-def _inspect(
-    config: Config, where: Slice, strategy: str, mesh: dict[str, int] | None, decode: int
-) -> Report:
-    # the step, and if asked for the decoding of a token
+def _inspect(config: Config, where: Slice, strategy: str, mesh: dict[str, int] | None) -> Report:
+    # the step
     devices = tpu_devices(where.topology)
     layout = make_layout(strategy, config, devices, mesh) if len(devices) > 1 else None
     split = Split(*map(layout.size, Split._fields)) if layout else Split()
     compiled = compile_lowered(lower_step(config, layout or devices[0]))
-    decoding = None
-    if decode and where.chips == 1:
-        decoding = compile_decode(config, devices[0], decode, config.sequence_len)
 
     # its work, with what the kernels do added
     unit = where.chip.matrix_unit
@@ -361,7 +371,6 @@ def _inspect(
         buffers=compiled.buffers,
         kernels=analysis.kernels,
         collectives=[c._asdict() for c in collectives],
-        decode=decoding,
     )
 
 

@@ -117,7 +117,7 @@ def _compiled(cache: Path | None) -> list[dict[str, Any]]:
     names = {f.name for f in dataclasses.fields(Config)} - set(NOT_COMPILED)
     kept = []
     for question, answer in answers(cache, "inspect"):
-        _, config, topology, strategy, split, _ = question
+        _, config, topology, strategy, split = question
         # all devices on the strategy's own axis, as the page has them
         used = {axis: n for axis, n in split.items() if n > 1}
         if set(used) - {MESH_AXIS[strategy]}:

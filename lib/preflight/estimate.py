@@ -179,7 +179,7 @@ def report_text(report: Report) -> str:
             f"collective  {what} {sent['component']:10} {sent['bytes'] / 1e6:10.1f} MB sent"
         )
     if report.decode:
-        lines.append(_decode_line(report.decode))
+        lines += _decode_lines(report.decode)
     return "\n".join(lines)
 
 
@@ -220,11 +220,16 @@ def _bound_lines(report: Report) -> list[str]:
     return lines
 
 
-def _decode_line(decode: dict) -> str:
+def _decode_lines(decode: dict) -> list[str]:
+    what = f"decoding    {decode['rows']} rows{', int8' if decode.get('int8') else ''}: "
     if not decode["fits"]:
-        result = f"does not fit ({decode['needed'] / GIB:.2f} GiB)"
-    else:
-        speed = f"at best {decode['tokens_per_s']:,.0f} tokens/s"
-        traffic = f"{decode['bytes'] / 1e9:.2f} GB a step"
-        result = f"{decode['peak'] / GIB:.2f} GiB, {speed} ({traffic})"
-    return f"decoding    {decode['rows']} rows: {result}"
+        return [f"{what}does not fit ({decode['needed'] / GIB:.2f} GiB)"]
+    speed = f"at best {decode['tokens_per_s']:,.0f} tokens/s"
+    traffic = f"{decode['bytes'] / 1e9:.2f} GB a step"
+    lines = [f"{what}{decode['peak'] / GIB:.2f} GiB, {speed} ({traffic})"]
+
+    # by component as compiled, and by part what no program could save
+    for title, parts in (("it moves", decode["moved"]), ("it must", decode["needs"])):
+        listed = "  ".join(f"{part} {n / 1e9:.3f}" for part, n in parts.items())
+        lines.append(f"  {title:9} {listed}  = {sum(parts.values()) / 1e9:.3f} GB")
+    return lines

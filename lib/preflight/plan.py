@@ -1,5 +1,6 @@
 """What a training run will take, before it is paid for: tokens, epochs, hours and money."""
 
+import math
 from typing import NamedTuple
 
 from lib import chips
@@ -11,6 +12,9 @@ from lib.data.tokens import Tokens
 # share of a chip's FLOPs assumed where nobody has measured:
 # what a healthy single-chip run of this size reaches
 MFU = 0.4
+
+# hours after which Colab ends a session, whoever pays for it; the run goes on in the next
+SESSION_HOURS = 24
 
 CHECK = "lib/chips.py, table of {date}: check the price before you pay"
 
@@ -49,6 +53,8 @@ class Plan(NamedTuple):
     cost: float | None = None
     units_per_hour: float | None = None
     units: float | None = None
+    # of SESSION_HOURS at most, resumed from one to the next
+    sessions: int | None = None
 
     def to_dict(self) -> dict:
         """What is known, as JSON."""
@@ -85,7 +91,7 @@ def plan(
 
     # time
     hours = config.flops_per_token * tokens / (chip.flops * count * mfu) / 3600
-    made = made._replace(hours=hours)
+    made = made._replace(hours=hours, sessions=math.ceil(hours / SESSION_HOURS))
 
     # money
     price = pay.price or chips.price_per_hour(chip.name, pay.pay, pay.units)
@@ -105,6 +111,11 @@ def plan_text(plan: Plan) -> str:
     if plan.hours is not None:
         assumed = f"if {plan.mfu:.0%} MFU is reached (assumed, not promised)"
         lines.append(f"time        {plan.hours:.2f} h {assumed}")
+        if plan.sessions and plan.sessions > 1:
+            limit = f"where one lasts {SESSION_HOURS} h at most, as Colab's do"
+            lines.append(
+                f"sessions    {plan.sessions} {limit}: each goes on exactly where one ended"
+            )
         lines.append(_cost_line(plan))
     return "\n".join(lines)
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 
 from lib.chips import Chip
-from lib.config import Config
+from lib.config import Config, round_up
+from lib.model.cache import RING
 from lib.model.kernels import block_size
 from lib.params import count_params, is_spec, param_specs
 from lib.preflight.hlo import COMPONENTS, Work, sent_bytes
@@ -264,6 +265,30 @@ def _sent(config: Config, split: Split, strategy: str) -> float:
         replicas = sent_bytes("all-reduce", gradients / split.fsdp, split.data)
         return config.accumulate * (gathered + scattered) + replicas
     return summed
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def decode_bytes(config: Config, rows: int, length: int, int8: bool = False) -> dict[str, int]:
+    """Bytes that one token for each of `rows` rows cannot do without, by part: weights are read
+    once for all rows, lines of tables and caches for each.
+
+    length: tokens that a cache holds, of which a layer reads as many as its ring has.
+    """
+    itemsize, layers = config.dtype.itemsize, config.n_layer
+    weight = 1 if int8 else itemsize
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    mlp_matrices = 3 if config.mlp == "swiglu" else 2
+    slots = sum(min(length, round_up(window + 1, RING)) for window in config.windows)
+    lines = config.n_embd + len(config.value_layers) * kv
+    return {
+        "attention weights": weight * layers * config.n_embd * 2 * (q + kv),
+        "mlp weights": weight * layers * config.n_embd * config.mlp_dim * mlp_matrices,
+        "head": weight * config.n_embd * config.padded_vocab,
+        "tables": itemsize * rows * lines,
+        "caches": itemsize * rows * slots * 2 * kv,
+    }
 
 
 # ---- the bound -----------------------------------------------------------------------------------

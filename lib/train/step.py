@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from lib import model
 from lib.config import Config
+from lib.model import tables
+from lib.model.decoding import cast_matrices
 from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
 from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
 from lib.params import is_spec, param_specs
@@ -73,18 +75,28 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
     float32.
     """
     grad = jax.value_and_grad(model.loss_sums, has_aux=True)
-
-    def microbatch(total, batch):
-        (loss, count), grads = grad(params, config, *batch)
-        return jax.tree.map(jnp.add, total, (loss, count, grads)), None
-
     # a single one needs no loop
     if inputs_ABT.shape[0] == 1:
         (loss, count), grads = grad(params, config, inputs_ABT[0], targets_ABT[0])
         return loss, count, grads
+
+    # what all microbatches look their lines up in, once for all in the compute dtype
+    turned = cast_matrices(tables.by_token(params), config.dtype)
+
+    def microbatch(total, batch):
+        inputs_BT, targets_BT = batch
+        loss_sum, count_sum, sums = total
+        # tables that are only looked up give lines, and so their gradients are lines too
+        with_lines = tables.looked_up(params, turned, inputs_BT, config)
+        (loss, count), grads = grad(with_lines, config, inputs_BT, targets_BT)
+        sums = tables.add_gradients(sums, grads, inputs_BT)
+        return (loss_sum + loss, count_sum + count, sums), None
+
     # the loop carries one sum of each in float32, as the parameters are
-    zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
+    zeros = tables.by_token(jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
+    loss, count, sums = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
+    return loss, count, tables.by_layer(sums, params)
 
 
 def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Config):

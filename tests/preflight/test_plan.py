@@ -87,6 +87,15 @@ def test_colab_counts_in_its_own_units():
     assert Payment().at("kaggle") == Payment()
 
 
+def test_a_long_run_takes_sessions():
+    at_half = plan(CONFIG, chips.V6E, mfu=0.5)
+    assert at_half.sessions == 1 and "sessions" not in plan_text(at_half)
+    # 59 hours take three days
+    slow = plan(CONFIG, chips.V6E, mfu=0.5 * hours(0.5) * 4 / 59)
+    assert slow.hours == pytest.approx(59) and slow.sessions == 3
+    assert "3 where one lasts 24 h" in plan_text(slow)
+
+
 def test_what_is_not_known_is_not_invented():
     spot = plan(CONFIG, chips.V4, pay=Payment("spot"))
     assert "no spot price" in plan_text(spot)
