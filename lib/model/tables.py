@@ -117,13 +117,15 @@ def add_gradients(sums, grads, ids_BT):
     def add(name, total, grad):
         if not isinstance(grad, Lines):
             return jax.tree.map(jnp.add, total, grad)
-        lines = grad.lines.astype(jnp.float32)
+        lines = grad.lines
         if is_gathered(name):
             each = _add_to_each_part if name == VALUES else _add_to_part
-            return each(name, total, lines, ids_BT)
+            return each(name, total, lines.astype(jnp.float32), ids_BT)
         if name == VALUES:
-            lines = jnp.moveaxis(lines, 0, 2)
-        return total.at[ids_BT].add(lines.reshape(*ids_BT.shape, -1))
+            # turned while they are narrow: XLA would widen them first
+            turned = jnp.moveaxis(lines, 0, 2).reshape(*ids_BT.shape, -1)
+            lines = jax.lax.optimization_barrier(turned)
+        return total.at[ids_BT].add(lines.astype(jnp.float32))
 
     return {name: add(name, sums[name], grads[name]) for name in sums}
 

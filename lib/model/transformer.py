@@ -13,7 +13,6 @@ one device; over a mesh they are where the devices talk (lib.parallel).
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -223,15 +222,25 @@ def layers(x_BTD, params, tokens_BT, config: Config, rope):
     with jax.named_scope("value_embed"):
         ve = value_embeddings(params, tokens_BT, config)
 
-    def layer(x_BTD, w, ve_BTKH, window):
+    def layer(x_BTD, w, ve_BTKH, window, pick=None):
         attend = full_attention(config, window)
-        run = partial(block, config=config, rope=rope, attend=attend)
+
+        def run(x_BTD, x0_BTD, w, ve_BTKH):
+            # cut out of its group here, where backward does it again: a cut made outside would be
+            # kept beside the group, which doubles all weights
+            if pick:
+                w, ve_BTKH = pick(w, ve_BTKH)
+            return block(x_BTD, x0_BTD, w, ve_BTKH, config, rope, attend)[0]
+
+        # a scan keeps forward from backward anyway; a fence as well would have each kept array
+        # copied out of its stack
+        fence = pick is None
         if config.remat == "layer":
-            run = jax.checkpoint(run)
+            run = jax.checkpoint(run, prevent_cse=fence)
         elif config.remat == "dots":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
-            run = jax.checkpoint(run, policy=policy)
-        return run(x_BTD, x0_BTD, w, ve_BTKH)[0]
+            run = jax.checkpoint(run, policy=policy, prevent_cse=fence)
+        return run(x_BTD, x0_BTD, w, ve_BTKH)
 
     middle_BTD = jnp.zeros_like(x_BTD) if config.backout else None
     first = 0
@@ -267,17 +276,23 @@ def scan_groups(x_BTD, middle_BTD, blocks, ve, config: Config, layer):
     weights = {name: fold(stack, per_group[name]) for name, stack in blocks.items()}
     values = fold(ve, len(value_layers)) if config.value_embeds else None
 
+    def cut(i):
+        """What takes layer i's weights and value embeddings from those of its group."""
+
+        def pick(weights, values):
+            w = {name: stack[i] for name, stack in weights.items() if name != "value_gate"}
+            if i not in value_layers:
+                return w, None
+            nth = value_layers.index(i)
+            return w | {"value_gate": weights["value_gate"][nth]}, values[nth]
+
+        return pick
+
     def group(carry, group_inputs):
         x_BTD, middle_BTD = carry
         weights, values, number = group_inputs
         for i in range(period):
-            w = {name: stack[i] for name, stack in weights.items() if name != "value_gate"}
-            ve_BTKH = None
-            if i in value_layers:
-                nth = value_layers.index(i)
-                w["value_gate"] = weights["value_gate"][nth]
-                ve_BTKH = values[nth]
-            x_BTD = layer(x_BTD, w, ve_BTKH, config.windows[i])
+            x_BTD = layer(x_BTD, weights, values, config.windows[i], cut(i))
             if config.backout and i == middle:
                 middle_BTD = jnp.where(number == middle_group, x_BTD, middle_BTD)
         return (x_BTD, middle_BTD), None
