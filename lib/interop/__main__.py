@@ -40,18 +40,20 @@ def import_(
     run: str,
     sequence_len: int = 0,
     prove: bool = True,
+    stage: str = "",
     runs_dir: str = "runs",
 ):
-    """Make a run of open weights of the Llama family (SmolLM, Llama, Qwen3 of uniform norms).
+    """Make a run of open weights: of the Llama family (SmolLM, uniform Qwen3), or of nanochat.
 
     Args:
         source: a model's folder, or hf:USER/NAME, or hf:USER/NAME@REVISION
         run: name of the new run
         sequence_len: context to use; 0 takes the model's own
-        prove: compare its logits with transformers' before it is kept (extra hf)
+        prove: compare a Llama's logits with transformers' before it is kept (extra hf)
+        stage: of nanochat's: base, mid, sft or rl; empty for what its folder or metadata say
         runs_dir: folder that holds the runs
     """
-    print(import_run(source, Path(runs_dir) / run, sequence_len, prove))
+    print(import_run(source, Path(runs_dir) / run, sequence_len, prove, stage))
 
 
 def push(

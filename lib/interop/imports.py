@@ -1,23 +1,33 @@
 """Open weights become a run: a tokenizer, a config and a base checkpoint, as if trained here."""
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib import hub
 from lib.config import Config
 from lib.data.tokenizer import FILE, Tokenizer
-from lib.files import UserError, first_line, local_path, read_json
+from lib.files import UserError, choose, first_line, local_path, read_json
 from lib.interop import proof
 from lib.interop.llama import config_from_llama, from_llama, revocabulary
+from lib.interop.nanochat_files import Nanochat, is_nanochat, read_nanochat
 from lib.interop.packages import optional
 from lib.interop.tokenizer_import import read_tokenizer
 from lib.runs import STAGES
 from lib.train import checkpoint
 
 # what a model's repository holds that is read here
-WANTED = ("config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+WANTED = (
+    "config.json",
+    "tokenizer.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    # nanochat's
+    "model_*.pt",
+    "meta_*.json",
+    "tokenizer.pkl",
+)
 
 
 class Imported(NamedTuple):
@@ -30,27 +40,47 @@ class Imported(NamedTuple):
     lost: tuple[str, ...]
 
 
-def import_run(source: str, run, sequence_len: int = 0, prove: bool = True) -> str:
+def import_run(source: str, run, sequence_len: int = 0, prove: bool = True, stage: str = "") -> str:
     """Make a run folder of somebody's model; what came in and how it was compared, as text.
 
-    source: a folder, or hf:USER/NAME (hf:USER/NAME@REVISION). sequence_len: as in
-    `config_from_llama`. prove: compare logits with transformers (extra hf) before anything is kept.
-    UserError where the model is of a kind that we have not, and where the run has a model already.
+    source: a folder, or hf:USER/NAME (hf:USER/NAME@REVISION), of a Llama or of nanochat's.
+    sequence_len: as in `config_from_llama`. prove: compare logits with transformers (extra hf)
+    before anything is kept. stage: of nanochat's. UserError where the model is of a kind that we
+    have not, and where the run has a model already.
     """
     run = Path(run)
     taken = [name for name in (FILE, *STAGES.values()) if (run / name).exists()]
     if taken:
         raise UserError(f"{run} has a {taken[0]} already: choose another --run")
+    if stage:
+        choose("stage", stage, STAGES)
 
     # everything is read and compared before a file is written
     folder = fetch(source)
+    if is_nanochat(folder):
+        return _import_nanochat(read_nanochat(folder, source, stage), source, run)
     model = read_model(folder, source, sequence_len)
     lines = [f"imported {source}: {model.config.n_layer} layers, {model.config.n_embd} wide"]
     if prove:
         lines.append(compared(model, folder))
     lines += [f"not as it was: {sentence}" for sentence in model.lost]
 
-    # a run like any other: the config comes last, for it is what a run is found by
+    path = keep(run, Kept(model.params, model.config, model.tokenizer), source)
+    return "\n".join([*lines, f"kept as {path}"])
+
+
+class Kept(NamedTuple):
+    """A model as it goes into a run folder; stages: it is put down as each of them."""
+
+    params: dict
+    config: Config
+    tokenizer: Tokenizer
+    step: int = 0
+    stages: tuple[str, ...] = ("base",)
+
+
+def keep(run: Path, model: Kept, source: str) -> Path:
+    """Write a run like any other; the path of its first checkpoint."""
     model.tokenizer.save(run / FILE)
     meta = dict(
         config=model.config.to_dict(),
@@ -59,8 +89,25 @@ def import_run(source: str, run, sequence_len: int = 0, prove: bool = True) -> s
         settings=dict(source="stdlib", packing="bestfit", shards=8),
         imported=source,
     )
-    path = checkpoint.save(run / STAGES["base"], 0, {"params": model.params}, meta)
+    for stage in model.stages:
+        checkpoint.save(run / STAGES[stage], model.step, {"params": model.params}, meta)
+    # the config comes last, for it is what a run is found by
     model.config.save(run / "config.json")
+    return Path(checkpoint.path_of(run / STAGES[model.stages[0]], model.step))
+
+
+def _import_nanochat(model: Nanochat, source: str, run: Path) -> str:
+    """Keep a model of nanochat's: as base, where 04 begins, and as what it was trained to be."""
+    stages = tuple(dict.fromkeys(["base", model.stage]))
+    kept = Kept(model.params, model.config, model.tokenizer, model.step, stages)
+    path = keep(run, kept, source)
+    config = model.config
+    lines = [
+        f"imported {source}, nanochat's model at step {model.step}: {config.n_layer} layers, "
+        f"{config.n_embd} wide, as {' and '.join(stages)}"
+    ]
+    if model.val_bpb is not None:
+        lines.append(f"nanochat measured {model.val_bpb:.4f} bits per byte on its own text")
     return "\n".join([*lines, f"kept as {path}"])
 
 
@@ -68,15 +115,16 @@ def fetch(source: str) -> Path:
     """The folder of a model, downloaded from the Hub where `source` is hf:USER/NAME."""
     if not source.startswith("hf:"):
         folder = local_path(source)
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds no config.json: give a model's folder or hf:USER/NAME")
+        if not (folder / "config.json").exists() and not is_nanochat(folder):
+            raise UserError(
+                f"{folder} holds no config.json and no model_STEP.pt: give the folder of one model "
+                "(of nanochat's such as base_checkpoints/d20), or hf:USER/NAME"
+            )
         return folder
 
     import huggingface_hub
 
-    repo, _, revision = source.removeprefix("hf:").partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"{source} is no repository: write hf:USER/NAME")
+    repo, revision = hub.parse(source)
     try:
         folder = huggingface_hub.snapshot_download(
             repo, revision=revision or None, allow_patterns=list(WANTED)
@@ -86,7 +134,10 @@ def fetch(source: str) -> Path:
             f"cannot fetch {source} ({first_line(e)}): check its name, the network and, for a "
             "model behind a licence, your token"
         ) from e
-    return Path(folder)
+    folder = Path(folder)
+    if not (folder / "config.json").exists() and not is_nanochat(folder):
+        raise UserError(f"{source} holds no model of a kind that comes in here: check its name")
+    return folder
 
 
 def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:

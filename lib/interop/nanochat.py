@@ -1,4 +1,8 @@
-"""Weights and configs to and from nanochat's: the same numbers under its names and layouts."""
+"""Weights and configs to and from nanochat's: the same numbers under its names and layouts.
+
+Its model has changed over time. Three forms of it are known here (`FORMS`): that of March 2026 and
+later, the first one (published as d20 and d32), and the first one with scales on its stream.
+"""
 
 import math
 from typing import Any
@@ -44,31 +48,75 @@ def config_from_nanochat(config: dict) -> Config:
     )
 
 
+# what all of nanochat's models have
+ALWAYS = dict(
+    mlp="relu2",
+    qk_norm=True,
+    softcap=15.0,
+    tied_head=False,
+    embed_norm=True,
+    norm_eps=2.0**-23,
+)
+# name of a form: what else it is, field by field
+_new = dict(
+    rope_base=100_000.0,
+    qk_scale=1.2,
+    resid_scales=True,
+    x0_scales=True,
+    value_embeds=True,
+    smear=True,
+    backout=True,
+)
+_first = dict.fromkeys(_new, False) | dict(rope_base=10_000.0, qk_scale=1.0)
+FORMS: dict[str, dict[str, Any]] = {
+    "new": _new,
+    "first": _first,
+    "scaled": _first | dict(resid_scales=True, x0_scales=True),
+}
+
+
+def form_of(names) -> str:
+    """Which of FORMS a state dict of these names is; UserError for those between them."""
+    if "smear_lambda" in names:
+        return "new"
+    if any(name.startswith(("value_embeds.", "value_embed.")) for name in names):
+        raise UserError(
+            "this nanochat model is of January to March 2026, between two forms that are known "
+            "here: its gates, windows and scales are others; train it with the code of its date"
+        )
+    return "scaled" if "resid_lambdas" in names else "first"
+
+
+def read_config(settings: dict, state_dict: dict) -> Config:
+    """The Config of a nanochat model of any form, from its GPTConfig and its state dict."""
+    form = form_of({name.removeprefix("_orig_mod.") for name in state_dict})
+    if form == "new":
+        return config_from_nanochat(settings)
+    # models older than short windows have no word for them
+    config = config_from_nanochat({"window_pattern": "L"} | settings).replace(**FORMS[form])
+    if set(config.window_pattern) != {"L"}:
+        raise UserError(
+            f"this nanochat model of January 2026 has window_pattern={config.window_pattern}: its "
+            "short windows are half of the context, ours a quarter"
+        )
+    return config
+
+
 def _check_convertible(config: Config):
-    """UserError where a part of the model is none of nanochat's."""
-    fixed = dict(
-        mlp="relu2",
-        mlp_dim=4 * config.n_embd,
-        head_dim=config.n_embd // config.n_head,
-        rope_base=100_000.0,
-        qk_norm=True,
-        qk_scale=1.2,
-        softcap=15.0,
-        resid_scales=True,
-        x0_scales=True,
-        value_embeds=True,
-        smear=True,
-        backout=True,
-        tied_head=False,
-        embed_norm=True,
-        norm_eps=2.0**-23,
-    )
-    for field, value in fixed.items():
-        ours = getattr(config, field)
-        if ours != value:
-            raise UserError(
-                f"nanochat has no model with {field}={ours}: only {field}={value} converts"
-            )
+    """UserError where a part of the model is none of nanochat's, in the form that comes nearest."""
+
+    def against(form: str) -> dict[str, Any]:
+        """The fields that are otherwise, with the value that the form has."""
+        sizes = dict(mlp_dim=4 * config.n_embd, head_dim=config.n_embd // config.n_head)
+        fixed = ALWAYS | sizes | FORMS[form]
+        return {name: value for name, value in fixed.items() if getattr(config, name) != value}
+
+    nearest = min(map(against, FORMS), key=len)
+    for field, value in nearest.items():
+        raise UserError(
+            f"nanochat has no model with {field}={getattr(config, field)}: only {field}={value} "
+            "converts"
+        )
 
 
 def _layout(config: Config) -> list[tuple]:
@@ -88,15 +136,16 @@ def _layout(config: Config) -> list[tuple]:
         return name, theirs, path, at, linear
 
     # the tables, then what stands outside the layers
-    rows = [
-        row("transformer.wte.weight", "embed"),
-        row("lm_head.weight", "head", linear=True),
-        row("smear_gate.weight", "smear.gate", linear=True),
-        row("smear_lambda", "smear.scale"),
-        row("backout_lambda", "backout"),
-        row("resid_lambdas", "blocks.resid_scale"),
-        row("x0_lambdas", "blocks.x0_scale"),
-    ]
+    rows = [row("transformer.wte.weight", "embed"), row("lm_head.weight", "head", linear=True)]
+    if config.smear:
+        rows.append(row("smear_gate.weight", "smear.gate", linear=True))
+        rows.append(row("smear_lambda", "smear.scale"))
+    if config.backout:
+        rows.append(row("backout_lambda", "backout"))
+    if config.resid_scales:
+        rows.append(row("resid_lambdas", "blocks.resid_scale"))
+    if config.x0_scales:
+        rows.append(row("x0_lambdas", "blocks.x0_scale"))
     # the matrices of each layer
     matrices = {
         "attn.c_q": "wq",
@@ -132,6 +181,13 @@ def _numpy(array) -> np.ndarray:
     return np.asarray(array, np.float32)
 
 
+def _padded(array: np.ndarray, shape: tuple, config: Config) -> np.ndarray:
+    """A table with rows for the vocabulary's padding, which the first models do not have."""
+    if array.shape[:1] == (config.vocab_size,) and shape[:1] == (config.padded_vocab,):
+        return np.pad(array, [(0, config.padded_vocab - config.vocab_size), (0, 0)])
+    return array
+
+
 def from_nanochat(state_dict: dict, config: Config) -> dict:
     """Our parameters from a nanochat state dict of numpy, torch or jax arrays, compiled
     ("_orig_mod.") or not.
@@ -153,7 +209,7 @@ def from_nanochat(state_dict: dict, config: Config) -> dict:
         lambda spec: np.empty(spec.shape, np.float32), param_specs(config), is_leaf=is_spec
     )
     for name, shape, path, at, linear in layout:
-        array = _numpy(arrays[name])
+        array = _padded(_numpy(arrays[name]), shape, config)
         if array.shape != shape:
             raise UserError(
                 f"{name} of the nanochat state dict has shape {array.shape} where the config asks "
