@@ -25,7 +25,7 @@ from lib import data, files
 from lib.data import download, readers, sources
 from lib.data import packing as packing_rules
 from lib.data import tokens as token_files
-from lib.data.tokenizer import Tokenizer
+from lib.data.tokenizer import PATTERN, Tokenizer
 from lib.files import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -808,19 +808,34 @@ def test_full_disk_is_told_and_harms_nothing(tmp_path, tokenizer, inline, monkey
     assert decode(start("train", tokenizer), tokenizer) == texts and start("val", tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["file in the way", "no permission"])
-def test_unwritable_cache_is_told(tmp_path, tokenizer, monkeypatch, kind):
+def test_a_vocabulary_of_more_than_16_bits_keeps_its_ids(tmp_path):
+    letters = [bytes([b]) for b in range(256)]
+    made_up = [bytes([200, *i.to_bytes(2, "big")]) for i in range(1 << 16)]
+    large = Tokenizer(PATTERN, (*letters, *made_up))
+    large.save(tmp_path / "tokenizer.json")
+    (tmp_path / "a.txt").write_text("hi")
+    shard = sources.Shard("a", "a", (str(tmp_path / "a.txt"),))
+    token_files._tokenise(shard, tmp_path / "tokenizer.json", tmp_path / "a.npy")
+    ids = token_files._load(tmp_path / "a.npy").ids
+    assert ids.tolist() == [256 + (1 << 16), ord("h"), ord("i")]
+
+
+def test_a_busy_server_is_not_waited_for_longer_than_five_minutes():
+    error = ConnectionError("busy")
+    for asked, pause in {"7": 7.0, "86400": 300.0, "tomorrow": 0.0}.items():
+        error.headers = {"Retry-After": asked}
+        assert download.asked_pause(error) == pause
+
+
+def test_unwritable_cache_is_told(tmp_path, tokenizer, monkeypatch):
     source = corpus(tmp_path / "texts")
     (tmp_path / "taken").write_text("")
-    if kind == "no permission":  # simulated, because chmod does not stop root
-        monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "denied")))
-    with pytest.raises(UserError, match="a file stands|no permission to write"):
-        data.open_tokens(
-            source,
-            "train",
-            tokenizer,
-            cache_dir=tmp_path / ("taken" if kind[0] == "f" else "fresh"),
-        )
+    with pytest.raises(UserError, match="a file stands"):
+        data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / "taken")
+    # simulated, because chmod does not stop root
+    monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "denied")))
+    with pytest.raises(UserError, match="no permission to write"):
+        data.open_tokens(source, "train", tokenizer, cache_dir=tmp_path / "fresh")
 
 
 def test_empty_split_is_told(tmp_path, tokenizer, inline, climbmix_hub):
@@ -836,6 +851,8 @@ def test_empty_split_is_told(tmp_path, tokenizer, inline, climbmix_hub):
 def test_evaluation_set_in_memory(tokenizer):
     texts = [f"document {i}" for i in range(9)]
     assert [len(data.head(iter(texts), size)) for size in (0, 30, 999)] == [1, 3, 9]
+    # bytes, not letters
+    assert data.head(["\u00e9" * 10] * 9, 30) == ["\u00e9" * 10] * 2
     tokens = data.tokens_of(texts, tokenizer)
     assert decode(tokens, tokenizer) == texts and tokens[0].bytes == 90
     assert tokens.identity != data.tokens_of(texts[:-1], tokenizer).identity

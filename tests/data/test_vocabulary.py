@@ -2,7 +2,8 @@
 
 import pytest
 
-from lib.data.tokenizer import FILE
+from lib.data import vocabulary as rules
+from lib.data.tokenizer import FILE, PATTERN, Tokenizer
 from lib.data.vocabulary import Vocabulary, make_tokenizer, read_by
 from lib.files import UserError
 
@@ -42,3 +43,40 @@ def test_a_tokenizer_of_elsewhere_is_taken_as_it_is(tmp_path, vocabulary):
     tokenizer, made = make_tokenizer(tmp_path / "other", taken)
     assert made and tokenizer.fingerprint == first.fingerprint
     assert tokenizer.meta["settings"] == {"pretrained": taken.pretrained}
+
+
+# ---- looking at one
+
+
+@pytest.fixture(scope="module")
+def abab():
+    """Bytes, then ab, then abab."""
+    letters = [bytes([b]) for b in range(256)]
+    return Tokenizer(PATTERN, (*letters, b"ab", b"abab"))
+
+
+def test_the_most_frequent_pair_counts_words_and_of_equals_sorts_last():
+    once, thrice = (b"a", b"b", b"a"), (b"b", b"c")
+    assert rules.most_frequent_pair({once: 1, thrice: 3}) == ((b"b", b"c"), 3)
+    for words in ({once: 1, thrice: 1}, {thrice: 1, once: 1}):
+        assert rules.most_frequent_pair(words) == ((b"b", b"c"), 1)
+
+
+def test_merges_by_hand(abab):
+    assert rules.merged((b"a", b"a", b"a"), (b"a", b"a")) == (b"aa", b"a")
+    assert rules.words_of(["ab 123", "ab"])[b"a", b"b"] == 2
+    # ab stands twice in each of the two words, abab once
+    assert rules.first_merges(abab, ["abab abab"]) == [(b"ab", 4), (b"abab", 2)]
+    assert rules.merge_steps(abab, "abab")[1:] == [(b"ab", b"ab"), (b"abab",)]
+
+
+def test_bytes_per_token_are_those_of_all_texts_together(abab):
+    # 4 bytes in 1 token, 2 bytes in 2
+    assert rules.bytes_per_token(abab, ["abab", "\u00e9"]) == 2
+    assert rules.bytes_per_token(abab, "abab") == 4
+
+
+def test_a_round_trip_that_loses_something_is_seen(abab):
+    rules.check_round_trip(abab, ["abab \u00e9"])
+    with pytest.raises(AssertionError, match="does not come back"):
+        rules.check_round_trip(abab, ["half a character \ud800"])

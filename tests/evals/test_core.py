@@ -210,7 +210,9 @@ def test_who_knows_nothing_scores_the_baseline(kind, tokenizer):
             abs(entry["score"] - entry["baseline"]) < 3 * entry["stderr"]
             and abs(entry["centered"]) < 0.15
         )
-        assert 0.2 < entry["majority"] < 0.35 or kind == "language_modeling"
+        # every continuation is another, so the commonest is one of all
+        likeliest = (0, 0.01) if kind == "language_modeling" else (0.2, 0.35)
+        assert likeliest[0] < entry["majority"] < likeliest[1]
 
 
 def test_a_uniform_model_guesses_no_continuation(t, tokenizer):
@@ -464,10 +466,7 @@ def test_rolling_scores_each_token_once_as_lm_eval_cuts_it(t, tokenizer, plain):
     )
     assert len(row) == 600 and row.sum(dtype=np.float64) == pytest.approx(want, rel=1e-5)
     assert short.sum() == pytest.approx(plain([tokenizer.bos], text[:3])[0], abs=1e-4)
-    assert (
-        likelihood._windows([9], text, 256, 100)
-        and [len(k) for _, k, _ in likelihood._windows([9], text, 256, 100)] == [100] * 6
-    )
+    assert [len(k) for _, k, _ in likelihood._windows([9], text, 256, 100)] == [100] * 6
 
 
 def test_bad_requests_are_refused_in_one_sentence(t, tokenizer):

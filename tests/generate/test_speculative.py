@@ -66,7 +66,9 @@ def test_the_text_is_that_of_plain_decoding_at_any_setting(kind):
             [t.logprob for t in new[slot]], [t.logprob for t in rows[slot]], atol=1e-4
         )
     assert [[i for i, _ in t.top] for t in new[0]] == [[i for i, _ in t.top] for t in rows[0]]
-    assert 0 < share < 1 if kind != "itself" else share > 0.9
+    # of its own drafts all are right, but for those behind an end
+    least, most = (0.9, 1.0) if kind == "itself" else (0.01, 0.99)
+    assert least < share <= most
 
 
 def test_the_distribution_is_unchanged():

@@ -153,6 +153,7 @@ def test_shards_and_bfloat16_are_read(folder):
         (dict(num_hidden_layers=5), "the weights lack layers.4"),
         (dict(num_hidden_layers=3), "hold layers.3"),
         (dict(vocab_size=600), "do not belong together"),
+        (dict(vocab_size=699), "do not belong together"),
     ],
 )
 def test_what_is_not_ours_is_refused_by_name(folder, tmp_path, settings, words):
@@ -180,6 +181,12 @@ def test_damaged_and_missing_files(folder, tmp_path):
         read_model(path, "it")
     (path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="lacks model.safetensors"):
+        read_model(path, "it")
+    # an index that points out of the folder
+    (tmp_path / "elsewhere.safetensors").write_bytes(whole)
+    places = {"weight_map": {"lm_head.weight": str(tmp_path / "elsewhere.safetensors")}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(places))
+    with pytest.raises(UserError, match="lacks .*elsewhere.safetensors"):
         read_model(path, "it")
     (path / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="has no tokenizer.json"):

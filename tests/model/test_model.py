@@ -209,6 +209,15 @@ def dense_loss(params, config, x, y):
     return -jnp.sum(jnp.where(y >= 0, picked, 0)) / jnp.maximum((y >= 0).sum(), 1)
 
 
+def test_activations_by_hand():
+    one_11 = jnp.ones((1, 1))
+    weights = dict(w_in=2 * one_11, w_gate=3 * one_11, w_out=one_11)
+    # relu(2)^2, 2 times the share of a normal distribution below 2, silu(3) times 2
+    for mlp, value in dict(relu2=4.0, gelu=1.9546, swiglu=5.7155).items():
+        given = transformer.mlp(jnp.ones((1, 1, 1)), weights, TINY.replace(mlp=mlp))
+        assert float(given[0, 0, 0]) == pytest.approx(value, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def whole():
     """(config, inputs, targets, loss, gradients), the loss taken of all logits at once."""

@@ -6,6 +6,8 @@ import json
 import re
 import socket
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 from lib import parallel
 from lib.config import Config
 from lib.files import UserError
+from lib.parallel import hosts
 from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
@@ -253,6 +256,29 @@ def test_bad_layouts_in_one_sentence():
     ]:
         with pytest.raises(UserError, match=said):
             parallel.make_layout(strategy, config.replace(**change), devices, mesh)
+
+
+def test_who_is_no_process_of_the_job_is_not_counted():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = s.getsockname()
+    said = {}
+
+    def call(name):
+        deadline = time.monotonic() + 10
+        said[name] = hosts._report(address, 2, int(name), deadline)
+
+    def one_after_another():
+        for name in ("0", "7", "1"):
+            callers.append(threading.Thread(target=call, args=(name,), daemon=True))
+            callers[-1].start()
+            time.sleep(0.2)
+
+    callers = []
+    threading.Thread(target=one_after_another, daemon=True).start()
+    assert hosts._count_heads(address, 2, time.monotonic() + 10) == "go"
+    callers[-1].join(10)
+    assert said["1"] == "go"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import io
 import json
+import math
 import os
 import random
 import re
@@ -31,7 +32,7 @@ from lib.files import UserError
 from lib.generate import Sampling, generate
 from lib.runs import load_model
 from lib.serve import api
-from lib.serve.answers import Answers
+from lib.serve.answers import Answers, spelled
 from lib.serve.counters import Counters
 from lib.serve.guard import guarded
 from lib.serve.server import Server, listen, main
@@ -203,6 +204,10 @@ def test_more_tokens_than_there_is_room_for_are_fewer_tokens(ai, name):
         )
         if not stream:
             assert 0 < answer.usage.completion_tokens <= min(room, 400)
+            continue
+        reasons = [choice.finish_reason for event in answer for choice in event.choices]
+        assert reasons[-1] in ("stop", "length")
+        assert not any(reasons[:-1])
 
 
 def test_a_base_model_does_not_chat():
@@ -262,6 +267,19 @@ def test_seeds_repeat_and_every_answer_of_several_has_its_own(ai, name):
     # without a seed answers differ; what was called counts too, for some say nothing aloud
     drawn = [ai.chat.completions.create(**ask).choices[0].message.parts for _ in range(4)]
     assert any(parts != drawn[0] for parts in drawn)
+
+
+def test_the_logarithm_of_nothing_is_a_number_that_json_has():
+    assert spelled(model().tokenizer, 65, -math.inf)["logprob"] == -9999.0
+
+
+def test_a_prompt_counts_once_however_many_answers_it_gets(ai, http, name):
+    counted = _counter(http, "rawchat_prompt_tokens_total")
+    both = ["1 2 3", "4 5"]
+    answer = ai.completions.create(model=name, prompt=both, n=3, max_tokens=1)
+    tokens = sum(len(model().tokenizer.encode(text, bos=True)) for text in both)
+    assert answer.usage.prompt_tokens == tokens
+    assert _counter(http, "rawchat_prompt_tokens_total") == counted + tokens
 
 
 def test_stop_strings_and_lengths(ai, name):
@@ -756,6 +774,7 @@ def test_a_token_is_asked_for():
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": "s3cret"},
+            {"Authorization": "Basic s3cret"},
             {"Authorization": "Bearer s3cret2"},
         ):
             for path in ("/v1/models", "/metrics", "/v1/chat/completions", "/nowhere"):

@@ -59,6 +59,15 @@ def test_workers_killed_at_random_lose_and_double_nothing(tmp_path, monkeypatch)
     assert len(claims) > 24, "some were killed at work, and what they had was taken again"
 
 
+def test_what_a_worker_tells_is_on_the_disk_when_the_call_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
+    journal.create(tmp_path, sweep())
+    with Journal(tmp_path) as book:
+        book.claim({"depth": 1})
+        assert synced[-1] == book.path.stat().st_size
+
+
 def test_workers_that_all_want_the_next_trial_at_once_never_take_the_same(tmp_path):
     spec = sweep("bayes", {"depth": {"min": 1, "max": 40}})
     journal.create(tmp_path, spec)
@@ -116,6 +125,15 @@ def test_a_silent_worker_elsewhere_loses_its_trial_when_its_lease_ends(book):
         "it was alive, and has finished: that result counts, once"
     )
     assert [t.value for t in book.trials() if t.id == again.id] == [9.0]
+
+
+def test_a_clock_that_is_set_back_reorders_nothing(book):
+    a = {"depth": 1, "seed": 1}
+    id, now = space.key(a), time.time()
+    report = dict(e="report", id=id, step=1, value=0.5, t=now - 500)
+    events_of(book.folder, "far", dict(e="claim", id=id, a=a, tries=1), report, t=now)
+    (trial,) = book.trials()
+    assert trial.reports == {1: 0.5} and trial.begun == now
 
 
 def test_without_locks_the_earlier_claim_holds(book, monkeypatch):

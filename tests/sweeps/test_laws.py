@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lib.files import UserError
-from lib.sweeps import scaling
+from lib.sweeps import laws, scaling, tables
+from lib.sweeps.journal import Trial
 from tests.helpers.sweeps import CHINCHILLA, ablation_trials, synthetic
 
 
@@ -105,3 +106,21 @@ def test_a_bootstrap_interval_by_hand():
         a2, a1, _ = np.polyfit(x, centre + rng.choice(rest, 4), 2)
         minima.append(np.exp(-a1 / (2 * a2)))
     assert wide.N_interval == pytest.approx(tuple(np.quantile(minima, [0.025, 0.975])), rel=0.02)
+
+
+def test_the_best_is_the_lowest_or_the_highest_as_the_goal_says():
+    found = []
+    for n, (value, lr, depth) in enumerate([(2.0, 0.1, 4), (1.0, 0.2, 4), (4.0, 0.3, 9)]):
+        assignment = dict(lr=lr, depth=depth)
+        found.append(Trial(str(n), n, assignment, "done", value=value))
+    found.append(Trial("3", 3, dict(lr=0.4, depth=4), "done", value=math.nan))
+    found.append(Trial("4", 4, dict(lr=0.5, depth=4), "pruned", value=0.0))
+
+    for goal, best in dict(minimize=["1", "0", "2"], maximize=["2", "0", "1"]).items():
+        assert tables.best_of(found, goal).id == best[0]
+        lines = tables.leaders(found, goal).splitlines()[1:]
+        assert [line.split()[0] for line in lines] == best
+    # the best pair that differs in the rate alone
+    assert laws.single_change(found)[:2] == (found[1], found[0])
+    assert laws.single_change(found, "maximize")[:2] == (found[0], found[1])
+    assert laws.single_change(found)[2] == "lr"

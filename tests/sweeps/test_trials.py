@@ -1,6 +1,7 @@
 """Trials equal plain training, alone, interrupted and several at once; what fails is told."""
 
 import math
+import types
 
 import jax
 import numpy as np
@@ -171,6 +172,20 @@ def test_the_third_unforeseen_error_in_a_row_stops_the_worker(bench):
     assert len(said) == 2 and "Traceback" in said[0]
 
 
+def test_a_trial_that_went_well_ends_the_row(bench, monkeypatch):
+    bench, _ = bench
+    for outcome, unexpected in (
+        (trials.Outcome("done", dict(val_bpb=math.nan)), 3),
+        (trials.Outcome("done", dict(val_bpb=1.0)), 0),
+        (trials.Outcome("pruned", dict(val_bpb=1.0)), 0),
+        # a bad combination is no sign that all is well again
+        (trials.Outcome("failed", reason="depth=0"), 2),
+    ):
+        monkeypatch.setattr(bench, "unexpected", 2)
+        trials._measured(outcome, "val_bpb", dict(source="text"), bench)
+        assert bench.unexpected == unexpected
+
+
 def test_results_that_are_no_numbers_end_the_sweep_and_not_the_budget(small, monkeypatch):
     boss, bench = small({"seed": {"values": list(range(9))}})
     monkeypatch.setattr(bench, "validate", lambda *args: dict(val_bpb=math.inf, val_loss=2.0))
@@ -241,6 +256,11 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint_as_if_nothing_had_been
     )
     assert list(boss.book.trials()[0].reports) == [2, 4, 6]
     assert not (boss.book.folder / "trials" / trial.id).exists()
+
+
+def test_a_trial_takes_the_seconds_of_all_its_workers():
+    run = types.SimpleNamespace(config=None, notes=dict(seconds=1000.0))
+    assert 1000 <= trials.Progress(run).seconds < 1010
 
 
 @pytest.mark.slow

@@ -155,8 +155,25 @@ def test_numbers_of_a_step(base, tmp_path):
     assert numbers["kl"] > 0 and numbers["entropy"] > 0 and 0 <= numbers["clipped"] < 1
     assert numbers["drift"] < 5e-5  # one decoder, one learner, the same tokens
     # two updates a step are counted by the optimizer, and one by the run
-    assert (training.run.done, int(training.run.state.opt_state.step)) == (2, 4)
+    state = training.run.state
+    assert (training.run.done, int(state.opt_state.step)) == (2, 4)
+    assert float(state.opt_state.hyper["num_steps"]) == 4
     assert len(training.groups) == 2 and all(len(group) == 4 for _, group in training.groups)
+
+
+def test_the_divergence_is_that_from_the_frozen_reference(base, tmp_path):
+    training = rl.Reinforcement(rl.Reinforcing("letters", **SETTINGS), base, tmp_path)
+    *parts, _ = next(training.feed(None))
+    elsewhere = jax.tree.map(lambda a: 1.3 * a, base.params)
+    for reference, low, high in ((base.params, 0, 1e-6), (elsewhere, 1e-4, 1e3)):
+        state = rl.first_state(base.params, training.config, training.settings)
+        _, sums = rl.learn(state, *parts, reference, training.config, Policy(kl=0.1))
+        assert low <= float(sums["kl"]) < high
+
+
+def test_every_question_and_sample_has_a_seed_of_its_own():
+    seeds = {rl.seed_of(s, q, n) for s in range(3) for q in range(40) for n in range(8)}
+    assert len(seeds) == 3 * 40 * 8
 
 
 def test_a_task_that_teaches_nothing_is_given_up(base, tmp_path, monkeypatch):

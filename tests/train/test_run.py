@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -178,9 +179,11 @@ def test_rates_and_horizon_change_with_a_line_in_the_record(tmp_path, capsys):
     go_on(open_run(tmp_path), upto=6)
     run = open_run(tmp_path, config=TINY.replace(num_steps=14, matrix_lr=0.001))
     assert "from step 5 on, num_steps was 12 and is 14" in capsys.readouterr().out
-    go_on(run)
+    go_on(run, upto=11)
+    # what was changed before stays in the record
+    go_on(open_run(tmp_path, config=TINY.replace(num_steps=13, matrix_lr=0.001)))
     meta = checkpoint.read_meta(tmp_path / "checkpoints")
-    assert meta["step"] == 14 and [step for step, _ in meta["changes"]] == [5, 5]
+    assert meta["step"] == 13 and [step for step, _ in meta["changes"]] == [5, 5, 10]
 
 
 def test_what_mixes_experiments_is_refused(tmp_path):
@@ -198,6 +201,12 @@ def test_two_in_one_folder_the_second_is_told_who_is_there(tmp_path):
         open_run(tmp_path)
     steps.close()
     assert open_run(tmp_path).done == 0
+
+
+def test_several_may_look_at_once_whether_a_folder_is_free(tmp_path):
+    with locks.open_lock(tmp_path / locks.NAME) as another:
+        assert locks.take(another, wait=False, shared=True)
+        locks.check_free(tmp_path)
 
 
 def test_a_lock_is_no_way_out_of_the_folder(tmp_path):
@@ -297,6 +306,26 @@ def test_no_store_no_metrics_no_files(tmp_path):
     run = train.TrainingRun(TINY, feed, tmp_path, None, IDENTITY)
     assert len(list(run.steps([], train.Saving(every=1), writers=None))) == 12
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_steps_are_profiled_and_a_steps_numbers_are_its_own(tmp_path, monkeypatch):
+    profile = lambda folder, *trace: contextlib.nullcontext(lambda step, state: None)
+    monkeypatch.setattr(runs, "trace_window", profile)
+    run = train.TrainingRun(TINY, feed, tmp_path, None, IDENTITY, peak_flops=1e9)
+    steps = list(run.steps([], train.Saving(every=0), writers=None, trace=(3, 5)))
+    # the state is waited for before the first of them and after the last
+    assert [step.step for step in steps if step.state is not None] == [2, 5, 12]
+    assert run.seconds == pytest.approx(sum(step.metrics["step_time"] for step in steps))
+    for metrics in (step.metrics for step in steps):
+        flops_per_s = TINY.flops_per_token * metrics["tokens_per_s"]
+        assert metrics["mfu"] == pytest.approx(flops_per_s / 1e9)
+
+
+def test_a_checkpoint_remembers_the_rows_of_one_device():
+    layout = types.SimpleNamespace(size=lambda *axes: 4)
+    config = TINY.replace(microbatch=8, total_batch_size=128)
+    assert runs.portable(config, layout) == config.replace(microbatch=2)
+    assert runs.portable(config, None) == config
 
 
 def test_metadata_is_json_and_names_the_training(tmp_path):
