@@ -53,13 +53,12 @@ setup()
 
 # %% cellView="form"
 # @title Imports
-from pathlib import Path
-
-from lib import pictures, reinforce
+from lib import pictures, reinforce, report
 from lib.evals import records
 from lib.files import update_json
-from lib.notebook import device_report, flags, secret, show_source
+from lib.notebook import device_report, flags, secret, show_page, show_source
 from lib.pictures import show
+from lib.preflight.memory import choose_layout
 from lib.runs import STAGES, enter_trained, load_model, results_table, start_afresh
 from lib.train import policy, rl
 from lib.train.finetune import Base
@@ -95,7 +94,7 @@ if_exists = "continue"  # @param ["continue", "fresh", "stop"]
 # @markdown Checkpoint to begin with: empty for the newest that can chat, or a folder, gs:// or hf://USER/NAME address
 ckpt = ""  # @param {type:"string"}
 # @markdown Learning rates, as a share of pretraining's
-lr = 0.05  # @param {type:"number"}
+lr = 0.1  # @param {type:"number"}
 # @markdown Optimizer of the matrices
 optimizer = "muon"  # @param ["muon", "adamw"]
 # @markdown Updates by each step's answers
@@ -106,6 +105,8 @@ test_items = 64  # @param {type:"integer"}
 test_samples = 8  # @param {type:"integer"}
 # @markdown Steps from one measurement to the next
 eval_every = 20  # @param {type:"integer"}
+# @markdown How several devices share the learning; each process writes its part of the answers
+strategy = "auto"  # @param ["auto", "dp", "zero", "fsdp", "tp"]
 # @markdown The same seed asks the same questions, and draws the same answers
 seed = 0  # @param {type:"integer"}
 
@@ -122,7 +123,9 @@ device = device_report()
 
 # %%
 start = load_model(folder, ckpt, stage="" if ckpt else "sft")
-config, tokenizer = start.config, start.tokenizer
+tokenizer = start.tokenizer
+config, layout, why = choose_layout(start.config, strategy, memory=device["memory"])
+print(f"devices: {why}")
 source = start.meta["settings"].get("source", "")
 settings = rl.Reinforcing(
     task, reward, preset, num_steps, questions, samples, max_tokens, updates, lr, optimizer, seed
@@ -133,6 +136,7 @@ training = rl.Reinforcement(
     folder / STAGES["rl"],
     if_exists,
     lambda: start_afresh(folder, "rl"),
+    layout,
 )
 print(f"from {start.path}: {len(training.questions):,} questions of {task}")
 
@@ -169,10 +173,11 @@ show_source(policy.objective)
 # share that is right, *pass@8* the chance that one of eight is.
 
 # %%
-exam = reinforce.Examination(config, tokenizer, task, test_items, test_samples, max_tokens)
+exam = reinforce.Examination(
+    start.config, tokenizer, task, test_items, test_samples, max_tokens, layout
+)
 before = exam.answers(start.params, greedy=True)
-print(f"greedy {before['tasks'][task]['score']:.1%}")
-print(exam.passes(start.params))
+print(reinforce.passes_told(exam.passes(start.params)))
 
 # %% [markdown]
 # ## The loop
@@ -200,13 +205,18 @@ print(reinforce.shares(rows))
 # %% [markdown]
 # ## After
 #
-# The same questions again, and whether the difference is more than chance.
+# The same questions again, and whether the difference is more than chance. Beside them stand the tasks that 04
+# measured: what is learnt here must not be paid for there.
 
 # %%
 params = trained.state.params
 after = exam.answers(params, greedy=True)
-place = f"{STAGES['rl']}/{Path(trained.past.path).name}"
-records.write(folder, "rl", dict(step=trained.done, checkpoint=place, seed=seed) | after)
+print(reinforce.passes_told(exam.passes(params)))
+earlier = records.read(folder / "evals" / f"{start.stage}.json")
+after["tasks"] |= exam.once_more(params, earlier)
+reinforce.keep(folder, start.stage, start.path, seed, before)
+reinforce.keep(folder, "rl", trained.past.path, seed, after)
+before["tasks"] = earlier.get("tasks", {}) | before["tasks"]
 reinforce.print_differences(before, after, (start.stage, "rl"))
 
 # %% [markdown]
@@ -219,9 +229,10 @@ again = next(group for group in groups if group[0]["id"] == best[0]["id"])
 reinforce.show_group(*again, settings, tokenizer)
 
 # %%
-score = after["tasks"][task]["score"]
-update_json(folder / "results.json", stage="rl", **{f"rl_{task}": score})
+score = after["tasks"][exam.name]["score"]
+update_json(folder / "results.json", stage="rl", **{f"rl_{exam.name}": score})
 print(results_table(folder))
+show_page(report.write(folder))
 mirror.wait()
 
 # %% [markdown]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a measured language model that chats: sets up .venv, then runs 01 → 02 → 04 and prints what came out.
+# From nothing to a measured language model that chats: sets up .venv, then runs 01 → 02 → 04 (and 05 with --rl) and prints what came out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 . ./setup.sh
@@ -9,13 +9,14 @@ usage() {
 usage: bash speedrun.sh [OPTIONS] [-- FLAGS FOR 02_train.py]
 
 Makes .venv, installs, trains a tokenizer (01), pretrains a model (02), measures it, teaches it to chat and measures it
-again (04), and prints a table and a talk with it.
+again (04), and prints a table and a talk with it. With --rl it then gets better at what can be checked (05).
 
   --preset NAME   model and training settings, from lib/config.py: cpu_demo, colab_free_v5e,
                   colab_free_t4, colab_v5e, colab_v6e, gpu, gpt2_like,
                   llama_like, nanochat_d12, nanochat_d20, nanochat_d24; default: the one for the device found
   --source WHAT   text to train on: stdlib (default; needs no network), stdlib_with_tests, climbmix, fineweb_edu,
                   tinystories, or your own files: a path or glob of .txt, .md, .py, .jsonl or .parquet
+  --rl            reinforce it as the last stage: sums longer than it was taught (05)
   --run NAME      everything goes to runs/NAME (default: speedrun)
   --continue      take up runs/NAME where it stopped (the default); refused when it was made with other settings
   --fresh         start anew; what is in runs/NAME is moved to runs/NAME.old-1 and so on
@@ -25,13 +26,14 @@ Flags after -- go to 02_train.py; `.venv/bin/python 02_train.py --help` lists th
 END
 }
 
-preset=auto source=stdlib run=speedrun fresh='' continue=''
+preset=auto source=stdlib run=speedrun fresh='' continue='' rl=''
 while [ $# -gt 0 ]; do
     case $1 in
         --preset | --source | --run) [ $# -gt 1 ] || code=2 fail "$1 needs a value: see bash speedrun.sh --help"
             declare "${1#--}=$2"; shift 2 ;;
         --preset=* | --source=* | --run=*) value=${1#--}; declare "${value%%=*}=${value#*=}"; shift ;;
         --fresh) fresh=yes; shift ;;
+        --rl) rl=yes; shift ;;
         --continue) continue=yes; shift ;;
         --help | -h) usage; exit ;;
         --) shift; break ;;
@@ -79,6 +81,7 @@ stage() {
 stage 01_tokenizer.py --run "$run" --source "$source" --vocab-size "$vocab_size"
 stage 02_train.py --run "$run" --source "$source" --preset "$preset" "$@"
 stage 04_eval_chat.py --run "$run"
+[ -z "$rl" ] || stage 05_rl.py --run "$run"
 
 echo
 echo "report card: $folder/report.html"

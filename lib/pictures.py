@@ -5,6 +5,7 @@ Nothing here needs a display, and nothing touches pyplot's global state.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -467,8 +468,10 @@ def reinforcement(rows: list[dict]):
         whole_ticks(axis.xaxis)
 
     # held-out questions beside those that it learns from
-    measured = {name for row in rows for name in row if name.startswith("pass_")}
-    for i, name in enumerate(sorted(measured), 1):
+    measured = {name for row in rows for name in row if re.fullmatch(r"pass_\d+|greedy", name)}
+    drawn = sorted(measured, key=lambda name: int(name.partition("_")[2] or 0))
+    # the first and the last k of pass@k
+    for i, name in enumerate(dict.fromkeys([*drawn[:2], *drawn[-1:]]), 1):
         steps, values = column(rows, name)
         reward.plot(steps, values, "o-", color=f"C{i}", markersize=3, label=name.replace("_", "@"))
     reward.legend(loc="lower right")

@@ -5,6 +5,7 @@ python -m lib.preflight --preset nanochat_d24 --chip v6e-8 --strategy fsdp
 python -m lib.preflight --run mine --chip v5e-1 --search
 python -m lib.preflight --table
 python -m lib.preflight --dashboard
+python -m lib.preflight --depth 20 --chip v6e-1 --rl --samples 16
 """
 
 import contextlib
@@ -113,6 +114,15 @@ class Ask:
     sheet's"""
     published: bool = False
     """Compare the bound with the published v6e-1 measurement instead"""
+    rl: bool = False
+    """A step of reinforcement instead: rollout, reference and learner; with --table, which depth
+    and group size fit"""
+    questions: int = 8
+    """Of a step of reinforcement"""
+    samples: int = 16
+    """Answers to each of them"""
+    max_tokens: int = 256
+    """Of an answer"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +181,8 @@ def main(args: Args):
 
     if args.ask.dashboard:
         print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
+    elif args.ask.rl:
+        reinforce(args)
     elif args.ask.table:
         print(fits_table())
     elif args.ask.published:
@@ -219,6 +231,23 @@ def answer(args: Args):
     else:
         print(report_text(report))
         print(plan_text(planned))
+
+
+def reinforce(args: Args):
+    """Print what a step of reinforcement needs on one chip, or which depths and groups fit."""
+    from lib.files import UserError
+    from lib.preflight.reinforce import Rounds, group_table, needs, needs_text
+    from lib.preflight.table import DEPTHS
+
+    ask = args.ask
+    if min(ask.questions, ask.samples, ask.max_tokens) < 1:
+        raise UserError("questions, samples and max_tokens must be at least 1")
+    rounds = Rounds(ask.questions, ask.samples, max_tokens=ask.max_tokens)
+    if ask.table:
+        print(group_table(args.where.chip, DEPTHS, rounds))
+        return
+    step = needs(choose_config(args.which), args.where.chip, rounds, not ask.estimate)
+    print(json.dumps(step.to_dict()) if args.json else needs_text(step, rounds))
 
 
 def search_first(args: Args, config, where, mesh):

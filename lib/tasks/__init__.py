@@ -8,7 +8,7 @@ split). `embedded` and `stdlib` are made here, `hub` is downloaded, `own` reads 
 from lib.files import UserError, choose
 from lib.tasks.items import Task, choice_item, shuffled
 
-__all__ = ["Task", "choice_item", "items_of", "shuffled", "tasks"]
+__all__ = ["Task", "choice_item", "items_of", "shuffled", "tasks", "to_reinforce"]
 
 
 def tasks() -> dict[str, Task]:
@@ -16,6 +16,26 @@ def tasks() -> dict[str, Task]:
     from lib.tasks import beyond, embedded, hub
 
     return {**embedded.TASKS, **beyond.TASKS, **hub.TASKS}
+
+
+def to_reinforce(name: str) -> Task:
+    """A task with items to learn from and others to test: by name, "gym:NAME", or a user's
+    .jsonl file, of which a tenth is for tests. UserError where answers are not written, or there is
+    nothing to learn from.
+    """
+    from lib.tasks import gym, own
+
+    if name.startswith(gym.PREFIX):
+        task = gym.gym_task(name)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        task = own.divided(own.jsonl(name))
+    else:
+        task = choose("task", name, tasks())
+    if task.kind != "generate":
+        raise UserError(f"task {name} is {task.kind}: only answers that are written are rewarded")
+    if not task.items("train"):
+        raise UserError(f"task {name} has nothing to learn from: it needs two items at least")
+    return task
 
 
 def items_of(name: str, split: str, limit: int | None = None) -> list[dict]:

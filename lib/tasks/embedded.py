@@ -92,7 +92,7 @@ def same_end(item: dict, answer: str) -> bool:
     """The answer ends with the expected words, whatever its full stop and quotes; where they spell
     a word, with no letter more.
     """
-    given, wanted = _bare_words(said(answer)), _bare_words(item["answer"])
+    given, wanted = bare_words(said(answer)), bare_words(item["answer"])
     before, end = given[: -len(wanted)], given[-len(wanted) :]
     if end != wanted:
         return False
@@ -103,7 +103,7 @@ def same_end(item: dict, answer: str) -> bool:
     return not (spells and letter_more)
 
 
-def _bare_words(text: str) -> list[str]:
+def bare_words(text: str) -> list[str]:
     """The words of a text without quotes and stops."""
     return re.sub(r"[\s.!?\"'`,:]+", " ", text).split()
 

@@ -2,6 +2,7 @@
 have.
 """
 
+from dataclasses import replace
 from functools import partial
 from string import ascii_uppercase
 
@@ -10,6 +11,7 @@ from lib.data.readers import json_lines
 from lib.files import UserError, local_path
 from lib.tasks.answers import MATCH, number, number_after_mark, said
 from lib.tasks.code import grade_humaneval, humaneval
+from lib.tasks.embedded import held_out
 from lib.tasks.items import Task, choice_item
 
 # the keys by which a line of HumanEval's file is known
@@ -69,6 +71,18 @@ def _id_of(record, default: str) -> str:
         return default
     id = record.get("id", record.get("task_id"))
     return default if id is None else str(id)
+
+
+def divided(task: Task) -> Task:
+    """A user's task with some of its items to learn from: one in ten is for tests, by the hash of
+    its id, and at least one of each.
+    """
+    items = task.items("test")
+    for_tests = [item for item in items if held_out(item["id"])] or items[:1]
+    chosen = {item["id"] for item in for_tests}
+    to_learn = [item for item in items if item["id"] not in chosen]
+    splits = dict(train=to_learn, test=for_tests)
+    return replace(task, items=splits.__getitem__)
 
 
 def own_split(items: list[dict], split: str) -> list[dict]:
@@ -173,6 +187,7 @@ def _question(record: dict) -> dict:
         raise ValueError("messages must end with the user's: the model writes what follows")
     return dict(
         messages=[*messages, dict(role="assistant", content=reference)],
+        answer=answers[0],
         answers=answers,
         match=match,
     )

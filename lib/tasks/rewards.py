@@ -15,6 +15,7 @@ from typing import cast
 
 from lib.files import UserError, local_path
 from lib.tasks.answers import number, numbers, said
+from lib.tasks.embedded import bare_words, same_end
 
 Reward = Callable[[dict, str], float]
 
@@ -35,6 +36,20 @@ def only_this_number(item: dict, answer: str) -> bool:
         return False
     wanted = number(item["answer"])
     return wanted is not None and all(value == wanted for value in values)
+
+
+def only_these_letters(item: dict, answer: str) -> bool:
+    """Whether the answer spells the word, once, and spells nothing else."""
+    spoken = said(answer)
+    if len(spoken) > LONGEST:
+        return False
+    letters = [word for word in bare_words(spoken) if len(word) == 1]
+    return letters == item["answer"].split()
+
+
+def ends_so(item: dict, answer: str) -> bool:
+    """Whether the answer ends with the right words, and is no longer than it takes to say them."""
+    return len(said(answer)) <= LONGEST and same_end(item, answer)
 
 
 # what may stand around a number behind the mark: blanks, emphasis, a currency
@@ -84,6 +99,10 @@ def gsm8k_as_nanochat(item: dict, answer: str) -> bool:
 REWARDS: dict[str, Callable[[dict, str], float]] = {
     "arithmetic": only_this_number,
     "arithmetic_beyond": only_this_number,
+    "two_steps": only_this_number,
+    "counting": only_this_number,
+    "spelling": only_these_letters,
+    "strings": ends_so,
     "gsm8k": gsm8k,
     "gsm8k_as_nanochat": gsm8k_as_nanochat,
 }

@@ -8,6 +8,7 @@ stops and goes on bit for bit, for a rollout depends on parameters and seeds alo
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from lib import model
 from lib.config import Config
 from lib.files import UserError, choose
-from lib.tasks import items_of, tasks
+from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
+from lib.parallel.layout import (
+    BATCH,
+    Layout,
+    param_shardings,
+    put_batch,
+    state_shardings,
+    whole,
+)
+from lib.params import is_spec, param_specs
+from lib.tasks import to_reinforce
 from lib.tasks.rewards import Reward, reward_of
 from lib.train import finetune, policy
 from lib.train.finetune import Base
@@ -32,13 +44,14 @@ from lib.train.rollouts import (
     Rows,
     Seconds,
     Signal,
+    from_all,
     learnt,
     parts_of,
     questions_of,
     roll_out,
 )
 from lib.train.run import Measurement, TrainingRun, find_past
-from lib.train.step import TrainState
+from lib.train.step import TrainState, state_template
 
 # steps in a row in which no group teaches anything, until it is given up
 PATIENCE = 20
@@ -59,7 +72,7 @@ RANGES = (
 class Reinforcing:
     """What is reinforced, and how.
 
-    task: a name of lib.tasks with a reward, asked by its training items. reward: another one's
+    task: as of lib.tasks.to_reinforce; its training items are asked. reward: another one's
     name, or FILE.py:FUNCTION; empty for the task's own. preset: one of lib.train.policy.PRESETS.
     questions, samples: of a step, answers to each. updates: of the optimizer for each step's
     rollouts. lr: share of pretraining's rates; it falls linearly to 0.
@@ -73,7 +86,7 @@ class Reinforcing:
     samples: int = 8
     max_tokens: int = 64
     updates: int = 1
-    lr: float = 0.05
+    lr: float = 0.1
     optimizer: str = "muon"
     seed: int = 0
 
@@ -125,46 +138,107 @@ def first_state(params, config: Config, settings: Reinforcing) -> TrainState:
 # ---- the learner's step --------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _logprobs(params, config: Config, rows: Rows):
-    return model.token_logprobs(params, config, rows.inputs_BT, rows.targets_BT)[0]
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
+def _logprobs(params, config: Config, rows: Rows, layout: Layout | None = None):
+    """What the model thinks of the tokens of a part, (B, T)."""
+
+    def share(params, rows):
+        return model.token_logprobs(params, config, rows.inputs_BT, rows.targets_BT)[0]
+
+    return _on_devices(layout, config, share, P(BATCH))(params, rows)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
-def part_gradients(  # noqa: PLR0913  (four models' opinions of some rows)
-    params, config: Config, rows: Rows, signal: Signal, old_logp_BT, ref_logp_BT, settings: Policy
+def _on_devices(layout: Layout | None, config: Config, share: Callable, out_specs) -> Callable:
+    """share(params, *rows) on the devices of a layout, each with its rows; as it is without one."""
+    if layout is None:
+        return share
+
+    def traced(params, *rows):
+        with share_of(layout, config):
+            return share(params, *rows)
+
+    partition = jax.tree.map(layout.partition, param_specs(config), is_leaf=is_spec)
+    return lambda params, *rows: jax.shard_map(
+        traced,
+        mesh=layout.mesh,
+        in_specs=(partition, *(P(BATCH) for _ in rows)),
+        out_specs=out_specs,
+        check_vma=False,
+    )(params, *rows)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "layout"))
+def part_gradients(  # noqa: PLR0913  (four models' opinions of some rows, and who reads them)
+    params,
+    config: Config,
+    rows: Rows,
+    signal: Signal,
+    old_logp_BT,
+    ref_logp_BT,
+    settings: Policy,
+    layout: Layout | None = None,
 ):
     """((loss, sums), gradients) of a part of a step; those of all parts are added up.
 
-    old_logp_BT: None where the parameters are still those that wrote the answers.
+    old_logp_BT: None where the parameters are still those that wrote the answers. On several
+    devices each reads its rows, and the rows' weights are those of the whole step, so the devices'
+    parts are added up like any others.
     """
 
-    def loss(params):
-        logp_BT, entropy_BT = model.token_logprobs(params, config, *rows)
-        before_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
-        loss, sums = policy.policy_loss(
-            logp_BT,
-            before_BT,
-            ref_logp_BT,
-            signal.sampler_logp_BT,
-            rows.targets_BT >= 0,
-            signal.advantage_B,
-            settings,
-            signal.weight_B,
+    def share(params, rows, signal, old_logp_BT, ref_logp_BT):
+        def loss(params):
+            logp_BT, entropy_BT = model.token_logprobs(params, config, *rows)
+            before_BT = jax.lax.stop_gradient(logp_BT) if old_logp_BT is None else old_logp_BT
+            loss, sums = policy.policy_loss(
+                logp_BT,
+                before_BT,
+                ref_logp_BT,
+                signal.sampler_logp_BT,
+                rows.targets_BT >= 0,
+                signal.advantage_B,
+                settings,
+                signal.weight_B,
+            )
+            return loss, sums | dict(entropy=jax.lax.stop_gradient(entropy_BT).sum())
+
+        value, grads = jax.value_and_grad(loss, has_aux=True)(params)
+        if layout is None:
+            return value, grads
+        # the tensor axis has each row on all of its devices, with the same loss
+        return jax.lax.psum(value, BATCH), reduce_gradients(layout, config, grads)
+
+    # gradients leave as the optimizer holds its state
+    out_specs = None
+    if layout is not None:
+        reduced = jax.tree.map(
+            lambda s: layout.state_partition(s, s.shape), param_specs(config), is_leaf=is_spec
         )
-        return loss, sums | dict(entropy=jax.lax.stop_gradient(entropy_BT).sum())
+        out_specs = P(), reduced
+    compute = _on_devices(layout, config, share, out_specs)
+    return compute(params, rows, signal, old_logp_BT, ref_logp_BT)
 
-    return jax.value_and_grad(loss, has_aux=True)(params)
+
+def apply_gradients(
+    state: TrainState, config: Config, grads, layout: Layout | None = None
+) -> tuple[TrainState, jax.Array]:
+    """(the state after one update, the norm of the gradient); the old state is given away."""
+    return _jitted_update(config, layout)(state, grads)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def apply_gradients(state: TrainState, config: Config, grads) -> tuple[TrainState, jax.Array]:
-    """(the state after one update, the norm of the gradient)."""
-    norm = optax.tree.norm(grads)
-    optimizer = make_optimizer(config, config.num_steps)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step), jnp.asarray(norm)
+@functools.cache
+def _jitted_update(config: Config, layout: Layout | None):
+    def update(state: TrainState, grads):
+        norm = optax.tree.norm(grads)
+        optimizer = make_optimizer(config, config.num_steps)
+        with optimizer_on(layout):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step), jnp.asarray(norm)
+
+    if layout is None:
+        return jax.jit(update, donate_argnums=0)
+    shardings = state_shardings(layout, config, state_template(config))
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, layout.sharding()))
 
 
 def learn(  # noqa: PLR0913  (the state, what it learns from, and how)
@@ -175,22 +249,23 @@ def learn(  # noqa: PLR0913  (the state, what it learns from, and how)
     config: Config,
     settings: Policy,
     updates: int = 1,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, dict]:
     """One step: `updates` of the parameters by all parts of a rollout; (state, its last sums)."""
     key = compile_key(config)
-    refs = [_logprobs(ref_params, key, part) for part in rows]
+    refs = [_logprobs(ref_params, key, part, layout) for part in rows]
     olds: list[Any] = [None] * len(rows)
     if updates > 1:
-        olds = [_logprobs(state.params, key, part) for part in rows]
+        olds = [_logprobs(state.params, key, part, layout) for part in rows]
 
     total: Any = None
     norm: Any = None
     for _ in range(updates):
         total = None
         for part in zip(rows, signals, olds, refs):
-            result = part_gradients(state.params, key, *part, settings)
+            result = part_gradients(state.params, key, *part, settings, layout)
             total = result if total is None else jax.tree.map(jnp.add, total, result)
-        state, norm = apply_gradients(state, key, total[1])
+        state, norm = apply_gradients(state, key, total[1], layout)
     loss, sums = total[0]
     return state._replace(step=state.step + 1), dict(loss=loss, grad_norm=norm, **sums)
 
@@ -212,14 +287,24 @@ class Reinforcement:
         store,
         if_exists: str = "continue",
         start_afresh: Callable[[], object] = lambda: None,
+        layout: Layout | None = None,
     ):
-        self.settings, self.base = settings, base
+        self.settings, self.base, self.layout = settings, base, layout
         self.questions, self.reward = find_questions(settings, base)
         self.config = rl_config(base.config, settings)
         self.ref_params = base.params
+        if layout is not None:
+            if settings.questions < jax.process_count():
+                raise UserError(
+                    f"{settings.questions} questions are too few for {jax.process_count()} "
+                    "processes, each of which asks some: ask for more"
+                )
+            here = jax.tree.map(np.asarray, base.params)
+            self.ref_params = jax.device_put(here, param_shardings(layout, self.config))
         self.groups: list[tuple[dict, list[Rollout]]] = []
         self.numbers: dict = {}
         self.sums: dict = {}
+        self.began = 0.0
 
         identity = dataclasses.asdict(settings) | dict(
             tokenizer=base.tokenizer.fingerprint,
@@ -237,10 +322,19 @@ class Reinforcement:
             store=store,
             identity=identity,
             past=past,
-            begin=lambda: first_state(base.params, self.config, settings),
+            layout=layout,
+            begin=self.begin,
             make_step=lambda config, layout: self.step,
             watch_state=True,
         )
+
+    def begin(self) -> TrainState:
+        """The state that the run begins with, where its devices hold it."""
+        state = first_state(self.base.params, self.config, self.settings)
+        if self.layout is None:
+            return state
+        here = jax.tree.map(np.asarray, state)
+        return jax.device_put(here, state_shardings(self.layout, self.config, state))
 
     def step(self, state: TrainState, rows, signals):
         """As of lib.train.step.make_train_step, for a rollout's parts."""
@@ -253,6 +347,7 @@ class Reinforcement:
             self.config,
             settings.policy,
             settings.updates,
+            self.layout,
         )
         return state, self.sums
 
@@ -263,11 +358,13 @@ class Reinforcement:
         """
         place = cursor or dict(asked=0, skipped=0)
         while True:
+            self.began = time.perf_counter()
             for _ in range(PATIENCE):
                 asked = place["asked"]
                 place = place | dict(asked=asked + self.settings.questions)
                 seconds = Seconds()
-                groups = self.ask(self.run.state.params, asked, seconds)
+                params = whole(self.layout, self.run.state.params, self.config.dtype)
+                groups = self.ask(params, asked, seconds)
                 parts = self.parts([answers for _, answers in groups])
                 if parts:
                     break
@@ -279,27 +376,30 @@ class Reinforcement:
                 )
             self.groups = groups
             self.numbers = summary(groups, seconds) | dict(skipped=place["skipped"])
-            yield *parts, place
+            yield *put_batch(self.layout, parts, whole=True), place
 
     def ask(self, params, asked: int, seconds: Seconds) -> list[tuple[dict, list[Rollout]]]:
         """Rollouts of the next questions, after so many."""
         settings = self.settings
         numbers = range(asked, asked + settings.questions)
         questions = [self.question(number) for number in numbers]
+        # of several processes each asks its part
+        own = slice(jax.process_index(), None, jax.process_count())
         seeds = [
             [seed_of(settings.seed, number, n) for n in range(settings.samples)]
-            for number in numbers
+            for number in numbers[own]
         ]
         groups = roll_out(
             params,
             compile_key(self.config),  # so that runs with other rates decode by the same program
             self.base.tokenizer,
-            questions,
+            questions[own],
             seeds,
             settings.max_tokens,
             self.reward,
             seconds=seconds,
         )
+        groups = from_all(groups, questions)
         return [(question.item, group) for question, group in zip(questions, groups)]
 
     def question(self, number: int) -> Question:
@@ -341,19 +441,23 @@ class Reinforcement:
         return Measurement(lambda params: self.measure(), every=1)
 
     def measure(self) -> dict:
-        """The newest step's numbers; those of its tokens are means."""
+        """The newest step's numbers; those of its tokens are means. tokens_per_s counts what was
+        written.
+        """
         tokens = max(int(self.sums["tokens"]), 1)
         means = {
             name: float(self.sums[name]) / tokens for name in ("kl", "clipped", "drift", "entropy")
         }
-        return self.numbers | means
+        # of the whole step: writing, tools and learning
+        seconds = time.perf_counter() - self.began
+        return self.numbers | means | dict(tokens_per_s=self.numbers["written"] / seconds)
 
 
 def find_questions(settings: Reinforcing, base: Base) -> tuple[list[Question], Reward]:
     """The task's training questions with their reward; UserError before anything is computed."""
-    task = choose("task", settings.task, tasks())
+    task = to_reinforce(settings.task)
     reward = reward_of(settings.reward or settings.task, task.grade)
-    items = items_of(settings.task, "train")
+    items = task.items("train")
     room = base.config.sequence_len
     return questions_of(items, base.tokenizer, settings.max_tokens, room), reward
 
@@ -373,10 +477,12 @@ def seed_of(seed: int, question: int, sample: int) -> int:
 def summary(groups: list[tuple[dict, list[Rollout]]], seconds: Seconds) -> dict:
     """What a step's rollouts were like."""
     rollouts = [rollout for _, group in groups for rollout in group]
+    lengths = [len(rollout.tokens) for rollout in rollouts]
     with_signal = [policy.has_signal([r.reward for r in group]) for _, group in groups]
     return dict(
         reward=float(np.mean([rollout.reward for rollout in rollouts])),
-        length=float(np.mean([len(rollout.tokens) for rollout in rollouts])),
+        length=float(np.mean(lengths)),
+        written=sum(lengths),
         truncated=float(np.mean([rollout.finish == "length" for rollout in rollouts])),
         signal=float(np.mean(with_signal)),
         rollout_s=seconds.rollout,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from lib.config import Config
@@ -19,6 +20,7 @@ from lib.data.speech import said
 from lib.files import UserError
 from lib.generate import Engines, Sampling, Token
 from lib.generate.engine import LONG_CHUNK, bucket
+from lib.parallel.hosts import from_each
 from lib.sandbox import calculator
 from lib.tasks.rewards import Reward, score
 
@@ -155,6 +157,31 @@ def _judged(
     text = said(tokenizer, [token.id for token in tokens])
     worth = score(reward, question.item, text) if finish == "stop" else 0.0
     return Rollout(question.prompt, tokens, finish, text, worth)
+
+
+def from_all(groups: list[list[Rollout]], questions: Sequence[Question]) -> list[list[Rollout]]:
+    """The groups of all questions on every process, each of which has asked every n-th of them."""
+    if jax.process_count() == 1:
+        return groups
+
+    # as JSON, which keeps every bit of a number; prompts are known to all
+    packed = []
+    for group in groups:
+        answers = []
+        for rollout in group:
+            tokens = [[token.id, token.logprob, token.forced] for token in rollout.tokens]
+            answers.append([tokens, rollout.finish, rollout.text, rollout.reward])
+        packed.append(answers)
+    by_process = from_each("rollouts", packed)
+
+    whole = []
+    for number, question in enumerate(questions):
+        turn, process = divmod(number, len(by_process))
+        group = []
+        for tokens, *rest in by_process[process][turn]:
+            group.append(Rollout(question.prompt, [Token(*token) for token in tokens], *rest))
+        whole.append(group)
+    return whole
 
 
 # ---- rows to learn from --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lib.files import UserError
+from lib.tasks import to_reinforce
 from lib.tasks.own import jsonl
 from tests.helpers.hub_rows import ROWS
 
@@ -69,3 +70,19 @@ def test_calls_in_another_form_are_refused(tmp_path):
     messages = [dict(role="user", content="hi"), dict(role="assistant", tool_calls=[dict(id="x")])]
     with pytest.raises(UserError, match="line 1: .*tool_calls"):
         jsonl(write(tmp_path / "a.jsonl", dict(messages=messages)))
+
+
+def test_a_file_is_divided_for_learning(tmp_path):
+    records = [dict(question=f"{n} + 1?", answer=str(n + 1)) for n in range(60)]
+    task = to_reinforce(str(write(tmp_path / "sums.jsonl", *records)))
+    learnt, tested = task.items("train"), task.items("test")
+    assert len(learnt) + len(tested) == 60 and 1 <= len(tested) < 20
+    assert not {item["id"] for item in learnt} & {item["id"] for item in tested}
+    # an answer of one's own reward, and the file's own grade
+    assert learnt[0]["answer"] == learnt[0]["answers"][0]
+    assert task.grade(learnt[0], f"{learnt[0]['answer']}.")
+
+    with pytest.raises(UserError, match="nothing to learn from"):
+        to_reinforce(str(write(tmp_path / "one.jsonl", records[0])))
+    with pytest.raises(UserError, match="perplexity"):
+        to_reinforce(str(write(tmp_path / "text.jsonl", dict(text="a"), dict(text="b"))))

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from lib.files import UserError
-from lib.tasks import items_of, rewards, tasks
+from lib.tasks import items_of, rewards, tasks, to_reinforce
 from tests.helpers.golden import load
 
 GSM8K = load("rl_gsm8k.json")
@@ -52,6 +52,54 @@ def test_only_the_right_number_pays(answer, right):
     assert rewards.only_this_number(dict(answer="1234"), answer) == right
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('"cat": c a t', True),
+        ("The word cat: c a t.", True),
+        ("c a t", True),
+        ("", False),
+        ("cat", False),
+        ('Spell "cat".', False),
+        ("s c a t", False),
+        ("c a t s", False),
+        # one guess after the other
+        ("c u t c a t", False),
+        ("c a t c a t", False),
+        (" ".join("abcdefghijklmnopqrstuvwxyz" * 5) + " c a t", False),
+        ("<|python_start|>c a t<|python_end|><|output_start|>c a t<|output_end|>", False),
+    ],
+)
+def test_only_the_right_letters_pay(answer, right):
+    assert rewards.only_these_letters(dict(answer="c a t"), answer) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ('Together they are "catdog".', True),
+        ("", False),
+        ('Join "cat" and "dog".', False),
+        ("catdog dogcat", False),
+        ("catdog" * 50 + " catdog", False),
+    ],
+)
+def test_only_the_right_end_pays(answer, right):
+    assert rewards.ends_so(dict(answer="catdog"), answer) == right
+
+
+def test_what_is_taught_earns_its_reward():
+    for name in ("spelling", "strings", "counting", "two_steps", "arithmetic_beyond"):
+        task = to_reinforce(name)
+        reward = rewards.reward_of(name, task.grade)
+        for item in task.items("train")[:200]:
+            content = item["messages"][-1]["content"]
+            spoken = [part["text"] for part in content if part["type"] == "text"]
+            assert reward(item, spoken[-1]), item
+            # repeated questions, and other items' answers, earn nothing
+            assert not reward(item, item["messages"][-2]["content"] + "?"), item
+
+
 def test_arithmetic_beyond_is_longer_than_what_is_taught():
     taught = {item["about"] for item in items_of("arithmetic", "train")}
     for split in ("train", "test"):
@@ -67,8 +115,8 @@ def test_arithmetic_beyond_is_longer_than_what_is_taught():
 
 def test_reward_by_name(tmp_path):
     assert rewards.reward_of("arithmetic_beyond") is rewards.only_this_number
-    grade = tasks()["spelling"].grade
-    assert rewards.reward_of("spelling", grade) is grade
+    grade = tasks()["pyfacts"].grade
+    assert rewards.reward_of("pyfacts", grade) is grade
     file = tmp_path / "mine.py"
     file.write_text("def short(item, answer):\n    return 1 / (1 + len(answer))\n")
     reward = rewards.reward_of(f"{file}:short")

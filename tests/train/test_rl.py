@@ -115,8 +115,7 @@ def item(n: int) -> dict:
 def base(monkeypatch):
     """A random model, and a task that pays for every letter of an answer that comes to its end."""
     task = Task("generate", lambda split: [item(n) for n in range(7)], grade=lambda i, a: False)
-    monkeypatch.setattr(rl, "tasks", lambda: dict(letters=task))
-    monkeypatch.setattr(rl, "items_of", lambda name, split: task.items(split))
+    monkeypatch.setattr(rl, "to_reinforce", lambda name: task)
     monkeypatch.setattr(rl, "reward_of", lambda name, grade: lambda item, answer: 1 + len(answer))
     params = init_params(jax.random.key(1), TINY)
     params = params | dict(head=0.3 * jax.random.normal(jax.random.key(2), params["head"].shape))
@@ -132,6 +131,10 @@ def train(base, store, stop_after: int = 99, **changes):
         [training.measurement], Saving(1, keep=1, metric="reward"), writers=None, stop=stop
     ):
         told.append((step.step, step.metrics["loss"], step.metrics["reward"]))
+        # of what was written, not of the rows that pretraining would have read
+        assert (
+            step.metrics["tokens_per_s"] < training.numbers["written"] / step.metrics["rollout_s"]
+        )
     return training, told
 
 
