@@ -65,7 +65,7 @@ def _drawn(dataset: str, split: str) -> list[dict]:
 def _gym():
     """The package; UserError says how it is installed."""
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise UserError("gym: tasks need reasoning_gym: pip install reasoning_gym") from e
     return reasoning_gym
