@@ -73,12 +73,6 @@ LOAD = {
         'path = huggingface_hub.hf_hub_download("REPO", "forward.onnx")\n'
         "session = onnxruntime.InferenceSession(path)",
     ),
-    "litert": Load(
-        "python",
-        "from huggingface_hub import hf_hub_download\n"
-        "from ai_edge_litert.interpreter import Interpreter\n"
-        'interpreter = Interpreter(model_path=hf_hub_download("REPO", "forward.tflite"))',
-    ),
     "stablehlo": Load(
         "bash",
         "hf download REPO --local-dir NAME\npip install jax flatbuffers safetensors\n"
