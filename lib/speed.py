@@ -34,7 +34,7 @@ from lib.train.optim import make_optimizer
 LARGE = 2**29  # bytes: more than caches hold
 SQUARES = {"cpu": (512, 1024, 2048), "gpu": (1024, 4096, 8192), "tpu": (1024, 4096, 8192)}
 FIGURES = Path(__file__).parents[1] / "benchmarks" / "chips"
-PROMPT = 64  # tokens before those that decoding is timed on
+PROMPT = 64  # tokens before those that decoding is timed on, at most half a row
 
 # what to try where a component is far from its bound
 ADVICE = {
@@ -363,15 +363,16 @@ def decoding(config: Config, rows: Sequence[int] = (1, 8, 64), tokens: int = 128
 
     The bytes are the weights of the blocks and the head, and the whole cache: what a step reads.
     """
-    tokens = min(tokens, config.sequence_len - PROMPT)
+    length = min(PROMPT, config.sequence_len // 2)
+    tokens = min(tokens, config.sequence_len - length)
     params = model.decoding_params(model.init_params(jax.random.key(0), config), config)
     read = [params["blocks"], params.get("head", params["embed"])]
     weights = sum(array.nbytes for array in jax.tree.leaves(read))
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, PROMPT).tolist()
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, length).tolist()
 
     measured = []
     for count in rows:
-        engine = Engine(params, config, count, PROMPT + tokens)
+        engine = Engine(params, config, count, length + tokens)
         # the first time compiles
         times = [_decode(engine, prompt, count, tokens) for _ in range(3)][1:]
         cache = engine.caches[0]
