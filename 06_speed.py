@@ -17,11 +17,11 @@
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/06_speed.ipynb)
 #
 # A chip does two things: it multiplies, and it moves numbers between its memory and where it multiplies. Each has a top
-# speed. Whatever a program does, it waits for one of the two, and so every part of it has a least time. This chapter
+# speed. Whatever a program does, it waits for one of the two, and so every part of it has a minimum time. This chapter
 # measures both ceilings, then each part of a training step and of decoding, and lays them side by side.
 #
 # **At the end you have** a picture of where your chip's time goes, a sentence on what to try, and a file that makes
-# `python -m lib.preflight` plan with what this chip really does.
+# `python -m lib.preflight` bound a step by what this chip really reaches, for a chip that it knows.
 #
 # **Hardware and time:** whatever is there. On two CPU cores a few minutes, most of it compiling.
 
@@ -84,14 +84,14 @@ device = device_report()
 if preset == "auto":
     preset, why = recipes.pick_preset(device)
     print(f"preset {preset}: {why}")
-config = Config.preset(preset, **parse_overrides(overrides, Config))
+config = Config.preset(preset, **recipes.suited_to(device) | parse_overrides(overrides, Config))
 config = config.replace(attention=config.attention_name, compute_dtype=config.dtype.name)
 
 # %% [markdown]
 # ## The first ceiling: products
 #
 # Nearly all arithmetic of a transformer is matrix products. A product of an $m \times k$ and a $k \times n$ matrix takes
-# $2mkn$ FLOPs. **Guess before you run it:** how much faster is bfloat16 than float32 here, and does the largest square
+# $2mkn$ FLOPs. **Guess before you run it:** how much faster is bfloat16 than float32 here (as training has it: a GPU may take shortcuts), and does the largest square
 # come first?
 
 # %%
@@ -101,7 +101,7 @@ show(pictures.product_speeds(products), folder / "plots" / "products.png")
 # %% [markdown]
 # ## The second ceiling: memory
 #
-# To read a weight costs the same whether one token needs it or thousands do. *FLOPs per byte* says which ceiling a part
+# Reading a weight costs the same whether one token needs it or thousands do. *FLOPs per byte* says which ceiling a part
 # of a program lies under; the corner where both bind is the chip's own number.
 
 # %%
@@ -110,7 +110,7 @@ ceiling = speed.measured_chip(products, bandwidth, config.dtype.name)
 sheet = chip(jax.devices()[0].device_kind)
 print(f"products {ceiling.flops / 1e12:.4g} TFLOP/s, memory {bandwidth / 1e9:.4g} GB/s")
 print(f"both bind at {ceiling.flops / bandwidth:.0f} FLOPs per byte")
-if sheet:
+if sheet and config.dtype.name == "bfloat16":
     products_share, memory_share = ceiling.flops / sheet.flops, bandwidth / sheet.bandwidth
     print(f"of the data sheet: {products_share:.0%} of the products, {memory_share:.0%} of memory")
 
@@ -130,9 +130,10 @@ for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
 # %% [markdown]
 # ## A training step, part by part
 #
-# Each part alone, forward and backward, times how often a step does it. *At least* is the time that its FLOPs and bytes
-# need under the two ceilings above, so nothing can reach more than 100 % but by reading from a cache what was counted as
-# memory. *Last* is what was measured on this kind of chip before, where the repository has it.
+# Each part alone, forward and backward, multiplied by how often a step does it. *At least* is the time that its FLOPs and
+# bytes need under the two ceilings above, as preflight counts them from shapes. More than 100 % means that it was counted
+# dearer than it is: bytes came from a cache, attention left out what the mask hides, or `remat` recomputes in the step
+# (then "other" has it). *Last* is what was measured on this kind of chip before, where the repository has it.
 
 # %%
 reached = speed.components(config, ceiling, seconds)
@@ -154,7 +155,7 @@ print("\n".join(speed.advice(reached)))
 # %% [markdown]
 # ## Decoding
 #
-# To write one token the chip reads every weight. With one row that is all it does: the best there is is bandwidth over
+# To write one token the chip reads every weight. With one row that is all it does: the upper limit is bandwidth over
 # bytes (more only where weights fit into a cache). More rows share the reading, and cost next to nothing until products
 # take longer than that.
 
@@ -169,8 +170,8 @@ for d in decoded:
 # %% [markdown]
 # ## Keep it
 #
-# With `--calibrate FILE` preflight plans with these ceilings instead of the data sheet's. **Please send the file of a chip
-# that `benchmarks/chips` lacks**: nobody who wrote this has a TPU.
+# With `--calibrate FILE` preflight bounds a step with these ceilings instead of the data sheet's. **Please send it**:
+# `benchmarks/chips` waits for its first file, and nobody who wrote this has a TPU.
 
 # %%
 path = folder / speed.file_name(jax.devices()[0].device_kind)

@@ -57,9 +57,13 @@ class Args:
 def config_of(args: Args, name: str):
     """The Config that a contestant trains."""
     from lib.config import Config
+    from lib.files import UserError, choose
     from lib.notebook import parse_overrides
 
     kind, _, fields = name.partition(":")
+    choose("contestant", kind, ("torch", "plain", "whole"))
+    if kind == "torch" and fields:
+        raise UserError("fields of Config are for ours alone: leave them out behind torch")
     overrides = parse_overrides(fields.replace(",", " "), Config)
     shape = dict(depth=args.depth, microbatch=args.rows, num_steps=100)
     shape["total_batch_size"] = args.rows * args.accumulate * 2048
@@ -201,12 +205,14 @@ def main(args: Args):
     from lib.chips import chip
     from lib.files import write_json
 
-    # they compile side by side, and run one at a time
-    contestants = [Contestant(args, name) for name in args.contestants]
-    for contestant in contestants:
-        contestant.wait()
-    for _ in range(args.rounds):
-        for contestant in contestants:
+    # one at a time, for compilers time what they choose between
+    contestants = []
+    for name in args.contestants:
+        contestants.append(Contestant(args, name))
+        contestants[-1].wait()
+    for number in range(args.rounds):
+        # every other round in the other order
+        for contestant in contestants[:: -1 if number % 2 else 1]:
             contestant.run()
 
     device = contestants[0].about["device"]

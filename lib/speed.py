@@ -7,7 +7,6 @@ Compiling is never in a time, and neither is the first call.
 
 import os
 import re
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +46,6 @@ ADVICE = {
     "optimizer": "It runs once a step: a larger `total_batch_size` spreads it over more tokens.",
     "other": "This is what stands between the parts: `remat` recomputes, a larger microbatch "
     "makes fewer of everything.",
-    "step": "Look at the parts first: the whole is their sum.",
 }
 
 
@@ -55,9 +53,9 @@ ADVICE = {
 
 
 def seconds_of(fn: Callable, *args, at_least: float = 0.2) -> float:
-    """Seconds of a compiled function's call: the median over some batches of calls.
+    """Seconds of a compiled function's call: of three batches of calls, the fastest's mean.
 
-    A batch is queued at once and waited for once, so that the way to the device is hidden.
+    A batch is queued at once and waited for once, which hides what it costs to send a call.
     """
     jax.block_until_ready(fn(*args))
     begun = time.perf_counter()
@@ -73,7 +71,7 @@ def seconds_of(fn: Callable, *args, at_least: float = 0.2) -> float:
             result = fn(*args)
         jax.block_until_ready(result)
         times.append((time.perf_counter() - begun) / calls)
-    return statistics.median(times)
+    return min(times)
 
 
 # ---- the ceilings --------------------------------------------------------------------------------
@@ -282,14 +280,14 @@ def parts_of_step(config: Config) -> list[Part]:
         w[name] = stack[0].astype(config.dtype) if stack.ndim > 2 else stack[0]
 
     def look_up(table):
-        return transformer.rms_norm(table[tokens_BT].astype(config.dtype))
+        return transformer.embed(params | {"embed": table}, config, tokens_BT)
 
     def attention(w, x_BTD, attend):
-        h_BTD = transformer.rms_norm(x_BTD)
+        h_BTD = transformer.rms_norm(x_BTD, config.norm_eps)
         return transformer.self_attention(h_BTD, w, None, config, rope, attend)[0]
 
     def mlp(w, x_BTD):
-        return transformer.mlp(transformer.rms_norm(x_BTD), w, config)
+        return transformer.mlp(transformer.rms_norm(x_BTD, config.norm_eps), w, config)
 
     parts = [Part("embedding", _both_ways(look_up), (x_BTD, params["embed"]), A)]
     for window in sorted(set(config.windows)):
@@ -313,20 +311,29 @@ def parts_of_step(config: Config) -> list[Part]:
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
     parts.append(Part("optimizer", optimize, (grads, state.opt_state, params), 1))
 
-    # the state is not donated here, since the same one is handed in again and again
-    whole = jax.jit(lambda state, rows: train.train_step(state, rows, rows, config))
-    parts.append(Part("step", whole, (state, jnp.tile(tokens_BT, (A, 1))), 1))
+    # the whole step gives its old state's memory to the new one, as training does; so it comes last
+    step = train.make_train_step(config)
+
+    def go_on(rows):
+        nonlocal state
+        state, metrics = step(state, rows, rows)
+        return state.step, metrics
+
+    parts.append(Part("step", go_on, (jnp.tile(tokens_BT, (A, 1)),), 1))
     return parts
 
 
 def components(config: Config, ceiling: Chip, at_least: float = 0.5) -> list[Reached]:
     """Every component of a step, its time beside its bound under the ceilings of a chip.
 
-    "other" is the step less its parts: norms, residual sums, gradients added up; below 0 where
-    what the compiler fuses across parts saves more than that.
+    "other" is the step less its parts: value embeddings, residual sums, the last norm, what `remat`
+    recomputes, gradients added up; below 0 where what the compiler fuses across parts saves more.
     """
     took: dict[str, float] = {}
-    for part in parts_of_step(config):
+    waiting = parts_of_step(config)
+    while waiting:
+        # dropped when it is done, for what it was called with takes memory
+        part = waiting.pop(0)
         each = seconds_of(part.fn, *part.args, at_least=at_least)
         took[part.component] = took.get(part.component, 0) + part.calls * each
     parts = sum(took[name] for name in took if name != "step")
@@ -345,7 +352,7 @@ def components(config: Config, ceiling: Chip, at_least: float = 0.5) -> list[Rea
 
 
 class Decoded(NamedTuple):
-    """Decoding of so many rows together: seconds and bytes read of a step that adds one token to
+    """Decoding this many rows together: seconds and bytes read of a step that adds one token to
     each row.
     """
 
@@ -446,5 +453,6 @@ def to_dict(ceiling: Chip, config: Config, **measured: Sequence[Any]) -> dict:
     """What runs/speed/CHIP.json holds: ceilings, what they were measured with, every figure."""
     known = {name: [m._asdict() for m in rows] for name, rows in measured.items()}
     device = jax.devices()[0].device_kind
-    about = dict(device=device, jax=jax.__version__, config=config.to_dict())
+    about = dict(device=device, jax=jax.__version__, dtype=config.dtype.name)
+    about |= dict(config=config.to_dict())
     return about | dict(flops=ceiling.flops, bandwidth=ceiling.bandwidth) | known

@@ -10,7 +10,6 @@ from lib.chips import V6E, Chip
 from lib.config import Config
 from lib.files import UserError
 from lib.speed import Attended, Product, Reached
-from lib.train.step import init_state
 
 TINY = Config(
     vocab_size=256,
@@ -56,10 +55,9 @@ def test_parts_are_the_step_s_own():
     assert sum(attention) == accumulate * layers
 
     whole = parts[-1]
-    state, metrics = whole.fn(*whole.args)
-    assert int(state.step) == 1 and math.isfinite(float(metrics["loss"]))
-    shapes = jax.tree.map(lambda a: a.shape, init_state(TINY).params)
-    assert jax.tree.map(lambda a: a.shape, state.params) == shapes
+    for taken in (1, 2):
+        step, metrics = whole.fn(*whole.args)
+        assert int(step) == taken and math.isfinite(float(metrics["loss"]))
 
 
 def test_other_is_what_the_parts_leave(monkeypatch):
@@ -85,7 +83,6 @@ def test_advice_is_for_what_loses_most():
     sentences = speed.advice(rows)
     assert [sentence.split(":")[0] for sentence in sentences] == ["optimizer", "mlp"]
     assert "7000.0 ms above its bound" in sentences[0] and "12%" in sentences[0]
-    assert speed.ADVICE.keys() >= {row.component for row in rows}
 
 
 def test_attention_that_the_compiler_refuses_is_listed_with_its_reason(monkeypatch):

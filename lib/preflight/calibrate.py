@@ -21,7 +21,7 @@ def calibrated(known: Chip, path: str | Path) -> Chip:
         device, flops, bandwidth = fields["device"], fields["flops"], fields["bandwidth"]
     except (KeyError, TypeError):
         raise UserError(
-            f"{path} is no file of 06_speed: it lacks device, flops or bandwidth"
+            f"{path} was not written by 06_speed: it lacks device, flops or bandwidth"
         ) from None
     measured = chip(device)
     if measured is None or measured.name != known.name:

@@ -100,7 +100,7 @@ def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
     "fields, message",
     [
         (dict(device="TPU v5 lite", flops=1.0, bandwidth=1.0), "measured on TPU v5 lite, not on"),
-        (dict(device="TPU v6 lite", flops=1.0), "is no file of 06_speed"),
+        (dict(device="TPU v6 lite", flops=1.0), "was not written by 06_speed"),
     ],
 )
 def test_a_file_of_another_chip_is_refused(tmp_path, fields, message):
