@@ -4,7 +4,7 @@ The JSON holds steps, and either folder (of a run, which goes on from its checkp
 (address and how many) where there are several; or layouts ([strategy, mesh] each), on which one and
 the same step is taken.
 A run prints [step, loss, reward] after each step, and at the end RESULT with the digest of its
-state and its parameters; layouts print RESULT with the parameters after the step on each.
+state and its parameters; layouts print RESULT with the moments after the step on each.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ settings = rl.Reinforcing(
 
 
 def flat(params, layout=None) -> list[float]:
-    """All parameters in one list."""
+    """All numbers of a tree like the parameters in one list."""
     leaves = jax.tree.leaves(parallel.whole(layout, params))
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves]).tolist()
 
@@ -92,7 +92,7 @@ def run(folder: str):
 
 
 def step_on(training: rl.Reinforcement, parts, where, preset: str) -> list[float]:
-    """The parameters after one step on a layout, [strategy, mesh]; on one device for None."""
+    """The moments after one step on a layout, [strategy, mesh]; on one device for None."""
     layout = parallel.make_layout(where[0], config, mesh=where[1]) if where else None
     training.layout, training.ref_params = layout, base.params
     state = training.begin()
@@ -103,7 +103,7 @@ def step_on(training: rl.Reinforcement, parts, where, preset: str) -> list[float
     state, _ = rl.learn(
         state, *on_devices, training.ref_params, training.config, PRESETS[preset], 1, layout
     )
-    return flat(state.params, layout)
+    return flat(state.opt_state.m, layout)
 
 
 if asked.get("folder"):
@@ -113,6 +113,5 @@ else:
     groups = training.ask(base.params, 0, rl.Seconds())
     parts = training.parts([answers for _, answers in groups])
     result = [step_on(training, parts, where, "grpo") for where in [None, *asked["layouts"]]]
-    result.append(flat(base.params))
 if jax.process_index() == 0:
     print("RESULT" + json.dumps(result))
