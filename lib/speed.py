@@ -222,6 +222,7 @@ def attentions(config: Config) -> list[Attended]:
             def attend(q, k, v, name=name, window=window, options=options):
                 return ATTENTION[name](q, k, v, window, **options)
 
+            # NotImplementedError is jax's own word for a shape that this chip's kernels lack
             try:
                 took = seconds_of(_both_ways(attend), q_BTNH, q_BTNH, k_BSKH, v_BSKH)
             except (UserError, jax.errors.JaxRuntimeError, NotImplementedError) as e:

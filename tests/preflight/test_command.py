@@ -100,6 +100,10 @@ def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
     "fields, message",
     [
         (dict(device="TPU v5 lite", flops=1.0, bandwidth=1.0), "measured on TPU v5 lite, not on"),
+        (
+            dict(device="TPU v6 lite", flops=1.0, bandwidth=1.0, dtype="float32"),
+            "measured in float32, .*compute_dtype=bfloat16",
+        ),
         (dict(device="TPU v6 lite", flops=1.0), "was not written by 06_speed"),
     ],
 )
