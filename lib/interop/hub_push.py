@@ -19,10 +19,13 @@ from lib.interop.card import card
 from lib.interop.exports import FOLDER, FORMATS, PROOF
 from lib.runs import STAGES, load_model, stages
 from lib.train import checkpoint
+from lib.train.records import KIND
 
 # what a repository of ours is known by
 MANIFEST = "rawchat.json"
 FORMAT = 1
+# a checkpoint's own record
+META = "meta.json"
 CARD = "README.md"
 # what the Hub itself puts into a repository
 ITS_OWN = (".gitattributes", CARD)
@@ -203,17 +206,24 @@ def _held(repo: str, private: bool, token: str | None) -> list[str]:
             f"{repo} is there and public: pass --public to push to it, or choose another name"
         )
     names = [file.rfilename for file in info.siblings or []]
-    if MANIFEST in names:
+
+    def record(name: str) -> dict:
+        """What a JSON file there holds; nothing where it is not there."""
+        if name not in names:
+            return {}
         with tempfile.TemporaryDirectory() as folder:
-            hub.download(hub.Source(repo, info.sha), [MANIFEST], Path(folder), token)
-            text = Path(folder, MANIFEST).read_bytes()
-        listed = parse_json(text, f"{MANIFEST} of {repo}").get("files") or {}
-        return [name for name in listed if name in names]
+            hub.download(hub.Source(repo, info.sha), [name], Path(folder), token)
+            return parse_json(Path(folder, name).read_bytes(), f"{name} of {repo}")
+
+    # the list of an earlier push; 02 keeps a checkpoint and a tokenizer without one
+    listed = record(MANIFEST).get("files") or {}
+    meta = {} if listed else record(META)
+    if meta.get("kind") == KIND:
+        listed = [*meta.get("files", {}), META, FILE]
     strange = [name for name in names if name not in ITS_OWN]
-    # 02 keeps a checkpoint and a tokenizer in a repository without a list
-    if strange and "meta.json" not in strange:
+    if strange and not listed:
         raise UserError(
             f"{repo} holds {strange[0]} and {len(strange) - 1} other files that were not pushed "
             "from here: choose another name"
         )
-    return strange
+    return [name for name in listed if name in names]

@@ -247,6 +247,10 @@ def test_repositories_of_another_kind(run, model_hub, tmp_path):
         pull("hf:me/llama", tmp_path / "runs" / "back", TOKEN)
     with pytest.raises(UserError, match="were not pushed from here: choose another name"):
         push(run, "me/llama", private=False, token=TOKEN)
+    # a file of ours by its name only: nothing of a stranger's is taken out
+    model_hub.put_commit("me/other", {"meta.json": b"{}", "weights.bin": b"x"})
+    with pytest.raises(UserError, match="were not pushed from here: choose another name"):
+        push(run, "me/other", private=False, token=TOKEN)
     with pytest.raises(UserError, match="me/llama is there and public: pass --public"):
         push(run, "me/llama", token=TOKEN)
 
