@@ -82,7 +82,8 @@ class Saver:
             "kind": KIND,
             "format": FORMAT,
             "step": int(step),
-            "metric": _rating(metric),
+            # a NaN is kept as none, and rates nothing
+            "metric": None if metric is None else float(metric),
             "time": written,
             "began": began,
             # a copy: the caller's cursor goes on meanwhile
@@ -145,13 +146,6 @@ class Saver:
     def __exit__(self, *exc):
         self._pool.shutdown(wait=True)
         self.wait()
-
-
-def _rating(metric) -> float | None:
-    """A metric by which checkpoints can be compared; a NaN is none."""
-    if metric is None or not math.isfinite(metric):
-        return None
-    return float(metric)
 
 
 def _from_first(numbers: list[float]) -> list[float]:

@@ -254,6 +254,10 @@ def test_who_knows_is_called_better_than_guessing():
     assert (
         stats.above_guessing(known | {"one": dict(score=0.35, n=100, baseline=0.25)})["one"] > 0.05
     )
+    # 2.5 of 4 by shares of ties are 2, and 0.57 * 100 is 57, though not in floats
+    for score, n, right in ((0.625, 4, 2), (0.57, 100, 57)):
+        told = stats.above_guessing({"one": dict(score=score, n=n, baseline=0.25)})["one"]
+        assert told == stats.binomial_test(right, n, 0.25)
     # one lucky answer in one's own words is no skill, ten are
     lucky = {k: dict(score=k / 100, n=100, baseline=0.0) for k in (1, 10)}
     assert stats.above_guessing(lucky)[1] > 0.05 > stats.above_guessing(lucky)[10]

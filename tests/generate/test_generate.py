@@ -16,6 +16,7 @@ from lib.generate import Engine, Engines, Sampling, generate, sampling, stream
 from lib.generate import decode as decode_module
 from lib.generate import engine as engine_module
 from lib.generate.engine import LONG_CHUNK, WHOLE_CHUNK
+from lib.generate.writer import Token, Writer
 from lib.params import init_params
 from lib.sandbox import calculator
 from tests.helpers.engines import PROMPTS, drain, golden, greedy, ids, scripted
@@ -104,6 +105,15 @@ def test_a_tool_that_refuses_forces_nothing_and_a_long_answer_crosses_chunks(mon
         assert len(tokens) == 60
 
 
+def test_an_empty_call_asks_no_tool():
+    tokenizer = golden()[2]
+    asked = []
+    writer = Writer(greedy(9), tokenizer, asked.append)
+    for text in ("<|python_start|>", "<|python_end|>"):
+        writer.push(Token(tokenizer.special[text], 0.0))
+    assert asked == [] and writer.forced == [] and writer.call is None
+
+
 def test_stop_strings_look_at_what_is_said_and_not_into_calls(monkeypatch):
     tokenizer = golden()[2]
     call = [tokenizer.special["<|python_start|>"], *tokenizer.encode("2*3")]
@@ -131,6 +141,8 @@ def test_a_row_does_not_depend_on_its_batch_and_seeds_repeat():
         alone(p, Sampling(20, seed=5 + i, **settings)) for i, p in enumerate(prompts)
     ]
     assert together != generate(params, config, prompts, Sampling(20, seed=6, **settings))
+    twice = generate(params, config, [*PROMPTS[:2], *PROMPTS[:2]], greedy(6))
+    assert twice == [alone(p, greedy(6)) for p in PROMPTS[:2]] * 2, "each a copy of its own prompt"
     same_prompt = generate(params, config, [[491]] * 6, Sampling(20, temperature=1.5))
     assert len({row[0] for row in same_prompt}) > 1, "every row draws its own first token"
 
@@ -506,7 +518,9 @@ def test_stops_at_a_token_and_streams_what_generate_returns():
     )
 
 
-@pytest.mark.parametrize("where", ["first token", "inside", "across", "late", "never", "two"])
+@pytest.mark.parametrize(
+    "where", ["first token", "inside", "across", "late", "never", "two", "two in one token"]
+)
 def test_stop_strings_are_found_wherever_they_cross_tokens(where):
     config, params, tokenizer = golden()
     prompt = load("generation_T.json")["greedy"][0]["prompt_ids"]
@@ -520,6 +534,7 @@ def test_stop_strings_are_found_wherever_they_cross_tokens(where):
         "late": (text[-4:],),
         "never": ("\0no",),
         "two": (text[20:24], text[9:12]),
+        "two in one token": (max(pieces, key=len)[2:4], max(pieces, key=len)[1:3]),
     }[where]
     want = text[: min((text.find(s) for s in stops if s in text), default=len(text))]
     settings = greedy(30, stop_strings=stops)

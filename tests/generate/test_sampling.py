@@ -63,6 +63,23 @@ def test_rows_of_one_prompt_and_neighbouring_seeds_share_no_noise(indifferent):
             assert equal <= 3, "independent rows agree at 0.1 of 50 places"
 
 
+# ---- what a step changes -------------------------------------------------------------------------
+
+
+def test_a_step_changes_the_rows_that_took_a_token_and_no_others():
+    """One row takes its last two tokens, one waits for its tool, one has ended."""
+    rows = sampling.empty_rows(3, 5)
+    rows |= dict(alive=jnp.array([True, True, False]), left=jnp.array([2, 2, 0]))
+    token, took = jnp.array([4, 4, 4]), jnp.array([True, False, False])
+    for made, alive in ((1, [True, True, False]), (2, [False, True, False])):
+        rows = sampling.step_rows(rows, token, took, took)
+        assert rows["made"].tolist() == [made, 0, 0]
+        assert rows["left"].tolist() == [2 - made, 2, 0]
+        assert rows["token"].tolist() == [4, 0, 0]
+        assert rows["seen"].sum(1).tolist() == [1, 0, 0]
+        assert rows["alive"].tolist() == alive
+
+
 # ---- the repetition penalty ----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import pytest
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.generate import Engine, Sampling, generate, stream
-from lib.generate.speculative import look_up
+from lib.generate.speculative import State, accept, look_up
 from tests.helpers.engines import PROMPTS, drain, ids, scripted
 from tests.helpers.golden import PARITY, load, parity_model
 
@@ -154,6 +154,30 @@ def test_look_up_prefers_long_then_late_matches():
     got = look_up(history, jnp.array([9, 3]), jnp.array([3, 5]), 2)
     assert got[0].tolist() == [7, 9], "after 1 2 3, not after the later 9 3"
     assert got[1, 0] == 5
+
+
+STANDS = [
+    ([5, 6, 7, 8], {}, 4),
+    ([5, 9, 7, 8], {}, 2),  # behind a wrong draft nothing stands, however right
+    ([9, 6, 7, 8], {}, 1),
+    ([5, 6, 7, 8], dict(stop=6), 2),
+    ([5, 6, 7, 8], dict(stop=6, forced=6), 4),  # a tool's answer ends no row
+    ([5, 6, 7, 8], dict(pause=7), 3),
+    ([5, 6, 7, 8], dict(left=3), 3),
+    ([5, 6, 7, 8], dict(room=2), 2),
+]
+
+
+@pytest.mark.parametrize("choices, settings, kept", STANDS, ids=str)
+def test_what_stands_of_a_round_by_hand(choices, settings, kept):
+    """The drafts are 5 6 7."""
+    given = dict(stop=-1, forced=-1, pause=-1, left=9, room=9) | settings
+    rows = dict(left=jnp.array([given["left"]]), stop=jnp.array([[given["stop"]]]))
+    state = State(None, None, None, rows, None)
+    drafts, choices = jnp.array([[5, 6, 7]]), jnp.array([choices])
+    forced = jnp.array([[-1, given["forced"], -1, -1]])
+    room = jnp.array([given["room"]])
+    assert accept(state, drafts, choices, forced, given["pause"], room).tolist() == [kept]
 
 
 def test_generate_and_stream_speculate_too():

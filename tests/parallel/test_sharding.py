@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -155,6 +156,11 @@ def test_every_strategy_equals_one_device(single, eight, noise, layout):
 
 
 @pytest.mark.slow
+def test_a_part_that_differs_on_one_device_is_a_difference(eight):
+    assert all(run["equal"] == [True, False] for run in eight.values())
+
+
+@pytest.mark.slow
 def test_what_is_split_takes_less_room(single, eight):
     size = {name: eight[name]["bytes"] / single["bytes"] for name in map(str, LAYOUTS)}
     dp, zero, fsdp, both, tp = size.values()
@@ -256,6 +262,19 @@ def test_bad_layouts_in_one_sentence():
     ]:
         with pytest.raises(UserError, match=said):
             parallel.make_layout(strategy, config.replace(**change), devices, mesh)
+
+
+def test_all_processes_stop_two_steps_after_the_first_that_wants_to(monkeypatch):
+    """None is further ahead than that, so all of them still ask about that step."""
+    told = {}
+    store = types.SimpleNamespace(
+        key_value_set=told.__setitem__,
+        key_value_dir_get=lambda folder: [kv for kv in told.items() if kv[0].startswith(folder)],
+    )
+    monkeypatch.setattr(hosts, "_store", lambda: store)
+    wanted = {5: True}
+    ended = [hosts.stop_together(step, wanted.get(step, False)) for step in range(3, 9)]
+    assert ended == [False, False, False, False, True, True]
 
 
 def test_who_is_no_process_of_the_job_is_not_counted():

@@ -39,7 +39,8 @@ SMALL = dict(
 
 
 @pytest.mark.parametrize(
-    "T, window, block", [(512, 512, 128), (512, 128, 128), (1024, 200, 256), (512, 512, 512)]
+    "T, window, block",
+    [(512, 512, 128), (512, 128, 128), (1024, 200, 256), (512, 129, 128), (512, 512, 512)],
 )
 def test_a_kernel_visits_the_blocks_that_the_mask_leaves(T, window, block):
     i, j = np.arange(T)[:, None], np.arange(T)

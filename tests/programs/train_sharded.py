@@ -86,6 +86,14 @@ def sums(config, layout):
     return dict(across=across, most=int(most))
 
 
+def compared(params):
+    """Whether parameters equal themselves, and themselves with the last number of one changed."""
+    largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.size)
+    add = jax.jit(lambda a: a.at[(-1,) * a.ndim].add(1.0), out_shardings=largest.sharding)
+    changed = jax.tree.map(lambda leaf: add(leaf) if leaf is largest else leaf, params)
+    return [parallel.equal(params, params), parallel.equal(params, changed)]
+
+
 def train_once(run):
     config = base.replace(**run.get("config", {}))
     strategy, mesh = run.get("layout", [None, None])
@@ -120,6 +128,7 @@ def train_once(run):
         bytes=sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)),
         gathers=re.findall(r"= (\S+) all-gather", text),
         kinds=Counter(re.findall(r" (all-[a-z]+|reduce-scatter|collective-[a-z]+)\(", text)),
+        equal=compared(state.params) if layout and losses else None,
         bfloat16=sums(config, layout) if losses else None,
     )
 

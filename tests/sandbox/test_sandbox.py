@@ -289,6 +289,9 @@ for name in NAMES:
 
 def test_the_tables_have_all_that_is_refused_under_its_own_number():
     assert set(jail.REFUSED | jail.METADATA) == {*BY_LIBC, *BY_NUMBER_ONLY}
+    # Linux's own numbers of orders, the same on every machine
+    assert jail.OWNER_FCNTL == dict(F_SETOWN=8, F_SETSIG=10, F_SETOWN_EX=15)
+    assert jail.OWNER_IOCTL == dict(FIOSETOWN=0x8901, SIOCSPGRP=0x8902, TIOCSTI=0x5412)
     if "seccomp" not in available():
         pytest.skip("no filter of system calls here")
     result = run_python(CALL_BY_NAME.replace("NAMES", repr(BY_LIBC)), layers=("seccomp",))

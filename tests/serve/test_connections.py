@@ -188,9 +188,12 @@ def test_a_log_says_a_thing_once_a_minute_and_then_how_often():
         logger.warning("no more files\nfor socket %d", number)
         logger.warning("another %s", "thing")
     assert shown == ["no more files\nfor socket 0", "another thing"]
+    # what is said again within the minute does not put it off
+    now = 59.0
+    logger.warning("another thing")
     now = 61.0
     logger.warning("another thing")
-    assert shown[2:] == ["another thing (and 99 times since it was said last)"]
+    assert shown[2:] == ["another thing (and 100 times since it was said last)"]
     for number in range(3000):
         logger.warning("thing %d", number)
     assert len(shown) == 3003 and len(once.said) <= 1001

@@ -210,6 +210,13 @@ def test_more_tokens_than_there_is_room_for_are_fewer_tokens(ai, name):
         assert not any(reasons[:-1])
 
 
+def test_the_servers_limit_bounds_what_is_asked_for():
+    served = api.Api(model(), serve.Settings(run=str(parrot.run()), max_tokens=7))
+    for wanted, given in (({}, 7), ({"max_tokens": 5000}, 7), ({"max_tokens": 3}, 3)):
+        asked = served.chat({"messages": ASK["hello"]} | wanted)
+        assert asked.sampling.max_tokens == given
+
+
 def test_a_base_model_does_not_chat():
     served = serve.Settings(run=str(parrot.run()))
     base = api.Api(model()._replace(stage="base"), served)
@@ -381,6 +388,7 @@ def test_errors_are_openais(ai, name):
         (dict(extra_body={"colour": 1}), "colour"),
         (dict(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
         (dict(n=1000), "n"),
+        (dict(extra_body={"top_k": True}), "top_k"),
         (dict(messages=[]), "messages"),
         (
             dict(
@@ -748,6 +756,38 @@ def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
         added.clear()
 
 
+def line_of(*deadlines):
+    """A warm engine thread that is turned by hand, jobs that wait in it, and what each is told."""
+    thread = EngineThread(_engine(model(), serve.Settings(slots=1), 768), 4, Counters())
+    thread.cold = []
+    told = [[] for _ in deadlines]
+    jobs = []
+    for news, deadline in zip(told, deadlines):
+        deliver = lambda tokens, reason, news=news: news.append(reason)
+        jobs.append(Job([1], Sampling(1), deliver, time.monotonic() + deadline))
+    thread.submit(jobs)
+    return thread, jobs, told
+
+
+def test_who_came_too_late_is_told_once_and_never_written():
+    thread, _, [news] = line_of(-1)
+    thread._turn()
+    assert [error.status for error in news] == [503] and not thread.waiting and not thread.busy
+
+
+def test_who_hangs_up_while_waiting_leaves_the_line_at_once():
+    thread, jobs, [_, news] = line_of(60, 60)
+    thread.cancel(jobs[1:])
+    assert list(thread.waiting) == jobs[:1] and news == []
+
+
+def test_who_waits_when_the_server_ends_is_told():
+    thread, _, told = line_of(60, 60)
+    thread.end()
+    thread._run()
+    assert [[error.status for error in news] for news in told] == [[503], [503]]
+
+
 def greedy_job(prompt, ended) -> Job:
     """A job of two tokens that notes in `ended` why it ended."""
     note = lambda tokens, reason: ended.extend([reason] if reason else [])
@@ -835,6 +875,7 @@ def test_other_pages_and_other_names_are_kept_out(http):
         f"evil.test:{port}",
         "127.0.0.1.evil.test",
         "localhost@evil.test",
+        "evil-localhost",
         "[",
         "",
     ):

@@ -247,6 +247,16 @@ def test_numbers_that_json_has_not_come_back_as_none(book):
     assert math.isnan(trial.reports[1]) and math.isnan(trial.curve[0][1])
 
 
+def test_the_first_end_is_the_end(book):
+    id = book.claim({"depth": 1, "seed": 1})
+    book.end(id, "done", 1.0)
+    book.report(id, 9, 0.5)
+    book.end(id, "failed", 2.0)
+    book.free(id)
+    [trial] = book.trials()
+    assert (trial.state, trial.value, trial.reports) == ("done", 1.0, {})
+
+
 def test_what_was_given_back_does_not_count_as_a_death_and_torn_lines_do_not_count(book):
     boss = drivers.Local(book, sweep())
     for _ in range(journal.TRIES + 2):

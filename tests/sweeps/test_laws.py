@@ -58,6 +58,7 @@ def test_the_largest_budget_is_predicted_from_the_smaller_and_too_little_is_said
     assert fit["E"] == pytest.approx(0.8, abs=0.02) and fit["p"] == pytest.approx(0.15, abs=0.01)
     [last] = scaling.held_out(growing)
     assert abs(last["error"]) < 0.005
+    assert last["error"] == pytest.approx(last["predicted"] / last["actual"] - 1)
     for fit in (scaling.isoflop, scaling.parametric, scaling.series):
         with pytest.raises(UserError):
             fit(growing[:3])
@@ -79,6 +80,15 @@ def test_paired_differences_see_through_the_spread_of_seeds():
     assert math.isnan(
         scaling.paired([t for t in ablation_trials() if t.assignment["seed"] == 1])[1]["low"]
     )
+
+
+def test_a_minimum_and_students_interval_by_hand():
+    N = np.array([1.0, 2.0, 4.0])
+    fit = scaling.parabola(N, (np.log(N) - 1) ** 2 + 3)
+    assert (fit["N"], fit["L"]) == pytest.approx((math.e, 3))
+    # a spread of 1 over three pairs, whose t at 97.5 % is 4.303
+    mean, half = scaling._mean_and_half([1.0, 2.0, 3.0])
+    assert (mean, half) == pytest.approx((2, 4.303 / math.sqrt(3)), rel=1e-3)
 
 
 def test_a_percentile_interval_by_hand():

@@ -107,6 +107,21 @@ def test_draws_stay_within_what_was_asked():
         assert suggest.ask(spec, found[:9], seed=3) == found[9].assignment
 
 
+def test_steps_and_whole_numbers_reach_both_bounds_and_nothing_beyond():
+    entry = {"min": 2, "max": 13, "q": 5, "distribution": "q_uniform"}
+    assert [space.quantised(x, entry) for x in (2.1, 7.6, 13)] == [5, 10, 10]
+    rng = np.random.default_rng(0)
+    entry = {"min": 2, "max": 4, "distribution": "int_uniform"}
+    assert {space.draw(entry, rng) for _ in range(60)} == {2, 3, 4}
+
+
+def test_what_ended_without_a_number_tells_the_estimator_nothing():
+    spec = sweep("bayes", {"depth": {"min": 1, "max": 6}})
+    hopeless = Trial("0", 0, {"depth": 1}, "done", value=math.nan)
+    _, parameters = suggest._study(spec, [hopeless])
+    assert suggest._as_optuna(hopeless, parameters).state.name == "FAIL"
+
+
 def test_grid_walks_every_combination_once_and_bayes_ends_when_nothing_is_left():
     spec = sweep()
     assert space.size(spec) == space.limit(spec) == 6
@@ -178,6 +193,9 @@ def test_hyperband_keeps_the_best_share_at_each_rung():
     assert not hyperband.should_stop(spec, [first], first)  # nobody to compare with
     late = at(7, [7.0, 0.0, 0.0])  # only its best counts, and only against those who came as far
     assert not hyperband.should_stop(spec, [*others, late, at(3, [1.0, 1.0, 1.0])], late)
+    # those that have not come so far say nothing about it
+    behind = [at(i, [9.0]) for i in range(20, 26)]
+    assert hyperband.should_stop(spec, [*steady, *behind], steady[1])
     up = sweep(
         metric=dict(name="loss", goal="maximize"),
         early_terminate=dict(type="hyperband", min_iter=1, eta=3),

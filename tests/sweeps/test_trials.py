@@ -207,6 +207,17 @@ def test_a_source_without_held_out_text_is_refused_before_anything_is_compiled(b
         alone.check_held_out(settings | dict(eval_bytes=601))
 
 
+def test_only_what_surely_does_not_fit_is_refused_before_it_is_tried(bench, monkeypatch):
+    """The estimate errs by less than a half."""
+    bench, source = bench
+    needed = sum(trials.estimate_memory(bench.prepare(dict(TINY, source=source))[0]).values())
+    monkeypatch.setattr(bench, "memory", needed / 1.4)
+    bench.prepare(dict(TINY, source=source))
+    monkeypatch.setattr(bench, "memory", needed / 1.6)
+    with pytest.raises(UserError, match="lower microbatch or depth"):
+        bench.prepare(dict(TINY, source=source))
+
+
 def test_a_checkpoint_is_progress(small):
     boss, bench = small({"seed": {"values": [6]}})
     bench.save_seconds, usual = 0.0, bench.save_seconds

@@ -174,6 +174,13 @@ def test_the_divergence_is_that_from_the_frozen_reference(base, tmp_path):
         assert low <= float(sums["kl"]) < high
 
 
+def test_every_epoch_asks_all_questions_in_an_order_of_its_own(base, tmp_path):
+    training = rl.Reinforcement(rl.Reinforcing("letters", **SETTINGS), base, tmp_path)
+    asked = [training.question(number).item["id"] for number in range(14)]
+    first, second = asked[:7], asked[7:]
+    assert len(set(first)) == 7 and sorted(first) == sorted(second) and first != second
+
+
 def test_every_question_and_sample_has_a_seed_of_its_own():
     seeds = {rl.seed_of(s, q, n) for s in range(3) for q in range(40) for n in range(8)}
     assert len(seeds) == 3 * 40 * 8
