@@ -81,6 +81,7 @@ def test_only_what_the_assistant_says_is_a_target(tokenizer):
             text = "".join(tokenizer.decode([t]) if t >= 0 else "·" for t in y).replace(
                 "<|assistant_end|>", "\n"
             )
+            assert "\n" in text, "a row teaches something"
             assert (
                 all(part.strip("·").isdigit() for part in text.split("\n")[:-1])
                 and text.split("\n")[-1].strip("·") == ""
