@@ -322,6 +322,11 @@ def edit(**entries):
     return change
 
 
+def grow(path):
+    with open(path / "params.safetensors", "ab") as f:
+        f.write(b"more")
+
+
 def replace_by_pipe(path):
     path.unlink()
     os.mkfifo(path)
@@ -337,6 +342,7 @@ def promised_pipe(path):
 
 DAMAGE = {
     "truncated": (truncate, "params.safetensors has 50 bytes instead of"),
+    "grown": (grow, "params.safetensors has .* bytes instead of"),
     "bit flipped": (flip, "params.safetensors does not match its checksum"),
     "file missing": (lose_file, "params.safetensors is missing"),
     "no meta": (lose_meta, "no meta.json"),

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import types
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_the_lowest_mean_is_what_an_explosion_is_measured_from():
     # 0.9 * 3 + 0.1 * 12.9 = 3.99 is within a nat of the lowest mean, one more such batch is not
     assert watch.complaint(40, 12.9, 1.0) == ""
     assert "come down to 3.00" in watch.complaint(41, 12.9, 1.0)
+    # nor is one lucky batch a height to fall from
+    watch = Watch(CONFIG, explode=1.0)
+    losses = [3.0] * 10 + [0.5] + [3.0] * 10
+    assert not any(watch.complaint(n, loss, 1.0) for n, loss in enumerate(losses, 1))
+
+
+def test_a_steps_time_is_its_own(monkeypatch):
+    ticks = map(float, itertools.count())
+    monkeypatch.setattr("lib.train.loop.time", types.SimpleNamespace(perf_counter=ticks.__next__))
+    assert [step.metrics["step_time"] for step in loop(pretend([2.0] * 12))] == [1.0] * 12
 
 
 def test_what_happens_in_a_pause_is_no_step_time():

@@ -179,6 +179,9 @@ def test_rates_and_horizon_change_with_a_line_in_the_record(tmp_path, capsys):
     go_on(open_run(tmp_path), upto=6)
     run = open_run(tmp_path, config=TINY.replace(num_steps=14, matrix_lr=0.001))
     assert "from step 5 on, num_steps was 12 and is 14" in capsys.readouterr().out
+    hyper = run.state.opt_state.hyper
+    assert float(hyper["num_steps"]) == 14
+    assert float(hyper["lr"]["matrix"]) == pytest.approx(0.001 * TINY.batch_lr_scale)
     go_on(run, upto=11)
     # what was changed before stays in the record
     go_on(open_run(tmp_path, config=TINY.replace(num_steps=13, matrix_lr=0.001)))
@@ -414,3 +417,13 @@ def test_what_was_noted_by_one_who_holds_it_is_kept(tmp_path):
     held["seen"].append("here")
     go_on(again)
     assert open_run(tmp_path).notes == {"seen": ["here"]}
+
+
+def test_what_was_noted_of_steps_that_are_lost_is_lost_with_them(tmp_path):
+    run = open_run(tmp_path)
+    run.notes["seen"] = []
+    for step in run.steps([], train.Saving(every=5, seconds=0), writers=[]):
+        run.notes["seen"].append(step.step)
+        if step.step == 7:
+            break
+    assert run.done == 5 and run.notes == {"seen": [1, 2, 3, 4, 5]}
