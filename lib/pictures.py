@@ -458,15 +458,15 @@ def scores(marks: dict[str, dict[str, dict]]):
 
 @styled
 def reinforcement(rows: list[dict]):
-    """Reward with held-out pass@k, length, entropy and divergence of each step of a training."""
-    figure, axes = subplots(2, 2, size=(8.5, 5))
-    reward, length, entropy, kl = axes.flat
-    for axis, name in ((reward, "reward"), (length, "length"), (entropy, "entropy"), (kl, "kl")):
+    """Reward with held-out pass@k and all that is watched over, for each step of a training."""
+    figure, axes = subplots(2, 3, size=(5.7, 4.5))
+    for axis, name in zip(axes.flat, ("reward", "length", "entropy", "kl", "signal", "drift")):
         steps, values = column(rows, name)
         axis.plot(steps, values, color="C0", alpha=0.35, linewidth=0.8)
         axis.plot(steps, running_mean(values), color="C0", label=name)
         whole_ticks(axis.xaxis)
 
+    reward, length, entropy, kl, signal, drift = axes.flat
     # held-out questions beside those that it learns from
     measured = {name for row in rows for name in row if re.fullmatch(r"pass_\d+|greedy", name)}
     drawn = sorted(measured, key=lambda name: int(name.partition("_")[2] or 0))
@@ -477,8 +477,14 @@ def reinforcement(rows: list[dict]):
     reward.legend(loc="lower right")
     reward.set(ylabel="reward, share right", title="reward")
     length.set(ylabel="tokens", title="length of answers")
-    entropy.set(xlabel="step", ylabel="nats per token", title="entropy")
+    entropy.set(ylabel="nats per token", title="entropy")
     kl.set(xlabel="step", ylabel="nats per token", title="divergence from the start")
+    # a cut answer is worth nothing, so it belongs to what can be learnt from
+    steps, values = column(rows, "truncated")
+    signal.plot(steps, running_mean(values), color="C1", label="answers that were cut")
+    signal.set(xlabel="step", ylabel="share", title="groups that teach anything")
+    signal.legend(loc="upper right")
+    drift.set(xlabel="step", ylabel="nats per token", title="sampler against learner")
     return figure
 
 

@@ -93,8 +93,10 @@ class Examination:
         for name, entry in before.get("tasks", {}).items():
             if name == self.name or name not in known or entry.get("kind") == "core":
                 continue
+            # as long as then: another limit would cut other answers, and look like a difference
+            max_tokens = entry.get("max_tokens", self.max_tokens)
             asking = Questions(
-                limit=entry["limit"], seed=entry["seed"], batch=64, max_tokens=self.max_tokens
+                limit=entry["limit"], seed=entry["seed"], batch=64, max_tokens=max_tokens
             )
             record = questions.evaluate(
                 whole(self.layout, params),

@@ -26,6 +26,12 @@ ROWS = [dict(step=i, loss=6 / i**0.2, lr=1.0, tokens_per_s=900.0) for i in range
 for row in ROWS[9::10]:
     row["val_loss"] = row["loss"] - 0.3
 
+# steps of reinforcement, two of which were measured
+WATCHED = ("reward", "length", "entropy", "kl", "signal", "drift", "truncated")
+REINFORCED = [dict(step=i) | {name: i / 10 for name in WATCHED} for i in range(1, 9)]
+for row in REINFORCED[3::4]:
+    row |= dict(pass_1=0.5, pass_1_stderr=0.1, pass_2=0.6, pass_8=0.7, greedy=0.8)
+
 DRAWN = {
     "compression": lambda: pictures.compression({"prose": dict(ours=4.0, GPT2=4.4)}),
     "token_lengths": lambda: pictures.token_lengths([1, 2, 3, 40], [1, 1, 2]),
@@ -38,6 +44,7 @@ DRAWN = {
         {"base": {"kinds": {"code": dict(bpb=1.2, stderr=0.1, bytes=900)}}}
     ),
     "fine_tuning": lambda: pictures.fine_tuning({"mid": ROWS, "sft": ROWS}),
+    "reinforcement": lambda: pictures.reinforcement(REINFORCED),
     "scores": lambda: pictures.scores({"base": {"sums": entry(0.3)}, "sft": {"sums": entry(0.9)}}),
 }
 
@@ -115,3 +122,17 @@ def test_masks_show_what_each_kind_of_layer_sees():
     assert short.sum() == 5 * 16 - (4 + 3 + 2 + 1) and long.sum() == 16 * 17 / 2
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["window 4: layers 0, 1", "window 16: layers 2, 3"]
+
+
+def test_everything_that_is_watched_has_a_curve():
+    figure = pictures.reinforcement(REINFORCED)
+    steps = [row["step"] for row in REINFORCED]
+    for axis, name in zip(figure.axes, WATCHED[:-1]):
+        raw, *_ = axis.lines
+        assert list(raw.get_xdata()) == steps
+        assert list(raw.get_ydata()) == [row[name] for row in REINFORCED]
+    reward, signal = figure.axes[0], figure.axes[4]
+    measured = {line.get_label(): list(line.get_xdata()) for line in reward.lines[2:]}
+    assert measured == {name: [4, 8] for name in ("greedy", "pass@1", "pass@8")}
+    cut = signal.lines[-1]
+    assert list(cut.get_ydata()) == pictures.running_mean([row["truncated"] for row in REINFORCED])

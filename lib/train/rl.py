@@ -8,6 +8,7 @@ stops and goes on bit for bit, for a rollout depends on parameters and seeds alo
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
@@ -62,6 +63,7 @@ RANGES = (
     ("kl", 0.0, 1.0, "the model is far from where it began"),
     ("drift", 0.0, 0.05, "sampler and learner disagree: try compute_dtype=float32"),
     ("truncated", 0.0, 0.5, "half of the answers are cut: allow more tokens"),
+    ("length", 2.0, math.inf, "many answers are empty"),
 )
 
 

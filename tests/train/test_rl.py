@@ -204,9 +204,9 @@ def answers(training):
 
 
 def test_numbers_that_leave_their_range_are_told():
-    assert rl.warnings_of(dict(signal=0.5, entropy=0.1, kl=0.0, drift=0.001)) == []
-    told = rl.warnings_of(dict(signal=0.0, entropy=0.0001, drift=0.3))
-    assert [line.split()[0] for line in told] == ["signal", "entropy", "drift"]
+    assert rl.warnings_of(dict(signal=0.5, entropy=0.1, kl=0.0, drift=0.001, length=30)) == []
+    told = rl.warnings_of(dict(signal=0.0, entropy=0.0001, drift=0.3, length=1.2))
+    assert [line.split()[0] for line in told] == ["signal", "entropy", "drift", "length"]
 
 
 @pytest.mark.parametrize(
