@@ -16,16 +16,19 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/01_tokenizer.ipynb)
 #
-# A language model reads numbers, not letters. The tokenizer decides which pieces of text become one number each: it
-# starts from the 256 bytes and keeps merging the pair of pieces that occurs most often, until the vocabulary is full.
-# That is *byte pair encoding* ([Gage 1994](https://www.derczynski.com/papers/archive/BPE_Gage.pdf); for language
-# models [Sennrich et al. 2016](https://arxiv.org/abs/1508.07909)).
+# A language model reads numbers, not letters. The tokenizer decides which pieces of text become one
+# number each: it starts from the 256 bytes and keeps merging the pair of pieces that occurs most
+# often, until the vocabulary is full. That is *byte pair encoding*
+# ([Gage 1994](https://www.derczynski.com/papers/archive/BPE_Gage.pdf); for language models
+# [Sennrich et al. 2016](https://arxiv.org/abs/1508.07909)).
 #
-# **At the end you have** `tokenizer.json` in your run's folder, you have merged a pair by hand, and you know how well
-# your vocabulary compresses prose, code, numbers and other languages beside GPT-2's and GPT-4's.
+# **At the end you have** `tokenizer.json` in your run's folder, you have merged a pair by hand, and
+# you know how well your vocabulary compresses prose, code, numbers and other languages beside
+# GPT-2's and GPT-4's.
 #
-# **Hardware and time:** any CPU. Ten seconds on the default of a laptop (the source code of Python's own standard
-# library, nothing to download); some minutes on two billion characters of web text.
+# **Hardware and time:** any CPU. Ten seconds on the default of a laptop (the source code of
+# Python's own standard library, nothing to download); some minutes on two billion characters of web
+# text.
 
 # %% [markdown]
 # ## Set-up
@@ -108,14 +111,15 @@ print(plan.why)
 # %% [markdown]
 # ## The corpus
 #
-# Documents come as a stream, so a corpus may be larger than memory. One part of it, the validation split, is never
-# trained on: that is where compression is measured. One document begins like this.
+# Documents come as a stream, so a corpus may be larger than memory. One part of it, the validation
+# split, is never trained on: that is where compression is measured. One document begins like this.
 
 # %%
 validation = head(documents(plan.source, "val", shards=shards), 2_000_000)
 lengths = np.array([len(text) for text in validation])
 print(
-    f"{plan.source}: {len(validation):,} documents held out, {lengths.sum():,} characters (2 MB at most)"
+    f"{plan.source}: {len(validation):,} documents held out, "
+    f"{lengths.sum():,} characters (2 MB at most)"
 )
 print(f"median {np.median(lengths):,.0f} characters, longest {lengths.max():,}\n")
 print(validation[len(validation) // 2][:600])
@@ -123,11 +127,12 @@ print(validation[len(validation) // 2][:600])
 # %% [markdown]
 # ## The whole algorithm
 #
-# First the text is cut into *words*: letters, one or two digits, punctuation, blanks. No merge crosses these borders,
-# so that "dog." and "dog!" share a token. Then count the pairs of neighbours, merge the most frequent one everywhere,
-# and begin again.
+# First the text is cut into *words*: letters, one or two digits, punctuation, blanks. No merge
+# crosses these borders, so that "dog." and "dog!" share a token. Then count the pairs of
+# neighbours, merge the most frequent one everywhere, and begin again.
 #
-# **Guess before you run it:** which pair comes first in this text? And how many bytes will the fifth token have?
+# **Guess before you run it:** which pair comes first in this text? And how many bytes will the
+# fifth token have?
 
 # %%
 words = vocabulary.words_of(validation[:200])
@@ -137,19 +142,21 @@ for _ in range(5):
     words = {vocabulary.merged(word, pair): n for word, n in words.items()}
 
 # %% [markdown]
-# **A puzzle:** write the step that joins a pair in one word. The cell says whether it is right; it stops nothing.
+# **A puzzle:** write the step that joins a pair in one word. The cell says whether it is right; it
+# stops nothing.
 #
 # <details><summary>Hint</summary>
 #
-# Walk through the word with an index. Where this piece and the next are the pair, take both and go on by two;
-# otherwise take one. From the left: in <code>a a a</code> the pair <code>a a</code> occurs once.
+# Walk through the word with an index. Where this piece and the next are the pair, take both and go
+# on by two; otherwise take one. From the left: in <code>a a a</code> the pair <code>a a</code>
+# occurs once.
 #
 # </details>
 
 
 # %%
 def merge(word, pair):
-    """The word, a tuple of pieces such as (b"l", b"o", b"w"), with each occurrence of the pair joined."""
+    """The word, a tuple of pieces such as (b"l", b"o", b"w"), the pair joined wherever it is."""
     return word  # your code here
 
 
@@ -158,8 +165,9 @@ solved = check("merge", merge)
 # %% [markdown]
 # ## Training
 #
-# The same thing, fast: [rustbpe](https://pypi.org/project/rustbpe/) counts once and updates the counts after each merge.
-# Then the first twenty merges, with how often each pair occurred in the held-out text.
+# The same thing, fast: [rustbpe](https://pypi.org/project/rustbpe/) counts once and updates the
+# counts after each merge. Then the first twenty merges, with how often each pair occurred in the
+# held-out text.
 
 # %%
 start = time.perf_counter()
@@ -178,7 +186,8 @@ for token, count in vocabulary.first_merges(tokenizer, validation[:200]):
     print(f"{token!r:14} {count:>9,}")
 
 # %% [markdown]
-# A word becomes tokens in the same order: of all pairs that make a known token, the one that was learnt first is merged.
+# A word becomes tokens in the same order: of all pairs that make a known token, the one that was
+# learnt first is merged.
 
 # %%
 for pieces in vocabulary.merge_steps(tokenizer, " tokenizer"):
@@ -188,8 +197,9 @@ for word in (" the", " return", " internationalization", " 2026", " Straße"):
     print(f"{word!r:25}", " | ".join(tokenizer.decode([i]) for i in tokenizer.encode(word)))
 
 # %% [markdown]
-# Special tokens come after the learnt ones. `<|bos|>` starts every document; the others fence the turns and tool calls
-# of a chat. Their names inside a text are plain text, so nobody can forge one by typing it.
+# Special tokens come after the learnt ones. `<|bos|>` starts every document; the others fence the
+# turns and tool calls of a chat. Their names inside a text are plain text, so nobody can forge one
+# by typing it.
 
 # %%
 print("  ".join(f"{name} {i}" for name, i in tokenizer.special.items()))
@@ -197,10 +207,10 @@ print("  ".join(f"{name} {i}" for name, i in tokenizer.special.items()))
 # %% [markdown]
 # ## Compression
 #
-# Bytes per token: the more bytes one token stands for, the more text fits into the context and the less computing a
-# text costs. GPT-2's and GPT-4's tokenizers, fetched once, are the yardstick; they have 50,257 and 100,277 ids and
-# were trained on web text. **Look at** the kinds that your corpus had none of: bytes per token near 1 means that the
-# model will read them letter by letter.
+# Bytes per token: the more bytes one token stands for, the more text fits into the context and the
+# less computing a text costs. GPT-2's and GPT-4's tokenizers, fetched once, are the yardstick; they
+# have 50,257 and 100,277 ids and were trained on web text. **Look at** the kinds that your corpus
+# had none of: bytes per token near 1 means that the model will read them letter by letter.
 
 # %%
 held_out = f"{plan.source} (validation)"
@@ -213,8 +223,9 @@ for kind, by_tokenizer in compression.items():
     print(f"{kind:32}" + "".join(f"{value:8.2f}" for value in by_tokenizer.values()))
 
 # %% [markdown]
-# Left, the vocabulary: how many tokens have which length. Right, the validation text: how long the tokens are that it
-# is made of. **Look at** how the two differ: short tokens are few, but used all the time.
+# Left, the vocabulary: how many tokens have which length. Right, the validation text: how long the
+# tokens are that it is made of. **Look at** how the two differ: short tokens are few, but used all
+# the time.
 
 # %%
 ids = np.concatenate([np.array(x, int) for x in tokenizer.encode_batch(validation)])
@@ -225,8 +236,8 @@ used = np.unique(ids).size
 print(f"{used:,} of {len(learnt):,} learnt tokens ({used / len(learnt):.0%}) occur in this text")
 
 # %% [markdown]
-# A sample as the model sees it, every token on its own colour. `↵` is a line end, `�` a part of a character that has no
-# token of its own, and `□` a character that the font of the picture lacks.
+# A sample as the model sees it, every token on its own colour. `↵` is a line end, `�` a part of a
+# character that has no token of its own, and `□` a character that the font of the picture lacks.
 
 # %%
 sample = validation[len(validation) // 2][:700].rstrip() + "\n\n" + SAMPLES["numbers"][:130]
@@ -236,7 +247,8 @@ show(pictures.coloured_tokens(tokenizer, sample), folder / "plots" / "tokenizer_
 # %% [markdown]
 # ## A chat, as training will see it
 #
-# Only what the assistant is to say (marked `+`) is learnt: not the user's words, and not what its tools answered.
+# Only what the assistant is to say (marked `+`) is learnt: not the user's words, and not what its
+# tools answered.
 
 # %%
 calls = [{"type": "python", "text": "37 * 12"}, {"type": "python_output", "text": "444"}]
@@ -280,16 +292,19 @@ print(f"{results['bytes_per_token']:.2f} bytes per token on the validation split
 # ## Questions
 #
 # 1. Why does training begin with bytes and not with letters? What would happen to `東` otherwise?
-# 2. The vocabulary doubles. What happens to the number of tokens of a text, and to the parameters of the model?
+# 2. The vocabulary doubles. What happens to the number of tokens of a text, and to the parameters
+#    of the model?
 # 3. Why may no merge cross the border between letters and punctuation?
 # 4. Which numbers become one token here, and what does that mean for a model that is to add them?
-# 5. Two tokenizers give a text 1,000 and 800 tokens. Whose model has the lower loss per token, and why is that no
-#    comparison? (04 measures bits per byte instead.)
+# 5. Two tokenizers give a text 1,000 and 800 tokens. Whose model has the lower loss per token, and
+#    why is that no comparison? (04 measures bits per byte instead.)
 #
 # ## Where to go next
 #
-# - [02_train](02_train.ipynb) trains a language model on the tokens of this run: `python 02_train.py --run NAME`
-# - Another vocabulary: `python 01_tokenizer.py --run small --vocab-size 4096`. In a small model the embeddings of a
-#   large vocabulary are most of the parameters.
+# - [02_train](02_train.ipynb) trains a language model on the tokens of this run:
+#   `python 02_train.py --run NAME`
+# - Another vocabulary: `python 01_tokenizer.py --run small --vocab-size 4096`. In a small model the
+#   embeddings of a large vocabulary are most of the parameters.
 # - Your own text: `--source "notes/**/*.md"`
-# - The code: [tokenizer](lib/data/tokenizer.py), [vocabulary](lib/data/vocabulary.py), [sources](lib/data/sources.py)
+# - The code: [tokenizer](lib/data/tokenizer.py), [vocabulary](lib/data/vocabulary.py),
+#   [sources](lib/data/sources.py)

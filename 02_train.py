@@ -16,16 +16,18 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/02_train.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/02_train.ipynb)
 #
-# A language model is asked one question, billions of times: *which token comes next?* Here you build a small one in
-# forty lines, see what the real one adds to it, plan what a training will cost, and run it.
+# A language model is asked one question, billions of times: *which token comes next?* Here you
+# build a small one in forty lines, see what the real one adds to it, plan what a training will
+# cost, and run it.
 #
-# **At the end you have** a checkpoint from which training resumes bit for bit, curves, samples from the first step to
-# the last, and you can say where in the model each FLOP goes.
+# **At the end you have** a checkpoint from which training resumes bit for bit, curves, samples from
+# the first step to the last, and you can say where in the model each FLOP goes.
 #
-# **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about 1.25 bits per byte of
-# Python code (`xz -9`: 1.8). A free Colab v5e-1: `colab_free_v5e`, planned at twenty minutes to an hour. A v6e-1
-# (*Runtime > Change runtime type*, paid): `colab_v6e`, a larger model, three hours or more. TPU figures are the
-# compiler's and not measured on a chip; the plan below says what to expect on yours.
+# **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about
+# 1.25 bits per byte of Python code (`xz -9`: 1.8). A free Colab v5e-1: `colab_free_v5e`, planned at
+# twenty minutes to an hour. A v6e-1 (*Runtime > Change runtime type*, paid): `colab_v6e`, a larger
+# model, three hours or more. TPU figures are the compiler's and not measured on a chip; the plan
+# below says what to expect on yours.
 
 # %% [markdown]
 # ## Set-up
@@ -158,8 +160,8 @@ wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strate
 # %% [markdown]
 # ## The device
 #
-# JAX computes on what is there: a TPU, a GPU or the CPU. The tokenizer is 01's; where the run has none yet, it is made
-# now.
+# JAX computes on what is there: a TPU, a GPU or the CPU. The tokenizer is 01's; where the run has
+# none yet, it is made now.
 
 # %%
 device = device_report()
@@ -184,22 +186,24 @@ source = source or read_by(tokenizer)
 # %% [markdown]
 # ## A model in forty lines
 #
-# Before the real thing, the whole idea on one page. A vector per token (the *residual stream*), to which each layer
-# adds what it finds out. Letters of a name are its axes: **B** batch, **T** query position, **S** key position,
-# **D** width, **N** query heads, **K** key/value heads (here as many), **H** head width, **F** width of the MLP,
-# **V** vocabulary.
+# Before the real thing, the whole idea on one page. A vector per token (the *residual stream*), to
+# which each layer adds what it finds out. Letters of a name are its axes: **B** batch, **T** query
+# position, **S** key position, **D** width, **N** query heads, **K** key/value heads (here as
+# many), **H** head width, **F** width of the MLP, **V** vocabulary.
 #
 # - **norm**: $x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, so that no layer drowns another
-#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights; $\epsilon$ is float32's smallest step, as PyTorch's).
-#   Queries and keys are normed too ([QK norm](https://arxiv.org/abs/2010.04245)), so that no score explodes.
-# - **rotary**: channel $i$ and channel $i + H/2$ are a pair, turned by minus an angle that grows with the position, each
-#   pair at its own speed; a query times a key then knows how far apart they are
-#   ([Su et al.](https://arxiv.org/abs/2104.09864))
-# - **attention**: $\mathrm{softmax}(q k^\top / \sqrt H + \mathrm{mask})\,v$; the mask hides the future
-#   ([Vaswani et al.](https://arxiv.org/abs/1706.03762))
+#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights; $\epsilon$ is float32's smallest
+#   step, as PyTorch's). Queries and keys are normed too
+#   ([QK norm](https://arxiv.org/abs/2010.04245)), so that no score explodes.
+# - **rotary**: channel $i$ and channel $i + H/2$ are a pair, turned by minus an angle that grows
+#   with the position, each pair at its own speed; a query times a key then knows how far apart they
+#   are ([Su et al.](https://arxiv.org/abs/2104.09864))
+# - **attention**: $\mathrm{softmax}(q k^\top / \sqrt H + \mathrm{mask})\,v$; the mask hides the
+#   future ([Vaswani et al.](https://arxiv.org/abs/1706.03762))
 # - **relu²**: $\max(0, x)^2$ between two matrices ([Primer](https://arxiv.org/abs/2109.08668))
 #
-# The weights of all layers are stacked in one array, the layer as first axis: `stack[i]` are those of layer i.
+# The weights of all layers are stacked in one array, the layer as first axis: `stack[i]` are those
+# of layer i.
 
 
 # %%
@@ -243,9 +247,9 @@ def small_model(params, tokens_BT):
 
 
 # %% [markdown]
-# Is that really the model? `lib.model.forward` with all that the next section adds switched off must give the same
-# logits. (In a new model `wo` and `w_out` are zero, so that its layers add nothing and a mistake would not show; here
-# all weights are random.)
+# Is that really the model? `lib.model.forward` with all that the next section adds switched off
+# must give the same logits. (In a new model `wo` and `w_out` are zero, so that its layers add
+# nothing and a mistake would not show; here all weights are random.)
 
 # %%
 plain = Config.from_depth(
@@ -268,29 +272,36 @@ print(f"largest difference of the logits: {difference:.1e}", "ok" if difference 
 # The same layer, with what [nanochat](https://github.com/karpathy/nanochat) and the
 # [modded-nanogpt](https://github.com/KellerJordan/modded-nanogpt) speed runs found to pay:
 #
-# - **scales**: each layer scales the stream (`resid_scale`) and mixes the first embedding back in (`x0_scale`)
-# - **value embeddings**: in every other layer the values get an embedding of the token itself, let in by a *gate* of
-#   each head: knowledge about single tokens for almost no FLOPs, a lookup, paid for in memory
+# - **scales**: each layer scales the stream (`resid_scale`) and mixes the first embedding back in
+#   (`x0_scale`)
+# - **value embeddings**: in every other layer the values get an embedding of the token itself, let
+#   in by a *gate* of each head: knowledge about single tokens for almost no FLOPs, a lookup, paid
+#   for in memory
 # - **smear**: a gated share of the token before, so that layer 0 already knows pairs of tokens
-# - **backout**: a share of the middle layer is subtracted at the end: what was only needed on the way
-# - **grouped heads**: several query heads share a key and a value head, so that the cache of keys and values, which a
-#   chat keeps, is smaller ([GQA](https://arxiv.org/abs/2305.13245))
-# - **windows**: most layers see only the near past (`S`, a quarter of the row, at least 128 keys), some all of it (`L`).
-#   Windows add up: what layer 1 sees has seen what layer 0 saw. The last layer is always long.
-# - **softcap** bends the logits, $15 \tanh(x / 15)$, and **qk_scale** makes the scores of normed queries and keys larger
+# - **backout**: a share of the middle layer is subtracted at the end: what was only needed on the
+#   way
+# - **grouped heads**: several query heads share a key and a value head, so that the cache of keys
+#   and values, which a chat keeps, is smaller ([GQA](https://arxiv.org/abs/2305.13245))
+# - **windows**: most layers see only the near past (`S`, a quarter of the row, at least 128 keys),
+#   some all of it (`L`). Windows add up: what layer 1 sees has seen what layer 0 saw. The last
+#   layer is always long.
+# - **softcap** bends the logits, $15 \tanh(x / 15)$, and **qk_scale** makes the scores of normed
+#   queries and keys larger
 #
-# On one device `grad_barrier`, `gather`, `enter` and `leave` do nothing: they say where several devices talk.
+# On one device `grad_barrier`, `gather`, `enter` and `leave` do nothing: they say where several
+# devices talk.
 
 # %%
 show_source(model.transformer.block, model.transformer.self_attention)
 
 # %% [markdown]
-# **A puzzle:** the mask of a *windowed* layer. May the query at position `t` see the key at position `s`, when it sees
-# itself and `window` keys before it? (`None`: all of the past.)
+# **A puzzle:** the mask of a *windowed* layer. May the query at position `t` see the key at
+# position `s`, when it sees itself and `window` keys before it? (`None`: all of the past.)
 #
 # <details><summary>Hint</summary>
 #
-# Two conditions: the key is not in the future, and not more than <code>window</code> positions back.
+# Two conditions: the key is not in the future, and not more than <code>window</code> positions
+# back.
 #
 # </details>
 
@@ -306,8 +317,9 @@ solved = check("mask", visible)
 # %% [markdown]
 # ## The plan
 #
-# One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; any field of `Config` can be
-# set by name under `overrides`. The text decides how long: a small one is not read a hundred times.
+# One dial, `depth`, sets width, heads, batch, horizon and learning rates by scaling rules; any
+# field of `Config` can be set by name under `overrides`. The text decides how long: a small one is
+# not read a hundred times.
 
 # %%
 config = pretrain.choose_model(wishes, device, tokenizer)
@@ -316,8 +328,8 @@ text = pretrain.open_text(source, tokenizer, config, shards, packing, eval_bytes
 config = pretrain.fit_text(config, text, wishes)
 
 # %% [markdown]
-# Where checkpoints go, and on which devices. A run that was begun before continues, unless a changed setting would mix
-# two experiments.
+# Where checkpoints go, and on which devices. A run that was begun before continues, unless a
+# changed setting would mix two experiments.
 
 # %%
 store = checkpoints or folder / "checkpoints"
@@ -327,8 +339,9 @@ config, layout = pretrain.share_out(config, wishes, device, past)
 cores = pretrain.core_measurement(config, layout, tokenizer, core_every, core_bundle, core_limit)
 
 # %% [markdown]
-# Will it fit, how fast, what will it cost? From shapes alone, before anything is compiled. For a TPU that you don't
-# have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks its compiler, on any Linux machine.
+# Will it fit, how fast, what will it cost? From shapes alone, before anything is compiled. For a
+# TPU that you don't have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks its compiler,
+# on any Linux machine.
 
 # %%
 plan, memory = print_overview(config, layout, device, Payment(pay, price_per_hour).at(host()))
@@ -336,16 +349,17 @@ plan = plan._replace(tokens_there=count_tokens(text.train))
 print(epochs_text(plan))
 
 # %% [markdown]
-# Where the FLOPs go. Each product of a token with a weight of W numbers takes 2 W forward and 4 W backward, for the
-# gradients of the input and of the weight. Attention has no weight: each query meets the keys in its window in two
-# products, $qk^\top$ and its use on the values, 12 N H FLOPs for each key (the row shows the shape of the scores). The
-# sum is the plan's *FLOPs per token*.
+# Where the FLOPs go. Each product of a token with a weight of W numbers takes 2 W forward and 4 W
+# backward, for the gradients of the input and of the weight. Attention has no weight: each query
+# meets the keys in its window in two products, $qk^\top$ and its use on the values, 12 N H FLOPs
+# for each key (the row shows the shape of the scores). The sum is the plan's *FLOPs per token*.
 
 # %%
 print(products_table(config))
 
 # %% [markdown]
-# And what each kind of layer may look at. White is hidden: the future, and what lies before the window.
+# And what each kind of layer may look at. White is hidden: the future, and what lies before the
+# window.
 
 # %%
 show(pictures.masks(config.windows, config.sequence_len), folder / "plots" / "masks.png")
@@ -353,8 +367,9 @@ show(pictures.masks(config.windows, config.sequence_len), folder / "plots" / "ma
 # %% [markdown]
 # ## The data
 #
-# Documents are tokenised in processes of their own and cached; rows of one length are packed from them, each beginning
-# with `<|bos|>`. This is the beginning of the first row, as the model will see it.
+# Documents are tokenised in processes of their own and cached; rows of one length are packed from
+# them, each beginning with `<|bos|>`. This is the beginning of the first row, as the model will see
+# it.
 
 # %%
 first_inputs, waste = text.first_rows(config)
@@ -365,9 +380,9 @@ print("\npacking: " + ", ".join(f"{share:.2%} {what}" for what, share in waste.i
 # ## The parameters
 #
 # Every weight, how it is drawn, and the optimizer group it belongs to. Matrices are trained by
-# [Muon](https://kellerjordan.github.io/posts/muon/): in essence the step is the momentum with all its singular values
-# set to about 1, so that every direction of a matrix moves alike. Embeddings, head and scalars are trained by
-# [AdamW](https://arxiv.org/abs/1711.05101).
+# [Muon](https://kellerjordan.github.io/posts/muon/): in essence the step is the momentum with all
+# its singular values set to about 1, so that every direction of a matrix moves alike. Embeddings,
+# head and scalars are trained by [AdamW](https://arxiv.org/abs/1711.05101).
 
 # %%
 print(f"{'weight':20} {'shape':22} {'axes':28} {'drawn':22} group")
@@ -379,11 +394,12 @@ for name, spec in named_specs(config):
 # %% [markdown]
 # ## One step
 #
-# Training is four lines: take rows, compute the loss and its gradient, move the parameters against it, go on. Here
-# with the small model and the simplest optimizer (`p - lr * g`), on rows of the real text.
+# Training is four lines: take rows, compute the loss and its gradient, move the parameters against
+# it, go on. Here with the small model and the simplest optimizer (`p - lr * g`), on rows of the
+# real text.
 #
-# **Guess before you run it:** what is the loss of a model that knows nothing? It gives each of V tokens the same
-# probability, and the loss is the mean of $-\ln p$.
+# **Guess before you run it:** what is the loss of a model that knows nothing? It gives each of V
+# tokens the same probability, and the loss is the mean of $-\ln p$.
 
 
 # %%
@@ -407,9 +423,10 @@ for _ in range(4):
     print(f"loss {value:.3f}")
 
 # %% [markdown]
-# The real step is this one. Where a batch doesn't fit, it is taken in *microbatches*: their gradients are added up and
-# divided once by the number of targets, so that the step is the same up to rounding. On several devices each takes its
-# share of the rows, and the sums are exchanged once per step.
+# The real step is this one. Where a batch doesn't fit, it is taken in *microbatches*: their
+# gradients are added up and divided once by the number of targets, so that the step is the same up
+# to rounding. On several devices each takes its share of the rows, and the sums are exchanged once
+# per step.
 
 # %%
 show_source(train.train_step)
@@ -423,11 +440,12 @@ training = pretrain.open_run(config, layout, text, folder, store, past, device)
 # %% [markdown]
 # ## The loop
 #
-# What else a loop has to do, `training.steps` does around those four lines: it sends the next step to the device
-# before it reads the numbers of the last one, so that the device never waits; it measures, saves and logs when that is
-# due; at Ctrl-C, SIGTERM or the end of the session it saves and stops; and it stops a training that diverges. Run the
-# cell again, or the notebook again, and it goes on. `finish` reads the newest checkpoint and compares it with the state
-# in memory: a write that was cut short or rounded would otherwise show only when you resume.
+# What else a loop has to do, `training.steps` does around those four lines: it sends the next step
+# to the device before it reads the numbers of the last one, so that the device never waits; it
+# measures, saves and logs when that is due; at Ctrl-C, SIGTERM or the end of the session it saves
+# and stops; and it stops a training that diverges. Run the cell again, or the notebook again, and
+# it goes on. `finish` reads the newest checkpoint and compares it with the state in memory: a write
+# that was cut short or rounded would otherwise show only when you resume.
 
 # %%
 last = config.num_steps
@@ -462,12 +480,13 @@ if not first:
 # %% [markdown]
 # ## Curves
 #
-# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The dots are text that the
-# model never saw. Where they lie above the training curve, it knows its own text better than others, and the gap grows
-# with every pass over a small corpus; only the dots tell whether more training helps. (The two are not quite the same
-# measure: training counts the ends of documents too, which nothing in a text foretells.) The learning rate warms up, so
-# that the first wild gradients do no harm, and falls to the end, where small steps settle into the valley. Throughput
-# should be flat; on a shared machine it is not.
+# Look at the loss: a steep fall while the commonest words are learnt, then a long slope. The dots
+# are text that the model never saw. Where they lie above the training curve, it knows its own text
+# better than others, and the gap grows with every pass over a small corpus; only the dots tell
+# whether more training helps. (The two are not quite the same measure: training counts the ends of
+# documents too, which nothing in a text foretells.) The learning rate warms up, so that the first
+# wild gradients do no harm, and falls to the end, where small steps settle into the valley.
+# Throughput should be flat; on a shared machine it is not.
 
 # %%
 rows = read_jsonl(folder / "metrics.jsonl")
@@ -476,8 +495,8 @@ show(pictures.training_curves(rows), folder / "plots" / "training.png")
 # %% [markdown]
 # ## Samples
 #
-# The same beginning at growing steps: first noise, then common words, then sentences or lines of code. Below it, what
-# the model writes at the end.
+# The same beginning at growing steps: first noise, then common words, then sentences or lines of
+# code. Below it, what the model writes at the end.
 
 # %%
 for n, written in zip(*column(rows, "samples")):
@@ -495,8 +514,8 @@ for what, good in pretrain.checks(training, params, losses, same).items():
 # %% [markdown]
 # ## Results
 #
-# `val_bpb` is the headline: bits per byte of text that the model never saw, comparable between tokenizers. 04 measures
-# more text, with an error.
+# `val_bpb` is the headline: bits per byte of text that the model never saw, comparable between
+# tokenizers. 04 measures more text, with an error.
 
 # %%
 pretrain.write_results(training, text, wishes, device, plan, samples)
@@ -510,16 +529,21 @@ if give_runtime_back:
 #
 # 1. At what length of the rows does attention take more FLOPs than the head? (Windows and all.)
 # 2. Why is the very first loss so near to ln V, whatever the text? (See how the head is drawn.)
-# 3. A batch of 16 rows is computed as 4 microbatches of 4. What stays the same, and what do you pay and win?
-# 4. The last layer sees the whole row. If it were windowed too, how could it still know of the first token?
+# 3. A batch of 16 rows is computed as 4 microbatches of 4. What stays the same, and what do you pay
+#    and win?
+# 4. The last layer sees the whole row. If it were windowed too, how could it still know of the
+#    first token?
 # 5. Why is a checkpoint read back and compared bit for bit, and not only written?
 #
 # ## Where to go next
 #
-# - [04_eval_chat](04_eval_chat.ipynb) measures this checkpoint, teaches it to chat and lets you talk to it.
-# - Longer or larger: set `depth`, `num_steps` or `source` and take a new run name. [03_worker](03_worker.ipynb) finds
-#   out what pays.
-# - Papers: [GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf),
-#   [Chinchilla's scaling laws](https://arxiv.org/abs/2203.15556), [how to scale](https://jax-ml.github.io/scaling-book/).
-# - The code: [transformer](lib/model/transformer.py), [step](lib/train/step.py), [run](lib/train/run.py),
-#   [optim](lib/train/optim.py), [packing](lib/data/packing.py)
+# - [04_eval_chat](04_eval_chat.ipynb) measures this checkpoint, teaches it to chat and lets you
+#   talk to it.
+# - Longer or larger: set `depth`, `num_steps` or `source` and take a new run name.
+#   [03_worker](03_worker.ipynb) finds out what pays.
+# - Papers:
+#   [GPT-2](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf),
+#   [Chinchilla's scaling laws](https://arxiv.org/abs/2203.15556),
+#   [how to scale](https://jax-ml.github.io/scaling-book/).
+# - The code: [transformer](lib/model/transformer.py), [step](lib/train/step.py),
+#   [run](lib/train/run.py), [optim](lib/train/optim.py), [packing](lib/data/packing.py)

@@ -16,16 +16,18 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/03_worker.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/03_worker.ipynb)
 #
-# Makes this runtime a worker of a hyper-parameter search: it takes a trial, trains it exactly as `02_train` would, reports, takes
-# the next. Start as many workers as you like, on one machine or on many; any of them may vanish at any time, and its trial is
-# taken up by another. The same for scaling laws (`miniseries`, `isoflop`) and for what each part of the model is worth (`ablate`).
+# Makes this runtime a worker of a hyper-parameter search: it takes a trial, trains it exactly as
+# `02_train` would, reports, takes the next. Start as many workers as you like, on one machine or on
+# many; any of them may vanish at any time, and its trial is taken up by another. The same for
+# scaling laws (`miniseries`, `isoflop`) and for what each part of the model is worth (`ablate`).
 #
-# **At the end you have** a table of all trials, who was best and why, fitted scaling laws or ablations with intervals, as
-# pictures and as CSV.
+# **At the end you have** a table of all trials, who was best and why, fitted scaling laws or
+# ablations with intervals, as pictures and as CSV.
 #
-# **Hardware and time:** the plan below says, after timing one trial. Budget `small` is meant for two CPU cores and ten minutes,
-# `chip` for one TPU or GPU and about a day. In Colab this notebook asks for a TPU v5e-1, which free accounts have too; a v6e-1
-# (Runtime > Change runtime type, paid) has 4.7 times its FLOP/s.
+# **Hardware and time:** the plan below says, after timing one trial. Budget `small` is meant for
+# two CPU cores and ten minutes, `chip` for one TPU or GPU and about a day. In Colab this notebook
+# asks for a TPU v5e-1, which free accounts have too; a v6e-1 (Runtime > Change runtime type, paid)
+# has 4.7 times its FLOP/s.
 
 # %% [markdown]
 # ## Set-up
@@ -121,14 +123,16 @@ globals().update(flags(globals()))
 folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
 if home.startswith("hub:") or "://" in home:
     print(
-        "note: workers on other machines share a sweep through driver=wandb, or a store they all see"
+        "note: workers on other machines share a sweep through driver=wandb, "
+        "or a store they all see"
     )
 choose("driver", driver, ("local", "wandb"))
 if count < -1 or population < 1:
     raise UserError(f"count={count} must be -1 or more, population={population} 1 or more")
 if driver == "wandb" and population > 1:
     raise UserError(
-        f"population={population} needs driver=local: wandb's server gives a worker one trial at a time"
+        f"population={population} needs driver=local: "
+        "wandb's server gives a worker one trial at a time"
     )
 
 # %% [markdown]
@@ -142,8 +146,8 @@ budget = {"cpu": "small"}.get(device["platform"], "chip") if budget == "auto" el
 # %% [markdown]
 # ## The sweep
 #
-# One dict in wandb's schema, constants included, says all about every trial. Its id follows from it: the same command in another
-# terminal joins the same sweep.
+# One dict in wandb's schema, constants included, says all about every trial. Its id follows from
+# it: the same command in another terminal joins the same sweep.
 
 # %%
 place = local_path(store) if store else folder / "sweeps"
@@ -193,8 +197,8 @@ print(texts.sweep_text(spec))
 # %% [markdown]
 # ## The plan
 #
-# Combinations that cannot be trained are found before anything is compiled. One trial, the middle one by FLOPs, is timed for
-# some steps; what it compiles is used again by every trial of its shape.
+# Combinations that cannot be trained are found before anything is compiled. One trial, the middle
+# one by FLOPs, is timed for some steps; what it compiles is used again by every trial of its shape.
 
 # %%
 ended = sum(t.state in journal.ENDS for t in journal.trials(here))
@@ -207,7 +211,8 @@ if count >= 0 and left:
 # %% [markdown]
 # ## The work
 #
-# Interrupt it at any time: the trial at hand goes back, and this or another worker takes it up where its checkpoint is.
+# Interrupt it at any time: the trial at hand goes back, and this or another worker takes it up
+# where its checkpoint is.
 
 # %%
 clock, worked = time.perf_counter(), 0
@@ -243,8 +248,8 @@ print(f"tables: {here / 'trials.csv'}, {here / 'curves.csv'}")
 # %% [markdown]
 # ## Pictures
 #
-# Best so far and learning curves (pruned runs in grey); where something is searched, every trial as a line through its parameters,
-# and what decided.
+# Best so far and learning curves (pruned runs in grey); where something is searched, every trial as
+# a line through its parameters, and what decided.
 
 # %%
 best = tables.best_of(everyone, goal)
@@ -260,8 +265,8 @@ if shares := suggest.importance(spec, everyone):
 # %% [markdown]
 # ## A single change
 #
-# Two trials that differ in one parameter alone, one over the other: where do their curves part? With a random search there is
-# seldom such a pair; a grid has many.
+# Two trials that differ in one parameter alone, one over the other: where do their curves part?
+# With a random search there is seldom such a pair; a grid has many.
 
 # %%
 if pair := laws.single_change(everyone, goal):
@@ -276,9 +281,9 @@ else:
 # %% [markdown]
 # ## Laws
 #
-# Sweeps over sizes at equal compute give one parabola per budget and, through their minima, how size and tokens should grow;
-# a loss in size and tokens is fitted to all runs at once; and the largest budget is predicted from the smaller ones. Brackets are
-# 95 % intervals of a bootstrap.
+# Sweeps over sizes at equal compute give one parabola per budget and, through their minima, how
+# size and tokens should grow; a loss in size and tokens is fitted to all runs at once; and the
+# largest budget is predicted from the smaller ones. Brackets are 95 % intervals of a bootstrap.
 
 # %%
 runs = scaling.runs_of(everyone)
@@ -350,17 +355,22 @@ if interrupted:
 # %% [markdown]
 # ## Questions
 #
-# 1. Two trials differ in seed alone. What does the difference of their losses tell about all other differences?
-# 2. Random search and a grid have 16 trials for 4 parameters. How many values of each parameter does either try?
+# 1. Two trials differ in seed alone. What does the difference of their losses tell about all other
+#    differences?
+# 2. Random search and a grid have 16 trials for 4 parameters. How many values of each parameter
+#    does either try?
 # 3. Hyperband stops trials early that look bad. Which learning rates does it wrong by that?
-# 4. At twice the compute, should the model or the text grow, and by how much? (See the parabolas' minima.)
+# 4. At twice the compute, should the model or the text grow, and by how much? (See the parabolas'
+#    minima.)
 # 5. An ablation's interval contains zero. What may you say about that part, and what not?
 #
 # ## Where to go next
 #
 # - Put the best rates into [02_train](02_train.ipynb) as overrides and train for longer.
-# - More workers make a sweep faster: run the line under *join it* in other terminals, or this notebook in other tabs
-#   with `join` set.
-# - Papers: [random search](https://jmlr.org/papers/v13/bergstra12a.html), [Hyperband](https://arxiv.org/abs/1603.06560),
-#   [Chinchilla](https://arxiv.org/abs/2203.15556) (the laws).
-# - The code: [space](lib/sweeps/space.py), [trials](lib/sweeps/trials.py), [scaling](lib/sweeps/scaling.py)
+# - More workers make a sweep faster: run the line under *join it* in other terminals, or this
+#   notebook in other tabs with `join` set.
+# - Papers: [random search](https://jmlr.org/papers/v13/bergstra12a.html),
+#   [Hyperband](https://arxiv.org/abs/1603.06560), [Chinchilla](https://arxiv.org/abs/2203.15556)
+#   (the laws).
+# - The code: [space](lib/sweeps/space.py), [trials](lib/sweeps/trials.py),
+#   [scaling](lib/sweeps/scaling.py)

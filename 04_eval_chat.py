@@ -16,14 +16,17 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/04_eval_chat.ipynb)
 #
-# 02 leaves a model that continues text. How good is it? And what does it take until it answers? First it is measured in
-# a unit that compares any two language models. Then you look at what it finds hard, and where it looks. Two short
-# trainings on conversations make it answer, calculate, and stop.
+# 02 leaves a model that continues text. How good is it? And what does it take until it answers?
+# First it is measured in a unit that compares any two language models. Then you look at what it
+# finds hard, and where it looks. Two short trainings on conversations make it answer, calculate,
+# and stop.
 #
-# **At the end you have** bits per byte beside what `gzip -9` and `xz -9` need for the very same bytes, a model that
-# chats, its marks on held-out questions with their errors, and a report card on one page.
+# **At the end you have** bits per byte beside what `gzip -9` and `xz -9` need for the very same
+# bytes, a model that chats, its marks on held-out questions with their errors, and a report card on
+# one page.
 #
-# **Hardware and time:** whatever trained the model; about nine minutes on two CPU cores for the default.
+# **Hardware and time:** whatever trained the model; about nine minutes on two CPU cores for the
+# default.
 #
 # %% [markdown]
 # ## Set-up
@@ -144,8 +147,8 @@ if device["count"] > 1:
 # %% [markdown]
 # ## The model
 #
-# A checkpoint is a folder with the arrays and a `meta.json` that says what they are. One line finds the newest and puts
-# it on the device.
+# A checkpoint is a folder with the arrays and a `meta.json` that says what they are. One line finds
+# the newest and puts it on the device.
 
 # %%
 base = load_model(folder, ckpt, stage="base")
@@ -156,7 +159,8 @@ print(f"{base.path}: step {meta['step']} of {config.num_steps}")
 print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x {config.n_embd}")
 
 # %% [markdown]
-# What will be taught is opened now, so that a wrong name or file stops the notebook before it computes.
+# What will be taught is opened now, so that a wrong name or file stops the notebook before it
+# computes.
 
 # %%
 phases = teach.open_phases(
@@ -164,7 +168,8 @@ phases = teach.open_phases(
 )
 
 # %% [markdown]
-# And so is what will be asked. The examiner puts the same questions to every stage, and keeps the marks.
+# And so is what will be asked. The examiner puts the same questions to every stage, and keeps the
+# marks.
 
 # %%
 names = teach.task_names(tasks, phases)
@@ -178,14 +183,17 @@ examiner = teach.Examiner(
 # %% [markdown]
 # ## Bits per byte
 #
-# How many bits does the model need for each byte of text that it never saw? The loss says how many nats a *token*
-# costs; but tokens of one vocabulary are longer than those of another, so two models' losses can't be compared. Bytes
-# are the same for all, for file compressors too:
+# How many bits does the model need for each byte of text that it never saw? The loss says how many
+# nats a *token* costs; but tokens of one vocabulary are longer than those of another, so two
+# models' losses can't be compared. Bytes are the same for all, for file compressors too:
 #
-# $$\text{bits per byte} = \frac{\sum_i -\ln p(\text{token}_i \mid \text{tokens before it})}{\ln 2 \cdot \sum_i \text{bytes}(\text{token}_i)}$$
+# $$\text{bits per byte} =
+# \frac{\sum_i -\ln p(\text{token}_i \mid \text{tokens before it})}
+# {\ln 2 \cdot \sum_i \text{bytes}(\text{token}_i)}$$
 #
-# Special tokens are left out of both sums. The model's own size is not counted, and it has learnt from similar text, as
-# `xz` has not: this says how well it foresees, not that it would be a good compressor.
+# Special tokens are left out of both sums. The model's own size is not counted, and it has learnt
+# from similar text, as `xz` has not: this says how well it foresees, not that it would be a good
+# compressor.
 #
 # **Guess before you run it:** will this small model beat `xz -9`?
 
@@ -202,9 +210,9 @@ print(f"model    {score.bpb:.4f} ± {score.stderr:.4f} (standard error over rows
 print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 
 # %% [markdown]
-# This is the headline of the model. Other figures of it differ a little, for three honest reasons: 02 measured a
-# smaller part of the text; below, each document is read from its own beginning, without the end of another before it;
-# and the standard error there counts documents, not rows.
+# This is the headline of the model. Other figures of it differ a little, for three honest reasons:
+# 02 measured a smaller part of the text; below, each document is read from its own beginning,
+# without the end of another before it; and the standard error there counts documents, not rows.
 
 # %% [markdown]
 # By kind of text:
@@ -214,12 +222,13 @@ examiner.bits["base"] = evals.bits_by_kind(params, config, tokenizer, texts)
 print(teach.kinds_table(examiner.bits["base"]))
 
 # %% [markdown]
-# **A puzzle:** compute bits per byte yourself. Special tokens such as `<|bos|>` stand for no byte: they count neither above
-# nor below.
+# **A puzzle:** compute bits per byte yourself. Special tokens such as `<|bos|>` stand for no byte:
+# they count neither above nor below.
 #
 # <details><summary>Hint</summary>
 #
-# Add up the nats of the tokens that have bytes, divide by <code>math.log(2)</code>, then by the sum of the bytes.
+# Add up the nats of the tokens that have bytes, divide by <code>math.log(2)</code>, then by the sum
+# of the bytes.
 #
 # </details>
 
@@ -235,8 +244,9 @@ solved = check("bits", bits)
 # %% [markdown]
 # ## What it finds easy and hard
 #
-# Each token of one held-out text, coloured by how many bits it cost: blue was expected, red was a surprise. `↵` is the
-# end of a line, which costs bits too. Look at the beginnings of words, and at what follows an open bracket.
+# Each token of one held-out text, coloured by how many bits it cost: blue was expected, red was a
+# surprise. `↵` is the end of a line, which costs bits too. Look at the beginnings of words, and at
+# what follows an open bracket.
 
 # %%
 ids, costs = teach.token_bits(base, texts[0])
@@ -245,10 +255,10 @@ show(pictures.surprise(tokenizer, ids, costs), folder / "plots" / "surprise.png"
 # %% [markdown]
 # ## Where it looks
 #
-# The attention of some heads over the beginning of the same text: each row is a query, dark where it looks. On the
-# diagonal a token looks at itself, on the line just below at the one before it. An upright stripe is a place that all
-# look at, often the very first token, where a head rests that has nothing to do. Square blocks on the diagonal are
-# tokens of one word that look at each other.
+# The attention of some heads over the beginning of the same text: each row is a query, dark where
+# it looks. On the diagonal a token looks at itself, on the line just below at the one before it. An
+# upright stripe is a place that all look at, often the very first token, where a head rests that
+# has nothing to do. Square blocks on the diagonal are tokens of one word that look at each other.
 
 # %%
 shown = [tokenizer.bos, *ids[:31]]
@@ -259,8 +269,9 @@ show(pictures.attention_maps(pieces, maps), folder / "plots" / "attention.png")
 # %% [markdown]
 # ## Completions
 #
-# The model writes token by token, each drawn from its predicted distribution. *Temperature* sharpens or flattens that, *top_k*
-# and *top_p* cut off what is unlikely. Change the prompt and run this cell again.
+# The model writes token by token, each drawn from its predicted distribution. *Temperature*
+# sharpens or flattens that, *top_k* and *top_p* cut off what is unlikely. Change the prompt and run
+# this cell again.
 
 # %%
 sampling = Sampling(max_tokens, temperature, top_k, top_p, seed=seed, stop=(tokenizer.bos,))
@@ -272,9 +283,10 @@ print(f"\n{'─' * 60}\n".join(completions))
 # %% [markdown]
 # ## What a conversation looks like to the model
 #
-# A chat is text too, with special tokens between the turns. The loss counts only what the assistant says: not the
-# question, and not what the calculator answered, which it will never have to write itself. Passages of plain text are
-# mixed in and learnt whole, so that the model does not forget how to foresee it.
+# A chat is text too, with special tokens between the turns. The loss counts only what the assistant
+# says: not the question, and not what the calculator answered, which it will never have to write
+# itself. Passages of plain text are mixed in and learnt whole, so that the model does not forget
+# how to foresee it.
 
 # %%
 for phase in phases:
@@ -283,13 +295,14 @@ for phase in phases:
 # %% [markdown]
 # ## Can it answer?
 #
-# A base model continues text; it does not know that a question wants an answer, nor when to stop. Here are held-out
-# questions, put to it now and again after each phase. It writes its own answers, always the likeliest token; what
-# stands between `<|python_start|>` and `<|python_end|>` is calculated for it, and the result is inserted after it. It
-# has never seen the tokens of a chat, so marks near 0 say little yet.
+# A base model continues text; it does not know that a question wants an answer, nor when to stop.
+# Here are held-out questions, put to it now and again after each phase. It writes its own answers,
+# always the likeliest token; what stands between `<|python_start|>` and `<|python_end|>` is
+# calculated for it, and the result is inserted after it. It has never seen the tokens of a chat, so
+# marks near 0 say little yet.
 #
-# First, how many questions share a run of words with the pretraining text: a right answer to those would show
-# memory only. Most short questions are too short to tell.
+# First, how many questions share a run of words with the pretraining text: a right answer to those
+# would show memory only. Most short questions are too short to tell.
 
 # %%
 try:
@@ -301,14 +314,15 @@ examiner.examine("base", base.path, params)
 # %% [markdown]
 # ## Two phases, one training
 #
-# *Mid* teaches what a conversation is, and tools; *sft* (supervised fine-tuning), smaller and cleaner, how an answer
-# should be. Each starts from what the stage before has learnt, packs whole conversations into rows, and uses 02's
-# training with its own schedule: it can be stopped and resumed.
+# *Mid* teaches what a conversation is, and tools; *sft* (supervised fine-tuning), smaller and
+# cleaner, how an answer should be. Each starts from what the stage before has learnt, packs whole
+# conversations into rows, and uses 02's training with its own schedule: it can be stopped and
+# resumed.
 
 
 # %%
 def fine_tune(phase, start):
-    """Train a phase, or what is left of it; returns what the next one starts from, and where it is."""
+    """Train a phase, or what is left of it; returns what the next starts from, and where it is."""
     store = folder / STAGES[phase.stage]
     training = finetune.open_phase(
         phase, start, store, if_exists, lambda: start_afresh(folder, phase.stage)
@@ -335,8 +349,8 @@ for phase in phases:
     examiner.examine(stage, path, model.params)
 
 # %% [markdown]
-# The loss of the assistant's words. It falls fast, for much of it is form; the dots are conversations that it never
-# saw.
+# The loss of the assistant's words. It falls fast, for much of it is form; the dots are
+# conversations that it never saw.
 
 # %%
 if curves:
@@ -345,8 +359,9 @@ if curves:
 # %% [markdown]
 # ## Before and after
 #
-# Share of held-out questions answered correctly, with its standard error $\sqrt{p(1-p)/n}$. What a held-out question
-# of the built-in tasks is about, the numbers of a sum or the word to spell, never occurs in their conversations.
+# Share of held-out questions answered correctly, with its standard error $\sqrt{p(1-p)/n}$. What a
+# held-out question of the built-in tasks is about, the numbers of a sum or the word to spell, never
+# occurs in their conversations.
 
 # %%
 print(teach.marks_table(examiner))
@@ -357,9 +372,9 @@ if any(examiner.graded.values()):
 show(pictures.bits_by_kind(examiner.bits), folder / "plots" / "kinds.png")
 
 # %% [markdown]
-# Which of these differences are more than chance? Each stage against the one before, *paired*: only the questions
-# that one answered and the other did not can tell. p is how often chance alone would do as much, adjusted for the
-# number of comparisons ([Holm](https://www.jstor.org/stable/4615733)).
+# Which of these differences are more than chance? Each stage against the one before, *paired*: only
+# the questions that one answered and the other did not can tell. p is how often chance alone would
+# do as much, adjusted for the number of comparisons ([Holm](https://www.jstor.org/stable/4615733)).
 
 # %%
 teach.print_differences(examiner)
@@ -377,8 +392,9 @@ print(results_table(folder))
 # %% [markdown]
 # ## Talk to it
 #
-# Change `say` in the parameters and run this cell again, or switch `live` on and type. What the calculator did is in
-# brackets. The answers to `say` take the likeliest tokens; with `live` on they are drawn by the sampling settings.
+# Change `say` in the parameters and run this cell again, or switch `live` on and type. What the
+# calculator did is in brackets. The answers to `say` take the likeliest tokens; with `live` on they
+# are drawn by the sampling settings.
 
 # %%
 warmth = temperature if live else 0.0
@@ -403,9 +419,10 @@ mirror.wait()
 # %% [markdown]
 # ## Leaving
 #
-# A model that can only be used here is half a model. One call writes it for another program, runs it *by that program*,
-# and keeps it only if logits and 200 greedy tokens agree with ours. `transformers` takes every model, `gguf` (llama.cpp,
-# Ollama) plain ones such as `llama_like`; a refusal names the fields that stand against it. What each needs stands in
+# A model that can only be used here is half a model. One call writes it for another program, runs
+# it *by that program*, and keeps it only if logits and 200 greedy tokens agree with ours.
+# `transformers` takes every model, `gguf` (llama.cpp, Ollama) plain ones such as `llama_like`; a
+# refusal names the fields that stand against it. What each needs stands in
 # [docs/interop.md](docs/interop.md). Choose one under `export_to`.
 
 # %%
@@ -415,20 +432,25 @@ if export_to != "none":
 # %% [markdown]
 # ## Questions
 #
-# 1. Two models have the same loss per token, and vocabularies of 4,096 and 50,000 tokens. Which predicts better?
+# 1. Two models have the same loss per token, and vocabularies of 4,096 and 50,000 tokens. Which
+#    predicts better?
 # 2. Why is the first token of a word more surprising than the second?
 # 3. What would the model learn if the loss counted the user's words too? And the calculator's?
-# 4. Of 256 questions 50 %, then 54 % were right. In one case 10 were gained and none lost, in another 40 gained and
-#    30 lost. Which is an improvement, and why do the two standard errors not tell?
-# 5. Why do bits per byte of plain text rise while the model learns to chat, and what in the mixture works against it?
+# 4. Of 256 questions 50 %, then 54 % were right. In one case 10 were gained and none lost, in
+#    another 40 gained and 30 lost. Which is an improvement, and why do the two standard errors not
+#    tell?
+# 5. Why do bits per byte of plain text rise while the model learns to chat, and what in the mixture
+#    works against it?
 #
 # ## Where to go next
 #
-# - A model that predicts better: train longer, larger or on other text in [02_train](02_train.ipynb).
-# - A model that answers other things: write chats as JSONL, one `{"messages": [...]}` a line, and name the file in a
-#   mixture above.
+# - A model that predicts better: train longer, larger or on other text in
+#   [02_train](02_train.ipynb).
+# - A model that answers other things: write chats as JSONL, one `{"messages": [...]}` a line, and
+#   name the file in a mixture above.
 # - Talk in a terminal with `python -m lib.chat`, in a browser with `python -m lib.serve`.
-# - Papers: [InstructGPT](https://arxiv.org/abs/2203.02155) (its first step), [GSM8K](https://arxiv.org/abs/2110.14168) (calculators in
-#   answers), [CORE](https://arxiv.org/abs/2406.11794).
-# - The code: [finetune](lib/train/finetune.py), [questions](lib/evals/questions.py), [stats](lib/evals/stats.py),
-#   [engine](lib/generate/engine.py)
+# - Papers: [InstructGPT](https://arxiv.org/abs/2203.02155) (its first step),
+#   [GSM8K](https://arxiv.org/abs/2110.14168) (calculators in answers),
+#   [CORE](https://arxiv.org/abs/2406.11794).
+# - The code: [finetune](lib/train/finetune.py), [questions](lib/evals/questions.py),
+#   [stats](lib/evals/stats.py), [engine](lib/generate/engine.py)

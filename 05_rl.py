@@ -16,15 +16,17 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/05_rl.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/05_rl.ipynb)
 #
-# 04 taught by example: here is a question, here are the words to say. But where an answer can be *checked*, nobody has
-# to write it down. The model tries, several times; what was right becomes likelier, what was wrong less likely. That is
-# a policy gradient, and it is all there is to this chapter.
+# 04 taught by example: here is a question, here are the words to say. But where an answer can be
+# *checked*, nobody has to write it down. The model tries, several times; what was right becomes
+# likelier, what was wrong less likely. That is a policy gradient, and it is all there is to this
+# chapter.
 #
-# **At the end you have** a model that solves more of a task which no example ever showed it, and curves that say how it
-# came to that.
+# **At the end you have** a model that solves more of a task which no example ever showed it, and
+# curves that say how it came to that.
 #
-# **Hardware and time:** whatever trained the model. The speedrun's took 1.3 seconds a step on two cores of a server; some
-# 220 steps at `lr` 0.05 brought its share of right answers (pass@1) from 0.55 to 0.85.
+# **Hardware and time:** whatever trained the model. The speedrun's took 1.3 seconds a step on two
+# cores of a server; some 220 steps at `lr` 0.05 brought its share of right answers (pass@1) from
+# 0.55 to 0.85.
 
 # %% [markdown]
 # ## Set-up
@@ -118,8 +120,8 @@ device = device_report()
 # %% [markdown]
 # ## The model, and what it shall learn
 #
-# It begins with the checkpoint that can chat, for it must already be right now and then: what it never does can't be
-# made likelier.
+# It begins with the checkpoint that can chat, for it must already be right now and then: what it
+# never does can't be made likelier.
 
 # %%
 start = load_model(folder, ckpt, stage="" if ckpt else "sft")
@@ -143,9 +145,10 @@ print(f"from {start.path}: {len(training.questions):,} questions of {task}")
 # %% [markdown]
 # ## One group
 #
-# One question, several answers, drawn at temperature 1. What stands between `<|python_start|>` and `<|python_end|>` is
-# calculated for it. The reward says which are right. The *advantage* is the reward less the group's mean: better than
-# the others is above 0, worse below. Where all are right, or all wrong, there is nothing to learn.
+# One question, several answers, drawn at temperature 1. What stands between `<|python_start|>` and
+# `<|python_end|>` is calculated for it. The reward says which are right. The *advantage* is the
+# reward less the group's mean: better than the others is above 0, worse below. Where all are right,
+# or all wrong, there is nothing to learn.
 
 # %%
 groups = training.ask(start.params, 0, Seconds())
@@ -159,9 +162,10 @@ reinforce.show_group(*best, settings, tokenizer)
 #
 # $$A \cdot \nabla \log p(\text{token} \mid \text{what stands before})$$
 #
-# over the tokens that the model chose (REINFORCE; Williams 1992). So the loss of a token is $-A \log p$: as in
-# fine-tuning, but the weight of an answer is how good it was. What papers have added since bounds how far a step may
-# go, where an answer was drawn by an older model; the settings of `Policy` name them.
+# over the tokens that the model chose (REINFORCE; Williams 1992). So the loss of a token is
+# $-A \log p$: as in fine-tuning, but the weight of an answer is how good it was. What papers have
+# added since bounds how far a step may go, where an answer was drawn by an older model; the
+# settings of `Policy` name them.
 
 # %%
 show_source(policy.objective)
@@ -169,8 +173,8 @@ show_source(policy.objective)
 # %% [markdown]
 # ## Before
 #
-# Held-out questions, answered by the likeliest tokens (greedy), and several times at temperature 1: *pass@1* is the
-# share that is right, *pass@8* the chance that one of eight is.
+# Held-out questions, answered by the likeliest tokens (greedy), and several times at temperature 1:
+# *pass@1* is the share that is right, *pass@8* the chance that one of eight is.
 
 # %%
 exam = reinforce.Examination(
@@ -182,8 +186,8 @@ print(reinforce.passes_told(exam.passes(start.params)))
 # %% [markdown]
 # ## The loop
 #
-# Ask, check, learn. Watch *signal*, the share of groups that teach anything; *entropy*, which falls to 0 if the model
-# gives up trying; and *kl*, how far it has gone from where it began.
+# Ask, check, learn. Watch *signal*, the share of groups that teach anything; *entropy*, which falls
+# to 0 if the model gives up trying; and *kl*, how far it has gone from where it began.
 
 # %%
 trained = training.run
@@ -194,8 +198,8 @@ for step in trained.steps([training.measurement, exam.measurement(eval_every)], 
 print("read back, bit for bit:", trained.finish())
 
 # %% [markdown]
-# Rewards are noisy, for each step has other questions; the dots are the same held-out ones. A length that runs away, or
-# an entropy near 0, says that something else is learnt than was meant.
+# Rewards are noisy, for each step has other questions; the dots are the same held-out ones. A
+# length that runs away, or an entropy near 0, says that something else is learnt than was meant.
 
 # %%
 rows = read_jsonl(folder / STAGES["rl"] / "metrics.jsonl")
@@ -205,8 +209,8 @@ print(reinforce.shares(rows))
 # %% [markdown]
 # ## After
 #
-# The same questions again, and whether the difference is more than chance. Beside them stand the tasks that 04
-# measured: what is learnt here must not be paid for there.
+# The same questions again, and whether the difference is more than chance. Beside them stand the
+# tasks that 04 measured: what is learnt here must not be paid for there.
 
 # %%
 params = trained.state.params
@@ -220,8 +224,9 @@ before["tasks"] = earlier.get("tasks", {}) | before["tasks"]
 reinforce.print_differences(before, after, (start.stage, "rl"))
 
 # %% [markdown]
-# The question of the group above once more, answered by what the model has become. It was among those that it learnt
-# from, so this shows what was reinforced, and proves nothing: read it to see whether the reward was earned as you meant.
+# The question of the group above once more, answered by what the model has become. It was among
+# those that it learnt from, so this shows what was reinforced, and proves nothing: read it to see
+# whether the reward was earned as you meant.
 
 # %%
 groups = training.ask(params, 0, Seconds())
@@ -242,15 +247,16 @@ mirror.wait()
 # 2. What would the model learn if an answer that was cut in the middle could be worth something?
 # 3. A reward pays for the last number of an answer. How would a lazy model earn it?
 # 4. pass@1 rises and pass@8 doesn't. What has the model learnt, and what not?
-# 5. The end of an answer is a token like any other, and is learnt like one. What would happen to the answers' length if
-#    it were not?
+# 5. The end of an answer is a token like any other, and is learnt like one. What would happen to
+#    the answers' length if it were not?
 #
 # ## Where to go next
 #
-# - A reward of your own: `--reward mine.py:reward`, a function of the item and the answer that returns a number.
+# - A reward of your own: `--reward mine.py:reward`, a function of the item and the answer that
+#   returns a number.
 # - [Reinforcement](docs/rl.md): which preset when, and what to watch.
 # - Talk to it: `python -m lib.chat` takes the furthest stage.
 # - Papers: [GRPO](https://arxiv.org/abs/2402.03300), [Dr. GRPO](https://arxiv.org/abs/2503.20783),
 #   [DAPO](https://arxiv.org/abs/2503.14476).
-# - The code: [policy](lib/train/policy.py), [rollouts](lib/train/rollouts.py), [rl](lib/train/rl.py),
-#   [rewards](lib/tasks/rewards.py)
+# - The code: [policy](lib/train/policy.py), [rollouts](lib/train/rollouts.py),
+#   [rl](lib/train/rl.py), [rewards](lib/tasks/rewards.py)

@@ -16,12 +16,14 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/06_speed.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/06_speed.ipynb)
 #
-# A chip does two things: it multiplies, and it moves numbers between its memory and where it multiplies. Each has a top
-# speed. Whatever a program does, it waits for one of the two, and so every part of it has a minimum time. This chapter
-# measures both ceilings, then each part of a training step and of decoding, and lays them side by side.
+# A chip does two things: it multiplies, and it moves numbers between its memory and where it
+# multiplies. Each has a top speed. Whatever a program does, it waits for one of the two, and so
+# every part of it has a minimum time. This chapter measures both ceilings, then each part of a
+# training step and of decoding, and lays them side by side.
 #
-# **At the end you have** a picture of where your chip's time goes, a sentence on what to try, and a file that makes
-# `python -m lib.preflight` bound a step by what this chip really reaches, for a chip that it knows.
+# **At the end you have** a picture of where your chip's time goes, a sentence on what to try, and a
+# file that makes `python -m lib.preflight` bound a step by what this chip really reaches, for a
+# chip that it knows.
 #
 # **Hardware and time:** whatever is there. On two CPU cores a few minutes, most of it compiling.
 
@@ -90,9 +92,10 @@ config = config.replace(attention=config.attention_name, compute_dtype=config.dt
 # %% [markdown]
 # ## The first ceiling: products
 #
-# Nearly all arithmetic of a transformer is matrix products. A product of an $m \times k$ and a $k \times n$ matrix takes
-# $2mkn$ FLOPs. **Guess before you run it:** how much faster is bfloat16 than float32 here (as training has it: a GPU may take shortcuts), and does the largest square
-# come first?
+# Nearly all arithmetic of a transformer is matrix products. A product of an $m \times k$ and a
+# $k \times n$ matrix takes $2mkn$ FLOPs. **Guess before you run it:** how much faster is bfloat16
+# than float32 here (as training has it: a GPU may take shortcuts), and does the largest square come
+# first?
 
 # %%
 products = speed.products(config)
@@ -101,8 +104,8 @@ show(pictures.product_speeds(products), folder / "plots" / "products.png")
 # %% [markdown]
 # ## The second ceiling: memory
 #
-# Reading a weight costs the same whether one token needs it or thousands do. *FLOPs per byte* says which ceiling a part
-# of a program lies under; the corner where both bind is the chip's own number.
+# Reading a weight costs the same whether one token needs it or thousands do. *FLOPs per byte* says
+# which ceiling a part of a program lies under; the corner where both bind is the chip's own number.
 
 # %%
 bandwidth = speed.read_bandwidth(speed.LARGE)
@@ -117,8 +120,8 @@ if sheet and config.dtype.name == "bfloat16":
 # %% [markdown]
 # ## Attention
 #
-# One layer's attention, forward and backward: every implementation, and on a TPU every size of block. What the compiler
-# refuses is listed with its reason.
+# One layer's attention, forward and backward: every implementation, and on a TPU every size of
+# block. What the compiler refuses is listed with its reason.
 
 # %%
 attentions = speed.attentions(config)
@@ -130,10 +133,11 @@ for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
 # %% [markdown]
 # ## A training step, part by part
 #
-# Each part alone, forward and backward, multiplied by how often a step does it. *At least* is the time that its FLOPs and
-# bytes need under the two ceilings above, as preflight counts them from shapes. More than 100 % means that it was counted
-# dearer than it is: bytes came from a cache, attention left out what the mask hides, or `remat` recomputes in the step
-# (then "other" has it). *Last* is what was measured on this kind of chip before, where the repository has it.
+# Each part alone, forward and backward, multiplied by how often a step does it. *At least* is the
+# time that its FLOPs and bytes need under the two ceilings above, as preflight counts them from
+# shapes. More than 100 % means that it was counted dearer than it is: bytes came from a cache,
+# attention left out what the mask hides, or `remat` recomputes in the step (then "other" has it).
+# *Last* is what was measured on this kind of chip before, where the repository has it.
 
 # %%
 reached = speed.components(config, ceiling, seconds)
@@ -146,7 +150,8 @@ print(
 )
 
 # %% [markdown]
-# A dot on the roof can't go faster, whatever the code. A dot far below it waits for something that is neither.
+# A dot on the roof can't go faster, whatever the code. A dot far below it waits for something that
+# is neither.
 
 # %%
 show(pictures.roofline(reached, ceiling, sheet), folder / "plots" / "roofline.png")
@@ -155,9 +160,9 @@ print("\n".join(speed.advice(reached)))
 # %% [markdown]
 # ## Decoding
 #
-# To write one token the chip reads every weight. With one row that is all it does: the upper limit is bandwidth over
-# bytes (more only where weights fit into a cache). More rows share the reading, and cost next to nothing until products
-# take longer than that.
+# To write one token the chip reads every weight. With one row that is all it does: the upper limit
+# is bandwidth over bytes (more only where weights fit into a cache). More rows share the reading,
+# and cost next to nothing until products take longer than that.
 
 # %%
 decoded = speed.decoding(config, [int(word) for word in rows.split()])
@@ -170,8 +175,9 @@ for d in decoded:
 # %% [markdown]
 # ## Keep it
 #
-# With `--calibrate FILE` preflight bounds a step with these ceilings instead of the data sheet's. **Please send it**:
-# `benchmarks/chips` waits for its first file, and nobody who wrote this has a TPU.
+# With `--calibrate FILE` preflight bounds a step with these ceilings instead of the data sheet's.
+# **Please send it**: `benchmarks/chips` waits for its first file, and nobody who wrote this has a
+# TPU.
 
 # %%
 path = folder / speed.file_name(jax.devices()[0].device_kind)
@@ -184,14 +190,17 @@ print(f"written: {path}")
 # ## Questions
 #
 # 1. Which part of your step has the fewest FLOPs per byte? What would raise that number?
-# 2. From how many rows on does decoding stop being bound by memory? (Weights are read once, products grow with rows.)
-# 3. A chip with twice the FLOP/s and the same memory: which parts of your step gain, and which do not?
+# 2. From how many rows on does decoding stop being bound by memory? (Weights are read once,
+#    products grow with rows.)
+# 3. A chip with twice the FLOP/s and the same memory: which parts of your step gain, and which do
+#    not?
 # 4. Why is a small square further from the ceiling than a large one?
 # 5. "Other" may be below 0. How can a whole take less time than its parts?
 #
 # ## Where to go next
 #
-# - [Before you pay](docs/before-you-pay.md): the same roofline for a chip that you do not have, by its compiler.
+# - [Before you pay](docs/before-you-pay.md): the same roofline for a chip that you do not have, by
+#   its compiler.
 # - How to scale your model, a book on rooflines with the same letters for axes:
 #   [jax-ml.github.io/scaling-book](https://jax-ml.github.io/scaling-book/).
 # - The code: [speed](lib/speed.py), [roofline](lib/preflight/roofline.py), [chips](lib/chips.py)

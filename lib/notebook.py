@@ -190,7 +190,9 @@ def _param(name: str, literal: str, choices: str, form: str, comments: list[str]
         hint = str if value is None else type(value)
     if options and "allow-input" in form:
         comments = [*comments, f"({', '.join(named)}, or your own)"]
-    return Param(name, value, Optional[hint] if value is None else hint, " ".join(comments))  # noqa: UP045
+    if value is None:
+        hint = Optional[hint]  # noqa: UP045  (the hint is made here, not written)
+    return Param(name, value, hint, " ".join(comments))
 
 
 def flags(namespace: dict, args: list[str] | None = None) -> dict:

@@ -20,8 +20,11 @@ case "$*" in
     *pick_preset*) echo "cpu_demo 4096 because" ;;
     "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
 esac
-if [ -e "$HOME/FAIL" ] && [[ "$*" == *"$(head -n 1 "$HOME/FAIL")"* ]]; then tail -n +2 "$HOME/FAIL"; exit 1; fi
-"""  # noqa: E501
+if [ -e "$HOME/FAIL" ] && [[ "$*" == *"$(head -n 1 "$HOME/FAIL")"* ]]; then
+    tail -n +2 "$HOME/FAIL"
+    exit 1
+fi
+"""
 
 
 @pytest.fixture

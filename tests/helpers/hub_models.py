@@ -21,7 +21,7 @@ LARGE = (".safetensors", ".gguf", ".onnx", ".tflite", ".stablehlo", ".pt")
 
 
 class Models(Handler):
-    """One file store for all repositories; a commit is one POST, and large files go up before it."""
+    """One file store for all repositories. A commit is one POST; large files go up before it."""
 
     protocol_version = "HTTP/1.1"
 

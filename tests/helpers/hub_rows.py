@@ -5,9 +5,16 @@ import io
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PROMPT = 'import math\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r):\n    """ Area of half a circle. """\n'
+PROMPT = (
+    "import math\n\n\ndef half(x):\n    return x / 2\n\n\n"
+    'def area(r):\n    """ Area of half a circle. """\n'
+)
 BODY = "    return half(math.pi * r * r)\n"
-TEST = "def check(candidate):\n    assert abs(candidate(2) - 6.2832) < 1e-3\n    assert candidate(0) == 0\n"
+TEST = (
+    "def check(candidate):\n"
+    "    assert abs(candidate(2) - 6.2832) < 1e-3\n    assert candidate(0) == 0\n"
+)
+LETTER = "\n\nAnswer with the letter alone."
 CHAT = [dict(role="user", content="Hi"), dict(role="assistant", content="Hello!")]
 FOUR = dict(text=["ice", " steam", "fog", "snow "], label=["1", "2", "3", "4"])
 
@@ -20,7 +27,7 @@ ROWS = {
             messages=[
                 dict(
                     role="user",
-                    content="What is 2+2?\n\n- 1=A\n- 4=B\n- 5=C\n- 22=D\n\nAnswer with the letter alone.",
+                    content="What is 2+2?\n\n- 1=A\n- 4=B\n- 5=C\n- 22=D" + LETTER,
                 ),
                 dict(role="assistant", content="B"),
             ],
@@ -37,7 +44,7 @@ ROWS = {
             messages=[
                 dict(
                     role="user",
-                    content="What is hot?\n\n- ice=1\n- steam=2\n- fog=3\n- snow=4\n\nAnswer with the letter alone.",
+                    content="What is hot?\n\n- ice=1\n- steam=2\n- fog=3\n- snow=4" + LETTER,
                 ),
                 dict(role="assistant", content="2"),
             ],
@@ -71,7 +78,8 @@ ROWS = {
     "gsm8k": (
         dict(
             question="How much?",
-            answer="It is 12*100=<<12*100=1200>>1200.\nLess 0.5: <<1200-0.5=1199.5>>1199.5.\n#### 1,199.5",
+            answer="It is 12*100=<<12*100=1200>>1200.\n"
+            "Less 0.5: <<1200-0.5=1199.5>>1199.5.\n#### 1,199.5",
         ),
         dict(
             messages=[
@@ -157,7 +165,8 @@ ROWS = {
     "wikitext103": (
         dict(text=" = A Title = \n"),
         dict(
-            text='= A Title =\n\nIt cost 1,000 pounds (well-known), he said: "don\'t".\n== Part ==\n\n',
+            text="= A Title =\n\nIt cost 1,000 pounds (well-known), "
+            'he said: "don\'t".\n== Part ==\n\n',
             words=29,
         ),
     ),

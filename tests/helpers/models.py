@@ -49,7 +49,7 @@ def config_of(kind: str, **changes) -> Config:
 
 
 def random_params(config: Config, seed: int = 1):
-    """Every weight random, so that no part is idle; the stream's scales are near 1, one negative."""
+    """Every weight random, so that no part is idle. The stream's scales: near 1, one negative."""
     leaves, tree = jax.tree.flatten(init_params(0, config))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     leaves = [0.15 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]

@@ -41,7 +41,8 @@ Some **bold**, *italic* and `code`, with a [link](https://example.com/a?b=c).
 def add(a, b):  # a sum
     return a + b
 ```"""
-ATTACK = """<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script> [a](javascript:window.hacked=1) ![b](http://evil.test/x)
+ATTACK = """<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script> \
+[a](javascript:window.hacked=1) ![b](http://evil.test/x)
 ```"><svg onload=window.hacked=1>
 <b>bold</b>
 ```"""

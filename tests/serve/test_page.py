@@ -255,13 +255,17 @@ RENDER = """([texts, elements]) => texts.map(text => {
   const box = document.createElement('div');
   document.body.append(box);
   showMarkdown(box, text);
-  const found = { text: box.textContent, bad: [...box.querySelectorAll('*')].filter(e => !elements.includes(e.tagName.toLowerCase())
-    || [...e.attributes].some(a => a.name.startsWith('on') || a.name === 'style'
-      || (a.name === 'href' && !/^(https?:|mailto:)/.test(a.value)))).map(e => e.outerHTML) };
+  const bad = [...box.querySelectorAll('*')].filter(e =>
+    !elements.includes(e.tagName.toLowerCase()) || [...e.attributes].some(a =>
+      a.name.startsWith('on') || a.name === 'style'
+      || (a.name === 'href' && !/^(https?:|mailto:)/.test(a.value))));
   box.remove();
-  return found;
+  return { text: box.textContent, bad: bad.map(e => e.outerHTML) };
 })"""
-ELEMENTS = "p strong em code pre a span h1 h2 h3 h4 ul ol li blockquote table thead tbody tr th td div button hr".split()
+ELEMENTS = (
+    "p strong em code pre a span h1 h2 h3 h4 ul ol li blockquote table thead tbody tr th td "
+    "div button hr"
+).split()
 PAYLOADS = [
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -713,8 +717,11 @@ def test_the_token_is_asked_for_once(browser):
 def test_everything_has_a_name_and_the_keyboard_reaches_it(page):
     send(page, SUM)
     finished(page)
-    nameless = page.evaluate("""() => [...document.querySelectorAll('button, input, textarea')].filter(e =>
-      !(e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length) && e.type !== 'hidden' && !e.hidden).map(e => e.outerHTML)""")
+    nameless = page.evaluate("""() => {
+      const named = e => e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length;
+      return [...document.querySelectorAll('button, input, textarea')]
+        .filter(e => !named(e) && e.type !== 'hidden' && !e.hidden).map(e => e.outerHTML);
+    }""")
     assert nameless == []
     seen = set()
     for _ in range(30):
