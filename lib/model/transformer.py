@@ -232,14 +232,14 @@ def layers(x_BTD, params, tokens_BT, config: Config, rope):
                 w, ve_BTKH = pick(w, ve_BTKH)
             return block(x_BTD, x0_BTD, w, ve_BTKH, config, rope, attend)[0]
 
-        # a scan keeps forward from backward anyway; a fence as well would have each kept array
+        # a scan keeps forward from backward anyway; a barrier as well would have each kept array
         # copied out of its stack
-        fence = pick is None
+        prevent_cse = pick is None
         if config.remat == "layer":
-            run = jax.checkpoint(run, prevent_cse=fence)
+            run = jax.checkpoint(run, prevent_cse=prevent_cse)
         elif config.remat == "dots":
             policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
-            run = jax.checkpoint(run, policy=policy, prevent_cse=fence)
+            run = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
         return run(x_BTD, x0_BTD, w, ve_BTKH)
 
     middle_BTD = jnp.zeros_like(x_BTD) if config.backout else None

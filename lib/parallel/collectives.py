@@ -5,8 +5,9 @@ where devices talk: `gather` brings the rest of a weight (fsdp), `enter` and `le
 split over heads and mlp width (tp, Megatron: arXiv 1909.08053), `reduce_gradients` ends it, once a
 step. Only the optimizer is left to XLA's partitioner: `each_layer` says how.
 
-The layout in force is the one thing in `lib` that code reads without being handed it: `share_of`
-and `optimizer_on` set it while a step is traced, so that the model needs no argument for it.
+The layout in force is read without being handed over: `share_of` and `optimizer_on` set it while a
+step is traced, so that the model needs no argument for it. The only other thing of this kind in
+`lib` is whether kernels are traced for a TPU that isn't there (`lib.model.kernels`).
 """
 
 import contextlib

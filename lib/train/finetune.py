@@ -129,22 +129,23 @@ def open_mixture(mixture: dict[str, float], split: str, bad_lines: str = "refuse
     choose("bad_lines", bad_lines, ("refuse", "skip"))
     messages, source, digest = [], [], hashlib.sha256()
     for name, epochs in mixture.items():
-        found = {
-            hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest(): chat
-            for chat in _source(name, bad_lines)
-        }
-        held_out = {mark for mark in found if int.from_bytes(mark[:4], "big") % VAL_EVERY == 0} or {
-            min(found)
-        }
-        held_out = set(sorted(held_out)[:VAL_MOST])
-        kept = [mark for mark in found if (mark in held_out) == (split == "val")]
+        # by their content, so that what occurs twice counts once
+        chats = {}
+        for chat in _source(name, bad_lines):
+            mark = hashlib.sha256(json.dumps(chat, sort_keys=True).encode()).digest()
+            chats[mark] = chat
+
+        # one in VAL_EVERY is held out: at least one, and not too many
+        held_out = [mark for mark in chats if int.from_bytes(mark[:4], "big") % VAL_EVERY == 0]
+        held_out = set(sorted(held_out or [min(chats)])[:VAL_MOST])
+        kept = [mark for mark in chats if (mark in held_out) == (split == "val")]
         if not kept:
             raise UserError(
                 f"{name} holds a single conversation: it takes two, one of them for validation"
             )
         if split == "train":
             kept = kept * int(epochs) + kept[: round(epochs % 1 * len(kept))]
-        messages += [found[mark] for mark in kept]
+        messages += [chats[mark] for mark in kept]
         source += [name] * len(kept)
         digest.update(json.dumps([split, name, len(kept)]).encode() + b"".join(kept))
     return Chats(messages, source, digest.hexdigest())
