@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -12,7 +11,7 @@ import pytest
 from lib import interrupts
 from lib.interrupts import heard, interruptible
 from lib.train.checkpoint import restore
-from tests.helpers import ROOT, programs
+from tests.helpers import programs
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
@@ -98,26 +97,14 @@ def test_sigterm_saves_then_exits(tmp_path):
     assert tree["w"][0] == meta["step"] >= 3
 
 
-def ended(program):
-    """(code, stderr) of a Python program that has `lib.interrupts` at hand."""
-    lines = "import os, signal, sys\nfrom lib import interrupts\n" + program
-    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stderr.strip()
-
-
 def test_while_a_program_starts_ctrl_c_ends_it_whatever_catches_exceptions():
-    press = (
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    print('caught')"
-    )
-    assert ended(f"interrupts.starting()\n{press}") == (130, interrupts.STOPPED)
+    done = programs.run("hear_ctrl_c", "starting")
+    assert (done.returncode, done.stderr.strip()) == (130, interrupts.STOPPED)
 
 
 def test_a_ctrl_c_that_a_callback_loses_is_given_once_more():
-    lose = (
-        "class Lost:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGINT)\nLost()\n"
-    )
-    again = "import time\ntry:\n    time.sleep(20)\nexcept KeyboardInterrupt:\n    sys.exit(7)"
-    assert ended(f"interrupts.starting()\ninterrupts.started()\n{lose}{again}") == (7, "")
+    done = programs.run("hear_ctrl_c", "lost")
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def test_what_a_package_makes_of_ctrl_c_still_comes_of_it():

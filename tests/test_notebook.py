@@ -1,16 +1,12 @@
 """lib/notebook.py: flags, the run folder, errors, results, plots, secrets, devices."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from lib import notebook
 from lib.config import Config
 from lib.files import UserError
+from tests.helpers import ROOT, programs
 
-ROOT = Path(__file__).parents[1]
 SOURCE = """# %% [markdown]
 # # A title
 # %% tags=["parameters"]
@@ -152,21 +148,15 @@ def test_secrets_of_a_host_come_first(monkeypatch, capsys, place):
     ]
 
 
-@pytest.mark.parametrize(
-    "error, code, says",
-    [
-        ("UserError('do this')", 2, "Error: do this\n"),
-        ("ValueError('a bug')", 1, "Traceback"),
-        ("KeyboardInterrupt", 130, "\nstopped: run it again to go on from what was saved\n"),
-    ],
-)
-def test_user_errors_print_one_sentence(error, code, says):
-    program = (
-        f"from lib.notebook import setup\nfrom lib.files import UserError\nsetup()\nraise {error}"
+def test_user_errors_print_one_sentence():
+    script = programs.PROGRAMS / "raise_error.py"
+    mended, bug, stopped = programs.run_scripts(
+        *((script, error) for error in ("bad input", "a bug", "Ctrl-C"))
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == code
-    assert done.stderr.startswith(says)
+    assert (mended.returncode, mended.stderr) == (2, "Error: do this\n")
+    assert bug.returncode == 1 and bug.stderr.startswith("Traceback")
+    sentence = "stopped: run it again to go on from what was saved"
+    assert (stopped.returncode, stopped.stderr.strip()) == (130, sentence)
 
 
 def test_user_errors_show_one_sentence_in_a_kernel():

@@ -27,6 +27,7 @@ from lib.data import packing as packing_rules
 from lib.data import tokens as token_files
 from lib.data.tokenizer import PATTERN, Tokenizer
 from lib.files import UserError
+from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
 PARITY = ROOT / "tests/golden"
@@ -721,18 +722,7 @@ def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
 
 def test_script_without_main_guard_runs_once_and_workers_have_no_jax(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys; from lib.data import *; assert 'jax' not in sys.modules\n"
-        "print('top level')\n"
-        f"texts, tokenizer = {corpus(tmp_path / 'texts')!r}, Tokenizer.load('tokenizer.json')\n"
-        "tokens = open_tokens(texts, 'train', tokenizer, cache_dir='cache')\n"
-        "print(tokens[0].ids.size > 100)\n"
-    )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-    )
+    done = programs.run("read_texts", corpus(tmp_path / "texts"), cwd=tmp_path, timeout=60)
     assert done.stdout.split("\n")[:2] == ["top level", "True"], done.stderr
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from lib.files import UserError
 from lib.sandbox import available, jail, programs, run_many, run_python
+from tests.helpers.programs import start
 from tests.sandbox.hostile import HOSTILE, TRY
 
 # ---- programs
@@ -493,22 +494,13 @@ def test_a_child_that_cannot_start_is_told(monkeypatch, tmp_path):
 def test_dies_with_its_caller(level, tmp_path):
     shutil.copy(programs.JAIL, tmp_path / "jail.py")
     jail = str(tmp_path / "jail.py")
-    code = f"""
-import tempfile
-from pathlib import Path
-from lib.sandbox import programs
-
-tempfile.tempdir = {str(tmp_path)!r}
-programs.JAIL = Path({jail!r})
-programs.run_python("while True: pass", timeout=60, layers={level!r})
-"""
-    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    caller = start("run_for_ever", jail, json.dumps(level))
     wanted = 3 if "namespaces" in level else 1
     # the caller's own command line holds the word too
-    wait_until(lambda: len(processes(str(tmp_path / "jail.py"))) >= wanted + 1)
+    wait_until(lambda: len(processes(jail)) >= wanted + 1)
     caller.kill()
     caller.wait()
-    wait_until(lambda: processes(str(tmp_path / "jail.py")) == [])
+    wait_until(lambda: processes(jail) == [])
 
 
 def wait_until(true, seconds=10):
