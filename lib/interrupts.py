@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import types
 
 # when the main thread is woken after a signal, in seconds from one time to the next
@@ -73,14 +72,17 @@ def heard():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
+    over = threading.Event()
+
     def nudge():
-        # the end of the pipe ends the thread
-        while number := os.read(reader, 1):
+        # the end of the pipe ends the thread; all that has come meanwhile is answered together
+        while numbers := os.read(reader, 4096):
             # its own nudges come by the pipe as well
-            if number[0] == signal.SIGURG:
+            if set(numbers) == {signal.SIGURG}:
                 continue
             for seconds in NUDGES:
-                time.sleep(seconds)
+                if over.wait(seconds):
+                    return
                 signal.pthread_kill(main, signal.SIGURG)
 
     # a handler of Python's own, for only these interrupt a wait
@@ -92,6 +94,7 @@ def heard():
         yield
     finally:
         signal.set_wakeup_fd(pipe_before)
+        over.set()
         os.close(writer)
         thread.join()
         os.close(reader)

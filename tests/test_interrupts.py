@@ -87,6 +87,17 @@ def test_ctrl_c_is_heard_by_who_waits_for_a_key():
     assert wait_for_a_key(0.05, 0.4) > 0.4
 
 
+def test_who_pressed_many_times_need_not_wait_at_the_end():
+    with heard():
+        for _ in range(20):
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(1)
+        began = time.monotonic()
+    # each is answered by nudges over more than a second, and not one after the other
+    assert time.monotonic() - began < 1
+
+
 @pytest.mark.slow
 def test_sigterm_saves_then_exits(tmp_path):
     process = programs.start("save_when_stopped", tmp_path, stdout=subprocess.PIPE)
