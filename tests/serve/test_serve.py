@@ -38,7 +38,7 @@ from lib.serve.guard import guarded
 from lib.serve.server import Server, listen, main
 from lib.serve.web import _engine
 from lib.serve.worker import EngineThread, Job
-from tests.helpers import parrot
+from tests.helpers import parrot, programs
 
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
@@ -583,7 +583,8 @@ def test_hanging_up_stops_the_writing(http, name):
         with slowly(http), socket.create_connection(("127.0.0.1", http.server.port)) as raw:
             body = json.dumps(ask | {"stream": stream, "n": 4}).encode()
             raw.sendall(
-                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
                 % (len(body), body)
             )
             until(http, busy=4)
@@ -652,7 +653,8 @@ def test_large_and_slow_requests_are_refused(narrow):
         assert answer.status_code == 413 and "8 KiB" in answer.json()["error"]["message"]
     with socket.create_connection(("127.0.0.1", narrow.server.port)) as raw:
         raw.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         raw.settimeout(20)
         assert b" 408 " in raw.recv(4096)
@@ -1103,7 +1105,8 @@ def test_mutated_requests_are_answered_or_refused_and_never_break_the_server(htt
         b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
         b"GET / HTTP/x.y\r\nHost: localhost\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n"
+        b"Content-Type: application/json\r\n\r\nzz\r\n",
     ],
 )
 def test_what_is_not_http_is_refused(http, raw, capfd, caplog):
@@ -1297,30 +1300,20 @@ def test_the_command_serves_finishes_what_it_began_and_leaves():
             httpx.get(server.url)
 
 
-@pytest.mark.parametrize(
-    "args,said",
-    [
-        (["--host", "0.0.0.0"], "--token"),
-        (["--run", "no/such"], "no tokenizer|no checkpoint"),
-        (["--slots", "0"], "slots must be"),
-    ],
-)
+# flags, and what the sentence says
+REFUSED = [
+    (["--host", "0.0.0.0"], "--token"),
+    (["--run", "no/such"], "no tokenizer|no checkpoint"),
+    (["--slots", "0"], "slots must be"),
+]
+
+
 @pytest.mark.slow
-def test_the_commands_errors_are_one_sentence(args, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "lib.serve", *args],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        done.returncode == 2
-        and re.search(said, done.stderr)
-        and done.stderr.startswith("Error: ")
-        and "Traceback" not in done.stderr
-    )
+def test_the_commands_errors_are_one_sentence():
+    runs = [("lib.serve", *flags) for flags, _ in REFUSED]
+    for done, (_, said) in zip(programs.run_scripts(*runs, cwd=ROOT, timeout=120), REFUSED):
+        assert done.returncode == 2 and re.search(said, done.stderr), done.stderr
+        assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
 
 
 def test_answers_that_outlast_the_grace_period_end_with_an_error_and_no_traceback(capfd, caplog):
