@@ -127,6 +127,15 @@ def test_a_silent_worker_elsewhere_loses_its_trial_when_its_lease_ends(book):
     assert [t.value for t in book.trials() if t.id == again.id] == [9.0]
 
 
+def test_a_worker_elsewhere_lives_as_long_as_it_gives_signs_of_life(book):
+    a = {"depth": 1, "seed": 1}
+    claim = dict(e="claim", id=space.key(a), a=a, tries=1)
+    now = time.time()
+    for heard, state in ((now - book.lease / 2, "running"), (now - 2 * book.lease, "lost")):
+        events_of(book.folder, "far", claim, dict(e="beat", t=heard), t=now - 9 * book.lease)
+        assert [trial.state for trial in book.trials()] == [state]
+
+
 def test_a_clock_that_is_set_back_reorders_nothing(book):
     a = {"depth": 1, "seed": 1}
     id, now = space.key(a), time.time()

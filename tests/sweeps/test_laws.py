@@ -91,6 +91,13 @@ def test_a_minimum_and_students_interval_by_hand():
     assert (mean, half) == pytest.approx((2, 4.303 / math.sqrt(3)), rel=1e-3)
 
 
+def test_no_other_split_of_the_same_compute_has_a_lower_loss():
+    fit = CHINCHILLA | dict(a=0.28 / 0.62)
+    N, D, L = scaling.frontier(fit, 1e20)
+    for factor in (0.95, 1.05):
+        assert scaling.predict(fit, N * factor, D / factor) > L
+
+
 def test_a_percentile_interval_by_hand():
     assert scaling.interval(range(1001)) == pytest.approx((25, 975))
     assert scaling.interval([*range(1001), math.nan]) == pytest.approx((25, 975))

@@ -122,6 +122,13 @@ def test_what_ended_without_a_number_tells_the_estimator_nothing():
     assert suggest._as_optuna(hopeless, parameters).state.name == "FAIL"
 
 
+@pytest.mark.parametrize("goal", ["minimize", "maximize"])
+def test_the_estimator_is_told_the_goal(goal):
+    spec = sweep("bayes", {"depth": {"min": 1, "max": 6}}, metric=dict(name="loss", goal=goal))
+    study, _ = suggest._study(spec, [])
+    assert study.direction.name == goal.upper()
+
+
 def test_grid_walks_every_combination_once_and_bayes_ends_when_nothing_is_left():
     spec = sweep()
     assert space.size(spec) == space.limit(spec) == 6

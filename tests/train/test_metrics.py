@@ -137,21 +137,24 @@ def test_damage_inside_the_file_is_named(tmp_path, bad):
         read_jsonl(path)
 
 
+class FullDisk:
+    """What `open` gives on a disk that takes a part of a line."""
+
+    def __init__(self, path, mode):
+        self.f = open(path, mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.f.close()
+
+    def write(self, data):
+        self.f.write(data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_full_disk_loses_nothing_and_warns_once(tmp_path, monkeypatch):
-    class FullDisk:
-        def __init__(self, path, mode):
-            self.f = open(path, mode)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            self.f.close()
-
-        def write(self, data):
-            self.f.write(data[:7])  # the disk takes a part of the line
-            raise OSError(errno.ENOSPC, "No space left on device")
-
     with Metrics(tmp_path, 9, []) as m:
         m.log(1, {"loss": 1.0})
         with (
@@ -168,6 +171,18 @@ def test_full_disk_loses_nothing_and_warns_once(tmp_path, monkeypatch):
         [1, 2, 3, 4],
         [1.0, 2.0, 3.0, 4.0],
     )
+
+
+def test_of_more_lines_than_wait_for_room_the_newest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_PENDING", 2)
+    with Metrics(tmp_path, 9, []) as m:
+        with monkeypatch.context() as disk, pytest.warns(UserWarning, match="No space left"):
+            disk.setattr(metrics, "open", FullDisk, raising=False)
+            for step in (1, 2, 3, 4):
+                m.log(step, {"loss": 1.0})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 4]
+    assert all(abs(row["time"] - time.time()) < 600 for row in rows)
 
 
 def test_a_failing_writer_is_switched_off_alone(tmp_path, monkeypatch):
@@ -216,6 +231,16 @@ def test_console_prints_some_lines_to_a_log_file(tmp_path, capsys):
     assert lines[-1].startswith(
         "step 200/200  loss 2.0000  val bpb 1.2500  12,346 tok/s  MFU 41.5%  ETA 00:0"
     )
+
+
+def test_the_time_left_by_hand(tmp_path, capsys, monkeypatch):
+    """99 steps in 99 seconds, a hundred more to come."""
+    clock = types.SimpleNamespace(time=time.time, monotonic=iter([0.0, 99.0]).__next__)
+    monkeypatch.setattr(metrics, "time", clock)
+    with Metrics(tmp_path, 200, ["console"]) as m:
+        m.log(1, {"loss": 2.0})
+        m.log(100, {"loss": 2.0})
+    assert "ETA 01:40" in capsys.readouterr().out
 
 
 def test_console_shows_a_bar_in_a_terminal(tmp_path, capsys, monkeypatch):
