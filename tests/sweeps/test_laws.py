@@ -20,6 +20,8 @@ def test_fits_recover_the_constants_that_made_the_data():
             name
         )
     assert fit["a"] == pytest.approx(0.28 / 0.62, abs=0.02) and fit["error"] < 0.002
+    off = [run["L"] / scaling.predict(fit, run["N"], run["D"]) - 1 for run in runs]
+    assert fit["error"] == pytest.approx(np.sqrt(np.mean(np.square(off))))
     exact = scaling.parametric(synthetic(noise=0), draws=2)
     assert all(exact[k] == pytest.approx(v, rel=1e-3) for k, v in CHINCHILLA.items())
     law = scaling.isoflop(runs)
