@@ -13,7 +13,12 @@ from lib.tasks import tasks
 from lib.train.finetune import parse_mixture
 from tests.helpers import ROOT, programs
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "launch" / "README.md",
+]
 
 
 def commands() -> list[str]:

@@ -5,6 +5,7 @@ python -m lib.preflight --preset nanochat_d24 --chip v6e-8 --strategy fsdp
 python -m lib.preflight --run mine --chip v5e-1 --search
 python -m lib.preflight --table
 python -m lib.preflight --dashboard
+python -m lib.preflight --depth 20 --chip v6e-8 --strategy zero --pay spot --launch
 python -m lib.preflight --depth 20 --chip v6e-1 --rl --samples 16
 """
 
@@ -12,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -107,6 +109,9 @@ class Ask:
     from shapes"""
     dashboard: bool = False
     """Write a page of sliders and menus that estimates in a browser: dashboard.html, or --to"""
+    launch: bool = False
+    """Also write a file by which SkyPilot rents this and trains there: launch/RUN-CHIP.yaml, or
+    --to"""
     to: str = ""
     """Where to write it"""
     calibrate: str = ""
@@ -176,11 +181,14 @@ def choose_config(which: Which):
 
 def main(args: Args):
     """Answer what is asked, on standard output."""
+    from lib.files import UserError
     from lib.preflight.dashboard import write_dashboard
     from lib.preflight.table import fits_table
 
     if args.ask.dashboard:
         print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
+    elif args.ask.launch and (args.ask.rl or args.ask.table or args.ask.published):
+        raise UserError("--launch is of a training: leave --rl, --table and --published out")
     elif args.ask.rl:
         reinforce(args)
     elif args.ask.table:
@@ -197,23 +205,29 @@ def answer(args: Args):
     from lib.preflight.calibrate import calibrated, recalibrate
     from lib.preflight.compile import as_compiled, for_chip, inspect
     from lib.preflight.estimate import estimate, report_text
+    from lib.preflight.launch import check_launch
     from lib.preflight.memory import parse_mesh
     from lib.preflight.plan import Payment, plan, plan_text
 
-    config = choose_config(args.which)
+    wanted = config = choose_config(args.which)
     where, mesh, strategy = (
         rented(args.where.chip),
         parse_mesh(args.where.mesh),
         args.where.strategy,
     )
-    # a file that cannot be used is told before anything is compiled
+    # what cannot be rented, and a file that cannot be used, are told before anything is compiled
+    if args.ask.launch:
+        check_launch(where, args.cost.pay)
     measured = calibrated(where.chip, args.ask.calibrate) if args.ask.calibrate else None
     if args.ask.estimate or not where.chip.is_tpu:
         config = for_chip(config, where.chip)
     else:
         config = as_compiled(config)
     if args.ask.search:
+        before = config.to_dict()
         config = search_first(args, config, where, mesh)
+        best = {name: value for name, value in config.to_dict().items() if value != before[name]}
+        wanted = wanted.replace(**best)
 
     if args.ask.estimate:
         report = estimate(config, where, strategy, mesh)
@@ -231,6 +245,27 @@ def answer(args: Args):
     else:
         print(report_text(report))
         print(plan_text(planned))
+    if args.ask.launch:
+        launch(args, wanted, where, planned)
+
+
+def launch(args: Args, config, where, planned):
+    """Write a file for SkyPilot and say where it is, beside the answer."""
+    from lib.preflight.launch import Launch, default_run, write_launch
+
+    typed = shlex.join(["python", "-m", "lib.preflight", *sys.argv[1:]])
+    asked = Launch(
+        config,
+        where,
+        args.where.strategy,
+        args.where.mesh,
+        args.cost.pay,
+        default_run(args.which),
+        not args.which.run,
+        typed,
+    )
+    path = write_launch(asked, planned, args.ask.to)
+    print(f"launch      {path}: its first lines say how", file=sys.stderr if args.json else None)
 
 
 def reinforce(args: Args):
