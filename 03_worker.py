@@ -171,7 +171,9 @@ else:
 # A sweep that cannot be trained, or could not be measured, is not even made.
 
 # %%
-bench = trials.Bench(tokenizer, memory=device["memory"], save_seconds=60 * save_minutes)
+bench = trials.Bench(
+    tokenizer, memory=device["memory"], save_seconds=60 * save_minutes, then=mirror.send
+)
 plan = trials.plan(spec, bench)
 if count >= 0:
     for settings in plan.texts:

@@ -42,7 +42,8 @@ class Bench:
     checkpoints are made.
 
     memory: bytes, inf for unknown. save_seconds: a trial longer than this leaves a checkpoint that
-    often and goes on from it when another worker takes it over. cache_dir as in lib.data.
+    often and goes on from it when another worker takes it over. cache_dir as in lib.data. then() is
+    called after each such checkpoint and each trial: there is something new that could be lost.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class Bench:
         memory: float = math.inf,
         save_seconds: float = 600.0,
         cache_dir=data.CACHE,
+        then: Callable[[], object] = lambda: None,
     ):
         self.tokenizer, self.memory = tokenizer, memory
         self.save_seconds, self.cache_dir = save_seconds, cache_dir
+        self.then = then
         self.unexpected = 0  # failures in a row that no one foresaw
         self._training = functools.cache(self._open_training)
         self._validation = functools.cache(self._open_validation)
@@ -443,12 +446,18 @@ def run(
             # the driver hears it, and a worker with whom everything fails stops
             outcome = _measured(outcome, metric, settings, bench)
             ended.append((trial, _settle(driver, trial, outcome, say)))
+            bench.then()
             _give_up(bench, outcome)
     return ended
 
 
 def _train_alone(driver, trial, config, settings, bench: Bench, *, stop, say) -> Outcome:
     """The outcome of one trial, checkpoints in its folder."""
+
+    def saved(step: int):
+        driver.saved(trial, step)
+        bench.then()
+
     # what it has to say goes to the driver, under its name
     job = functools.partial(
         train_trial,
@@ -456,7 +465,7 @@ def _train_alone(driver, trial, config, settings, bench: Bench, *, stop, say) ->
         settings,
         bench,
         report=functools.partial(driver.report, trial),
-        saved=functools.partial(driver.saved, trial),
+        saved=saved,
         poll=functools.partial(driver.poll, trial),
         stop=stop,
         folder=_folder(driver, trial),
