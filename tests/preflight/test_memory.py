@@ -1,8 +1,11 @@
 """The estimate of a step's memory, and the choice of a layout that rests on it."""
 
+import types
+
 import jax
 
 from lib.config import Config
+from lib.preflight import memory
 from lib.preflight.memory import estimate_memory
 from lib.train.step import init_state
 
@@ -29,3 +32,33 @@ def test_memory_estimate_counts_what_is_stored():
     assert estimate["parameters"] == sum(a.nbytes for a in jax.tree.leaves(state.params))
     assert estimate["optimizer"] == sum(a.nbytes for a in jax.tree.leaves(state.opt_state))
     assert estimate_memory(TINY.replace(remat="layer"))["activations"] < estimate["activations"]
+
+
+def test_memory_by_hand():
+    """Rows of 64 tokens, two at a time, twice a step; 1,280 numbers are kept of a token."""
+    whole, halves = estimate_memory(TINY.replace(microbatch=4)), estimate_memory(TINY)
+    assert whole["gradients"] == whole["parameters"], "one microbatch needs no sum"
+    assert halves["gradients"] == 2 * halves["parameters"]
+    products = 32 + (2 + 2) * 16 + 32 + 64  # its input, heads, what was attended, the mlp's input
+    a_layer = 2 * (products + 32 + 64)
+    assert halves["activations"] == 2 * 64 * 4 * (2 * a_layer + 4 * 32)
+    # a chunk of 64 tokens over the padded vocabulary, and its gradient
+    assert halves["logits"] == 64 * 128 * (4 + 4)
+
+
+def test_what_fills_more_than_nine_tenths_is_split_further(monkeypatch):
+    monkeypatch.setattr(memory.jax, "device_count", lambda: 8)
+    monkeypatch.setattr(memory, "_lay_out", lambda config, strategy, *_: (config, strategy))
+    monkeypatch.setattr(memory, "_need", lambda *_: (90, "90 bytes"))
+    assert memory.choose_layout(TINY, memory=100)[1] == "zero"
+    assert memory.choose_layout(TINY, memory=99)[1] == "fsdp"
+
+
+def test_what_is_given_back_is_held_once():
+    sizes = types.SimpleNamespace(
+        temp_size_in_bytes=100,
+        argument_size_in_bytes=50,
+        output_size_in_bytes=50,
+        alias_size_in_bytes=40,
+    )
+    assert memory.peak_bytes(types.SimpleNamespace(memory_analysis=lambda: sizes)) == 160

@@ -49,8 +49,9 @@ def test_a_kernel_visits_the_blocks_that_the_mask_leaves(T, window, block):
     assert roofline.visits(T, window, block) == blocks.sum()
 
 
-def test_shapes_give_the_products_that_the_config_counts():
-    config = Config(**SMALL | dict(remat="none", attention="einsum", n_layer=3))
+@pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
+def test_shapes_give_the_products_that_the_config_counts(mlp):
+    config = Config(**SMALL | dict(remat="none", attention="einsum", n_layer=3, mlp=mlp))
     work = roofline.account(config).components
     expected = config.total_batch_size * 6 * config.scaling_params
     attention = config.total_batch_size * 12 * 128 * sum(w + 1 for w in config.windows)
@@ -61,14 +62,15 @@ def test_shapes_give_the_products_that_the_config_counts():
     assert narrow.busy == 1.5 * narrow.flops
 
 
-def test_weights_are_read_anew_for_each_microbatch():
-    once = Config(**SMALL | dict(remat="none", microbatch=8))
+@pytest.mark.parametrize("remat, passes", [("none", 3), ("layer", 4)])
+def test_weights_are_read_anew_for_each_microbatch(remat, passes):
+    once = Config(**SMALL | dict(remat=remat, microbatch=8))
     four = once.replace(microbatch=2)
     work = [roofline.account(config).components for config in (once, four)]
 
-    # three more microbatches read the weights forward and backward and write their gradient,
-    # two bytes a number: two layers of 2 x 128 x 512 weights
-    assert work[1]["mlp"].bytes - work[0]["mlp"].bytes == 3 * 3 * 2 * (2 * 2 * 128 * 512)
+    # three more microbatches read the weights forward (twice where that is done again) and backward
+    # and write their gradient, two bytes a number: two layers of 2 x 128 x 512 weights
+    assert work[1]["mlp"].bytes - work[0]["mlp"].bytes == 3 * passes * 2 * (2 * 2 * 128 * 512)
     assert work[1]["mlp"].flops == work[0]["mlp"].flops
     # the sum of float32 gradients: read, read and written by each of the four
     parameters = 4 * 3 * 4 * roofline.count_params(four)["total"]
@@ -127,6 +129,21 @@ def test_what_each_strategy_sends(strategy, split, sent):
     n = roofline.count_params(config)["total"]
     work = roofline.account(config, split=split, strategy=strategy)
     assert work.sent == pytest.approx(sent(n, 2048))
+
+
+def test_what_a_token_reads_by_hand():
+    """Two rows of 100 tokens, all of which both layers see; two bytes a number."""
+    config = Config(**SMALL)
+    parts = roofline.decode_bytes(config, rows=2, length=100)
+    assert parts == {
+        "attention weights": 2 * 2 * 4 * 128 * 128,
+        "mlp weights": 2 * 2 * 2 * 128 * 512,
+        "head": 2 * 128 * 512,
+        "tables": 2 * 2 * 128,
+        "caches": 2 * (2 * 100) * (2 * 2 * 128),
+    }
+    narrow = roofline.decode_bytes(config, rows=2, length=100, int8=True)
+    assert narrow["head"] == parts["head"] / 2 and narrow["caches"] == parts["caches"]
 
 
 def test_the_bound_is_what_binds():
