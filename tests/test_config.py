@@ -189,3 +189,8 @@ def test_a_config_is_static_and_hashable():
     assert Config.from_depth(4).replace(seed=1) != Config.from_depth(4)
     assert jax.tree.leaves(Config.from_depth(4)) == [], "no leaf of a pytree: static under jit"
     assert math.isclose(Config(total_batch_size=2**17).batch_lr_scale, 0.5)
+
+
+def test_a_short_window_is_rounded_up_to_whole_tiles():
+    config = Config(sequence_len=1088, microbatch=1, total_batch_size=1088)
+    assert config.windows[0] == 384, "a quarter is 272"

@@ -1,6 +1,7 @@
 """lib/runs.py: the run folder, its stages and results."""
 
 import json
+import os
 import re
 import shutil
 
@@ -29,6 +30,23 @@ def test_open_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a file stands where a folder is needed"):
         runs.open_run("file", runs_dir=tmp_path)
+
+
+def test_the_newest_run_is_the_one_that_changed_last(tmp_path):
+    for name, changed in (("a", 2000), ("b", 1000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        os.utime(tmp_path / name / "config.json", (changed, changed))
+    assert runs.newest_run(tmp_path) == tmp_path / "a"
+
+
+def test_of_an_earlier_training_only_what_outlasts_it_is_told_on(tmp_path, capsys):
+    told = {"vocab_size": 5, "val_bpb": 1.0, "sft_loss": 2.0}
+    for stage, kept in (("sft", {"vocab_size": 5, "val_bpb": 1.0}), ("base", {"vocab_size": 5})):
+        (tmp_path / "results.json").write_text(json.dumps(told))
+        old = runs.start_afresh(tmp_path, stage)
+        assert json.loads((tmp_path / "results.json").read_text()) == kept
+        assert json.loads((old / "results.json").read_text()) == told
 
 
 def test_set_aside_loses_nothing(tmp_path):

@@ -16,6 +16,7 @@ from lib.data.packing import PACKING
 from lib.interop.exports import FORMATS
 from lib.notebook import flags, parameters
 from lib.sweeps import presets as sweep_presets
+from lib.train.finetune import MIXTURES
 from lib.train.policy import PRESETS as rl_presets
 from tests.helpers import ROOT, programs
 from tests.helpers.notebooks import NOTEBOOKS, SMOKE, check_products, script, words_of
@@ -89,6 +90,8 @@ CHOICES = {
         "driver": ["local", "wandb"],
     },
     "04_eval_chat": {
+        "mid": ["auto", "none", *(name for name in MIXTURES if name.endswith("_mid"))],
+        "sft_mixture": ["auto", "none", *(name for name in MIXTURES if name.endswith("_sft"))],
         "if_exists": ["continue", "fresh", "stop"],
         "export_to": ["none", *FORMATS],
     },

@@ -1,6 +1,7 @@
 """The calculator's whitelist and bounds."""
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -176,6 +177,15 @@ def test_bounds_of_depth_and_size():
     assert calculator("10**1200", wide=True) == "1" + "0" * 1200
     assert calculator("10**1200*10**100", wide=True) is None
     assert calculator("1/10**1200/10**100", wide=True) is None
+
+
+def test_a_text_that_would_be_too_long_is_never_made():
+    tracemalloc.start()
+    try:
+        assert calculator("'ab' * 5000000", wide=True) is None
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_calculator_refuses_what_is_no_text():

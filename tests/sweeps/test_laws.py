@@ -124,7 +124,10 @@ def test_a_bootstrap_interval_by_hand():
     for _ in range(2000):
         a2, a1, _ = np.polyfit(x, centre + rng.choice(rest, 4), 2)
         minima.append(np.exp(-a1 / (2 * a2)))
-    assert wide.N_interval == pytest.approx(tuple(np.quantile(minima, [0.025, 0.975])), rel=0.02)
+    by_hand = np.quantile(minima, [0.025, 0.975])
+    assert wide.N_interval == pytest.approx(tuple(by_hand), rel=0.02)
+    # and as wide: residuals that were not widened would make it half of that
+    assert np.diff(wide.N_interval) == pytest.approx(np.diff(by_hand), rel=0.15)
 
 
 def test_the_best_is_the_lowest_or_the_highest_as_the_goal_says():

@@ -43,6 +43,29 @@ def hurried(monkeypatch):
     monkeypatch.setattr(otlp, "LAST", 2.0)
 
 
+def test_steps_that_did_not_arrive_come_again_in_their_order(monkeypatch):
+    """The first batch of two is refused; of five steps four have room in the queue."""
+    monkeypatch.setattr(otlp, "BATCH", 2)
+    monkeypatch.setattr(otlp, "MAX_WAITING", 4)
+    refused, arrived = [], []
+
+    def export(steps):
+        if not refused:
+            refused.append(steps)
+            return False
+        arrived.extend(steps)
+        return True
+
+    monkeypatch.setattr(otlp, "EVERY", 0.2)
+    sender = otlp.Sender(export, "there", lambda: "it was away")
+    for step in range(5):
+        sender.write(step, {})
+    with pytest.warns(UserWarning, match="1 of 5 logged steps did not reach"):
+        sender.close()
+    assert [numbers["step"] for _, numbers in arrived] == [1, 2, 3, 4]
+    assert all(abs(nanoseconds / 1e9 - time.time()) < 600 for nanoseconds, _ in arrived)
+
+
 class Receiver(http.server.BaseHTTPRequestHandler):
     """Hands what it gets to its server's `take`, which says how to answer."""
 

@@ -73,9 +73,11 @@ def test_an_answer_depends_on_its_seed_alone(groups, params, tokenizer):
     assert len(set(texts)) > 1
 
 
-def test_samplers_log_probabilities_are_the_learners(groups, params):
+def test_samplers_log_probabilities_are_the_learners(groups, params, tokenizer):
     flat = [rollout for group in groups for rollout in group]
-    assert any(rollout.finish == "stop" for rollout in flat)
+    # the end of its turn is learnt too
+    last = {rollout.tokens[-1].id for rollout in flat if rollout.finish == "stop"}
+    assert last and last <= {tokenizer.special["<|assistant_end|>"], tokenizer.bos}
     ones = np.ones(len(flat))
     rows, signals = rollouts.parts_of(flat, ones, ones, 4)
     for part, signal in zip(rows, signals):
@@ -115,6 +117,9 @@ def test_the_end_is_learnt_and_a_tools_answer_is_not(tokenizer):
     assert rows.inputs_BT[0, :7].tolist() == [1, 2, 3, 65, start, 66, end]
     assert rows.targets_BT[0, :7].tolist() == [-1, -1, 65, -1, -1, -1, special["<|assistant_end|>"]]
     assert signal.sampler_logp_BT[0, [2, 6]].tolist() == [-1.0, -0.5]
+    # seventeen tokens are sixteen inputs, and just fit
+    full = rollout._replace(prompt=[1] * 12)
+    assert rollouts.parts_of([full], [1.0], [1.0], 1)[0][0].inputs_BT.shape == (1, 16)
     # what fills up the part teaches nothing
     assert (rows.targets_BT[1] == -1).all() and signal.weight_B.tolist() == [0.5, 0.0]
 
