@@ -4,6 +4,7 @@ phases resume bit for bit.
 
 import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -472,3 +473,9 @@ def test_validation_weighs_targets_alike_however_they_are_spread():
     batches = [(*batch, {"cursor": n}) for n, batch in enumerate(zip(inputs, targets))]
     assert sft.validation_loss(params, TINY, batches) == pytest.approx(wanted, rel=1e-6)
     assert np.isnan(sft.validation_loss(params, TINY, [(inputs[0], np.full((1, 64), -1))]))
+
+
+def test_a_phase_is_saved_three_times_and_keeps_the_last():
+    run = types.SimpleNamespace(config=types.SimpleNamespace(num_steps=31))
+    saving = sft.saving(run)
+    assert (saving.every, saving.keep, saving.metric) == (10, 1, "val_loss")
