@@ -101,7 +101,7 @@ if_exists = "continue"  # @param ["continue", "fresh", "stop"]
 # %% cellView="form" tags=["parameters"]
 # @title Advanced
 # @markdown Write the model for another program at the end: see docs/interop.md
-export_to = "none"  # @param ["none", "transformers", "gguf", "onnx", "stablehlo"]
+export_to = "none"  # @param ["none", "transformers", "gguf", "onnx", "litert", "stablehlo", "stablehlo_inside"]
 # @markdown Text to measure on: a name, or a path or glob; empty takes what the model was trained on (its held-out split)
 source = ""  # @param {type:"string"}
 # @markdown Bytes of text to measure on

@@ -9,7 +9,8 @@ usage="usage: bash run_tests.sh [--fast | --colab | --interop | --setup-only] [A
   (nothing)     all tests, but those that rebuild Colab's machines
   --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: minutes on two cores
   --colab       the notebooks on Colab's and Kaggle's own package versions (needs a network)
-  --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB), llama.cpp, onnxruntime
+  --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB), llama.cpp,
+                onnxruntime, LiteRT
   --setup-only  stop after the set-up
 
 such as: bash run_tests.sh --fast -k optim      bash run_tests.sh tests/data"
@@ -23,11 +24,17 @@ case ${1:-} in
 esac
 setup dev
 if [ "${set_up:-}" = interop ]; then
-    # torch's usual build brings 3 GB of CUDA: without a GPU it is the other that is wanted
+    # torch's usual build brings 3 GB of CUDA: without a GPU it is the other that is wanted, from no further index
     if [ "$device" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-        .venv/bin/python -m pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu torch
+        index=https://download.pytorch.org/whl/cpu
+        PIP_EXTRA_INDEX_URL=$index .venv/bin/python -m pip install --quiet --no-deps --index-url $index torch
     fi
     setup dev hf gguf onnx
+    # not as an extra: the converter names xdsl, which it does not use, and which holds much else at old versions
+    if ! .venv/bin/python -c 'import litert_converter, ai_edge_quantizer' 2>/dev/null; then
+        .venv/bin/python -m pip install --quiet ai-edge-litert ai-edge-quantizer
+        .venv/bin/python -m pip install --quiet --no-deps litert-converter
+    fi
 fi
 [ "${1:-}" != --setup-only ] || exit 0
 

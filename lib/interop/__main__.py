@@ -25,7 +25,8 @@ def export(
 
     Args:
         run: name of the run; empty takes the one that was trained last
-        format: transformers, gguf (llama.cpp), onnx or stablehlo
+        format: transformers, gguf (llama.cpp), onnx, litert (phones), stablehlo, or
+            stablehlo_inside, which has the weights in its files
         stage: base, mid, sft or rl; empty for the furthest that the run has
         ckpt: best, or a checkpoint's path; empty for the newest
         out: where to write; empty for exports/FORMAT in the run folder

@@ -73,12 +73,20 @@ LOAD = {
         'path = huggingface_hub.hf_hub_download("REPO", "forward.onnx")\n'
         "session = onnxruntime.InferenceSession(path)",
     ),
+    "litert": Load(
+        "python",
+        "import huggingface_hub\n"
+        "from ai_edge_litert.interpreter import Interpreter\n"
+        'path = huggingface_hub.hf_hub_download("REPO", "forward_int8.tflite")\n'
+        "forward = Interpreter(path).get_signature_runner()  # forward(tokens=...)",
+    ),
     "stablehlo": Load(
         "bash",
         "hf download REPO --local-dir NAME\npip install jax flatbuffers safetensors\n"
         "python NAME/run.py 12 7 99  # goes on from these ids",
     ),
 }
+LOAD["stablehlo_inside"] = LOAD["stablehlo"]
 
 
 def card(run: Path, repo: str, kind: str, stage: str = "", proof: str = "") -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lib.files import choose, write_atomic
-from lib.interop import gguf_file, huggingface, onnx_files, stablehlo
+from lib.interop import gguf_file, huggingface, litert, onnx_files, stablehlo
 from lib.interop.proof import Proof
 from lib.runs import load_model
 
@@ -12,7 +12,9 @@ FORMATS = {
     "transformers": huggingface.export,
     "gguf": gguf_file.export,
     "onnx": onnx_files.export,
+    "litert": litert.export,
     "stablehlo": stablehlo.export,
+    "stablehlo_inside": stablehlo.export_inside,
 }
 # the folder of a run that they are written to, by default
 FOLDER = "exports"

@@ -6,7 +6,11 @@ a text, the export says so. The proof runs llama.cpp itself, which the package x
 """
 
 import json
+import subprocess
+import sys
+import tempfile
 import urllib.request
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +21,7 @@ import numpy as np
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError, first_line
+from lib.files import UserError
 from lib.interop import proof
 from lib.interop.families import FAMILIES, Family, fitting, refusal
 from lib.interop.folding import as_linear, fold, interleave_halves, normed_rows, swap_halves
@@ -27,6 +31,7 @@ from lib.interop.tokenizer_import import DIGITS_PATTERN, GPT2_PATTERN
 
 FORMAT = "gguf"
 EXTRA = "gguf"
+SERVER = Path(__file__).with_name("gguf_serve.py")
 
 # what llama.cpp has of them: no short windows, and squared ReLU alone in arcee
 _arcee = FAMILIES["arcee"]
@@ -182,36 +187,45 @@ def tensors(params, config: Config, architecture: str) -> dict[str, np.ndarray]:
 
 @contextmanager
 def serving(path, config: Config):
-    """llama.cpp with the model of a file: yields ask(endpoint, **json) -> json."""
-    (runtime,) = optional(EXTRA, "xllamacpp")
-    # one row on the CPU, on any free port of this machine
-    settings = runtime.CommonParams()
-    settings.model.path = str(path)
-    settings.n_ctx = config.sequence_len
-    settings.n_parallel = 1
-    settings.n_gpu_layers = 0
-    settings.port = 0
-    settings.warmup = False
-    settings.verbosity = -1
-    # as exact as it can: keys and values of the cache in float32, plain attention
-    settings.cache_type_k = runtime.ggml_type.GGML_TYPE_F32
-    settings.cache_type_v = runtime.ggml_type.GGML_TYPE_F32
-    settings.flash_attn_type = runtime.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    try:
-        server = runtime.Server(settings)
-    except Exception as e:
-        raise UserError(f"llama.cpp cannot open {path}: {first_line(e)}") from e
+    """llama.cpp with the model of a file, in a process: yields ask(endpoint, **json) -> json."""
+    # -P: none of our files is taken for a package
+    command = [sys.executable, "-P", str(SERVER), str(path), str(config.sequence_len)]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True) as server,
+    ):
+        try:
+            yield _asking(_address(server, path, log))
+        finally:
+            server.kill()
+
+
+def _address(server: subprocess.Popen, path, log) -> str:
+    """Where a process of `gguf_serve.py` listens; UserError where it ended before it did."""
+    assert server.stdout
+    for line in server.stdout:
+        if line.startswith("http"):
+            return line.strip()
+    # it went away: what it said last
+    log.seek(0)
+    lines = log.read().strip().splitlines() or ["it did not say why"]
+    raise UserError(f"llama.cpp cannot open {path}: {lines[-1]}")
+
+
+def _asking(address: str) -> Callable[..., Any]:
+    """ask(endpoint, **json) -> json of a server."""
 
     def ask(endpoint: str, **body) -> Any:
         request = urllib.request.Request(
-            f"{server.listening_address}/{endpoint}",
+            f"{address}/{endpoint}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=SECONDS) as answer:
             return json.load(answer)
 
-    yield ask
+    return ask
 
 
 def greedy(ask, prompt: list[int], count: int, tokenizer: Tokenizer) -> tuple[list, dict]:

@@ -1,5 +1,7 @@
 """Open weights become a run: a tokenizer, a config and a base checkpoint, as if trained here."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +10,7 @@ import numpy as np
 from lib import hub
 from lib.config import Config
 from lib.data.tokenizer import FILE, Tokenizer
-from lib.files import UserError, choose, first_line, local_path, read_json
+from lib.files import UserError, choose, first_line, local_path, read_json, writing
 from lib.interop import proof
 from lib.interop.llama import config_from_llama, from_llama, revocabulary
 from lib.interop.nanochat_files import Nanochat, is_nanochat, read_nanochat
@@ -17,9 +19,10 @@ from lib.interop.tokenizer_import import read_tokenizer
 from lib.runs import STAGES
 from lib.train import checkpoint
 
+CONFIG = "config.json"
 # what a model's repository holds that is read here
 WANTED = (
-    "config.json",
+    CONFIG,
     "tokenizer.json",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -80,7 +83,28 @@ class Kept(NamedTuple):
 
 
 def keep(run: Path, model: Kept, source: str) -> Path:
-    """Write a run like any other; the path of its first checkpoint."""
+    """Write a run like any other; the path of its first checkpoint.
+
+    All of it is there in the end, or nothing: a disk may be full in the middle.
+    """
+    # beside its place first, so that what stands in the folder already stays
+    draft = run.with_name(f".{run.name}.import")
+    try:
+        with writing(run):
+            shutil.rmtree(draft, ignore_errors=True)
+            _write(draft, model, source)
+            run.mkdir(parents=True, exist_ok=True)
+            # the config comes last, for it is what a run is found by
+            parts = sorted(draft.iterdir(), key=lambda part: part.name == CONFIG)
+            for part in parts:
+                os.replace(part, run / part.name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Path(checkpoint.path_of(run / STAGES[model.stages[0]], model.step))
+
+
+def _write(run: Path, model: Kept, source: str):
+    """The files of a run: tokenizer, checkpoints, config."""
     model.tokenizer.save(run / FILE)
     meta = dict(
         config=model.config.to_dict(),
@@ -91,9 +115,7 @@ def keep(run: Path, model: Kept, source: str) -> Path:
     )
     for stage in model.stages:
         checkpoint.save(run / STAGES[stage], model.step, {"params": model.params}, meta)
-    # the config comes last, for it is what a run is found by
-    model.config.save(run / "config.json")
-    return Path(checkpoint.path_of(run / STAGES[model.stages[0]], model.step))
+    model.config.save(run / CONFIG)
 
 
 def _import_nanochat(model: Nanochat, source: str, run: Path) -> str:
@@ -115,7 +137,7 @@ def fetch(source: str) -> Path:
     """The folder of a model, downloaded from the Hub where `source` is hf:USER/NAME."""
     if not source.startswith("hf:"):
         folder = local_path(source)
-        if not (folder / "config.json").exists() and not is_nanochat(folder):
+        if not (folder / CONFIG).exists() and not is_nanochat(folder):
             raise UserError(
                 f"{folder} holds no config.json and no model_STEP.pt: give the folder of one model "
                 "(of nanochat's such as base_checkpoints/d20), or hf:USER/NAME"
@@ -135,14 +157,14 @@ def fetch(source: str) -> Path:
             "model behind a licence, your token"
         ) from e
     folder = Path(folder)
-    if not (folder / "config.json").exists() and not is_nanochat(folder):
+    if not (folder / CONFIG).exists() and not is_nanochat(folder):
         raise UserError(f"{source} holds no model of a kind that comes in here: check its name")
     return folder
 
 
 def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:
     """The model in a folder as transformers writes it: weights, config and tokenizer."""
-    settings = read_json(folder / "config.json", cure="get it again")
+    settings = read_json(folder / CONFIG, cure="get it again")
     config = config_from_llama(settings, sequence_len)
     # some begin documents with what ends them
     bos = settings.get("bos_token_id")

@@ -16,17 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib import model
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
 from lib.interop import proof
 from lib.interop.packages import optional
+from lib.interop.plain import check_size, greedy, plain
 from lib.interop.tokenizer_files import write_tokenizer
 
 FORMAT = "onnx"
 EXTRA = "onnx"
-LARGEST = 1.9e9  # bytes that one ONNX file can hold, and a little air
 
 
 def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
@@ -35,12 +34,7 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
     UserError where the weights are more than one ONNX file can hold.
     """
     optional(EXTRA, "jax2onnx", "onnxruntime")
-    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    if size > LARGEST:
-        raise UserError(
-            f"the weights are {size / 1e9:.1f} GB and one ONNX file holds 2 GB at most: export "
-            "stablehlo, which keeps them beside it"
-        )
+    check_size(params, config, "ONNX")
     return proof.proved(
         folder,
         lambda draft: write(params, config, tokenizer, draft),
@@ -50,29 +44,11 @@ def export(params, config: Config, tokenizer: Tokenizer, folder) -> proof.Proof:
 
 def write(params, config: Config, tokenizer: Tokenizer, folder: Path):
     """Both functions, and the tokenizer as the `tokenizers` library reads it."""
-    config = proof.exact(config)
-    token = jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def forward(tokens_BT):
-        return model.forward(params, config, tokens_BT)[0]
-
-    def step(token, length, last, *rings):
-        keys, values = list(rings[: config.n_layer]), list(rings[config.n_layer :])
-        cache = model.Cache(keys, values, length, last)
-        logits_BTV, cache = model.forward(params, config, token[:, None], cache)
-        return logits_BTV[:, 0], cache.length, cache.last, *cache.k, *cache.v
-
+    functions = plain(params, config)
     rows = jax.ShapeDtypeStruct(("B", config.sequence_len), jnp.int32)
-    rings = [jax.ShapeDtypeStruct(ring.shape, ring.dtype) for ring in empty_cache(config)[2:]]
-    _convert(forward, [rows], folder / "forward.onnx")
-    _convert(step, [token, token, token, *rings], folder / "step.onnx")
+    _convert(functions.forward, [rows], folder / "forward.onnx")
+    _convert(functions.step, functions.step_inputs, folder / "step.onnx")
     write_tokenizer(tokenizer, folder, config.sequence_len)
-
-
-def empty_cache(config: Config) -> list[np.ndarray]:
-    """What the first step is given behind its token: length, last, the rings of keys and values."""
-    cache = model.init_cache(proof.exact(config), 1, config.sequence_len)
-    return [np.asarray(part) for part in (cache.length, cache.last, *cache.k, *cache.v)]
 
 
 def _convert(function, inputs: list, path: Path):
@@ -105,26 +81,12 @@ def opened(path: Path) -> Any:
     return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))
 
 
-def greedy(run, config: Config, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens that follow a prompt, one by one."""
-    state = empty_cache(config)
-    written: list[int] = []
-    # first what was given, then what was written
-    for i in range(len(prompt) + count - 1):
-        token = prompt[i] if i < len(prompt) else written[-1]
-        logits_BV, *state = run(np.array([token], np.int32), *state)
-        if i >= len(prompt) - 1:
-            written.append(int(logits_BV[0].argmax()))
-    return written
-
-
 def prove(params, config: Config, folder: Path) -> proof.Proof:
     """Run both files by onnxruntime and compare logits and greedy tokens."""
     tokens_BT = np.random.default_rng(0).integers(config.vocab_size, size=(2, config.sequence_len))
     (logits,) = opened(folder / "forward.onnx")(tokens_BT.astype(np.int32))
     difference, bound = proof.apart(proof.our_logits(params, config, tokens_BT), logits)
-    prompt, count = proof.greedy_prompt(config)
-    written = greedy(opened(folder / "step.onnx"), config, prompt, count)
+    written = greedy(opened(folder / "step.onnx"), config)
     return proof.Proof(
         format=f"{FORMAT} (forward and step, float32)",
         path=folder,

@@ -53,6 +53,7 @@ class Proof:
     bound: float
     greedy: tuple[int, int]
     texts: tuple[int, int] | None = None
+    measured: tuple[tuple[str, str], ...] = ()
     lost: tuple[str, ...] = ()
 
     @property
@@ -75,6 +76,7 @@ class Proof:
         ]
         if self.texts:
             lines.append(("texts of equal ids", f"{self.texts[0]} of {self.texts[1]}"))
+        lines += self.measured
         lines += [("not expressed", sentence) for sentence in self.lost]
         return "\n".join(f"{label:<25} {text}" for label, text in lines)
 

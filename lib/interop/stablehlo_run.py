@@ -20,9 +20,10 @@ def function(name: str):
     return jax.jit(export.deserialize(data).call)
 
 
-def weights() -> dict:
-    """The weights, by name, on the device."""
-    return jax.device_put(load_file(folder / "weights.safetensors"))
+def weights() -> list[dict]:
+    """What a function takes first: the weights, by name, on the device; none if they are inside."""
+    path = folder / "weights.safetensors"
+    return [jax.device_put(load_file(path))] if path.exists() else []
 
 
 def write(ids: list[int], count: int) -> list[int]:
@@ -33,7 +34,7 @@ def write(ids: list[int], count: int) -> list[int]:
     # first what was given, then what was written
     for i in range(len(ids) + count - 1):
         token = ids[i] if i < len(ids) else written[-1]
-        logits_V, cache = step(params, cache, jnp.int32(token))
+        logits_V, cache = step(*params, cache, jnp.int32(token))
         if i >= len(ids) - 1:
             written.append(int(logits_V.argmax()))
     return written
