@@ -5,6 +5,7 @@ and `arcee`. It splits text into words by patterns of its own list too; where no
 a text, the export says so. The proof runs llama.cpp itself, which the package xllamacpp brings.
 """
 
+import errno
 import json
 import subprocess
 import sys
@@ -108,10 +109,14 @@ def write(params, config: Config, tokenizer: Tokenizer, path: Path, architecture
     for name, tensor in tensors(params, config, architecture).items():
         writer.add_tensor(name, np.ascontiguousarray(tensor))
     # its three parts, in this order
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as e:
+        # numpy tells how much it wrote, not that the disk is full
+        raise e if e.errno else OSError(errno.ENOSPC, str(e)) from e
 
 
 def _add_tokenizer(writer, tokenizer: Tokenizer):

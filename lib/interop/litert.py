@@ -90,6 +90,7 @@ def _quantize(path: Path, out: Path):
     quiet = io.StringIO()
     with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
         work = quantizer.Quantizer(str(path))
+        # matrices in int8, what goes through them too while it does, all else in float32
         work.load_quantization_recipe(recipe.dynamic_wi8_afp32())
         data = work.quantize().quantized_model
     out.write_bytes(data)
@@ -167,21 +168,36 @@ def prove(params, config: Config, tokenizer: Tokenizer, folder: Path) -> proof.P
 def measured(forward: Callable, small: Callable, config: Config, tokenizer: Tokenizer) -> str:
     """What int8 costs: bits per byte of both forwards on one text, and how often they agree."""
     rows = text_rows(config, tokenizer)
-    inputs_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-    whole_BTV = forward(inputs_BT)
-    small_BTV = small(inputs_BT)
+    equal = 0
+    nats: list[tuple[float, float]] = []
+    sizes: list[int] = []
+    # row by row, for the logits of all would be large
+    for row in rows:
+        inputs_BT, targets_T = row[None, :-1], row[1:]
+        both = [forward(inputs_BT)[0], small(inputs_BT)[0]]
+        bytes_T = bits.target_bytes(targets_T, tokenizer.token_bytes)
+        whole, less = [_nats(logits_TV, targets_T, bytes_T > 0) for logits_TV in both]
+        nats.append((whole, less))
+        sizes.append(int(bytes_T.sum()))
+        equal += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
 
-    before = bits_per_byte(whole_BTV, targets_BT, tokenizer)
-    after = bits_per_byte(small_BTV, targets_BT, tokenizer)
+    before, after = [bits.ratio_bits(column, sizes)[0] for column in zip(*nats)]
     if not np.isfinite(after):
         raise UserError(
             f"the {FORMAT} export was not kept: in int8 this model gives no probabilities"
         )
-    equal = (whole_BTV.argmax(-1) == small_BTV.argmax(-1)).mean()
+    tokens = len(rows) * config.sequence_len
     return (
-        f"{after:.4f} instead of {before:.4f} on {targets_BT.size:,} tokens of the stdlib, "
-        f"{equal:.1%} of the likeliest tokens equal"
+        f"{after:.4f} instead of {before:.4f} on {tokens:,} tokens of the stdlib, "
+        f"{equal / tokens:.1%} of the likeliest tokens equal"
     )
+
+
+def _nats(logits_TV, targets_T, is_text_T) -> float:
+    """The sum of losses over the targets that stand for text."""
+    logprobs_TV = np.asarray(jax.nn.log_softmax(logits_TV, axis=-1))
+    chosen_T = np.take_along_axis(logprobs_TV, targets_T[:, None], axis=-1)[:, 0]
+    return -float(chosen_T[is_text_T].sum())
 
 
 def text_rows(config: Config, tokenizer: Tokenizer) -> np.ndarray:
@@ -195,12 +211,3 @@ def text_rows(config: Config, tokenizer: Tokenizer) -> np.ndarray:
             break
     # a context longer than all of that text: from the beginning again
     return np.resize(np.array(ids, np.int32), (B, width))
-
-
-def bits_per_byte(logits_BTV, targets_BT, tokenizer: Tokenizer) -> float:
-    """How well logits foresee text, over targets that stand for some."""
-    logprobs_BTV = np.asarray(jax.nn.log_softmax(logits_BTV, axis=-1))
-    nats_BT = -np.take_along_axis(logprobs_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    bytes_BT = bits.target_bytes(targets_BT, tokenizer.token_bytes)
-    nats = (nats_BT * (bytes_BT > 0)).sum(axis=1)
-    return bits.ratio_bits(nats, bytes_BT.sum(axis=1))[0]
