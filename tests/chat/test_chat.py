@@ -203,11 +203,14 @@ def test_words_around_a_hidden_call_are_not_glued_and_offsets_point_into_what_wa
 # ---- the terminal
 
 
+def flags(*args):
+    return ["--run", str(parrot.run()), "--temperature", "0", *args]
+
+
 def command(*args, **kwargs):
     env = programs.environment(**kwargs.pop("env", {}))
     start = kwargs.pop("start", ["-m", "lib.chat"])
-    flags = ["--run", str(parrot.run()), "--temperature", "0", *args]
-    return [sys.executable, *start, *flags], dict(cwd=ROOT, env=env, **kwargs)
+    return [sys.executable, *start, *flags(*args)], dict(cwd=ROOT, env=env, **kwargs)
 
 
 def run(*args, **kwargs):
@@ -223,20 +226,16 @@ def test_a_single_prompt_prints_the_answer_and_nothing_else():
 
 @pytest.mark.slow
 def test_bad_input_is_one_sentence():
-    done = run("--prompt", "hello", "--top-p", "2")
-    assert (
-        done.returncode == 2
-        and done.stdout == ""
-        and done.stderr.startswith("Error: top_p must be above 0")
-    )
+    wrong = [("--prompt", "hello", "--top-p", "2"), ("--prompt", "word " * 2000)]
+    share, long = programs.run_scripts(*(("lib.chat", *flags(*words)) for words in wrong), cwd=ROOT)
+    assert (share.returncode, share.stdout) == (2, "")
+    assert share.stderr.startswith("Error: top_p must be above 0")
+    assert long.returncode == 2 and "context has 768" in long.stderr
+    assert "Traceback" not in long.stderr
+
+    # bytes that are no text are marked, not fatal
     done = run("--prompt", "-", input=b"\xff hello", text=False)
-    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr, (
-        "bytes that are no text are marked, not fatal"
-    )
-    done = run("--prompt", "word " * 2000)
-    assert (
-        done.returncode == 2 and "context has 768" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 0 and done.stdout and b"Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -362,30 +361,28 @@ def test_a_real_terminal_has_colours_and_ctrl_c_stops_the_answer_only():
 
 @pytest.mark.slow
 def test_pasted_lines_are_one_message_in_a_real_terminal(tmp_path):
+    """And NO_COLOR is respected."""
+    terminal = Terminal("--max-tokens", "2", NO_COLOR="1")
+    shown = terminal.until("> ")
     # with the marks that a terminal sets around what is pasted, and without
     for before, after in (("", ""), ("\033[200~", "\033[201~")):
-        terminal = Terminal("--max-tokens", "2", NO_COLOR="1")
-        terminal.until("> ")
         terminal.type(f"{before}one\ntwo\nthree{after}")
         time.sleep(0.5)
         terminal.type("\n")
-        terminal.until("(cut after 2 tokens)")
+        shown += terminal.until("(cut after 2 tokens)")
         terminal.until("> ")
         file = tmp_path / f"{len(before)}.json"
         terminal.type(f"/save {file}\n")
         terminal.until("(saved 2 messages")
-        terminal.type("/quit\n")
-        assert terminal.wait() == 0
+        terminal.until("> ")
         saved = json.loads(file.read_text())["messages"]
         assert saved[0] == {"role": "user", "content": "one\ntwo\nthree"}
-
-
-@pytest.mark.slow
-def test_no_color_is_respected():
-    terminal = Terminal(NO_COLOR="1")
-    shown = terminal.until("> ")
+        terminal.type("/clear\n")
+        terminal.until("(forgotten)")
+        terminal.until("> ")
     terminal.type("/quit\n")
-    assert not re.search(r"\033\[[0-9;]*m", shown) and terminal.wait() == 0
+    assert terminal.wait() == 0
+    assert not re.search(r"\033\[[0-9;]*m", shown)
 
 
 def test_escape_sequences_of_the_model_do_not_reach_the_terminal(capsys):
