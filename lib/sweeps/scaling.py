@@ -285,6 +285,23 @@ def parametric(runs, delta: float = 1e-3, draws: int = 100, seed: int = 0) -> di
             "six or more with different N and D are needed"
         )
 
+    with _one_thread():
+        return _fitted(runs, delta, draws, seed)
+
+
+def _one_thread():
+    """Within it scipy's BLAS computes in one thread. For five constants a second one costs seven
+    times the time, waiting.
+    """
+    # only what is loaded already can be limited
+    import scipy.optimize  # noqa: F401
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
+
+
+def _fitted(runs, delta: float, draws: int, seed: int) -> dict:
+    """What `parametric` returns."""
     # logs around their means, so that a constant and its exponent pull less on each other
     n, d, logs = (np.log(_column(runs, name)) for name in "NDL")
     at_n, at_d = n.mean(), d.mean()
