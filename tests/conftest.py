@@ -14,6 +14,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cach
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# threads of OpenBLAS that wait for each other keep a core busy, and tests have one each
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # a shell's background jobs ignore Ctrl-C, and so would all programs that the tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -119,7 +119,10 @@ def make(folder: Path, sequence_len: int = 768):
     params = init_params(0, config)
     optimizer = optax.adam(optax.cosine_decay_schedule(6e-3, STEPS))
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    # here it is the steps that cost, and not the compiler (see tests/conftest.py)
+    effort = dict(xla_backend_optimization_level=2, xla_llvm_disable_expensive_passes=False)
+
+    @partial(jax.jit, donate_argnums=(0, 1), compiler_options=effort)
     def step(params, state):
         loss, grads = jax.value_and_grad(lambda p: model.loss_fn(p, config, inputs, targets)[0])(
             params
