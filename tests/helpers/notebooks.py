@@ -8,6 +8,8 @@ import subprocess
 import sys
 import sysconfig
 
+from lib.data import documents, head
+from lib.data.tokenizer import Tokenizer
 from tests.helpers import ROOT
 
 NOTEBOOKS = sorted(ROOT.glob("0*.py"))
@@ -98,6 +100,12 @@ PRODUCTS = {
     "06_speed": ["cpu.json", "plots/products.png", "plots/roofline.png"],
     "05_rl": ["plots/reinforcement.png", "rl/step_00000002", "evals/rl.json"],
 }
+
+
+def save_tokenizer(run):
+    """What 01 leaves in a run's folder and the others need: a small tokenizer of CORPUS."""
+    tokenizer = Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512)
+    tokenizer.save(run / "tokenizer.json")
 
 
 def check_products(stem, run):

@@ -14,12 +14,17 @@ import numpy as np
 import pytest
 import yaml
 
-from lib.data import documents, head
-from lib.data.tokenizer import Tokenizer
 from lib.train.metrics import read_jsonl
 from tests.helpers import ROOT, programs
 from tests.helpers.golden import load
-from tests.helpers.notebooks import CORPUS, SMOKE, TINY, check_products, script, words_of
+from tests.helpers.notebooks import (
+    SMOKE,
+    TINY,
+    check_products,
+    save_tokenizer,
+    script,
+    words_of,
+)
 
 pytestmark = pytest.mark.slow
 SHARED = SMOKE["02_train"] | dict(
@@ -82,15 +87,49 @@ def start_two(workdir, second=None, **settings):
 def alone(tmp_path_factory):
     """(folder to work in, rows of metrics) of thirty steps on one device."""
     workdir = tmp_path_factory.mktemp("shared")
-    Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(
-        workdir / "runs" / "alone" / "tokenizer.json"
-    )
+    save_tokenizer(workdir / "runs" / "alone")
     out = finish(start_02(workdir, run="alone"))[0][0]
     assert "devices     one" in out
-    for run in ("eight", "two", "wrong"):
+    for run in ("eight", "shards", "two", "wrong"):
         (workdir / "runs" / run).mkdir()
         shutil.copy(workdir / "runs" / "alone" / "tokenizer.json", workdir / "runs" / run)
     return workdir, read_jsonl(workdir / "runs" / "alone" / "metrics.jsonl")
+
+
+# settings, and what the sentence says
+REFUSED = [
+    (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
+    (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
+    (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
+    (
+        dict(overrides=SHARED["overrides"] + " microbatch=4"),
+        "microbatch=4 rows cannot be split over 8 devices",
+    ),
+    (
+        dict(coordinator="127.0.0.1:1", host_count=2),
+        "coordinator '127.0.0.1:1', process -1 of 2: give process 0's host:port, and an index",
+    ),
+    (
+        dict(host_count=2, host_index=0),
+        "process 0 of 2 does not know the others: give coordinator",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def eight(alone):
+    """How 02 on eight devices ends, ([by two strategies], [with each of REFUSED]); all in one
+    process.
+    """
+    settings = [
+        dict(run="eight"),
+        dict(run="shards", strategy="fsdp", mesh="data=2 fsdp=4"),
+        *(dict(run="wrong") | changes for changes, _ in REFUSED),
+    ]
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    runs = [(ROOT / "02_train.py", *words_of(SHARED | each)) for each in settings]
+    ends = programs.run_scripts(*runs, env=env, cwd=alone[0], timeout=480)
+    return ends[:2], ends[2:]
 
 
 def check_curve(run, alone, rtol=2e-3):
@@ -106,23 +145,20 @@ def check_curve(run, alone, rtol=2e-3):
     np.testing.assert_allclose(rows[-1]["val_bpb"], alone[-1]["val_bpb"], rtol=rtol)
 
 
-def test_02_on_eight_devices_equals_one_and_goes_on_there(alone):
+def test_02_on_eight_devices_equals_one_and_goes_on_there(alone, eight):
     workdir, wanted = alone
-    run = workdir / "runs" / "eight"
-    out = finish(start_02(workdir, 8, run="eight"))[0][0]
-    assert (
-        "devices     zero: it fits" in out
-        and "(1 x 16 rows, 2 a device)" in out
-        and "FAIL" not in out
-    )
-    check_curve(run, wanted)
-    out = finish(
-        start_02(workdir, 8, run="eight", if_exists="fresh", strategy="fsdp", mesh="data=2 fsdp=4")
-    )[0][0]
-    assert "devices     fsdp: asked for" in out and "FAIL" not in out
+    (zero, fsdp), _ = eight
+    for done in (zero, fsdp):
+        assert done.returncode == 0 and "FAIL" not in done.stdout, done.stdout + done.stderr
+    assert "devices     zero: it fits" in zero.stdout
+    assert "(1 x 16 rows, 2 a device)" in zero.stdout
+    check_curve(workdir / "runs" / "eight", wanted)
+    assert "devices     fsdp: asked for" in fsdp.stdout
+
+    run = workdir / "runs" / "shards"
     check_curve(run, wanted)
     shutil.rmtree(run / "checkpoints" / "step_00000030")
-    out = finish(start_02(workdir, run="eight"))[0][0]
+    out = finish(start_02(workdir, run="shards"))[0][0]
     assert "at step 15 of 30" in out and "devices     one" in out
     check_curve(run, wanted)
 
@@ -167,37 +203,9 @@ def test_02_in_two_processes_stops_and_goes_on_as_one(alone):
     assert (run / "sft").exists()
 
 
-# settings, and what the sentence says
-REFUSED = [
-    (dict(mesh="data:8"), "mesh 'data:8' is not of the form data=2 fsdp=4"),
-    (dict(mesh="pipe=8"), "unknown mesh axis 'pipe'"),
-    (dict(strategy="fsdp", mesh="fsdp=4"), "needs 4 devices, and there are 8"),
-    (
-        dict(overrides=SHARED["overrides"] + " microbatch=4"),
-        "microbatch=4 rows cannot be split over 8 devices",
-    ),
-    (
-        dict(coordinator="127.0.0.1:1", host_count=2),
-        "coordinator '127.0.0.1:1', process -1 of 2: give process 0's host:port, and an index",
-    ),
-    (
-        dict(host_count=2, host_index=0),
-        "process 0 of 2 does not know the others: give coordinator",
-    ),
-]
-
-
-@pytest.fixture(scope="module")
-def refusals(alone):
-    """How 02 on eight devices ends with each of these settings."""
-    settings = [SHARED | dict(run="wrong") | changes for changes, _ in REFUSED]
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    runs = [(ROOT / "02_train.py", *words_of(each)) for each in settings]
-    return programs.run_scripts(*runs, env=env, cwd=alone[0], timeout=240)
-
-
 @pytest.mark.parametrize("case", range(len(REFUSED)))
-def test_02_refuses_what_cannot_be_shared_out(refusals, case):
+def test_02_refuses_what_cannot_be_shared_out(eight, case):
+    _, refusals = eight
     done, (_, said) = refusals[case], REFUSED[case]
     assert done.returncode == 2, done.stdout + done.stderr
     assert said in done.stderr
@@ -227,7 +235,7 @@ def test_core_is_measured_while_training_and_again_by_04(tmp_path):
         (tmp_path / "bundle" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "bundle" / name).write_text(text)
     run = tmp_path / "runs" / "core"
-    Tokenizer.train(head(documents(CORPUS, "train"), 200_000), 512).save(run / "tokenizer.json")
+    save_tokenizer(run)
     settings = SMOKE["02_train"] | dict(
         run="core", core_every=2, core_limit=4, core_bundle=tmp_path / "bundle"
     )

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.helpers import ROOT, programs
-from tests.helpers.notebooks import CORPUS, SMOKE, words_of
+from tests.helpers.notebooks import CORPUS, SMOKE, save_tokenizer, words_of
 from tests.helpers.wandb_server import StandIn
 
 pytestmark = pytest.mark.slow
@@ -30,8 +30,7 @@ def script(name, cwd, env=None, **flags):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    done = script("01_tokenizer", folder, **SMOKE["01_tokenizer"])
-    assert done.returncode == 0, done.stderr
+    save_tokenizer(folder / "runs" / "smoke")
     return folder
 
 
@@ -71,11 +70,11 @@ def test_a_trial_is_the_run_that_02_train_makes(workdir, sweep):
     assert end["value"] == rows[-1]["val_bpb"]
 
     # by its id alone; there is nothing left to train
-    again = script("03_worker", workdir, run="smoke", join=folder.name)
-    assert again.returncode == 0 and "0 trial(s) ended here" in again.stdout, (
-        again.stdout + again.stderr
-    )
-    shown = script("03_worker", workdir, run="smoke", join=folder.name, count=-1)
+    join = dict(run="smoke", join=folder.name)
+    runs = [(ROOT / "03_worker.py", *words_of(flags)) for flags in (join, join | dict(count=-1))]
+    again, shown = programs.run_scripts(*runs, cwd=workdir)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "0 trial(s) ended here" in again.stdout
     assert shown.returncode == 0 and "1 done" in shown.stdout
 
 
