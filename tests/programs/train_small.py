@@ -1,5 +1,5 @@
 """Trains a small model on the texts of a folder, from its checkpoint if there is one. Arguments:
-folder, last step.
+folder, seconds to wait after each step.
 
 Prints a line of JSON per step, [step, loss], and at the end [step, cursor, digest of the state].
 """
@@ -7,6 +7,7 @@ Prints a line of JSON per step, [step, loss], and at the end [step, cursor, dige
 import hashlib
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from tests.helpers import ROOT
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
-folder, stop_at = sys.argv[1], int(sys.argv[2])
+folder, seconds = sys.argv[1], float(sys.argv[2])
 tokenizer = Tokenizer.load(folder + "/tokenizer.json")
 config = Config(
     vocab_size=tokenizer.vocab_size,
@@ -47,9 +48,10 @@ if saved:
 batches = data.prefetch(data.batches(tokens, 4, 64, cursor=cursor, buffer_size=8), jax.device_put)
 step_fn = train.make_train_step(config)
 with interruptible() as flag, checkpoint.Saver(folder + "/checkpoints") as saver:
-    pause = lambda n: n == stop_at or flag.stop  # noqa: E731
+    pause = lambda n: n == config.num_steps or flag.stop  # noqa: E731
     for s in train.steps(step_fn, state, batches, config, pause=pause):
         print(json.dumps([s.step, s.metrics["loss"]]), flush=True)
+        time.sleep(seconds)
         if s.state is not None:
             saver.save(s.step, s.state, dict(cursor=s.cursor))
             leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(s.state)]
