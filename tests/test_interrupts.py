@@ -108,11 +108,13 @@ def test_sigterm_saves_then_exits(tmp_path):
     assert tree["w"][0] == meta["step"] >= 3
 
 
+@pytest.mark.slow
 def test_while_a_program_starts_ctrl_c_ends_it_whatever_catches_exceptions():
     done = programs.run("hear_ctrl_c", "starting")
     assert (done.returncode, done.stderr.strip()) == (130, interrupts.STOPPED)
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_that_a_callback_loses_is_given_once_more():
     done = programs.run("hear_ctrl_c", "lost")
     assert (done.returncode, done.stderr) == (7, "")

@@ -148,6 +148,7 @@ def test_secrets_of_a_host_come_first(monkeypatch, capsys, place):
     ]
 
 
+@pytest.mark.slow
 def test_user_errors_print_one_sentence():
     script = programs.PROGRAMS / "raise_error.py"
     mended, bug, stopped = programs.run_scripts(
@@ -159,6 +160,7 @@ def test_user_errors_print_one_sentence():
     assert (stopped.returncode, stopped.stderr.strip()) == (130, sentence)
 
 
+@pytest.mark.slow
 def test_user_errors_show_one_sentence_in_a_kernel():
     import nbformat
     from nbclient import NotebookClient

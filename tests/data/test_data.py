@@ -559,6 +559,7 @@ def test_offline_by_choice_is_told(climbmix_hub, monkeypatch):
     assert not climbmix_hub.log
 
 
+@pytest.mark.slow
 def test_mirror_cache_and_token_are_those_of_the_environment(climbmix_hub, tmp_path):
     code = "from lib import data; print(len(list(data.documents('climbmix', 'val'))))"
     env = os.environ | {
@@ -720,6 +721,7 @@ def test_training_starts_with_the_first_shard(tmp_path, tokenizer, monkeypatch):
     assert len(decode(tokens, tokenizer)) > 40
 
 
+@pytest.mark.slow
 def test_script_without_main_guard_runs_once_and_workers_have_no_jax(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     done = programs.run("read_texts", corpus(tmp_path / "texts"), cwd=tmp_path, timeout=60)
@@ -744,6 +746,7 @@ def test_killed_worker_is_told_and_the_next_run_goes_on(tmp_path, tokenizer, mon
     assert decode(start(), tokenizer)
 
 
+@pytest.mark.slow
 def test_worker_ends_with_its_parent(tmp_path):
     worker = subprocess.Popen(
         [sys.executable, "-m", "lib.data.tokens"],

@@ -143,6 +143,7 @@ def test_a_look_at_a_file_is_kept_and_made_anew_where_it_is_damaged(
     assert identities() == first and len(looks) == 3
 
 
+@pytest.mark.slow
 def test_parts_are_tokenised_apart(tmp_path, small_parts):
     texts = [text_of_words(3000, seed) for seed in range(120)]
     source = write_corpus(tmp_path / "texts", "jsonl", texts)

@@ -400,6 +400,7 @@ def test_bad_chats(tokenizer, problem):
 # ---- the benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_as_a_file_too(tmp_path):
     script = PARITY.parents[1] / "benchmarks" / "tokenizing.py"
     args = [
@@ -420,6 +421,7 @@ def test_the_benchmark_runs_as_a_file_too(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_much_text_is_learnt_in_another_process_and_gives_the_same(monkeypatch):
     texts = ["the cat sat on the mat, naïve 東京", "", "the dog sat on the log\n" * 40]
     here = merges.learn(texts, 270, PATTERN)

@@ -299,6 +299,7 @@ def test_wandb_without_login_or_package(tmp_path, monkeypatch, fake_wandb):
     Metrics(tmp_path, 1, ["wandb:off"]).close()
 
 
+@pytest.mark.slow
 def test_wandb_offline_for_real(tmp_path):
     pytest.importorskip("wandb", reason="needs the wandb extra")
     with Metrics(tmp_path, 2, ["wandb:offline"], config={"depth": 2}) as m:
