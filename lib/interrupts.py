@@ -3,6 +3,7 @@ else it ends a program with one line; and none is lost.
 """
 
 import _thread
+import atexit
 import contextlib
 import os
 import signal
@@ -118,12 +119,33 @@ def starting():
     if sys.unraisablehook is not _unraisable:
         OTHERS.append(sys.unraisablehook)
         sys.unraisablehook = _unraisable
+        # what is registered first runs last
+        atexit.register(_end)
 
 
 def started():
     """Let Ctrl-C raise KeyboardInterrupt again, so that what has been begun can be cleared away."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stopped(code: int):
+    """Let this program, which Ctrl-C has ended, leave with `code` once its uploads are through and
+    its exit handlers have run.
+
+    Python would go on to take itself down, under the feet of threads of jax that still compute
+    what was begun: now and then that ends in a crash (code -11) instead.
+    """
+    ENDING.append(code)
+
+
+def _end():
+    """Leave where `stopped` was said; the last of all exit handlers."""
+    if ENDING:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(ENDING[-1])
 
 
 def caused(error: BaseException | None) -> bool:
@@ -146,6 +168,9 @@ def _leave(*_):
 
 # what showed exceptions that nobody can catch before `starting` did
 OTHERS: list = []
+
+# the code of a program that is stopping
+ENDING: list[int] = []
 
 
 def _unraisable(problem):

@@ -101,6 +101,8 @@ def _excepthook(kind, error, trace):
     # a program that has not got as far as importing it has nobody to take along
     if parallel := sys.modules.get("lib.parallel"):
         parallel.end_all(error)
+    if code == interrupts.INTERRUPTED:
+        interrupts.stopped(code)
     if code is not None:
         raise SystemExit(code)
 

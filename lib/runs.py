@@ -6,7 +6,7 @@ else.
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,23 +108,31 @@ def newest_run(runs_dir: str | Path = "runs", holding: str = "config.json") -> P
     return max(candidates, key=lambda run: ((run / holding).stat().st_mtime, run.name))
 
 
-def stages(run) -> list[str]:
+def stages(run, only: str | None = "params") -> list[str]:
     """Those of STAGES that have a usable checkpoint in the run folder, in the order of training.
 
-    UserError where there are checkpoints and all of them are damaged.
+    only: the part of a checkpoint that has to be sound, None for all of it. UserError where there
+    are checkpoints and all of them are damaged.
     """
-    usable, error = [], None
-    for stage, name in STAGES.items():
+    return [stage for stage, _ in _usable(Path(run), STAGES, only)]
+
+
+def _usable(run: Path, names: Iterable[str], only: str | None) -> Iterator[tuple[str, Path]]:
+    """(stage, its newest sound checkpoint) of these stages, those left out that have none."""
+    any_usable, error = False, None
+    for stage in names:
         try:
-            if checkpoint.latest(Path(run) / name):
-                usable.append(stage)
+            newest = checkpoint.latest(run / STAGES[stage], only)
         except UserError as e:
             # the other stages are of use all the same
-            warnings.warn(f"stage {stage} is passed over: {e}", stacklevel=2)
+            warnings.warn(f"stage {stage} is passed over: {e}", stacklevel=4)
             error = e
-    if error and not usable:
+            continue
+        if newest:
+            any_usable = True
+            yield stage, newest
+    if error and not any_usable:
         raise error
-    return usable
 
 
 def enter(
@@ -235,8 +243,9 @@ def load_model(run, ckpt: str = "", stage: str = "") -> Model:
 
 def _load(run: Path, ckpt: str, stage: str) -> Model:
     if ckpt in ("", "best"):
-        stage = _choose_stage(run, stage)
-        path = _choose_checkpoint(run / STAGES[stage], ckpt)
+        stage, path = _choose_stage(run, stage)
+        if ckpt == "best":
+            path = _best(run / STAGES[stage])
     else:
         path = ckpt
         stage = stage or _stage_of(ckpt)
@@ -266,24 +275,28 @@ def _config(path, meta: dict) -> Config:
         raise UserError(f"{path}/meta.json: {e}") from e
 
 
-def _choose_stage(run: Path, stage: str) -> str:
-    """The stage asked for, or the furthest; UserError where the run does not have it."""
+def _choose_stage(run: Path, stage: str) -> tuple[str, Path]:
+    """(the stage asked for, or else the furthest, its newest checkpoint); UserError where the run
+    does not have it.
+    """
+    names = [choose("stage", stage, tuple(STAGES))] if stage else reversed(STAGES)
+    # the first one is taken, and no file of the others is read
+    chosen = next(_usable(run, names, "params"), None)
+    if chosen:
+        return chosen
+
     trained = stages(run)
     if not trained:
         raise UserError(
             f"no checkpoint in {run}: train one with 02_train.py --run {run.name} first"
         )
-    if stage and choose("stage", stage, tuple(STAGES)) not in trained:
-        raise UserError(
-            f"{run} has no {stage} checkpoint, only {', '.join(trained)}: run that stage first"
-        )
-    return stage or trained[-1]
+    raise UserError(
+        f"{run} has no {stage} checkpoint, only {', '.join(trained)}: run that stage first"
+    )
 
 
-def _choose_checkpoint(store: Path, which: str):
-    """The newest checkpoint of a stage's folder, or with "best" that of the lowest loss."""
-    if which != "best":
-        return checkpoint.latest(store)
+def _best(store: Path):
+    """The checkpoint of the lowest validation loss in a stage's folder."""
     path = checkpoint.best(store)
     if path is None:
         raise UserError(

@@ -125,3 +125,19 @@ def test_what_a_package_makes_of_ctrl_c_still_comes_of_it():
     assert not interrupts.caused(error)
     error.__cause__ = KeyboardInterrupt()
     assert interrupts.caused(error)
+
+
+def test_a_stopped_program_runs_its_exit_handlers_and_waits_for_uploads_but_is_not_taken_down():
+    """A thread of somebody else's must not find Python gone."""
+    before = "import atexit, threading, time\ninterrupts.starting()\n"
+    told = (
+        "def tell(word):\n    os.write(2, word)\n"
+        "def upload():\n    time.sleep(0.3)\n    tell(b'uploaded ')\n"
+        "class Teardown:\n    def __del__(self):\n        tell(b'torn down')\n"
+        "kept = Teardown()\n"
+        "atexit.register(tell, b'tidied')\n"
+        "threading.Thread(target=upload).start()\n"
+    )
+    assert ended(f"{before}{told}interrupts.stopped(130)\n") == (130, "uploaded tidied")
+    # and this is what it leaves out
+    assert ended(f"{before}{told}") == (0, "uploaded tidiedtorn down")

@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lib import runs
@@ -12,7 +14,7 @@ from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.params import init_params
-from lib.train import checkpoint
+from lib.train import checkpoint, records
 
 
 def test_open_run(tmp_path):
@@ -126,7 +128,8 @@ def run(tmp_path):
 
     def save(step, stage="checkpoints", keep=3, **meta):
         place = tmp_path / stage
-        return checkpoint.save(place, step, {"params": params}, own | meta, keep=keep, metric=step)
+        tree = {"params": params, "opt": {"m": np.zeros(2)}}
+        return checkpoint.save(place, step, tree, own | meta, keep=keep, metric=step)
 
     return tmp_path, save
 
@@ -193,6 +196,33 @@ def test_a_stage_that_is_damaged_does_not_hide_the_others(run):
     (base / "params.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(UserError, match="no checkpoint of 1 in"):
         runs.stages(folder)
+
+
+def test_of_all_checkpoints_only_what_is_loaded_is_hashed(run, monkeypatch):
+    """Gigabytes of other stages and of an optimizer's state are nobody's concern here."""
+    folder, save = run
+    for step in (1, 2):
+        save(step)
+        save(step, "sft")
+    real, hashed = records.sha256, []
+
+    def counted(path):
+        hashed.append(Path(path).relative_to(folder).as_posix())
+        return real(path)
+
+    monkeypatch.setattr(records, "sha256", counted)
+    runs.load_model(folder)
+    # once to choose it, once when it is read
+    assert hashed == ["sft/step_00000002/params.safetensors"] * 2
+    hashed.clear()
+    runs.load_model(folder, stage="base")
+    assert hashed == ["checkpoints/step_00000002/params.safetensors"] * 2
+    hashed.clear()
+    checkpoint.read_meta(folder / "checkpoints")
+    assert hashed == []
+    # to resume needs all of it
+    checkpoint.latest(folder / "sft")
+    assert "sft/step_00000002/opt.safetensors" in hashed
 
 
 def test_damaged_results_are_one_sentence(tmp_path):

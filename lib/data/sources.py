@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from lib.files import (
     sha256,
     write_json,
 )
-from lib.runtime import progress, show_waiting
+from lib.runtime import show_waiting
 
 SPLITS = ("train", "val")
 SHARD_BYTES = (
@@ -169,21 +169,38 @@ class Corpus(NamedTuple):
     named: bool  # one of SOURCES, not files of the user's own
 
     def looks(self, cut: bool) -> list[Look]:
-        """A look at every file, with a bar when that takes long."""
-        total = sum(path.stat().st_size for path in self.files)
+        """A look at every file, with a bar when that takes long, be it a single large text."""
         folder = Path(self.cache_dir, "looks")
-        looks = []
-        with progress(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc=f"reading {self.where}",
-            delay=2,
-            leave=False,
-        ) as bar:
-            for path, digest in zip(self.files, self.digests):
-                looks.append(_kept_look(path, digest, cut, folder, bar.update))
-        return looks
+        total = sum(path.stat().st_size for path in self.files)
+        read, over = 0, False
+
+        def tick(size: int):
+            nonlocal read
+            read += size
+            if over:
+                raise CancelledError
+
+        def look_at_all() -> list[Look]:
+            entries = zip(self.files, self.digests)
+            return [_kept_look(path, digest, cut, folder, tick) for path, digest in entries]
+
+        # in a thread of its own, for a whole book is one document and ticks when it is over
+        pool = ThreadPoolExecutor(1)
+        try:
+            job = pool.submit(look_at_all)
+            show_waiting(
+                lambda seconds: not wait([job], timeout=seconds).not_done,
+                lambda: read,
+                total=total,
+                unit="B",
+                unit_scale=True,
+                desc=f"reading {self.where}",
+            )
+            return job.result()
+        finally:
+            # whoever stops waiting, by Ctrl-C, does not leave it reading
+            over = True
+            pool.shutdown(wait=False)
 
 
 def _corpus(paths: list[Path], where: str, cache_dir, named: bool = False) -> Corpus:

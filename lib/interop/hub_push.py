@@ -71,7 +71,7 @@ class Wish(NamedTuple):
 @contextlib.contextmanager
 def _whole_run(run: Path, wish: Wish) -> Iterator[Parcel]:
     """Everything in the folder, and of each stage's checkpoints the newest."""
-    kept = [checkpoint.latest(run / STAGES[stage]) for stage in stages(run)]
+    kept = [checkpoint.latest(run / STAGES[stage]) for stage in stages(run, only=None)]
     files = {}
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()

@@ -10,7 +10,7 @@ from lib.parallel.hosts import (
     from_each,
     from_first,
     start_hosts,
-    stop_together,
+    stopping_together,
 )
 from lib.parallel.layout import (
     AXES,
@@ -38,6 +38,6 @@ __all__ = [
     "make_layout",
     "put_batch",
     "start_hosts",
-    "stop_together",
+    "stopping_together",
     "whole",
 ]

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,19 +189,27 @@ def check_same(what: str, value: dict):
 # ---- stopping ------------------------------------------------------------------------------------
 
 
-def stop_together(step: int, wanted: bool) -> bool:
-    """Whether all processes stop after `step`: two steps after the first where one wanted to.
+def stopping_together() -> Callable[[int, bool], bool]:
+    """A function (step, wanted) for one training: whether all processes stop after that step.
 
-    All must ask, step by step. None is further ahead: it asks about a step once it has read the
-    numbers of the one before, for which all must have started that.
+    They stop two steps after the first where one wanted to. All must ask, step by step. None is
+    further ahead: it asks about a step once it has read the numbers of the one before, for which
+    all must have started that. Each training has a key of its own, so that a wish is never met
+    again by the next one of the same processes, which begin them in the same order.
     """
-    store = _store()
-    if store is None:
-        return wanted
-    if wanted:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
-            store.key_value_set(STOP + "/at", str(step + 2))
-    return any(step >= int(at) for _, at in store.key_value_dir_get(STOP))
+    _rounds[STOP] = _rounds.get(STOP, -1) + 1
+    folder = f"{STOP}/{_rounds[STOP]}"
+
+    def ask(step: int, wanted: bool) -> bool:
+        store = _store()
+        if store is None:
+            return wanted
+        if wanted:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
+                store.key_value_set(f"{folder}/at", str(step + 2))
+        return any(step >= int(at) for _, at in store.key_value_dir_get(folder))
+
+    return ask
 
 
 def end_all(error):

@@ -19,6 +19,7 @@ from lib.train.records import (
     Gone,
     best,
     latest,
+    part_of,
     path_of,
     read_record,
     resolve,
@@ -66,15 +67,15 @@ def restore(path, template=None, only: str | None = None) -> tuple:
     data). only: read just this top-level key, e.g. "params"; tree and template are then what is
     under it.
     """
-    return retried(lambda: _restore(resolve(path), template, only))
+    return retried(lambda: _restore(resolve(path, only), template, only))
 
 
 def _restore(path, template, only: str | None) -> tuple:
     record = read_record(path)
     files = record.files
     if only:
-        choose("part of the checkpoint", only, {_part(name) for name in files})
-        files = {name: entry for name, entry in files.items() if _part(name) == only}
+        choose("part of the checkpoint", only, {part_of(name) for name in files})
+        files = {name: entry for name, entry in files.items() if part_of(name) == only}
 
     arrays = _read_arrays(path, files, record.shapes)
     if only:
@@ -90,11 +91,6 @@ def _restore(path, template, only: str | None) -> tuple:
     check_fits(path, arrays, wanted)
     leaves = [like(arrays[name], leaf) for name, leaf in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves), record.told
-
-
-def _part(file: str) -> str:
-    """The top-level key of the tree that a file holds."""
-    return file.partition(".")[0]
 
 
 def _read_arrays(path, files: dict, shapes: dict) -> dict:
@@ -117,5 +113,9 @@ def _read_arrays(path, files: dict, shapes: dict) -> dict:
 
 
 def read_meta(path) -> dict:
-    """The `meta` that `restore` would return, without reading any tensor."""
-    return retried(lambda: read_record(resolve(path)).told)
+    """The `meta` of a checkpoint, or of the newest in a folder, without reading any tensor.
+
+    None is compared with its checksum either, so that this takes no time: whoever wants the one
+    that `restore` would take names the path that `latest` gives.
+    """
+    return retried(lambda: read_record(resolve(path, only="")).told)

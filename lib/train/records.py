@@ -303,16 +303,22 @@ def lowest(checkpoints: list[tuple[Any, Record]]):
     return min(rated, key=lambda item: item[0])[1]
 
 
-def latest(folder):
+def part_of(file: str) -> str:
+    """The top-level key of the tree that a checkpoint's file holds."""
+    return file.partition(".")[0]
+
+
+def latest(folder, only: str | None = None):
     """Path of the newest sound checkpoint in `folder`, None if there is none.
 
     Warns about damaged ones that it passes over; UserError if all are. Local files are checked
-    against their checksums, remote ones by size (`restore` checks what it fetches).
+    against their checksums, remote ones by size (`restore` checks what it fetches). only: the
+    top-level key that will be read, so that no other file is hashed; "" where no array will be.
     """
-    return retried(lambda: _latest(folder))
+    return retried(lambda: _latest(folder, only))
 
 
-def _latest(folder):
+def _latest(folder, only: str | None):
     checkpoints, error = scan(folder), None
     # the newest first, until one is as it was written
     for path, record in checkpoints:
@@ -320,6 +326,8 @@ def _latest(folder):
             if isinstance(record, UserError):
                 raise record
             files = {} if is_remote(path) else record.files
+            if only is not None:
+                files = {name: entry for name, entry in files.items() if part_of(name) == only}
             with verified(path, files):
                 return path
         except (Gone, Unreachable):
@@ -338,8 +346,10 @@ def best(folder):
     return lowest(sound_ones(folder))
 
 
-def resolve(path):
-    """The checkpoint that a path stands for: itself, or the newest below it."""
+def resolve(path, only: str | None = None):
+    """The checkpoint that a path stands for: itself, or the newest below it (`only` as in
+    `latest`).
+    """
     fs, root = filesystem(path)
     with reaching(path):
         # a checkpoint, a run folder, or a folder of checkpoints
@@ -349,7 +359,7 @@ def resolve(path):
         if fs.isdir(f"{root}/checkpoints"):
             folder = join(path, "checkpoints")
 
-    newest = latest(folder)
+    newest = latest(folder, only)
     if newest is None:
         raise UserError(
             f"no checkpoint in {path}: train first, or name a run folder, its checkpoints folder "

@@ -38,7 +38,7 @@ from lib.files import (
 )
 from lib.interrupts import interruptible
 from lib.locks import check_free, working_in
-from lib.parallel.hosts import from_each, from_first, stop_together
+from lib.parallel.hosts import from_each, from_first, stopping_together
 from lib.parallel.layout import BATCH, Layout, equal
 from lib.train import checkpoint, loop
 from lib.train.changes import allowed_changes
@@ -476,6 +476,7 @@ class _Agenda:
         stop: Callable[[], bool],
     ):
         self.run, self.saver, self.stop = run, saver, stop
+        self.stop_together = stopping_together()
         self.saving = saving = saver.saving
         self.last = run.config.num_steps
         self.due = [(one, one.due(self.last)) for one in measurements]
@@ -485,7 +486,7 @@ class _Agenda:
 
     def pause(self, n: int) -> bool:
         """Whether the state is looked at after step n; remembers for what."""
-        wanted = stop_together(n, self.stop())
+        wanted = self.stop_together(n, self.stop())
         measure = [one for one, is_due in self.due if is_due(n)]
         save = self.save_due(n) or self.saver.overdue() or wanted
         if n == self.last:

@@ -4,13 +4,14 @@ import gzip
 import json
 import os
 import random
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib import data
+from lib import data, runtime
 from lib.data import readers, sources
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
@@ -141,6 +142,26 @@ def test_a_look_at_a_file_is_kept_and_made_anew_where_it_is_damaged(
         short = {name: arrays[name] for name in arrays} | dict(hashes=arrays["hashes"][1:])
     np.savez(kept, **short)
     assert identities() == first and len(looks) == 3
+
+
+def test_one_long_text_is_not_read_in_silence(tmp_path, monkeypatch, capsys):
+    """A bar stands there while a document is under way, not first when it is over."""
+    source = write_corpus(tmp_path / "texts", "one text", [text_of_words(20_000, 1)])
+    monkeypatch.setattr(runtime, "BAR_AFTER", 0)
+    monkeypatch.setattr(runtime, "LOOK_EVERY", 0.01)
+    shown = []
+    look_at = sources.look_at
+
+    def slowly(*args):
+        deadline = time.monotonic() + 10
+        while "reading" not in "".join(shown) and time.monotonic() < deadline:
+            time.sleep(0.02)
+            shown.append(capsys.readouterr().err)
+        return look_at(*args)
+
+    monkeypatch.setattr(sources, "look_at", slowly)
+    data.find_shards(source, "train", cache_dir=tmp_path / "cache")
+    assert f"reading {source}" in "".join(shown)
 
 
 @pytest.mark.slow

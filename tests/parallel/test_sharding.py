@@ -272,9 +272,18 @@ def test_all_processes_stop_two_steps_after_the_first_that_wants_to(monkeypatch)
         key_value_dir_get=lambda folder: [kv for kv in told.items() if kv[0].startswith(folder)],
     )
     monkeypatch.setattr(hosts, "_store", lambda: store)
-    wanted = {5: True}
-    ended = [hosts.stop_together(step, wanted.get(step, False)) for step in range(3, 9)]
-    assert ended == [False, False, False, False, True, True]
+    monkeypatch.setattr(hosts, "_rounds", {})
+
+    def ended(wanted):
+        stop = hosts.stopping_together()
+        return [stop(step, step == wanted) for step in range(3, 9)]
+
+    assert ended(wanted=5) == [False, False, False, False, True, True]
+    # what was wanted of one training is not wanted of the next one of these processes
+    assert ended(wanted=None) == [False] * 6
+    assert ended(wanted=4) == [False, False, False, True, True, True]
+    # and all of one training have one key, whoever asks
+    assert sorted(told) == ["rawchat/stop/" + number for number in ("0/at", "2/at")]
 
 
 def test_who_is_no_process_of_the_job_is_not_counted():
