@@ -2,13 +2,13 @@
 else it ends a program with one line; and none is lost.
 """
 
-import _thread
 import atexit
 import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 import types
 
 # when the main thread is woken after a signal, in seconds from one time to the next
@@ -182,6 +182,20 @@ def _unraisable(problem):
         _leave()
     else:
         # from another thread, or it would be raised in here
-        again = threading.Timer(AGAIN, _thread.interrupt_main)
-        again.daemon = True
-        again.start()
+        main = threading.get_ident()
+        threading.Thread(target=_give_again, args=(main,), daemon=True).start()
+
+
+def _give_again(main: int):
+    """Raise a lost Ctrl-C once more in the thread `main`, when that has come out of the hook: in
+    there it would be lost for good, and a busy machine may keep it there for long.
+    """
+    inside = True
+    while inside:
+        time.sleep(AGAIN)
+        frame, inside = sys._current_frames().get(main), False
+        while frame is not None:
+            inside = inside or frame.f_code is _unraisable.__code__
+            frame = frame.f_back
+    # a signal in earnest, for it must end a wait too
+    signal.pthread_kill(main, signal.SIGINT)

@@ -115,9 +115,14 @@ def test_while_a_program_starts_ctrl_c_ends_it_whatever_catches_exceptions():
 
 
 @pytest.mark.slow
-def test_a_ctrl_c_that_a_callback_loses_is_given_once_more():
-    done = programs.run("hear_ctrl_c", "lost")
+@pytest.mark.parametrize("how", ["lost", "slowly"])
+def test_a_ctrl_c_that_a_callback_loses_is_given_once_more(how):
+    """Once the callback is over: where a thread is slow to start, it would be lost again."""
+    began = time.monotonic()
+    done = programs.run("hear_ctrl_c", how)
     assert (done.returncode, done.stderr) == (7, "")
+    # it ends a wait of 20 seconds, and not first what follows
+    assert time.monotonic() - began < 15
 
 
 def test_what_a_package_makes_of_ctrl_c_still_comes_of_it():
@@ -127,17 +132,8 @@ def test_what_a_package_makes_of_ctrl_c_still_comes_of_it():
     assert interrupts.caused(error)
 
 
-def test_a_stopped_program_runs_its_exit_handlers_and_waits_for_uploads_but_is_not_taken_down():
-    """A thread of somebody else's must not find Python gone."""
-    before = "import atexit, threading, time\ninterrupts.starting()\n"
-    told = (
-        "def tell(word):\n    os.write(2, word)\n"
-        "def upload():\n    time.sleep(0.3)\n    tell(b'uploaded ')\n"
-        "class Teardown:\n    def __del__(self):\n        tell(b'torn down')\n"
-        "kept = Teardown()\n"
-        "atexit.register(tell, b'tidied')\n"
-        "threading.Thread(target=upload).start()\n"
-    )
-    assert ended(f"{before}{told}interrupts.stopped(130)\n") == (130, "uploaded tidied")
-    # and this is what it leaves out
-    assert ended(f"{before}{told}") == (0, "uploaded tidiedtorn down")
+@pytest.mark.slow
+def test_a_stopped_program_finishes_uploads_and_exit_handlers_and_is_not_torn_down():
+    """Threads of jax that still compute must not find Python gone."""
+    done = programs.run("hear_ctrl_c", "ended")
+    assert (done.returncode, done.stderr) == (130, "uploaded tidied ")

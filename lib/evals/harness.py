@@ -372,7 +372,7 @@ def main(settings: Settings) -> None:
     from lm_eval.utils import make_table
 
     folder = Path(settings.runs_dir) / settings.run
-    tasks = [name for name in settings.tasks.split(",") if name]
+    tasks = settings.tasks.replace(",", " ").split()
     results = evaluate(
         folder,
         tasks,

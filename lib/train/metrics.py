@@ -65,7 +65,9 @@ class Metrics:
         if jax.process_index():
             return
         run = Run(Path(run_dir), total_steps, resumed, config or {})
-        for name in dict.fromkeys([*writers, "jsonl"]):
+        # a form's "console, tensorboard" leaves blanks around the names
+        names = [name.strip() for name in writers]
+        for name in dict.fromkeys([*names, "jsonl"]):
             if writer := _find_writer(name)(run):
                 self._writers[name] = writer
 

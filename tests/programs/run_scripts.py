@@ -46,5 +46,8 @@ for script, *words in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = code_of(script)
+    # a script that was stopped would have this process end with its code
+    if interrupts := sys.modules.get("lib.interrupts"):
+        interrupts.ENDING.clear()
     results.append([code, out.getvalue(), err.getvalue()])
 print("RESULT" + json.dumps(results))

@@ -210,6 +210,8 @@ def test_unknown_writer_lists_the_names_and_touches_nothing(tmp_path):
         match="unknown metrics writer 'tensorbord'.*tensorboard, wandb:off, wandb:offline",
     ):
         Metrics(tmp_path, 1, ["tensorbord"])
+    with Metrics(tmp_path, 1, [" console", " console "]) as metrics:
+        assert list(metrics._writers) == ["console", "jsonl"]
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
 
 
