@@ -15,7 +15,7 @@ from lib.files import UserError, choose, first_line, parse_json, write_atomic
 
 MLPS = ("relu2", "gelu", "swiglu")
 REMATS = ("none", "dots", "layer")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "mixed", "bfloat16")
 OPTIMIZER_NAMES = ("muon", "adamw")
 ATTENTION_NAMES = ("einsum", "jax", "splash", "pallas")
 MAX_LAYERS = 10_000  # beyond it the program alone would take longer to write than anyone waits
@@ -176,7 +176,8 @@ class Config:
     attention: str = "auto"
     # queries and keys per block of splash and pallas, at most; 0: their own default
     attention_block: int = 0
-    # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32
+    # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32. mixed: float32, but
+    # what large products multiply is bfloat16; auto trains so on CPUs that have it (`for_training`)
     compute_dtype: str = "auto"
     # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all
     # of it)
@@ -282,9 +283,27 @@ class Config:
     @property
     def dtype(self):
         """The dtype that activations are computed in."""
+        if self.compute_dtype == "mixed":
+            return jax.numpy.dtype("float32")
         if self.compute_dtype != "auto":
             return jax.numpy.dtype(self.compute_dtype)
         return jax.numpy.dtype("bfloat16" if _has_bfloat16() else "float32")
+
+    @property
+    def operand_dtype(self):
+        """The dtype of what the large products over whole rows multiply; decoding's are `dtype`."""
+        return jax.numpy.dtype("bfloat16") if self.compute_dtype == "mixed" else self.dtype
+
+    def for_training(self) -> "Config":
+        """What a training step computes with: auto is mixed on a CPU that multiplies bfloat16.
+
+        Not where jax is asked to leave optimizations out, as the tests do.
+        """
+        plain = jax.config.read("jax_disable_most_optimizations")
+        on_cpu = self.compute_dtype == "auto" and jax.default_backend() == "cpu"
+        if on_cpu and not plain and runtime.multiplies_bfloat16():
+            return self.replace(compute_dtype="mixed")
+        return self
 
     @property
     def attention_name(self) -> str:

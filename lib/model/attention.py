@@ -19,13 +19,16 @@ from jax.ad_checkpoint import checkpoint_name
 from lib.config import check_attention
 from lib.files import UserError
 from lib.model.kernels import MASKED, RESIDUAL_NAME, pallas, splash
+from lib.model.linear import written_out
 
 
-def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | None = None):
+def einsum(
+    q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | None = None, operands=None
+):
     """Attention in einsums, each block of queries against only the blocks of keys it can see.
 
     block: positions per block, default an eighth of T but at least 128 (fastest on CPU at T = 512
-    and 2048).
+    and 2048). operands: the dtype in which products multiply, default that of the queries.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
@@ -38,16 +41,17 @@ def einsum(q_BTNH, k_BSKH, v_BSKH, window: int | None = None, *, block: int | No
     q_BKRH = q_BTKGH.swapaxes(1, 2).reshape(B, K, -1, H)
     k_BKSH = k_BSKH.swapaxes(1, 2)
     v_BKSH = v_BSKH.swapaxes(1, 2)
-    o_BKRH = cast(Any, _blocked(q_BKRH, k_BKSH, v_BKSH, window, block))
+    operands = operands or q_BTNH.dtype
+    o_BKRH = cast(Any, _blocked(q_BKRH, k_BKSH, v_BKSH, window, block, operands))
 
     # and back
     o_BKTGH = o_BKRH.reshape(B, K, T, G, H)
     return o_BKTGH.swapaxes(1, 2).reshape(B, T, N, H)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block):
-    o_BKRH, _ = _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _blocked(q_BKRH, k_BKSH, v_BKSH, window, block, operands):
+    o_BKRH, _ = _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block, operands)
     return o_BKRH
 
 
@@ -80,8 +84,10 @@ def _blocked_scores(q_BKRH, k_BKSH, window, block):
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
+def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block, operands):
     """o, and what backward needs."""
+    dtype = q_BKRH.dtype
+    q_BKRH, k_BKSH, v_BKSH = (a.astype(operands) for a in (q_BKRH, k_BKSH, v_BKSH))
     outs, lses = [], []
     for _, keys, s_BKRS in _blocked_scores(q_BKRH, k_BKSH, window, block):
         # softmax, and the log of its sum for backward
@@ -95,18 +101,21 @@ def _blocked_forward(q_BKRH, k_BKSH, v_BKSH, window, block):
         lses.append(top_BKR1 + jnp.log(total_BKR1))
 
     # named, so that rematerialization can keep them
-    o_BKRH = jnp.concatenate(outs, 2).astype(q_BKRH.dtype)
+    o_BKRH = jnp.concatenate(outs, 2).astype(dtype)
     o_BKRH = checkpoint_name(o_BKRH, RESIDUAL_NAME)
     lse_BKR1 = checkpoint_name(jnp.concatenate(lses, 2), RESIDUAL_NAME)
     return o_BKRH, (q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1)
 
 
-def _blocked_backward(window, block, residuals, do_BKRH):
+def _blocked_backward(window, block, operands, residuals, do_BKRH):
     """Recomputing the probabilities is faster on CPU than reading them back, and holds none."""
     q_BKRH, k_BKSH, v_BKSH, o_BKRH, lse_BKR1 = residuals
     scale = 1 / math.sqrt(q_BKRH.shape[-1])
     # what softmax's gradient takes away: each query's o times do
     delta_BKR1 = _product("BKRH,BKRH->BKR", o_BKRH, do_BKRH)[..., None]
+    dtype = do_BKRH.dtype
+    do_BKRH = do_BKRH.astype(operands)
+    over_rows = _over_rows_mixed if dtype != operands else _over_rows
 
     # a block of queries each, and of keys
     dq: list = []
@@ -126,16 +135,27 @@ def _blocked_backward(window, block, residuals, do_BKRH):
 
         # queries are complete at once; keys are seen by several blocks of queries
         dq.append(_product("BKRS,BKSH->BKRH", ds_BKRS, k))
-        dk_BKSH = _product("BKRS,BKRH->BKSH", ds_BKRS, q)
+        dk_BKSH = over_rows(ds_BKRS, q)
         _add_blocks(dk, dk_BKSH, keys.start, block)
-        dv_BKSH = _product("BKRS,BKRH->BKSH", p_BKRS.astype(do.dtype), do)
+        dv_BKSH = over_rows(p_BKRS.astype(do.dtype), do)
         _add_blocks(dv, dv_BKSH, keys.start, block)
 
     return (
-        jnp.concatenate(dq, 2).astype(q_BKRH.dtype),
-        jnp.concatenate(dk, 2).astype(k_BKSH.dtype),
-        jnp.concatenate(dv, 2).astype(v_BKSH.dtype),
+        jnp.concatenate(dq, 2).astype(dtype),
+        jnp.concatenate(dk, 2).astype(dtype),
+        jnp.concatenate(dv, 2).astype(dtype),
     )
+
+
+def _over_rows(w_BKRS, a_BKRH):
+    """(B, K, S, H): for each key the sum over the rows of its queries, weighed."""
+    return _product("BKRS,BKRH->BKSH", w_BKRS, a_BKRH)
+
+
+def _over_rows_mixed(w_BKRS, a_BKRH):
+    """`_over_rows` of bfloat16 on a CPU."""
+    w_BKSR = written_out(w_BKRS.swapaxes(2, 3))
+    return _product("BKSR,BKRH->BKSH", w_BKSR, a_BKRH)
 
 
 def _add_blocks(parts: list, new_BKSH, start: int, block: int):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lib.config import Config
-from lib.model.linear import linear
+from lib.model.linear import linear, written_out
 from lib.parallel.collectives import gather
 
 
@@ -32,7 +32,8 @@ def _logits(x, head, config: Config):
         logits = linear("CD,DV->CV", x_CD, head).astype(jnp.float32)
         logits = logits.reshape(*x.shape[:-1], -1)
     else:
-        logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        operands = x.astype(config.operand_dtype), head.astype(config.operand_dtype)
+        logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
     logits = logits[..., : config.vocab_size]
     if config.softcap:
         logits = config.softcap * jnp.tanh(logits / config.softcap)
@@ -47,7 +48,7 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     gradients.
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head = head if isinstance(head, dict) else head.astype(x_MCD.dtype)
+    head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
     losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], xt[1], head, config)[0], (x_MCD, t_MC))
     return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
@@ -59,7 +60,7 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
     For gradients too: the logits of one chunk of tokens at a time are made again on the way back.
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head_DV = head_DV.astype(x_MCD.dtype)
+    head_DV = head_DV.astype(config.operand_dtype)
 
     @jax.checkpoint
     def chunk(x_CD, t_C):
@@ -81,7 +82,7 @@ def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     time.
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head = head_DV.astype(x_MCD.dtype)
+    head = head_DV.astype(config.operand_dtype)
 
     def chunk(xt):
         return _chunk_loss(xt[0], xt[1], head, config)[0].sum()
@@ -116,7 +117,7 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     them.
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head = head_DV.astype(x_MCD.dtype)
+    head = head_DV.astype(config.operand_dtype)
 
     def chunk(head_grad, xt):
         x_CD, t_C = xt
@@ -127,11 +128,12 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
         # through the softcap's tanh
         if config.softcap:
             d_CV = d_CV * (1 - jnp.square(logits_CV / config.softcap))
-        d_CV = jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(x_CD.dtype)
+        d_CV = jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(head.dtype)
         d_CV = jnp.pad(d_CV, ((0, 0), (0, config.padded_vocab - config.vocab_size)))
         # summed over chunks in float32, whatever the compute dtype
-        head_grad += jnp.einsum("CD,CV->DV", x_CD, d_CV, preferred_element_type=jnp.float32)
-        return head_grad, (loss_C.sum(), jnp.einsum("CV,DV->CD", d_CV, head))
+        head_grad += _head_gradient(x_CD, d_CV)
+        x_grad = jnp.einsum("CV,DV->CD", d_CV, head, preferred_element_type=x_CD.dtype)
+        return head_grad, (loss_C.sum(), x_grad)
 
     zero = jnp.zeros(head_DV.shape, jnp.float32)
     if len(t_MC) == 1:
@@ -141,6 +143,15 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     # without the tokens that filled up the last chunk
     x_grad = x_grad.reshape(-1, x_MCD.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
     return losses.sum(), (x_grad, head_grad)
+
+
+def _head_gradient(x_CD, d_CV):
+    """(D, V) in float32, of operands in the dtype of `d_CV`."""
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if x_CD.dtype != d_CV.dtype:
+        x_DC = written_out(x_CD.astype(d_CV.dtype).T)
+        return product("DC,CV->DV", x_DC, d_CV)
+    return product("CD,CV->DV", x_CD, d_CV)
 
 
 def _summed_loss_backward(config, saved, g):

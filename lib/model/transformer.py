@@ -90,6 +90,9 @@ def full_attention(config: Config, window: int):
     options = {}
     if config.attention_block and config.attention_name in BLOCKS:
         options["block"] = config.attention_block
+    # the mixed mode is for CPUs, whose attention this is
+    if config.attention_name == "einsum":
+        options["operands"] = config.operand_dtype
 
     def attend(q_BTNH, k_BSKH, v_BSKH):
         return implementation(q_BTNH, k_BSKH, v_BSKH, visible, **options), None
@@ -313,8 +316,8 @@ def hidden(params, config: Config, tokens_BT, cache: Cache | None = None) -> tup
         return continued(params, config, tokens_BT, cache)
     with jax.named_scope("embed"):
         x_BTD = embed(params, config, tokens_BT)
-    # once for all layers, so that their stacked gradients are held in the compute dtype too
-    params = params | {"blocks": cast_matrices(params["blocks"], config.dtype)}
+    # once for all layers, so that their stacked gradients are held in their dtype too
+    params = params | {"blocks": cast_matrices(params["blocks"], config.operand_dtype)}
     rope = rope_tables(jnp.arange(tokens_BT.shape[1]), config)
     x_BTD, middle_BTD = layers(x_BTD, params, tokens_BT, config, rope)
     return final_norm(x_BTD, middle_BTD, params, config), None

@@ -38,6 +38,9 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
     """The model, its batch and its horizon."""
     counts = [f"{name} {n:,}" for name, n in count_params(config).items() if n]
     tokens = config.num_steps * config.total_batch_size
+    dtype = str(config.dtype)
+    if config.for_training().compute_dtype == "mixed":
+        dtype += " with products of bfloat16"
     rows = f"{config.accumulate} x {config.microbatch} rows"
     if layout:
         rows += f", {config.microbatch // layout.size(*BATCH)} a device"
@@ -45,7 +48,7 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
         f"parameters  {'  '.join(counts)}",
         f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads "
         f"({config.n_kv_head} kv) of {config.head_dim}, windows {config.window_pattern}, "
-        f"rows of {config.sequence_len} tokens, {config.dtype} on float32 masters",
+        f"rows of {config.sequence_len} tokens, {dtype} on float32 masters",
         f"attention   {config.attention_name}",
         f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens ({rows}) "
         f"= {tokens:,} tokens, {tokens / config.scaling_params:.1f} per parameter",

@@ -131,8 +131,9 @@ def train_step(
 
     Gradients of summed losses add up in float32 and are divided once by the number of targets, so
     that A microbatches equal one big batch however the ignored targets (negative) are spread, and
-    so do several devices.
+    so do several devices. `config.for_training` says in which dtype.
     """
+    config = config.for_training()
     with jax.named_scope("forward_backward"):
         # sums over all rows: of losses, of targets, of gradients
         if layout is None:

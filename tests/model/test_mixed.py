@@ -1,0 +1,118 @@
+"""The mixed mode: products of bfloat16 operands with float32 results, all else in float32."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lib import runtime, train
+from lib.config import Config
+from lib.model.attention import ATTENTION
+from lib.model.linear import linear
+from lib.model.transformer import forward, loss_fn
+from lib.preflight.overview import shape_lines
+from tests.model.test_model import TINY, relative, tiny_params, tokens
+
+MIXED = TINY.replace(compute_dtype="mixed")
+PLAIN = TINY.replace(compute_dtype="float32")
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def rounded(a):
+    """What bfloat16 makes of it, in float64."""
+    return np.asarray(a.astype(jnp.bfloat16).astype(jnp.float32), np.float64)
+
+
+@pytest.mark.parametrize("outputs", [24, 200])  # the gradient in front, and the input
+def test_a_linear_layer_rounds_its_operands_and_nothing_else(outputs):
+    x_BTD, w_DO = normal(0, 2, 8, 96), normal(1, 96, outputs)
+    g_BTO = normal(2, 2, 8, outputs)
+    y, pull = jax.vjp(lambda x, w: linear("BTD,DO->BTO", x, w), x_BTD, w_DO.astype(jnp.bfloat16))
+    x_grad, w_grad = pull(g_BTO)
+    assert y.dtype == x_grad.dtype == jnp.float32
+
+    x, w, g = rounded(x_BTD), rounded(w_DO), rounded(g_BTO)
+    assert relative(y, x @ w) < 1e-6
+    assert relative(x_grad, g @ w.T) < 1e-6
+    # held in the weight's dtype, as the weights are
+    assert relative(w_grad, np.einsum("BTD,BTO->DO", x, g)) < 4e-3
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_attention_rounds_its_operands(window):
+    attend = ATTENTION["einsum"]
+    qkv = normal(0, 1, 96, 4, 16), normal(1, 1, 96, 2, 16), normal(2, 1, 96, 2, 16)
+
+    def run(*qkv, **options):
+        return attend(*qkv, window, block=32, **options)
+
+    want, pull = jax.vjp(run, *qkv)
+    o, pull_mixed = jax.vjp(lambda *qkv: run(*qkv, operands=jnp.bfloat16), *qkv)
+    assert o.dtype == jnp.float32 and 0 < relative(o, want) < 1e-2
+    for gradient, wanted in zip(pull_mixed(o), pull(o)):
+        assert gradient.dtype == jnp.float32 and 0 < relative(gradient, wanted) < 1e-2
+
+
+def products_of(config):
+    """How many products of a loss and its gradient multiply each dtype."""
+    x = tokens(2, 32)
+    grad = jax.value_and_grad(lambda p: loss_fn(p, config, x, x)[0])
+    text = jax.jit(grad).lower(tiny_params()).as_text()
+    types = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>.*-> tensor<[\dx]*(\w+)>", text)
+    return {pair: types.count(pair) for pair in set(types)}
+
+
+def test_all_but_the_gates_multiply_bfloat16():
+    config = MIXED.replace(scan_layers=False)
+    products = products_of(config)
+    plain = products_of(config.replace(compute_dtype="float32"))
+    assert set(plain) == {("f32", "f32")} and set(products) == {("f32", "f32"), ("bf16", "f32")}
+    # smear's gate, one a value layer, and attention's own sum of each layer
+    gates = 3 * (1 + len(config.value_layers)) + config.n_layer
+    assert products["f32", "f32"] <= gates and products["bf16", "f32"] >= 3 * 6 * config.n_layer
+    assert sum(products.values()) == sum(plain.values())
+
+
+def test_a_model_says_the_same_but_for_rounding():
+    params, x = tiny_params(), tokens(2, 40)
+    want, _ = forward(params, PLAIN, x)
+    logits, _ = forward(params, MIXED, x)
+    assert logits.dtype == jnp.float32 and 1e-5 < relative(logits, want) < 2e-2
+
+
+def test_training_goes_on_bit_for_bit():
+    config = MIXED.replace(sequence_len=32, total_batch_size=64, microbatch=2, num_steps=4)
+    step = jax.jit(lambda state, x: train.train_step(state, x, x, config))
+    x = tokens(2, 32)
+    state, _ = step(train.init_state(config), x)
+    # as a checkpoint holds it
+    kept = jax.tree.map(np.asarray, state)
+    straight, _ = step(state, x)
+    resumed, _ = step(jax.tree.map(jnp.asarray, kept), x)
+    for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_auto_trains_so_where_the_processor_multiplies_bfloat16(monkeypatch):
+    auto = Config.preset("cpu_demo")
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: True)
+    # as the tests run
+    assert auto.for_training() == auto
+
+    monkeypatch.setattr(jax.config, "read", lambda name: False)
+    assert auto.for_training() == auto.replace(compute_dtype="mixed")
+    assert "float32 with products of bfloat16 on float32 masters" in "\n".join(
+        shape_lines(auto, None)
+    )
+    # what was asked for stays, and what was trained is measured and decoded in float32
+    asked = auto.replace(compute_dtype="float32")
+    assert asked.for_training() == asked and auto.dtype == auto.operand_dtype == jnp.float32
+
+    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: False)
+    assert auto.for_training() == auto
+    assert "with products" not in "\n".join(shape_lines(auto, None))
