@@ -6,6 +6,9 @@ Both are opaque to the partitioner: over several devices, call them in `jax.shar
 The one hidden state of lib.model is here: within `compiled_kernels()` kernels are traced for a real
 TPU although the default backend is a CPU. Everything that traces a model reads it (`forward`,
 `loss_fn`), and only a compilation for a device that isn't there sets it.
+
+Pallas is imported where a kernel is made: most programs make none, and it is a tenth of what they
+take to start.
 """
 
 import contextlib
@@ -18,9 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.tpu import splash_attention as sa
 
 from lib.config import KERNEL_TILE
 from lib.files import UserError
@@ -105,6 +105,8 @@ def splash(
 @functools.lru_cache
 def _splash_kernel(T, N, window, block, interpret):
     """The kernel for one sequence; made once per shape, for its tables of blocks take a while."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as sa
+
     mask = sa.CausalMask((T, T))
     if window is not None:
         mask = sa.LocalMask((T, T), (window, 0), 0)
@@ -170,6 +172,9 @@ def _flash_forward(q_BNTH, k_BKSH, v_BKSH, window, block, interpret):
     """o, and what backward needs. The grid: (batch, group of heads, head of it, query block, step
     through its key blocks).
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
     G = N // K
@@ -223,6 +228,9 @@ def _flash_backward(window, block, interpret, residuals, do_BNTH):
     """The gradients of q, k and v. The grid: (batch, group of heads, head of it, key block, step
     through the query blocks that see it).
     """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     q_BNTH, k_BKSH, v_BKSH, o_BNTH, lse_BNT = residuals
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
@@ -312,6 +320,8 @@ def _forward_kernel(  # noqa: PLR0913 (Pallas hands over every buffer)
     q_ref, k_ref, v_ref, o_ref, lse_ref, max_ref, sum_ref, acc_ref, *, window, reach
 ):
     """A step of online softmax: one key block more for a query block."""
+    from jax.experimental import pallas as pl
+
     i = pl.program_id(3)
     step = pl.program_id(4)
     j = i - reach + step
@@ -362,6 +372,8 @@ def _backward_kernel(  # noqa: PLR0913 (Pallas hands over every buffer)
     blocks,
 ):
     """All three gradients in one pass: p is recomputed once, whole heads accumulate on chip."""
+    from jax.experimental import pallas as pl
+
     g = pl.program_id(2)
     j = pl.program_id(3)
     step = pl.program_id(4)
