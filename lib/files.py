@@ -4,17 +4,21 @@ do.
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import shlex
 import shutil
 import stat
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +347,43 @@ def first_line(error) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+# seconds after which a store that says nothing is given up
+PATIENCE = 60.0
+# addresses of stores whose clients hang where there is no login
+BUCKETS = {"gs", "gcs", "s3", "s3a"}
+
+
+def answered(address, work: Callable[[], Any], seconds: float = 0) -> Any:
+    """work(), which asks a store; UserError where that takes longer than `seconds` (0: PATIENCE).
+
+    The clients of buckets try for minutes where there is no network or no login. Whatever hangs is
+    left to its thread.
+    """
+    if not is_remote(address):
+        return work()
+    answer, seconds = in_background(work), seconds or PATIENCE
+    if not wait([answer], timeout=seconds).done:
+        raise Unreachable(
+            f"{address} did not answer in {seconds:.0f} s: check the address, your login and the"
+            " network"
+        )
+    return answer.result()
+
+
+def in_background(work: Callable[[], Any]) -> Future:
+    """What work() will have given, in a thread that keeps nobody from ending."""
+    answer: Future = Future()
+
+    def do():
+        try:
+            answer.set_result(work())
+        except BaseException as e:
+            answer.set_exception(e)
+
+    threading.Thread(target=do, name="background", daemon=True).start()
+    return answer
+
+
 @contextlib.contextmanager
 def reaching(path):
     """`writing`, and for a remote `path` any other failure (login, network, missing bucket) as a
@@ -356,9 +397,13 @@ def reaching(path):
     except Exception as e:
         if not is_remote(path):
             raise
-        raise UserError(
-            f"cannot reach {path} ({first_line(e)}): check the address, your login and the network"
-        ) from e
+        reason, advice = first_line(e), "check the address, your login and the network"
+        if isinstance(e, FileNotFoundError):
+            reason, advice = "there is no such bucket or file", "check the address"
+        # gcsfs has no class for it
+        if isinstance(e, PermissionError) or str(e).startswith("Forbidden"):
+            advice = "your login may not do that there: ask for the right, or choose another place"
+        raise UserError(f"cannot reach {path} ({reason}): {advice}") from e
 
 
 def filesystem(path):
@@ -368,8 +413,33 @@ def filesystem(path):
     """
     import fsspec
 
-    with reaching(path):
-        fs, inner = fsspec.core.url_to_fs(str(path))
-        # others write there too
-        fs.invalidate_cache()
-        return fs, inner
+    scheme, _, place = str(path).partition("://")
+    if scheme in BUCKETS:
+        fs = _store(f"{scheme}://{place.split('/')[0]}")
+        inner = fs._strip_protocol(str(path))
+    else:
+        with reaching(path):
+            fs, inner = fsspec.core.url_to_fs(str(path))
+    # others write there too
+    fs.invalidate_cache()
+    return fs, inner
+
+
+@functools.cache
+def _store(bucket: str):
+    """The client of a bucket that has said its first word, whatever that is: who asks it next need
+    not fear to hang. It is kept, for to find a login takes a client seconds.
+    """
+    import fsspec
+
+    # gcsfs tells each failure with a traceback, and we tell it in a sentence
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+    def reach():
+        with reaching(bucket):
+            fs, root = fsspec.core.url_to_fs(bucket)
+        with contextlib.suppress(Exception):
+            fs.exists(root)
+        return fs
+
+    return answered(bucket, reach)

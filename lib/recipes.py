@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.config import Config
+from lib.data.corpus import corpus_of, is_records, tokenizer_in
 from lib.data.packing import MOST_EPOCHS
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
 from lib.data.vocabulary import Vocabulary, make_tokenizer
@@ -142,6 +143,11 @@ def tokenizer_of(run: Path, preset: str, source: str, device: dict, hosted: bool
     """The tokenizer of a run folder; where there is none it is made, by 01's own function."""
     if (run / FILE).exists():
         return load_tokenizer(run)
+    if is_records(source):
+        print(f"{run} has no tokenizer yet: it takes that of {source}")
+        tokenizer = tokenizer_in(corpus_of(source))
+        tokenizer.save(run / FILE)
+        return tokenizer
     text = for_tokenizer(preset, source, 0, device, hosted)
     print(f"{run} has no tokenizer yet: making one as 01 does, {text.why}")
     tokenizer, _ = make_tokenizer(run, Vocabulary(text.source, text.vocab_size))

@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from lib.data.tokens import FORMAT, Tokens, TokenShard, spans
+from lib.data.streams import RecordShard
+from lib.data.tokens import FORMAT, Tokens, TokenShard
 from lib.files import UserError, choose
 
 
@@ -219,11 +220,11 @@ def _short(value) -> str:
 # ---- texts -------------------------------------------------------------------------------------
 
 
-def _shuffled_pieces(shard: TokenShard, bos, sequence_len, host, hosts, rng):
+def _shuffled_pieces(shard: TokenShard | RecordShard, bos, sequence_len, host, hosts, rng):
     """Documents cut to the context's length, so that a long one neither blocks the buffer nor fills
     whole batches.
     """
-    begins, lengths = spans(shard, bos)
+    begins, lengths = shard.spans(bos)
     counts = np.maximum(1, -(-(lengths - 1) // sequence_len))
     firsts = np.repeat(counts.cumsum() - counts, counts)
     offsets = (np.arange(counts.sum()) - firsts) * sequence_len
@@ -234,18 +235,18 @@ def _shuffled_pieces(shard: TokenShard, bos, sequence_len, host, hosts, rng):
     return (np.repeat(begins, counts) + offsets)[own], pieces[own], np.arange(1, own.size + 1)
 
 
-def _shuffled_documents(shard: TokenShard, bos, sequence_len, host, hosts, rng):
+def _shuffled_documents(shard: TokenShard | RecordShard, bos, sequence_len, host, hosts, rng):
     """Whole documents in a random order."""
-    begins, lengths = spans(shard, bos)
+    begins, lengths = shard.spans(bos)
     own = rng.permutation(begins.size)[host::hosts]
     return begins[own], lengths[own], np.arange(1, own.size + 1)
 
 
-def _row_groups(shard: TokenShard, bos, sequence_len, host, hosts, rng, at_once=128):
+def _row_groups(shard: TokenShard | RecordShard, bos, sequence_len, host, hosts, rng, at_once=128):
     """Documents as they come; each host reads every hosts-th row group, and takes `at_once` of it
     into the buffer.
     """
-    begins, lengths = spans(shard, bos)
+    begins, lengths = shard.spans(bos)
     ends = np.cumsum(shard.groups)
     groups = [np.arange(end - size, end) for size, end in zip(shard.groups, ends)][host::hosts]
 
@@ -281,6 +282,8 @@ class TextFeed:
         self.epoch, self.shard, self.index = cursor["epoch"], cursor["shard"], cursor["index"]
         # of the current shard: where pieces begin, their lengths, and how far to read at once
         self.order: tuple[list[int], list[int], np.ndarray] | None = None
+        # the tokens of those pieces, from `index` on
+        self.stream: Iterator[np.ndarray] = iter(())
         self.idle = False  # nothing has come since this epoch began
         self.counts = collections.Counter({name: cursor[name] for name in self.counted})
 
@@ -293,7 +296,7 @@ class TextFeed:
                 chosen = slice(self.index, int(stops[self.index]))
                 self.index, self.idle = chosen.stop, False
                 return [
-                    self.piece(self.shard, begin, length)
+                    Piece((self.shard, begin, length), next(self.stream))
                     for begin, length in zip(begins[chosen], lengths[chosen])
                 ]
             self.next_shard()
@@ -304,14 +307,11 @@ class TextFeed:
         host, hosts = self.settings["host_index"], self.settings["host_count"]
         # RandomState: its numbers never change with numpy's version.
         rng = np.random.RandomState([self.settings["seed"], self.epoch, self.shard])
+        shard = self.tokens[self.shard]
         begins, lengths, stops = self.packing.order(
-            self.tokens[self.shard],
-            self.tokens.bos,
-            self.settings["sequence_len"],
-            host,
-            hosts,
-            rng,
+            shard, self.tokens.bos, self.settings["sequence_len"], host, hosts, rng
         )
+        self.stream = shard.pieces(begins[self.index :], lengths[self.index :])
         return begins.tolist(), lengths.tolist(), stops
 
     def next_shard(self):
@@ -323,16 +323,17 @@ class TextFeed:
             raise UserError(f"no documents for host {host} of {hosts}: give a larger corpus")
         self.epoch, self.shard, self.idle = self.epoch + 1, 0, True
 
-    def piece(self, shard: int, begin: int, length: int) -> Piece:
-        ids = self.tokens[shard].ids
-        return Piece((shard, begin, length), ids[begin : begin + length])
-
     def place(self) -> dict:
         return dict(epoch=self.epoch, shard=self.shard, index=self.index)
 
     def restore(self, origins: list[int]) -> list[Piece]:
-        triples = zip(origins[::3], origins[1::3], origins[2::3])
-        return [self.piece(shard, begin, length) for shard, begin, length in triples]
+        triples = list(zip(origins[::3], origins[1::3], origins[2::3]))
+        streams = {}
+        for number in {shard for shard, _, _ in triples}:
+            places = [(begin, length) for shard, begin, length in triples if shard == number]
+            # read now: a later shard may need this one's place
+            streams[number] = iter(list(self.tokens[number].pieces(*zip(*places))))
+        return [Piece(triple, next(streams[triple[0]])) for triple in triples]
 
 
 def batches(  # noqa: PLR0913  (each is a setting of the cursor, and most have a default)

@@ -21,8 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.data.corpus import is_records
 from lib.data.download import CACHE, hub_file, tell
 from lib.data.readers import READERS
+from lib.data.streams import manifest_of, texts_of
 from lib.files import (
     UserError,
     choose,
@@ -428,10 +430,14 @@ def fetch_shard(shard: Shard) -> Shard:
 def documents(source: str, split: str, *, shards: int = 8, cache_dir=CACHE) -> Iterator[str]:
     """The documents of one side of a source, always in the same order.
 
-    source: a name in SOURCES, or a local file, folder or glob of .txt .md .py .jsonl .parquet.
-    split: "train" or "val", which never share a document. shards: how many training shards of a Hub
-    source, at most all there are; they are downloaded on the way.
+    source: a name in SOURCES, a local file, folder or glob of .txt .md .py .jsonl .parquet, or
+    records: and the place of a corpus that `lib.data.records` has written. split: "train" or "val",
+    which never share a document. shards: how many training shards of a Hub source, at most all
+    there are; they are downloaded on the way.
     """
+    if is_records(source):
+        choose("split", split, SPLITS)
+        return texts_of(source, split)
     found = find_shards(source, split, shards, cache_dir)
 
     def read():
@@ -455,6 +461,8 @@ def manifest(source: str, shards: int = 8, cache_dir=CACHE) -> dict:
 
     Names are relative to the folder that holds all files, so that moving them changes nothing.
     """
+    if is_records(source):
+        return manifest_of(source)
     if source in ("stdlib", "stdlib_with_tests"):
         corpus = _stdlib_corpus(source != "stdlib", cache_dir)
     elif source in SOURCES:

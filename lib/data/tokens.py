@@ -11,7 +11,7 @@ import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.data.corpus import check_tokenizer, corpus_of, is_records
 from lib.data.download import CACHE
+from lib.data.regions import warn_if_far
 from lib.data.sources import Shard, digest_of, fetch_shard, find_shards, groups_of
+from lib.data.streams import RecordShard, open_shards
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, replacing
 from lib.runtime import show_waiting
@@ -37,6 +40,21 @@ class TokenShard(NamedTuple):
     groups: list[int]  # documents per row group (parquet) or file
     bytes: int  # of the documents as UTF-8
 
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return self.ids.size
+
+    def spans(self, bos: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document begins, and how many tokens it has, bos included."""
+        begins = np.flatnonzero(self.ids == bos)
+        return begins, np.diff(begins, append=self.ids.size)
+
+    def pieces(self, begins, lengths) -> Iterator[np.ndarray]:
+        """The tokens of these places, in this order."""
+        places = zip(np.asarray(begins).tolist(), np.asarray(lengths).tolist())
+        return (self.ids[begin : begin + length] for begin, length in places)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -46,12 +64,14 @@ class Tokens:
 
     identity: str
     bos: int
-    shards: tuple[Callable[[], TokenShard], ...]
+    shards: tuple[Callable[[], TokenShard | RecordShard], ...]
+    # tokens of each shard, where that is known before it is opened
+    sizes: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, i: int) -> TokenShard:
+    def __getitem__(self, i: int) -> TokenShard | RecordShard:
         return self.shards[i]()
 
 
@@ -78,30 +98,55 @@ def open_tokens(
 
     Arguments as in `documents`; workers: processes that download and tokenise (default: one per
     core, at most 8). Shards are cached by content and tokenizer, and made anew where a cache file
-    is damaged.
+    is damaged. A corpus of records (`lib.data.corpus`) is tokenised already, and read where it is.
     """
+    if is_records(source):
+        return _open_records(source, split, tokenizer)
     parts = find_shards(source, split, shards, cache_dir)
     folder = Path(cache_dir, "tokens").absolute()
     spec = folder / f"tokenizer-{tokenizer.fingerprint[:16]}.json"
     if not spec.exists():
         tokenizer.save(spec)
 
-    made_with = [FORMAT, tokenizer.fingerprint]
     jobs = []
     for shard in parts:
-        key = digest_of(json.dumps([*made_with, shard.identity]))[:32]
+        key = digest_of(json.dumps([FORMAT, tokenizer.fingerprint, shard.identity]))[:32]
         jobs.append(Job(shard, folder / f"{key}.npy", Future()))
 
     waiting = collections.deque(jobs)
     for _ in range(min(len(jobs), workers or min(os.cpu_count() or 1, 8))):
         threading.Thread(target=_work, args=(waiting, spec), daemon=True).start()
 
-    identity = digest_of(json.dumps([*made_with, [shard.identity for shard in parts]]))
+    identity = _identity(tokenizer, [shard.identity for shard in parts])
     tokens = Tokens(identity, tokenizer.bos, tuple(job.done.result for job in jobs))
     weakref.finalize(tokens, waiting.clear)  # nobody reads on: leave the rest undone
 
     _show_waiting(jobs, source)
-    if not any(shard.ids.size for shard in tokens):
+    return _not_empty(tokens, source, split)
+
+
+def _open_records(source: str, split: str, tokenizer: Tokenizer) -> Tokens:
+    """The tokens of a corpus of records: to whoever reads them, the same as those of the text that
+    it was made from.
+    """
+    corpus = corpus_of(source)
+    check_tokenizer(corpus, tokenizer)
+    warn_if_far(corpus.address)
+    entries = corpus.of(split)
+    sizes = tuple(entry.tokens for entry in entries)
+    identity = _identity(tokenizer, [entry.identity for entry in entries])
+    tokens = Tokens(identity, tokenizer.bos, open_shards(corpus, split), sizes)
+    return _not_empty(tokens, source, split)
+
+
+def _identity(tokenizer: Tokenizer, shards: list[str]) -> str:
+    """What a cursor knows these tokens by."""
+    return digest_of(json.dumps([FORMAT, tokenizer.fingerprint, shards]))
+
+
+def _not_empty(tokens: Tokens, source: str, split: str) -> Tokens:
+    sizes = tokens.sizes or (shard.size for shard in tokens)
+    if not any(sizes):
         raise UserError(
             f"{source} has no documents in its {split} split: give it more, or choose another"
             " source"
@@ -119,13 +164,23 @@ def _work(waiting: collections.deque[Job], spec: Path):
         except IndexError:
             return
         try:
-            tokens = _load(job.out)
-            if tokens is None:
-                _tokenise_apart(fetch_shard(job.shard), spec, job.out)
-                tokens = _load(job.out)
-            job.done.set_result(tokens)
+            job.done.set_result(tokenised(job.shard, spec, job.out))
         except BaseException as e:
             job.done.set_exception(e)
+
+
+def tokenised(shard: Shard, spec: Path, out: Path) -> TokenShard:
+    """A shard's tokens, from the file `out`; made in a process of its own where it isn't there.
+
+    spec: the tokenizer's file. A shard of the Hub is downloaded first.
+    """
+    tokens = _load(out)
+    if tokens is None:
+        _tokenise_apart(fetch_shard(shard), spec, out)
+        tokens = _load(out)
+    if tokens is None:
+        raise UserError(f"cannot read back {out}: the disk is failing, so choose another folder")
+    return tokens
 
 
 def _show_waiting(jobs: list[Job], source: str):
@@ -137,12 +192,6 @@ def _show_waiting(jobs: list[Job], source: str):
         unit=" shards",
         desc=f"tokenising {source}",
     )
-
-
-def spans(shard: TokenShard, bos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document of a shard begins, and how many tokens it has, bos included."""
-    begins = np.flatnonzero(shard.ids == bos)
-    return begins, np.diff(begins, append=shard.ids.size)
 
 
 def tokens_of(texts: list[str], tokenizer: Tokenizer) -> Tokens:

@@ -123,10 +123,12 @@ def plan_text(plan: Plan) -> str:
 def count_tokens(tokens: Tokens, shards: int = 4) -> int:
     """How many tokens a text has; of more than `shards` shards, as if all were like the first ones.
 
-    It waits until those are tokenised, and no more of them.
+    It waits until those are tokenised, and no more of them; of a corpus of records all are known.
     """
+    if tokens.sizes:
+        return sum(tokens.sizes)
     first = range(min(shards, len(tokens)))
-    counted = sum(len(tokens[i].ids) for i in first)
+    counted = sum(tokens[i].size for i in first)
     return counted * len(tokens) // len(first)
 
 

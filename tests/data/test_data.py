@@ -618,7 +618,7 @@ def test_hub_tokens_keep_row_groups(climbmix_hub, tmp_path, tokenizer):
 def decode(tokens, tokenizer):
     texts = []
     for shard in tokens:
-        begins, lengths = token_files.spans(shard, tokens.bos)
+        begins, lengths = shard.spans(tokens.bos)
         texts += [tokenizer.decode(shard.ids[i + 1 : i + n]) for i, n in zip(begins, lengths)]
         assert sum(shard.groups) == len(begins)
     return texts
