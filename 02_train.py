@@ -342,7 +342,8 @@ cores = pretrain.core_measurement(config, layout, tokenizer, core_every, core_bu
 # %% [markdown]
 # Will it fit, how fast, what will it cost? From shapes alone, before anything is compiled. For a
 # TPU that you don't have yet, `python -m lib.preflight --depth 20 --chip v6e-1` asks its compiler,
-# on any Linux machine.
+# on any Linux machine; `python -m lib.preflight --dashboard` writes
+# [a page of sliders](docs/before-you-pay.md) for every shape on every chip.
 
 # %%
 plan, memory = print_overview(config, layout, device, Payment(pay, price_per_hour).at(host()))

@@ -17,7 +17,8 @@ except ImportError:
 if sys.argv[1:] not in ([], ["--check"]):
     sys.exit("usage: bash update_notebooks.sh [--check]")
 # What makes Colab offer the right machine: a TPU v5e-1, which free accounts have too, where models are trained; else the
-# one that is there. Every front end gets a Python kernel.
+# one that is there. Kaggle reads a part of its own: eight v5e there, and the internet, from where the code comes. Every front
+# end gets a Python kernel.
 TPU = {"accelerator": "TPU", "colab": {"gpuType": "V5E1"}}
 MACHINES = {"02_train": TPU, "03_worker": TPU, "05_rl": TPU, "06_speed": TPU}
 KERNEL = {
@@ -29,7 +30,9 @@ KERNEL = {
 def metadata(stem):
     machine = MACHINES.get(stem, {})
     colab = machine.get("colab", {}) | {"provenance": [], "toc_visible": True}
-    return machine | KERNEL | {"colab": colab}
+    chips = "tpuV5e8" if machine else "none"
+    kaggle = {"accelerator": chips, "isInternetEnabled": True, "language": "python", "sourceType": "notebook"}
+    return machine | KERNEL | {"colab": colab, "kaggle": kaggle}
 
 
 stale = []

@@ -251,13 +251,13 @@ def pull(home: Home, run: str = "", token: Callable[[], str | None] = lambda: No
             place.get(f"runs/{run}/{name}", tmp)
     if wanted:
         print(f"home: {len(wanted)} files of {run} came from {home.name}")
-    _agree(folder, sent[run]["files"])
+    _agree(folder, home.remote, sent[run]["files"])
     return run
 
 
 def _wanted(home: Home, folder: Path, files: dict[str, str]) -> list[str]:
     """The files that home has otherwise than this machine; refused where both have changed them."""
-    before, now = _agreed(folder), _checksums(folder)
+    before, now = _agreed(folder, home.remote), _checksums(folder)
     wanted = [name for name, digest in files.items() if now.get(name) != digest]
     both = [
         name for name in wanted if name in now and before.get(name) not in (now[name], files[name])
@@ -301,13 +301,13 @@ class Mirror:
             return
         if self._thread is not None:
             self._thread.join()
-        _send(self.place, self.run)
+        _send(self.place, self.home.remote, self.run)
 
     def _upload(self):
         while self._again.is_set():
             self._again.clear()
             try:
-                _send(self.place, self.run)
+                _send(self.place, self.home.remote, self.run)
                 self.sent_at = time.monotonic()
             except UserError as e:
                 print(
@@ -316,9 +316,9 @@ class Mirror:
                 )
 
 
-def _send(place, run: Path):
+def _send(place, remote: str, run: Path):
     """Upload what differs from what was sent before: checkpoints first, the manifest last."""
-    before, now = _agreed(run), _checksums(run)
+    before, now = _agreed(run, remote), _checksums(run)
     changed = [name for name in now if now[name] != before.get(name)]
     changed.sort(key=lambda name: "/step_" not in f"/{name}")
     gone = [f"runs/{run.name}/{name}" for name in before if name not in now]
@@ -336,7 +336,7 @@ def _send(place, run: Path):
             FileNotFoundError
         ):  # a checkpoint was pruned meanwhile: the next call sees what is left
             return
-    _agree(run, now)
+    _agree(run, remote, now)
 
 
 def _checksums(run: Path) -> dict[str, str]:
@@ -359,13 +359,20 @@ def _checksums(run: Path) -> dict[str, str]:
     return checksums
 
 
-def _agreed(run: Path) -> dict[str, str]:
-    """The files and checksums of when this machine and the home last had the same."""
-    return _read(run / ".agreed.json")
+def _agreed(run: Path, remote: str) -> dict[str, str]:
+    """The files and checksums of when this machine and a home last had the same.
+
+    Nothing, where that was another home: a run that moves is sent whole.
+    """
+    record = _read(run / ".agreed.json")
+    if not isinstance(record.get("files"), dict):
+        # written before the home's name was
+        return record
+    return record["files"] if record.get("home") == remote else {}
 
 
-def _agree(run: Path, checksums: dict[str, str]):
-    write_json(run / ".agreed.json", checksums)
+def _agree(run: Path, remote: str, checksums: dict[str, str]):
+    write_json(run / ".agreed.json", {"home": remote, "files": checksums})
 
 
 def _read(path: Path) -> dict:

@@ -96,6 +96,19 @@ def test_only_what_changed_is_sent(tmp_path, monkeypatch):
     assert sent == [{"runs/mine/b.json", "runs/mine/manifest.json"}]
 
 
+def test_a_run_that_moves_to_another_home_is_sent_whole(tmp_path, bucket):
+    """What the old home has says nothing of the new one."""
+    home = machine(tmp_path / "1")
+    run = write(home, tokenizer_json="{}", results_json="1")
+    send(home)
+    moved = home._replace(name="memory://other/home", remote="memory://other/home")
+    Mirror(moved, run).wait()
+
+    third = moved._replace(runs_dir=tmp_path / "3" / "runs")
+    assert pull(third) == "mine"
+    assert (third.runs_dir / "mine/tokenizer.json").read_text() == "{}"
+
+
 def test_a_failed_upload_is_told_and_tried_again(tmp_path, monkeypatch, capsys):
     home = machine(tmp_path)
     write(home, a_json="1")

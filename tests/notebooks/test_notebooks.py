@@ -64,6 +64,10 @@ def test_each_notebook_asks_for_the_machine_that_it_needs():
     for source in NOTEBOOKS:
         metadata = json.loads(source.with_suffix(".ipynb").read_text())["metadata"]
         asked[source.stem[:2]] = metadata.get("accelerator"), metadata["colab"].get("gpuType")
+        # Kaggle has eight of them, and no code without the internet
+        kaggle = metadata["kaggle"]
+        assert kaggle["accelerator"] == ("tpuV5e8" if metadata.get("accelerator") else "none")
+        assert kaggle["isInternetEnabled"]
     tpu = ("TPU", "V5E1")
     expected = {number: tpu for number in ("02", "03", "05", "06")}
     expected |= {number: (None, None) for number in ("01", "04")}

@@ -1169,6 +1169,25 @@ def test_metrics_add_up(http, name):
     } <= set(names)
 
 
+def test_the_dashboard_asks_for_metrics_that_are_there(http):
+    """docs/observability: every name in its queries, but what Prometheus makes of a histogram."""
+    http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    stream = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "stream": True}
+    http.post("/v1/chat/completions", json=stream)
+    names = set(re.findall(r"# TYPE (\w+)", http.get("/metrics").text))
+    board = json.loads((ROOT / "docs/observability/dashboards/server.json").read_text())
+    asked = set()
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            asked |= set(re.findall(r"(?:rawchat|process)_\w+", target["expr"]))
+    assert asked
+    assert {re.sub("_bucket$", "", name) for name in asked} <= names
+    # and shows all that the server counts
+    assert {name for name in names if name.startswith("rawchat_")} <= {
+        re.sub("_bucket$", "", name) for name in asked
+    }
+
+
 def test_settings_out_of_bounds_are_told():
     for change in (
         dict(port=70000),

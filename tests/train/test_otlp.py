@@ -1,8 +1,6 @@
 """Every step reaches a collector, and no collector stalls or kills a training."""
 
 import contextlib
-import gzip
-import http.server
 import math
 import shutil
 import signal
@@ -19,6 +17,7 @@ import pytest
 from lib.files import UserError
 from lib.train import otlp
 from lib.train.metrics import Metrics, read_jsonl
+from tests.helpers.collector import http_receiver
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the otlp extra")
 grpc = pytest.importorskip("grpc", reason="needs the otlp extra")
@@ -64,41 +63,6 @@ def test_steps_that_did_not_arrive_come_again_in_their_order(monkeypatch):
         sender.close()
     assert [numbers["step"] for _, numbers in arrived] == [1, 2, 3, 4]
     assert all(abs(nanoseconds / 1e9 - time.time()) < 600 for nanoseconds, _ in arrived)
-
-
-class Receiver(http.server.BaseHTTPRequestHandler):
-    """Hands what it gets to its server's `take`, which says how to answer."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        status, answer = self.server.take(body)
-        if status is None:
-            # hangs up in the middle
-            self.connection.shutdown(socket.SHUT_RDWR)
-            return
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def http_receiver(take, port=0):
-    """A receiver on the loopback interface; yields its address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Receiver)
-    server.daemon_threads = True
-    server.take = take
-    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @contextlib.contextmanager
