@@ -2,7 +2,7 @@
 
 As many workers as one starts share the shards (`--worker 3/16`); each shard is made once, and who
 runs again goes on where they stopped. `write_texts` does the same below another engine, such as
-datatrove or Beam (docs/data-at-scale.md).
+datatrove or Beam: each of its tasks hands its texts on.
 """
 
 import hashlib
