@@ -233,6 +233,7 @@ class TrainingRun:
         self.measured: dict = {}  # the newest value of everything that was measured
         self.cursor: dict | None = None
         self._state: TrainState | None = None
+        self._told = False  # whether a signal has come while it trained
         self._there = _names(self.store)
         self._remember()
 
@@ -310,6 +311,7 @@ class TrainingRun:
         lib.train.metrics, None writes nothing. trace: the first and last step that are profiled.
         Raises what lib.train.loop.steps raises, with the last good checkpoint.
         """
+        self._told = False
         if self.finished:
             return
         with contextlib.ExitStack() as stack:
@@ -318,8 +320,10 @@ class TrainingRun:
             log = self._log(stack, writers)
             saver = _Saver(stack, self, saving)
             flag = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
-            asked = lambda: (flag is not None and flag.stop) or stop()  # noqa: E731
-            agenda = _Agenda(self, measurements, saver, trace, asked)
+            told = lambda: flag is not None and flag.stop  # noqa: E731
+            # looked at when all else here is over
+            stack.callback(lambda: setattr(self, "_told", told()))
+            agenda = _Agenda(self, measurements, saver, trace, lambda: told() or stop())
             tick = stack.enter_context(trace_window(self.folder, *trace))
             tick(self.done + 1, self.state)
             stepping = loop.steps(
@@ -416,16 +420,23 @@ class TrainingRun:
 
     def finish(self) -> bool:
         """Wait for all processes, and read the newest checkpoint back: whether it is the state, bit
-        for bit (True without a store). Interrupted where the run was stopped before its end.
+        for bit (True without a store). Interrupted where the run was stopped, even if it was at its
+        end.
         """
         done = self.done
-        from_each("end", done)  # until the last one has written
+        told, self._told = self._told, False
+        told = any(from_each("end", told))  # waits until the last one has written
         if not self.finished:
             if self.past is None:
                 raise Interrupted(f"stopped at step {done}, and nothing is saved: run again")
             raise Interrupted(
                 f"stopped at step {done} and saved: run again with the same settings "
                 "(if_exists=continue) to go on"
+            )
+        if told:
+            raise Interrupted(
+                f"stopped after step {done}, the last one: run again with the same settings for "
+                "what comes after it"
             )
         if self.past is None:
             return self.store is None

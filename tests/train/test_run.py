@@ -139,6 +139,20 @@ def test_a_signal_saves_and_the_next_one_goes_on(tmp_path, whole):
     check(after, whole, tmp_path)
 
 
+def test_a_signal_in_the_last_step_stops_what_comes_after_it(tmp_path, whole):
+    run = open_run(tmp_path)
+    steps = run.steps([measure(run)], train.Saving(every=0, seconds=0), writers=[])
+    for step in steps:
+        if step.step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+    check(run, whole, tmp_path)
+    with pytest.raises(UserError, match="stopped after step 12, the last one: run again"):
+        run.finish()
+
+    # said once: the cell may be run again, and so may the program
+    assert run.finish() and open_run(tmp_path).finish()
+
+
 def test_a_finished_run_reports_what_it_measured(tmp_path, whole):
     first = open_run(tmp_path)
     first.notes["word"] = "kept"
