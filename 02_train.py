@@ -74,7 +74,7 @@ from lib.preflight.plan import Payment, count_tokens, epochs_text
 from lib.puzzles import check
 from lib.runs import enter, results_table
 from lib.runtime import ends_within, give_back, host
-from lib.train.metrics import column, read_jsonl
+from lib.train.metrics import column, parse_writers, read_jsonl
 
 # %% cellView="form" tags=["parameters"]
 # @title Parameters
@@ -156,6 +156,7 @@ globals().update(flags(globals()))
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
 folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
 wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strategy, mesh)
+writing = parse_writers(writers)
 
 # %% [markdown]
 # ## The device
@@ -462,7 +463,7 @@ saving = train.Saving(save_every or max(1, last // 4), keep=keep, then=sender)
 for step in training.steps(
     measurements,
     saving,
-    writers=[name for name in writers.split(",") if name],
+    writers=writing,
     trace=parse_steps(trace),
     stop=lambda: ends_within(300, session_hours),
 ):

@@ -69,7 +69,7 @@ from lib.pictures import show
 from lib.puzzles import check
 from lib.runs import STAGES, enter_trained, load_model, results_table, start_afresh
 from lib.train import checkpoint, finetune, state_template
-from lib.train.metrics import read_jsonl
+from lib.train.metrics import parse_writers, read_jsonl
 
 # %% cellView="form" tags=["parameters"]
 # @title Parameters
@@ -97,6 +97,8 @@ say = "Hello! | What is 37 times 85? | How many r's are in strawberry? | Thanks!
 live = False  # @param {type:"boolean"}
 # @markdown When a phase was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
+# @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
+writers = "console"  # @param {type:"string"}
 
 # %% cellView="form" tags=["parameters"]
 # @title Advanced
@@ -139,6 +141,7 @@ core_items = 0  # @param {type:"integer"}
 
 # %%
 globals().update(flags(globals()))
+writing = parse_writers(writers)
 folder, mirror = enter_trained(home, run, ckpt, token=lambda: secret("HF_TOKEN"))
 device = device_report()
 if device["count"] > 1:
@@ -328,7 +331,8 @@ def fine_tune(phase, start):
         phase, start, store, if_exists, lambda: start_afresh(folder, phase.stage)
     )
     validation = finetune.validation(phase, training, tokenizer)
-    for _ in training.steps([validation], finetune.saving(training, lambda *_: mirror.send())):
+    saving = finetune.saving(training, lambda *_: mirror.send())
+    for _ in training.steps([validation], saving, writers=writing):
         pass  # a place for your own measurements
     print("  read back, bit for bit:", training.finish())
     print(finetune.packing_line(training.cursor))

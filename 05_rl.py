@@ -64,7 +64,7 @@ from lib.preflight.memory import choose_layout
 from lib.runs import STAGES, enter_trained, load_model, results_table, start_afresh
 from lib.train import policy, rl
 from lib.train.finetune import Base
-from lib.train.metrics import read_jsonl
+from lib.train.metrics import parse_writers, read_jsonl
 from lib.train.rollouts import Seconds
 from lib.train.run import Saving
 
@@ -90,6 +90,8 @@ samples = 8  # @param {type:"integer"}
 max_tokens = 64  # @param {type:"integer"}
 # @markdown When this was run before: continue (a finished one is only loaded), fresh (the old one is set aside), or stop
 if_exists = "continue"  # @param ["continue", "fresh", "stop"]
+# @markdown Writers besides metrics.jsonl: console, tensorboard, wandb:online, wandb:offline, otlp:http://HOST:4318
+writers = "console"  # @param {type:"string"}
 
 # %% cellView="form" tags=["parameters"]
 # @title Advanced
@@ -114,6 +116,7 @@ seed = 0  # @param {type:"integer"}
 
 # %%
 globals().update(flags(globals()))
+writing = parse_writers(writers)
 folder, mirror = enter_trained(home, run, ckpt, token=lambda: secret("HF_TOKEN"))
 device = device_report()
 
@@ -192,7 +195,8 @@ print(reinforce.passes_told(exam.passes(start.params)))
 # %%
 trained = training.run
 saving = Saving(eval_every, keep=1, metric="wrong", then=lambda *_: mirror.send())
-for step in trained.steps([training.measurement, exam.measurement(eval_every)], saving):
+measurements = [training.measurement, exam.measurement(eval_every)]
+for step in trained.steps(measurements, saving, writers=writing):
     if step.step % 10 == 0 or step.step == num_steps:
         print(reinforce.told(step.step, step.metrics))
 print("read back, bit for bit:", trained.finish())

@@ -428,7 +428,7 @@ def filesystem(path):
 @functools.cache
 def _store(bucket: str):
     """The client of a bucket that has said its first word, whatever that is: who asks it next need
-    not fear to hang. It is kept, for to find a login takes a client seconds.
+    not fear to hang. It is kept, for finding a login takes a client seconds.
     """
     import fsspec
 

@@ -35,6 +35,19 @@ class Run(NamedTuple):
     resumed: int | None  # the step it goes on from; None for a new run
     config: dict
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """(the run's name, its stage), whose folder lies within the run's but for `base`."""
+        if (self.folder.parent / "config.json").exists():
+            return self.folder.parent.name, self.folder.name
+        return self.folder.name, "base"
+
+    @property
+    def title(self) -> str:
+        """What a run is called where stages stand side by side: NAME, NAME/sft."""
+        name, stage = self.names
+        return name if stage == "base" else f"{name}/{stage}"
+
 
 def _number(value):
     """A scalar array as Python's own number; anything else as it is."""
@@ -65,9 +78,7 @@ class Metrics:
         if jax.process_index():
             return
         run = Run(Path(run_dir), total_steps, resumed, config or {})
-        # a form's "console, tensorboard" leaves blanks around the names
-        names = [name.strip() for name in writers]
-        for name in dict.fromkeys([*names, "jsonl"]):
+        for name in dict.fromkeys([*writers, "jsonl"]):
             if writer := _find_writer(name)(run):
                 self._writers[name] = writer
 
@@ -262,7 +273,7 @@ def _wandb(run: Run, mode: Literal["online", "offline"]):
     try:
         active = wandb.run or wandb.init(
             project="rawchat",
-            name=run.folder.name,
+            name=run.title,
             dir=run.folder,
             mode=mode,
             config=run.config,
@@ -283,11 +294,7 @@ def _otlp(run: Run, address: str = "http"):
     """OpenTelemetry gauges of every step; address: as lib.train.otlp.open_sender has it."""
     from lib.train.otlp import open_sender
 
-    # a stage of a run has a folder within it
-    stage = "base"
-    name = run.folder.name
-    if (run.folder.parent / "config.json").exists():
-        name, stage = run.folder.parent.name, run.folder.name
+    name, stage = run.names
     devices = jax.devices()
     attributes = {
         "run": name,
@@ -316,6 +323,16 @@ def _find_writer(name: str) -> Callable:
     if kind == "otlp" and address:
         return functools.partial(_otlp, address=address)
     return choose("metrics writer", name, WRITERS)
+
+
+def parse_writers(text: str) -> list[str]:
+    """The names in a form's list, such as "console, wandb:online"; UserError for one that is
+    unknown.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        _find_writer(name)
+    return names
 
 
 # ---- reading back --------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 
 from lib.files import UserError
 from lib.train import metrics
-from lib.train.metrics import WRITERS, Metrics, column, read_jsonl, trace_window
+from lib.train.metrics import WRITERS, Metrics, column, parse_writers, read_jsonl, trace_window
 
 
 @pytest.fixture
@@ -213,9 +213,13 @@ def test_unknown_writer_lists_the_names_and_touches_nothing(tmp_path):
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_names_of_writers_may_have_blanks_around_them(tmp_path):
-    with Metrics(tmp_path, 1, ["console", " jsonl "]) as metrics:
-        assert set(metrics._writers) == {"console", "jsonl"}
+def test_a_forms_list_of_writers_is_read_before_anything_is_computed():
+    """Blanks and empty names are the form's; an unknown one is refused."""
+    text = "console, otlp:http://HOST:4318 ,,wandb:off"
+    assert parse_writers(text) == ["console", "otlp:http://HOST:4318", "wandb:off"]
+    assert parse_writers("") == []
+    with pytest.raises(UserError, match="unknown metrics writer 'tensorbord'"):
+        parse_writers("console, tensorbord")
 
 
 def test_run_folder_blocked_by_a_file(tmp_path):
@@ -292,6 +296,15 @@ def test_wandb_takes_up_the_same_run(tmp_path, fake_wandb):
         and first["name"] == tmp_path.name
     )
     assert fake_wandb.rows[0] == {"step": 6, "loss": 1.0}
+
+
+def test_wandb_shows_a_stage_as_a_run_beside_its_base(tmp_path, fake_wandb):
+    (tmp_path / "config.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "sft"):
+        Metrics(folder, 10, ["wandb:offline"]).close()
+    base, sft = fake_wandb.calls
+    assert (base["name"], sft["name"]) == (tmp_path.name, f"{tmp_path.name}/sft")
+    assert base["id"] != sft["id"]
 
 
 def test_wandb_without_login_or_package(tmp_path, monkeypatch, fake_wandb):
