@@ -120,9 +120,11 @@ def test_tokens_are_counted_in_few_shards_and_estimated_in_many():
 
     def shard(i):
         waited.append(i)
-        return SimpleNamespace(ids=range(lengths[i]))
+        return SimpleNamespace(size=lengths[i])
 
     class Text(list):
+        sizes = None
+
         def __getitem__(self, i):
             return shard(i)
 
@@ -130,6 +132,11 @@ def test_tokens_are_counted_in_few_shards_and_estimated_in_many():
     # of six, as if all were like the first four
     assert count_tokens(Text(range(6))) == 300 * 6 // 4
     assert max(waited) == 3
+
+    # of a corpus of records it is known
+    known = Text(range(6))
+    known.sizes = lengths
+    assert count_tokens(known) == sum(lengths) and max(waited) == 3
 
 
 def test_what_came_of_it():
