@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +161,10 @@ def compile_lowered(lowered) -> Compiled:
     """Compile what `jax.jit(...).lower(...)` returned, and read what XLA dumps about it."""
     clock = time.perf_counter()
     program = needed = None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # jax finds in its cache on disk what was compiled for a TPU before, cannot load it without
+        # one, and compiles it again
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         try:
             program = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as e:
