@@ -177,7 +177,7 @@ class Config:
     # queries and keys per block of splash and pallas, at most; 0: their own default
     attention_block: int = 0
     # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32. mixed: float32, but
-    # what large products multiply is bfloat16; auto trains so on CPUs that have it (`for_training`)
+    # what large products multiply is bfloat16, for CPUs that have it
     compute_dtype: str = "auto"
     # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all
     # of it)
@@ -293,17 +293,6 @@ class Config:
     def operand_dtype(self):
         """The dtype of what the large products over whole rows multiply; decoding's are `dtype`."""
         return jax.numpy.dtype("bfloat16") if self.compute_dtype == "mixed" else self.dtype
-
-    def for_training(self) -> "Config":
-        """What a training step computes with: auto is mixed on a CPU that multiplies bfloat16.
-
-        Not where jax is asked to leave optimizations out, as the tests do.
-        """
-        plain = jax.config.read("jax_disable_most_optimizations")
-        on_cpu = self.compute_dtype == "auto" and jax.default_backend() == "cpu"
-        if on_cpu and not plain and runtime.multiplies_bfloat16():
-            return self.replace(compute_dtype="mixed")
-        return self
 
     @property
     def attention_name(self) -> str:

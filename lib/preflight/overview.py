@@ -39,7 +39,7 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
     counts = [f"{name} {n:,}" for name, n in count_params(config).items() if n]
     tokens = config.num_steps * config.total_batch_size
     dtype = str(config.dtype)
-    if config.for_training().compute_dtype == "mixed":
+    if config.compute_dtype == "mixed":
         dtype += " with products of bfloat16"
     rows = f"{config.accumulate} x {config.microbatch} rows"
     if layout:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lib import model
 from lib.config import Config
+from lib.files import UserError
 from lib.model import tables
 from lib.model.decoding import cast_matrices
 from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
@@ -131,9 +132,8 @@ def train_step(
 
     Gradients of summed losses add up in float32 and are divided once by the number of targets, so
     that A microbatches equal one big batch however the ignored targets (negative) are spread, and
-    so do several devices. `config.for_training` says in which dtype.
+    so do several devices.
     """
-    config = config.for_training()
     with jax.named_scope("forward_backward"):
         # sums over all rows: of losses, of targets, of gradients
         if layout is None:
@@ -164,7 +164,21 @@ def make_train_step(config: Config, layout: Layout | None = None) -> Callable:
     Configs that differ only in rates and horizon get the same function, so that they compile once.
     layout: the devices to share the work.
     """
+    if config.compute_dtype == "mixed":
+        check_mixed()
     return _jitted_step(compile_key(config), layout)
+
+
+def check_mixed():
+    """Refuse the mixed mode where this jax has no products of bfloat16 with float32 results."""
+    try:
+        a = jnp.ones((8, 8), jnp.bfloat16)
+        jax.block_until_ready(jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(
+            f"compute_dtype=mixed multiplies bfloat16 into float32, which jax {jax.__version__} "
+            "cannot do here: take float32, or a newer jax"
+        ) from e
 
 
 @functools.cache

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib import runtime, train
+from lib import train
 from lib.config import Config
+from lib.files import UserError
 from lib.model.attention import ATTENTION
 from lib.model.linear import linear
 from lib.model.transformer import forward, loss_fn
 from lib.preflight.overview import shape_lines
+from lib.train import step
 from tests.model.test_model import TINY, relative, tiny_params, tokens
 
 MIXED = TINY.replace(compute_dtype="mixed")
@@ -87,32 +89,31 @@ def test_a_model_says_the_same_but_for_rounding():
 
 def test_training_goes_on_bit_for_bit():
     config = MIXED.replace(sequence_len=32, total_batch_size=64, microbatch=2, num_steps=4)
-    step = jax.jit(lambda state, x: train.train_step(state, x, x, config))
+    jitted = jax.jit(lambda state, x: train.train_step(state, x, x, config))
     x = tokens(2, 32)
-    state, _ = step(train.init_state(config), x)
+    state, _ = jitted(train.init_state(config), x)
     # as a checkpoint holds it
     kept = jax.tree.map(np.asarray, state)
-    straight, _ = step(state, x)
-    resumed, _ = step(jax.tree.map(jnp.asarray, kept), x)
+    straight, _ = jitted(state, x)
+    resumed, _ = jitted(jax.tree.map(jnp.asarray, kept), x)
     for a, b in zip(jax.tree.leaves(straight), jax.tree.leaves(resumed)):
         np.testing.assert_array_equal(a, b)
 
 
-def test_auto_trains_so_where_the_processor_multiplies_bfloat16(monkeypatch):
-    auto = Config.preset("cpu_demo")
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: True)
-    # as the tests run
-    assert auto.for_training() == auto
+def test_it_is_asked_for_and_told():
+    plain = Config.preset("cpu_demo")
+    assert plain.dtype == plain.operand_dtype == jnp.float32
+    mixed = plain.replace(compute_dtype="mixed")
+    assert (mixed.dtype, mixed.operand_dtype) == (jnp.float32, jnp.bfloat16)
+    assert "float32 with products of bfloat16" in "\n".join(shape_lines(mixed, None))
+    assert "with products" not in "\n".join(shape_lines(plain, None))
 
-    monkeypatch.setattr(jax.config, "read", lambda name: False)
-    assert auto.for_training() == auto.replace(compute_dtype="mixed")
-    assert "float32 with products of bfloat16 on float32 masters" in "\n".join(
-        shape_lines(auto, None)
-    )
-    # what was asked for stays, and what was trained is measured and decoded in float32
-    asked = auto.replace(compute_dtype="float32")
-    assert asked.for_training() == asked and auto.dtype == auto.operand_dtype == jnp.float32
 
-    monkeypatch.setattr(runtime, "multiplies_bfloat16", lambda: False)
-    assert auto.for_training() == auto
-    assert "with products" not in "\n".join(shape_lines(auto, None))
+def test_a_jax_without_such_products_is_told_before_anything_is_compiled(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: BF16 x BF16 = F32")
+
+    monkeypatch.setattr(step.jnp, "matmul", refuse)
+    with pytest.raises(UserError, match="compute_dtype=mixed.*take float32, or a newer jax"):
+        step.make_train_step(MIXED)
+    step.make_train_step(PLAIN)
