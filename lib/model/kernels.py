@@ -374,9 +374,7 @@ def _backward_kernel(  # noqa: PLR0913 (Pallas hands over every buffer)
     """All three gradients in one pass: p is recomputed once, whole heads accumulate on chip."""
     from jax.experimental import pallas as pl
 
-    g = pl.program_id(2)
-    j = pl.program_id(3)
-    step = pl.program_id(4)
+    g, j, step = map(pl.program_id, (2, 3, 4))
     i = j + step
     block = q_ref.shape[0]
     last = (j == blocks - 1) & (step == pl.num_programs(4) - 1)
