@@ -28,7 +28,12 @@ from lib.interop.families import FAMILIES, Family, fitting, refusal
 from lib.interop.folding import as_linear, fold, interleave_halves, normed_rows, swap_halves
 from lib.interop.packages import optional
 from lib.interop.tokenizer_files import CHAT_TEMPLATE, merges, spelled
-from lib.interop.tokenizer_import import DIGITS_PATTERN, GPT2_PATTERN
+from lib.interop.tokenizer_import import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA_PATTERN,
+    QWEN_PATTERN,
+)
 
 FORMAT = "gguf"
 EXTRA = "gguf"
@@ -45,13 +50,9 @@ ARCHITECTURES: dict[str, Family] = {
 NEIGHBOURS = ("llama", "arcee")
 
 # how llama.cpp splits text into words: the name in its list, and the pattern behind it
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPLITTERS = {
-    "llama-bpe": _WORDS % "{1,3}",
-    "qwen2": _WORDS % "",
+    "llama-bpe": LLAMA_PATTERN,
+    "qwen2": QWEN_PATTERN,
     "smollm": DIGITS_PATTERN,
     "gpt-2": GPT2_PATTERN,
 }

@@ -15,7 +15,7 @@ from lib.interop import proof
 from lib.interop.llama import config_from_llama, from_llama, revocabulary
 from lib.interop.nanochat_files import Nanochat, is_nanochat, read_nanochat
 from lib.interop.packages import optional
-from lib.interop.tokenizer_import import read_tokenizer
+from lib.interop.tokenizer_import import RANKS, read_tokenizer
 from lib.runs import STAGES
 from lib.train import checkpoint
 
@@ -24,6 +24,8 @@ CONFIG = "config.json"
 WANTED = (
     CONFIG,
     "tokenizer.json",
+    *RANKS,
+    "tokenizer_config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     # nanochat's
@@ -170,7 +172,8 @@ def read_model(folder: Path, source: str, sequence_len: int = 0) -> Imported:
     bos = settings.get("bos_token_id")
     if bos is None:
         bos = settings.get("eos_token_id")
-    vocabulary = read_tokenizer(folder, bos[0] if isinstance(bos, list) else bos, source)
+    bos = bos[0] if isinstance(bos, list) else bos
+    vocabulary = read_tokenizer(folder, bos, source, settings["model_type"])
     if vocabulary.theirs.max() >= config.vocab_size:
         raise UserError(
             f"the tokenizer of {source} has the id {vocabulary.theirs.max()}, its tables only "
@@ -210,7 +213,10 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def compared(model: Imported, folder: Path) -> str:
     """How transformers' logits and ids agree with ours; UserError where the logits do not."""
-    torch, transformers = optional("hf", "torch", "transformers")
+    try:
+        torch, transformers = optional("hf", "torch", "transformers")
+    except UserError as e:
+        raise UserError(f"{e}, or pass --no-prove to import it without a comparison") from e
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

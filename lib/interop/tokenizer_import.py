@@ -1,16 +1,17 @@
-"""Other people's tokenizer.json as a Tokenizer of ours: byte-level BPE, in our order of ids.
+"""Other people's byte-level BPE as a Tokenizer of ours, from a tokenizer.json or tiktoken's file.
 
 Ours are ordered by merges with our special tokens behind, so ids change: `Vocabulary.theirs` tells
 which row of their tables each id of ours reads.
 """
 
+import base64
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lib.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from lib.files import UserError, read_json
+from lib.files import UserError, read_bytes, read_json
 from lib.interop.tokenizer_files import LETTERS
 
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
@@ -19,6 +20,17 @@ BYTES = {letter: byte for byte, letter in LETTERS.items()}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # the same behind a pre-tokenizer that has cut out every digit: blanks before one stay together
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# what Llama 3 and Qwen split by: they differ in how many digits stay together
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_PATTERN = _WORDS % "{1,3}"
+QWEN_PATTERN = _WORDS % ""
+# type of a model: the pattern that goes with its file of tiktoken's, which holds none
+PATTERNS = {"llama": LLAMA_PATTERN, "qwen3": QWEN_PATTERN}
+# how those files are called
+RANKS = ("tokenizer.model", "*.tiktoken")
 
 
 class Vocabulary(NamedTuple):
@@ -29,17 +41,26 @@ class Vocabulary(NamedTuple):
     lost: tuple[str, ...]
 
 
-def read_tokenizer(folder: Path, bos: int | None, source: str) -> Vocabulary:
+def read_tokenizer(folder: Path, bos: int | None, source: str, model_type: str) -> Vocabulary:
     """The tokenizer of a model's folder. bos: their id of what begins a document.
 
-    UserError where its tokenizer.json is missing or is not byte-level BPE.
+    UserError where there is neither a tokenizer.json nor a file of tiktoken's, and where it is not
+    byte-level BPE.
     """
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise UserError(
-            f"{source} has no tokenizer.json: only byte-level BPE in that form comes along"
-        )
-    data = read_json(path, cure="get it again")
+    if (folder / "tokenizer.json").exists():
+        data = read_json(folder / "tokenizer.json", cure="get it again")
+        return _from_json(data, bos, source)
+    for pattern in RANKS:
+        for path in sorted(folder.glob(pattern)):
+            return _from_ranks(path, bos, source, PATTERNS[model_type])
+    raise UserError(
+        f"{source} has no tokenizer.json and no file of tiktoken's: only byte-level BPE in one of "
+        "these forms comes along"
+    )
+
+
+def _from_json(data: dict, bos: int | None, source: str) -> Vocabulary:
+    """What a tokenizer.json holds."""
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UserError(
@@ -52,13 +73,51 @@ def read_tokenizer(folder: Path, bos: int | None, source: str) -> Vocabulary:
     ids = {text: i for text, i in model["vocab"].items() if text not in added}
     texts = in_merge_order(ids, model["merges"])
 
-    # our special tokens: by their name where they were ours before, else only the first has one
+    special = _special(added, bos)
+    tokenizer = _tokenizer(pattern, _as_bytes(texts, source), source)
+    theirs = np.array([ids[text] for text in texts] + special)
+    return Vocabulary(tokenizer, theirs, tuple(_losses(data.get("normalizer"), added, special)))
+
+
+def _from_ranks(path: Path, bos: int | None, source: str, pattern: str) -> Vocabulary:
+    """What a file of tiktoken's holds: a token in base64 and its rank a line, in order of merges.
+
+    The names of its special tokens stand in tokenizer_config.json, if anywhere.
+    """
+    ranks: dict[bytes, int] = {}
+    for line in read_bytes(path).splitlines():
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(
+                f"{path.name} of {source} is none of tiktoken's files (a token in base64 and its "
+                "rank on each line): tokenizers of SentencePiece cannot come along"
+            ) from None
+
+    # special tokens are behind them
+    settings = path.with_name("tokenizer_config.json")
+    named = {}
+    if settings.exists():
+        named = read_json(settings, cure="get it again").get("added_tokens_decoder") or {}
+    added = {token["content"]: int(i) for i, token in named.items()}
+    special = _special(added, bos)
+
+    tokens = tuple(sorted(ranks, key=lambda token: ranks[token]))
+    theirs = np.array([ranks[token] for token in tokens] + special)
+    tokenizer = _tokenizer(pattern, tokens, source)
+    return Vocabulary(tokenizer, theirs, tuple(_losses(None, added, special)))
+
+
+def _special(added: dict[str, int], bos: int | None) -> list[int]:
+    """Their ids of our special tokens, -1 where they have none.
+
+    By their name where they were ours before, else only what begins a document has one.
+    """
     special = [added.get(name, -1) for name in SPECIAL_TOKENS]
     if special[0] < 0 and bos is not None:
         special[0] = bos
-    tokenizer = _tokenizer(pattern, texts, source)
-    theirs = np.array([ids[text] for text in texts] + special)
-    return Vocabulary(tokenizer, theirs, tuple(_losses(data, added, special)))
+    return special
 
 
 def pattern_of(pre_tokenizer, source: str) -> str:
@@ -98,23 +157,26 @@ def in_merge_order(ids: dict[str, int], merges: list) -> list[str]:
     return list(ordered)
 
 
-def _tokenizer(pattern: str, texts: list[str], source: str) -> Tokenizer:
-    """A Tokenizer of tokens spelled in letters; UserError where it cannot read text back."""
+def _as_bytes(texts: list[str], source: str) -> tuple[bytes, ...]:
+    """Tokens that are spelled in letters; UserError where they are not."""
     try:
-        tokens = tuple(bytes(BYTES[letter] for letter in text) for text in texts)
+        return tuple(bytes(BYTES[letter] for letter in text) for text in texts)
     except KeyError as e:
         raise UserError(
             f"the tokenizer of {source} has tokens that spell no bytes ({e.args[0]!r}): "
             "it is not byte-level"
         ) from None
-    # read back as a stranger's: it must hold all bytes and give texts back in time
+
+
+def _tokenizer(pattern: str, tokens: tuple[bytes, ...], source: str) -> Tokenizer:
+    """A Tokenizer of a stranger's tokens; UserError where it cannot read text back."""
+    # it must hold all bytes and give texts back in time
     made = Tokenizer(pattern, tokens, {"source": source})
     return Tokenizer.from_json(made.to_json(), f"the tokenizer of {source}")
 
 
-def _losses(data: dict, added: dict[str, int], special: list[int]):
+def _losses(normalizer: dict | None, added: dict[str, int], special: list[int]):
     """What of their tokenizer ours does not do, a sentence each."""
-    normalizer = data.get("normalizer")
     if normalizer:
         yield f"their tokenizer normalizes text ({normalizer.get('type')}), ours takes it as it is"
     dropped = [name for name, i in added.items() if i not in special]

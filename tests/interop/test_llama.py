@@ -1,5 +1,6 @@
 """Open weights come in: names, foldings, vocabulary; and what is refused, by name."""
 
+import base64
 import json
 
 import jax
@@ -12,7 +13,13 @@ from lib.interop.huggingface import write
 from lib.interop.imports import import_run, read_model
 from lib.interop.llama import config_from_llama
 from lib.interop.proof import apart, our_logits, probe_texts
-from lib.interop.tokenizer_import import DIGITS_PATTERN, GPT2_PATTERN, in_merge_order, pattern_of
+from lib.interop.tokenizer_import import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    LLAMA_PATTERN,
+    in_merge_order,
+    pattern_of,
+)
 from lib.runs import load_model
 from tests.helpers.hub_stand_in import COMMIT
 from tests.helpers.models import config_of, random_params, tokenizer
@@ -271,6 +278,32 @@ def test_patterns_by_their_steps():
     for other in (None, split, as_bytes | {"add_prefix_space": True}, steps(split, digits)):
         with pytest.raises(UserError, match="splits text by"):
             pattern_of(other, "it")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "small.tiktoken"])
+def test_a_file_of_tiktokens_comes_along(folder, name):
+    """A token in base64 and its rank a line; special tokens are named elsewhere, or nowhere."""
+    path, _, _ = folder("llama")
+    (path / "tokenizer.json").unlink()
+    tokens = tokenizer().tokens
+    lines = [base64.b64encode(token) + f" {i}\n".encode() for i, token in enumerate(tokens)]
+    (path / name).write_bytes(b"".join(lines))
+    back = read_model(path, "it")
+    expected = type(tokenizer())(LLAMA_PATTERN, tokens)
+    for text in probe_texts()[:20]:
+        assert back.tokenizer.encode(text) == expected.encode(text)
+    size = len(tokens)
+    assert back.theirs.tolist() == [*range(size), size, *[-1] * 8]
+
+    special = {str(i): {"content": name} for name, i in tokenizer().special.items()}
+    named = json.dumps({"added_tokens_decoder": special})
+    (path / "tokenizer_config.json").write_text(named)
+    assert read_model(path, "it").theirs.tolist() == list(range(size + 9))
+
+    # of SentencePiece, under the same name
+    (path / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
+    with pytest.raises(UserError, match=f"{name} of it is none of tiktoken's files"):
+        read_model(path, "it")
 
 
 def test_patterns_keep_every_character():
