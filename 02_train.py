@@ -335,7 +335,7 @@ config = pretrain.fit_text(config, text, wishes)
 
 # %%
 store = checkpoints or folder / "checkpoints"
-sender = pretrain.Sender(mirror, push_to, store, tokenizer)
+sender = pretrain.HomeSender(mirror, push_to, store, tokenizer)
 past = pretrain.find_past(folder, store, if_exists, config, text)
 config, layout = pretrain.share_out(config, wishes, device, past)
 cores = pretrain.core_measurement(config, layout, tokenizer, core_every, core_bundle, core_limit)

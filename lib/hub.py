@@ -30,7 +30,7 @@ TOKENS = (
 T = TypeVar("T")
 
 
-class Source(NamedTuple):
+class Revision(NamedTuple):
     """A repository, and which of its revisions is meant; "" for the newest."""
 
     repo: str
@@ -41,13 +41,13 @@ class Source(NamedTuple):
         return f"hf:{self.repo}@{self.revision}" if self.revision else f"hf:{self.repo}"
 
 
-def parse(text: str) -> Source:
+def parse(text: str) -> Revision:
     """hf:USER/NAME or hf:USER/NAME@REVISION (also hub: and hf://) as a Source."""
     plain = re.sub(r"^(hf|hub):(//)?", "", text.strip())
     repo, _, revision = plain.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{text} is no repository: write hf:USER/NAME or hf:USER/NAME@REVISION")
-    return Source(repo, revision)
+    return Revision(repo, revision)
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def commit(
     return patiently(send)
 
 
-def commit_of(source: Source, token: str | None) -> str:
+def commit_of(source: Revision, token: str | None) -> str:
     """The id of the commit that a revision is now: a branch moves on, a commit does not."""
     info = patiently(
         lambda: client(token).model_info(source.repo, revision=source.revision or None)
@@ -169,13 +169,13 @@ def commit_of(source: Source, token: str | None) -> str:
     return info.sha
 
 
-def names(source: Source, token: str | None) -> list[str]:
+def names(source: Revision, token: str | None) -> list[str]:
     """All files of a revision."""
     revision = source.revision or None
     return patiently(lambda: client(token).list_repo_files(source.repo, revision=revision))
 
 
-def download(source: Source, files: Iterable[str], folder: Path, token: str | None):
+def download(source: Revision, files: Iterable[str], folder: Path, token: str | None):
     """Bring files of a revision into a folder, under their names there.
 
     What is there already is not fetched again, and what was cut off goes on where it was.

@@ -97,7 +97,7 @@ def choose_model(wishes: Wishes, device: dict, tokenizer: Tokenizer) -> Config:
 # ---- the text ------------------------------------------------------------------------------------
 
 
-class Text(NamedTuple):
+class TrainingText(NamedTuple):
     """What a model reads: opened token shards, and a held-out part that it is validated on."""
 
     source: str
@@ -149,11 +149,13 @@ class Text(NamedTuple):
 
 def open_text(
     source: str, tokenizer: Tokenizer, config: Config, shards: int, packing: str, eval_bytes: int
-) -> Text:
+) -> TrainingText:
     """The text of a training, of so many shards."""
     tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
     texts = data.head(data.documents(source, "val", shards=shards), eval_bytes)
-    return Text(source, shards, packing, tokenizer, tokens, data.tokens_of(texts, tokenizer))
+    return TrainingText(
+        source, shards, packing, tokenizer, tokens, data.tokens_of(texts, tokenizer)
+    )
 
 
 def shards_for(folder: Path, source: str, config: Config, if_exists: str) -> int:
@@ -168,7 +170,7 @@ def shards_for(folder: Path, source: str, config: Config, if_exists: str) -> int
     return pick_shards(source, config.num_steps * config.total_batch_size)
 
 
-def fit_text(config: Config, text: Text, wishes: Wishes) -> Config:
+def fit_text(config: Config, text: TrainingText, wishes: Wishes) -> Config:
     """The config, with a shorter horizon where the embedded text would be learnt by heart."""
     asked = {"num_steps", "tokens_per_param"} & wishes.fields.keys()
     if text.source not in EMBEDDED or asked:
@@ -182,7 +184,7 @@ def fit_text(config: Config, text: Text, wishes: Wishes) -> Config:
 # ---- where it was left, and on which devices it goes on ------------------------------------------
 
 
-def identity_of(text: Text) -> dict:
+def identity_of(text: TrainingText) -> dict:
     """What a checkpoint remembers of its training besides the config."""
     return dict(
         tokenizer=text.tokenizer.fingerprint,
@@ -192,7 +194,9 @@ def identity_of(text: Text) -> dict:
     )
 
 
-def find_past(folder: Path, store, if_exists: str, config: Config, text: Text) -> train.Past | None:
+def find_past(
+    folder: Path, store, if_exists: str, config: Config, text: TrainingText
+) -> train.Past | None:
     """What was trained and goes on; refused where settings or text have changed."""
     identity = identity_of(text)
     places = dict(run=str(folder), checkpoints=str(store))
@@ -242,7 +246,7 @@ def share_out(
 def open_run(
     config: Config,
     layout: Layout | None,
-    text: Text,
+    text: TrainingText,
     folder: Path,
     store,
     past: train.Past | None,
@@ -278,7 +282,7 @@ def open_run(
 # ---- what is measured on the way -----------------------------------------------------------------
 
 
-def validation(run: train.TrainingRun, text: Text, every: int) -> train.Measurement:
+def validation(run: train.TrainingRun, text: TrainingText, every: int) -> train.Measurement:
     """Bits per byte and loss of the held-out text, every so many steps and by the clock."""
     losses_of = train.token_losses_on(run.layout) if run.layout else evals.token_losses
 
@@ -295,7 +299,7 @@ def validation(run: train.TrainingRun, text: Text, every: int) -> train.Measurem
     return train.Measurement(measure, every, by_clock=True, gives="val_bpb")
 
 
-def write_samples(params, config: Config, text: Text) -> list[str]:
+def write_samples(params, config: Config, text: TrainingText) -> list[str]:
     """What the model goes on with after four beginnings; `params` whole, on this device."""
     beginnings = CODE if text.source in EMBEDDED else PROSE
     prompts = [text.tokenizer.encode(words, bos=True) for words in beginnings]
@@ -305,7 +309,7 @@ def write_samples(params, config: Config, text: Text) -> list[str]:
     return [words + text.tokenizer.decode(ids) for words, ids in zip(beginnings, written)]
 
 
-def sampling(run: train.TrainingRun, text: Text, every: int) -> train.Measurement:
+def sampling(run: train.TrainingRun, text: TrainingText, every: int) -> train.Measurement:
     """Samples as one text, every so many steps, and often while the model is young."""
 
     def measure(params) -> dict:
@@ -332,7 +336,7 @@ def core_measurement(
 # ---- where checkpoints go ------------------------------------------------------------------------
 
 
-class Sender:
+class HomeSender:
     """Sends what is saved to the run's home and to a Hub repository; checked before any compute."""
 
     def __init__(self, mirror: Mirror, push_to: str, store, tokenizer: Tokenizer):
@@ -394,7 +398,12 @@ def checks(run: train.TrainingRun, params, losses: Sequence[float], same: bool) 
 
 
 def write_results(
-    run: train.TrainingRun, text: Text, wishes: Wishes, device: dict, plan: Plan, samples: list[str]
+    run: train.TrainingRun,
+    text: TrainingText,
+    wishes: Wishes,
+    device: dict,
+    plan: Plan,
+    samples: list[str],
 ):
     """Add what came out to the run's results.json, and print how it compares with the plan."""
     config = run.config

@@ -63,7 +63,7 @@ def suited_to(device: dict) -> dict[str, Any]:
     return {}
 
 
-class Text(NamedTuple):
+class TokenizerText(NamedTuple):
     """What a tokenizer is trained on where its user left that open."""
 
     source: str
@@ -71,7 +71,9 @@ class Text(NamedTuple):
     why: str
 
 
-def for_tokenizer(preset: str, source: str, vocab_size: int, device: dict, hosted: bool) -> Text:
+def for_tokenizer(
+    preset: str, source: str, vocab_size: int, device: dict, hosted: bool
+) -> TokenizerText:
     """Text and size of the vocabulary for the model that a preset of 02 will train.
 
     source "" and vocab_size 0 are left open; preset "auto" takes the device's. hosted: in Colab or
@@ -85,10 +87,10 @@ def for_tokenizer(preset: str, source: str, vocab_size: int, device: dict, hoste
     vocab_size = vocab_size or Config.preset(preset).vocab_size
     sentence = f"for preset {preset} ({why}): {vocab_size:,} ids"
     if source:
-        return Text(source, vocab_size, f"{sentence}, from {source}")
+        return TokenizerText(source, vocab_size, f"{sentence}, from {source}")
     needs_hub = TEXTS.get(preset, TEXT_OF_THE_REST) != "stdlib"
     source, why = pick_text(preset, online=needs_hub and hub_is_reachable())
-    return Text(source, vocab_size, f"{sentence}, from {source} ({why})")
+    return TokenizerText(source, vocab_size, f"{sentence}, from {source} ({why})")
 
 
 def pick_text(preset: str, online: bool) -> Choice:

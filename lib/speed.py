@@ -77,7 +77,7 @@ def seconds_of(fn: Callable, *args, at_least: float = 0.2) -> float:
 # ---- the ceilings --------------------------------------------------------------------------------
 
 
-class Product(NamedTuple):
+class MeasuredProduct(NamedTuple):
     """A measured matrix product, (m, k) times (k, n)."""
 
     what: str
@@ -106,7 +106,9 @@ def product_shapes(config: Config) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def products(config: Config, dtypes: Sequence[str] = ("bfloat16", "float32")) -> list[Product]:
+def products(
+    config: Config, dtypes: Sequence[str] = ("bfloat16", "float32")
+) -> list[MeasuredProduct]:
     """Each of `product_shapes` in each dtype, on random numbers."""
     multiply = jax.jit(jnp.matmul)
     measured = []
@@ -115,7 +117,7 @@ def products(config: Config, dtypes: Sequence[str] = ("bfloat16", "float32")) ->
             keys = jax.random.split(jax.random.key(0))
             a = jax.random.normal(keys[0], (m, k), dtype)
             b = jax.random.normal(keys[1], (k, n), dtype)
-            measured.append(Product(what, dtype, (m, k, n), seconds_of(multiply, a, b)))
+            measured.append(MeasuredProduct(what, dtype, (m, k, n), seconds_of(multiply, a, b)))
     return measured
 
 
@@ -170,7 +172,7 @@ def _read_by_threads(a, seconds: float) -> float:
     return best
 
 
-def measured_chip(measured: Sequence[Product], bandwidth: float, dtype: str) -> Chip:
+def measured_chip(measured: Sequence[MeasuredProduct], bandwidth: float, dtype: str) -> Chip:
     """A Chip whose ceilings are what was reached: the fastest product in `dtype`, and memory."""
     kind = jax.devices()[0].device_kind
     known = chip(kind) or Chip(kind, 0, 0, 0)
@@ -240,7 +242,7 @@ def _both_ways(fn: Callable) -> Callable:
 # ---- the parts of a step -------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """A component of the step: a compiled function, what it is called with, calls in a step."""
 
     component: str
@@ -265,7 +267,7 @@ class Reached(NamedTuple):
         return self.bound / self.seconds if self.seconds > 0 else float("nan")
 
 
-def parts_of_step(config: Config) -> list[Part]:
+def parts_of_step(config: Config) -> list[Component]:
     """Each component on its own, forward and backward, and the whole step."""
     rng = np.random.default_rng(0)
     B, T, D, A = config.microbatch, config.sequence_len, config.n_embd, config.accumulate
@@ -290,18 +292,22 @@ def parts_of_step(config: Config) -> list[Part]:
     def mlp(w, x_BTD):
         return transformer.mlp(transformer.rms_norm(x_BTD, config.norm_eps), w, config)
 
-    parts = [Part("embedding", _both_ways(look_up), (x_BTD, params["embed"]), A)]
+    parts = [Component("embedding", _both_ways(look_up), (x_BTD, params["embed"]), A)]
     for window in sorted(set(config.windows)):
         attend = transformer.full_attention(config, window)
         fn = _both_ways(lambda w, x, attend=attend: attention(w, x, attend))
-        parts.append(Part("attention", fn, (x_BTD, w, x_BTD), A * config.windows.count(window)))
-    parts.append(Part("mlp", _both_ways(mlp), (x_BTD, w, x_BTD), A * config.n_layer))
+        parts.append(
+            Component("attention", fn, (x_BTD, w, x_BTD), A * config.windows.count(window))
+        )
+    parts.append(Component("mlp", _both_ways(mlp), (x_BTD, w, x_BTD), A * config.n_layer))
 
     def loss(x_BTD, head_DV):
         return summed_loss(x_BTD, head_DV, tokens_BT, config)
 
     loss_and_gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))
-    parts.append(Part("head+loss", loss_and_gradients, (x_BTD, head_matrix(params, config)), A))
+    parts.append(
+        Component("head+loss", loss_and_gradients, (x_BTD, head_matrix(params, config)), A)
+    )
 
     @jax.jit
     def optimize(grads, opt_state, params):
@@ -310,7 +316,7 @@ def parts_of_step(config: Config) -> list[Part]:
         return optax.apply_updates(params, updates), opt_state
 
     grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
-    parts.append(Part("optimizer", optimize, (grads, state.opt_state, params), 1))
+    parts.append(Component("optimizer", optimize, (grads, state.opt_state, params), 1))
 
     # the whole step gives its old state's memory to the new one, as training does; so it comes last
     step = train.make_train_step(config)
@@ -320,7 +326,7 @@ def parts_of_step(config: Config) -> list[Part]:
         state, metrics = step(state, rows, rows)
         return state.step, metrics
 
-    parts.append(Part("step", go_on, (jnp.tile(tokens_BT, (A, 1)),), 1))
+    parts.append(Component("step", go_on, (jnp.tile(tokens_BT, (A, 1)),), 1))
     return parts
 
 

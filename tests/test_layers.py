@@ -4,6 +4,7 @@ lower layers of lib never import higher ones, and none reads flags or the enviro
 """
 
 import ast
+import collections
 import re
 from pathlib import Path
 
@@ -110,3 +111,16 @@ def test_no_flags_and_no_environment(path):
         assert not (
             isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "argv")
         ), where
+
+
+def test_a_class_has_a_name_of_its_own():
+    places = collections.defaultdict(list)
+    for path in MODULES:
+        # the model in torch bears the names that transformers' users know
+        if path.name == "modeling_rawchat.py":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(path.name)
+    shared = {name: files for name, files in places.items() if len(files) > 1}
+    assert shared == {}

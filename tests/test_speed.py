@@ -9,7 +9,7 @@ from lib import speed
 from lib.chips import V6E, Chip
 from lib.config import Config
 from lib.files import UserError
-from lib.speed import Attended, Product, Reached
+from lib.speed import Attended, MeasuredProduct, Reached
 
 TINY = Config(
     vocab_size=256,
@@ -30,14 +30,14 @@ TINY = Config(
 
 
 def test_a_product_counts_two_flops_a_pair():
-    assert Product("", "float32", (10, 20, 30), 0.5).flops == 2 * 10 * 20 * 30 / 0.5
+    assert MeasuredProduct("", "float32", (10, 20, 30), 0.5).flops == 2 * 10 * 20 * 30 / 0.5
 
 
 def test_the_measured_chip_has_the_best_product_of_its_own_dtype():
     products = [
-        Product("slow", "bfloat16", (10, 10, 10), 1.0),
-        Product("fast", "bfloat16", (10, 10, 10), 0.5),
-        Product("other", "float32", (10, 10, 10), 0.1),
+        MeasuredProduct("slow", "bfloat16", (10, 10, 10), 1.0),
+        MeasuredProduct("fast", "bfloat16", (10, 10, 10), 0.5),
+        MeasuredProduct("other", "float32", (10, 10, 10), 0.1),
     ]
     ceiling = speed.measured_chip(products, 7.0, "bfloat16")
     assert (ceiling.flops, ceiling.bandwidth) == (4000.0, 7.0)

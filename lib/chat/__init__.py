@@ -4,6 +4,6 @@
 the server and the notebook use the same. `terminal` is `python -m lib.chat`.
 """
 
-from lib.chat.messages import Piece, Reader, compact, ends, fit, reply
+from lib.chat.messages import Delta, Reader, compact, ends, fit, reply
 
-__all__ = ["Piece", "Reader", "compact", "ends", "fit", "reply"]
+__all__ = ["Delta", "Reader", "compact", "ends", "fit", "reply"]

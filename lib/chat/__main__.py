@@ -3,8 +3,8 @@
 import os
 
 from lib import notebook
-from lib.chat.terminal import Settings, main
+from lib.chat.terminal import ChatSettings, main
 
 notebook.setup()
-settings = notebook.options(Settings, "python -m lib.chat")
+settings = notebook.options(ChatSettings, "python -m lib.chat")
 main(settings, coloured=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")

@@ -18,7 +18,7 @@ def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(id for name, id in tokenizer.special.items() if name not in KINDS)
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """A bit more of an answer: `text` of part number `index`, of kind text, python or
     python_output.
 
@@ -60,7 +60,7 @@ class Reader:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.open = False  # whether the last of `parts` is the one being written
 
-    def read(self, tokens: list[Token]) -> list[Piece]:
+    def read(self, tokens: list[Token]) -> list[Delta]:
         """What these tokens add; at most one piece per part."""
         pieces = []
         for token in tokens:
@@ -86,19 +86,19 @@ class Reader:
                 pieces.append(new)
         return pieces
 
-    def _piece(self, text: str) -> Piece:
+    def _piece(self, text: str) -> Delta:
         """Add a bit of text to the open part."""
         before = spoken(self.parts)
         self.parts[-1]["text"] += text
         tokens, self.waiting = self.waiting, []
         if self.kind != "text":
-            return Piece(len(self.parts) - 1, self.kind, text, tokens)
+            return Delta(len(self.parts) - 1, self.kind, text, tokens)
 
         # all the tokens that wait begin where this text does: each but the last is a piece of its
         # first character
         joint = spoken(self.parts)[len(before) : -len(text)]
         offsets = [len(before) + len(joint)] * len(tokens)
-        return Piece(len(self.parts) - 1, self.kind, text, tokens, offsets, joint)
+        return Delta(len(self.parts) - 1, self.kind, text, tokens, offsets, joint)
 
 
 def compact(parts: list[dict]) -> str | list[dict]:
@@ -140,7 +140,7 @@ def fit(
 
 def reply(
     engine: Engine, ids: list[int], sampling: Sampling, reader: Reader
-) -> Generator[Piece, None, None]:
+) -> Generator[Delta, None, None]:
     """Write the answer to a prompt in an engine of its own, piece by piece.
 
     Leaving the loop early frees the slot.

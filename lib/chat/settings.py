@@ -8,7 +8,7 @@ from lib.runs import Model, load_model, open_run
 
 
 @dataclass(frozen=True)
-class Which:
+class WhichModel:
     """Which model."""
 
     run: str = ""

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.chat.messages import Piece, Reader, compact, ends, fit, reply
-from lib.chat.settings import Which, Writing
+from lib.chat.messages import Delta, Reader, compact, ends, fit, reply
+from lib.chat.settings import WhichModel, Writing
 from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
@@ -87,7 +87,7 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Settings(Which, Writing, Saying, Choosing):
+class ChatSettings(WhichModel, Writing, Saying, Choosing):
     """Talk to a trained model in the terminal; /help there tells the commands."""
 
 
@@ -104,7 +104,9 @@ class Talk:
     tools: whether calls are shown.
     """
 
-    def __init__(self, model: Model, settings: Settings, colours: dict = PLAIN, tools: bool = True):
+    def __init__(
+        self, model: Model, settings: ChatSettings, colours: dict = PLAIN, tools: bool = True
+    ):
         from lib.sandbox import calculator
 
         self.model = model
@@ -225,7 +227,7 @@ class Talk:
         print(self._close(last), flush=True)
         return stopped
 
-    def _show(self, piece: Piece, last: Piece | None) -> Piece:
+    def _show(self, piece: Delta, last: Delta | None) -> Delta:
         """Print a piece, tool calls in brackets and their own colour; `last` is the piece before
         it.
         """
@@ -243,7 +245,7 @@ class Talk:
         print(UNPRINTABLE.sub("", text), end="", flush=True)
         return piece
 
-    def _close(self, last: Piece | None) -> str:
+    def _close(self, last: Delta | None) -> str:
         """What ends a tool call that was shown."""
         if not self.tools or last is None or last.kind == "text":
             return ""
@@ -415,7 +417,7 @@ def converse(talk: Talk, read: Read, more: Callable[[], bool] = lambda: False):
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def main(settings: Settings, coloured: bool):
+def main(settings: ChatSettings, coloured: bool):
     """Load the model and talk on standard input and output; `coloured`: the user wants colours
     where a terminal is.
     """

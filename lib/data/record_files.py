@@ -44,7 +44,7 @@ from lib.files import (
 OPTIONS = "group_size:1,uncompressed"
 
 
-class Part(NamedTuple):
+class CorpusShard(NamedTuple):
     """A shard that a corpus is to have."""
 
     name: str  # of its files, without their endings
@@ -71,7 +71,7 @@ def package() -> Any:
 # ---- the corpus ----------------------------------------------------------------------------------
 
 
-def begin(to: str, source: str, tokenizer: Tokenizer, parts: list[Part]) -> dict:
+def begin(to: str, source: str, tokenizer: Tokenizer, parts: list[CorpusShard]) -> dict:
     """Leave tokenizer and plan for all workers, or see that those there say the same; the plan.
 
     The first thing that is written is small: it shows whether one may.
@@ -93,7 +93,7 @@ def begin(to: str, source: str, tokenizer: Tokenizer, parts: list[Part]) -> dict
     return plan
 
 
-def missing(to: str, parts: list[Part]) -> list[Part]:
+def missing(to: str, parts: list[CorpusShard]) -> list[CorpusShard]:
     """Those shards that are not there yet."""
     fs, root = filesystem(to)
 
@@ -105,7 +105,7 @@ def missing(to: str, parts: list[Part]) -> list[Part]:
     return [part for part in parts if _note(part.name) not in there]
 
 
-def finish(to: str, plan: dict, parts: list[Part]):
+def finish(to: str, plan: dict, parts: list[CorpusShard]):
     """Write the manifest, if this worker was the last one."""
     left = missing(to, parts)
     if left:
@@ -114,7 +114,7 @@ def finish(to: str, plan: dict, parts: list[Part]):
         )
         return
 
-    def entry(part: Part) -> dict:
+    def entry(part: CorpusShard) -> dict:
         note = _note(part.name)
         return parse_json(read_whole(to, note) or "", join(to, note), cure="delete it, run again")
 
@@ -143,7 +143,7 @@ def _agree(to: str, name: str, content: bytes, what: str):
 # ---- one shard -----------------------------------------------------------------------------------
 
 
-def write_shard(to: str, part: Part, shard: TokenShard, tokenizer: Tokenizer) -> Entry:
+def write_shard(to: str, part: CorpusShard, shard: TokenShard, tokenizer: Tokenizer) -> Entry:
     """Send a shard: its records, its index, and last the note that it is there."""
     with tempfile.TemporaryDirectory() as folder:
         entry = _write_files(Path(folder), part, shard, tokenizer)
@@ -153,7 +153,7 @@ def write_shard(to: str, part: Part, shard: TokenShard, tokenizer: Tokenizer) ->
     return entry
 
 
-def _write_files(folder: Path, part: Part, shard: TokenShard, tokenizer: Tokenizer) -> Entry:
+def _write_files(folder: Path, part: CorpusShard, shard: TokenShard, tokenizer: Tokenizer) -> Entry:
     """Write a shard's records and index into a folder; what the manifest will say of them."""
     _, lengths = shard.spans(tokenizer.bos)
     begins = record_begins(lengths.astype(np.int64)).tolist()

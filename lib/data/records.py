@@ -19,7 +19,7 @@ import numpy as np
 from lib.data import record_files
 from lib.data.corpus import TOKENIZER, Entry, bring, read_corpus, read_whole
 from lib.data.download import CACHE
-from lib.data.record_files import Part, part_name
+from lib.data.record_files import CorpusShard, part_name
 from lib.data.regions import warn_if_far
 from lib.data.sources import SPLITS, Shard, find_shards
 from lib.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def write(
     own = record_files.missing(to, parts[number - 1 :: count])
     print(f"worker {number} of {count}: {len(own)} of {len(parts)} shards are to be made")
 
-    def make(part: Part) -> Entry:
+    def make(part: CorpusShard) -> Entry:
         with tempfile.TemporaryDirectory() as folder:
             spec = Path(folder, TOKENIZER)
             words.save(spec)
@@ -110,8 +110,8 @@ def write_texts(texts: Iterable[str], to: str, tokenizer: Tokenizer, task: int, 
             f"task {task} of {tasks} is out of range: tasks are counted from 0, and take two"
         )
     record_files.package()
-    parts = [Part(part_name("train", i, tasks - 1), "train", "") for i in range(tasks - 1)]
-    parts.append(Part(part_name("val", 0, 1), "val", ""))
+    parts = [CorpusShard(part_name("train", i, tasks - 1), "train", "") for i in range(tasks - 1)]
+    parts.append(CorpusShard(part_name("val", 0, 1), "val", ""))
     plan = record_files.begin(to, "texts of another engine", tokenizer, parts)
 
     if record_files.missing(to, [parts[task]]):
@@ -155,13 +155,13 @@ def _tokenizer(to: str, path: str) -> Tokenizer:
         return Tokenizer.load(Path(folder, TOKENIZER))
 
 
-def _texts(source: str, shards: int, cache_dir: str) -> dict[Part, Shard]:
+def _texts(source: str, shards: int, cache_dir: str) -> dict[CorpusShard, Shard]:
     """All shards of both sides of a text, by the shards that they become."""
     texts = {}
     for split in SPLITS:
         sides = find_shards(source, split, shards, cache_dir)
         for i, shard in enumerate(sides):
-            texts[Part(part_name(split, i, len(sides)), split, shard.identity)] = shard
+            texts[CorpusShard(part_name(split, i, len(sides)), split, shard.identity)] = shard
     return texts
 
 

@@ -76,7 +76,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard on its way into the cache."""
 
     shard: Shard
@@ -111,7 +111,7 @@ def open_tokens(
     jobs = []
     for shard in parts:
         key = digest_of(json.dumps([FORMAT, tokenizer.fingerprint, shard.identity]))[:32]
-        jobs.append(Job(shard, folder / f"{key}.npy", Future()))
+        jobs.append(ShardJob(shard, folder / f"{key}.npy", Future()))
 
     waiting = collections.deque(jobs)
     for _ in range(min(len(jobs), workers or min(os.cpu_count() or 1, 8))):
@@ -154,7 +154,7 @@ def _not_empty(tokens: Tokens, source: str, split: str) -> Tokens:
     return tokens
 
 
-def _work(waiting: collections.deque[Job], spec: Path):
+def _work(waiting: collections.deque[ShardJob], spec: Path):
     """Do one job after another until none waits; what goes wrong is told to whoever reads the
     shard.
     """
@@ -183,7 +183,7 @@ def tokenised(shard: Shard, spec: Path, out: Path) -> TokenShard:
     return tokens
 
 
-def _show_waiting(jobs: list[Job], source: str):
+def _show_waiting(jobs: list[ShardJob], source: str):
     """Wait for the first shard, with a bar where that takes more than two seconds."""
     show_waiting(
         lambda seconds: bool(wait([jobs[0].done], timeout=seconds).done),

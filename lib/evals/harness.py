@@ -341,7 +341,7 @@ def _merged(old: dict, new: dict) -> dict:
 
 
 @dataclass
-class Settings:
+class HarnessSettings:
     """Evaluate a run with lm-evaluation-harness; results go to its evals/lm_eval_STAGE.json."""
 
     run: str
@@ -366,7 +366,7 @@ class Settings:
     """folder that holds the runs"""
 
 
-def main(settings: Settings) -> None:
+def main(settings: HarnessSettings) -> None:
     """Measure, print the table and keep the results."""
     _import()
     from lm_eval.utils import make_table
@@ -401,4 +401,4 @@ if __name__ == "__main__":
     started()
     # its bootstrap would fork this process, which runs threads of JAX
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    main(tyro.cli(Settings))
+    main(tyro.cli(HarnessSettings))

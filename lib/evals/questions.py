@@ -85,7 +85,7 @@ class Questions:
 # ---- what a model is asked
 
 
-class Answers(NamedTuple):
+class ModelAnswers(NamedTuple):
     """The four questions that tasks put to a model; tests put others in its place.
 
     Ids are lists of ints.
@@ -126,7 +126,7 @@ def _padded(rows: Sequence[Sequence[int]], config: Config, batch: int, fill: int
     return padded
 
 
-def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
+def model_answers(params, config: Config, tokenizer, batch: int) -> ModelAnswers:
     """How a model of ours answers. batch: rows at once."""
 
     def next_logprobs(prompts):
@@ -154,7 +154,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> Answers:
         return _written(engine, prompts, samplings)
 
     continuations = partial(likelihood.score, params, config, tokenizer)
-    return Answers(next_logprobs, continuations, losses, texts)
+    return ModelAnswers(next_logprobs, continuations, losses, texts)
 
 
 def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]:
@@ -191,13 +191,13 @@ def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskJob:
     """One task on its way through `evaluate`."""
 
     name: str
     task: Task
     items: list[dict]
-    ask: Answers
+    ask: ModelAnswers
     config: Config
     tokenizer: Tokenizer
     settings: Questions
@@ -277,7 +277,7 @@ def _perplexity_of(nats, units) -> tuple[float, float | None]:
     return perplexity, perplexity * error
 
 
-def _accuracy(job: Job, correct: list[float], options: list[int] | None = None, **more) -> dict:
+def _accuracy(job: TaskJob, correct: list[float], options: list[int] | None = None, **more) -> dict:
     """The entry of a task that is right or wrong. options: how many each item offered."""
     score, error = stats.proportion(correct)
     baseline = job.task.baseline
@@ -309,7 +309,7 @@ class Lettered(NamedTuple):
     letters: list[int]
 
 
-def _lettered(job: Job, item: dict) -> Lettered:
+def _lettered(job: TaskJob, item: dict) -> Lettered:
     """An item's prompt and letters as ids; UserError where they can't be asked for."""
     # only the next token is looked at, so a letter must be one
     letters = [job.tokenizer.encode(letter) for letter in item["letters"]]
@@ -325,7 +325,7 @@ def _lettered(job: Job, item: dict) -> Lettered:
     return Lettered(ids, cut, [letter[0] for letter in letters])
 
 
-def _choice(job: Job) -> dict:
+def _choice(job: TaskJob) -> dict:
     """The likeliest of the letters as first token of the answer is taken."""
     questions = job.each(partial(_lettered, job))
 
@@ -387,7 +387,7 @@ def continuation_ids(tokenizer, context: str, choice: str) -> tuple[list[int], l
     return [tokenizer.bos, *before], after
 
 
-def _continued(job: Job, item: dict) -> Continued:
+def _continued(job: TaskJob, item: dict) -> Continued:
     """An item as requests, its contexts cut to what there is room for."""
     contexts = item["context"]
     choices = item["choices"]
@@ -419,7 +419,7 @@ def _continued(job: Job, item: dict) -> Continued:
     return Continued(requests, cut)
 
 
-def _likelihood(job: Job) -> dict:
+def _likelihood(job: TaskJob) -> dict:
     """The choice with the highest mean log-likelihood per token is taken.
 
     Where there is nothing to choose from, the question is whether greedy decoding would write it.
@@ -498,7 +498,7 @@ class Drawing(NamedTuple):
     sample: int
 
 
-def _generate(job: Job) -> dict:
+def _generate(job: TaskJob) -> dict:
     """The model writes its own answers, with the calculator, and they are graded as they come."""
     settings = job.settings
     n = settings.samples
@@ -549,7 +549,9 @@ def _generate(job: Job) -> dict:
     return entry
 
 
-def _graded(job: Job, drawings: list[Drawing], written: Iterator) -> tuple[list[str], list[int]]:
+def _graded(
+    job: TaskJob, drawings: list[Drawing], written: Iterator
+) -> tuple[list[str], list[int]]:
     """(what was said in the first sample, how many samples were right) of each item."""
     if job.task.grade is None:
         raise UserError(f"task {job.name} has no way to grade what a model writes")
@@ -622,7 +624,7 @@ def _windows(ids: list[int], bos: int, width: int) -> Iterator[tuple[list[int], 
         done = end
 
 
-def _foreseen(job: Job, item: dict) -> Foreseen:
+def _foreseen(job: TaskJob, item: dict) -> Foreseen:
     """A text's windows, or a chat as one row."""
     tokenizer = job.tokenizer
     width = job.config.sequence_len
@@ -644,7 +646,7 @@ def _foreseen(job: Job, item: dict) -> Foreseen:
     return Foreseen([(ids[:-1], targets)], cut)
 
 
-def _perplexity(job: Job) -> dict:
+def _perplexity(job: TaskJob) -> dict:
     """The loss on what an assistant should say, or on all of a text."""
     # the rows of all texts, and the item of each
     texts = job.each(partial(_foreseen, job))
@@ -676,7 +678,7 @@ def _perplexity(job: Job) -> dict:
     return dict(**_foresight(job, items), truncated=truncated, items=items)
 
 
-def _foresight(job: Job, items: list[dict]) -> dict:
+def _foresight(job: TaskJob, items: list[dict]) -> dict:
     """The entry of a task of texts from the sums of each."""
     # words are known of data sets that count them
     units = ["tokens", "bytes"]
@@ -717,7 +719,7 @@ def _foresight(job: Job, items: list[dict]) -> dict:
 
 # ---- all of it
 
-KINDS: dict[str, Callable[[Job], dict]] = {
+KINDS: dict[str, Callable[[TaskJob], dict]] = {
     "generate": _generate,
     "choice": _choice,
     "likelihood": _likelihood,
@@ -761,7 +763,7 @@ def evaluate(
     questions: Questions | None = None,
     *,
     known: dict[str, Task] | None = None,
-    answers: Answers | None = None,
+    answers: ModelAnswers | None = None,
     progress: bool = True,
 ) -> dict:
     """{"tasks": {name: entry}, "skipped": {name: why}, "chatcore"}: answers to tasks' test splits.
@@ -801,7 +803,7 @@ def evaluate(
             items = [_mixed(item, questions.seed) for item in items]
         hidden_bar = None if progress else True
         with progress_bar(total=len(items), desc=name, leave=False, disable=hidden_bar) as bar:
-            job = Job(name, chosen[name], items, ask, config, tokenizer, questions, bar)
+            job = TaskJob(name, chosen[name], items, ask, config, tokenizer, questions, bar)
             entries[name] = _measured(job)
         if progress:
             tqdm.write(summary(name, entries[name]))
@@ -812,7 +814,7 @@ def evaluate(
     return record
 
 
-def _measured(job: Job) -> dict:
+def _measured(job: TaskJob) -> dict:
     """The entry of one task, with the time that it took."""
     clock = time.perf_counter()
     choose("kind of task", job.task.kind, KINDS)

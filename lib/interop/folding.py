@@ -15,7 +15,7 @@ import numpy as np
 from lib.config import Config
 
 
-class Plain(NamedTuple):
+class PlainWeights(NamedTuple):
     """Weights of a plain transformer in numpy: explicit head axes, the true vocabulary.
 
     embed: (V, D) as the table is, not yet normed. head: (D, V). layers: per layer wq (D, N, H),
@@ -33,7 +33,7 @@ READERS = ("wv", "w_in", "w_gate")
 WRITERS = ("wo", "w_out")
 
 
-def fold(params, config: Config) -> Plain:
+def fold(params, config: Config) -> PlainWeights:
     """The weights of a config whose other parts are off, with the scales folded in.
 
     Queries and keys keep their norm where the config has one; `qk_scale` is then left to its
@@ -62,7 +62,7 @@ def fold(params, config: Config) -> Plain:
         if not config.qk_norm:
             layer["wq"] = layer["wq"] * np.float32(config.qk_scale)
             layer["wk"] = layer["wk"] * np.float32(config.qk_scale)
-    return Plain(table, head * np.float32(np.sign(stream)), layers)
+    return PlainWeights(table, head * np.float32(np.sign(stream)), layers)
 
 
 def normed_rows(table_VD: np.ndarray, eps: float) -> np.ndarray:

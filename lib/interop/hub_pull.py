@@ -42,7 +42,7 @@ def pull(source: str, run, token: str | None = None) -> str:
     staging = run.with_name(f".{run.name}.pull")
     with hub.reaching(f"cannot pull {wanted.name}", token), writing(run):
         # a branch may move on while its files come
-        pinned = hub.Source(wanted.repo, hub.commit_of(wanted, token))
+        pinned = hub.Revision(wanted.repo, hub.commit_of(wanted, token))
         names = hub.names(pinned, token)
         contents = _contents(pinned, names, token)
         target = _target(run, contents)
@@ -57,7 +57,7 @@ def pull(source: str, run, token: str | None = None) -> str:
     )
 
 
-def _contents(source: hub.Source, names: list[str], token: str | None) -> Contents:
+def _contents(source: hub.Revision, names: list[str], token: str | None) -> Contents:
     """What a revision holds; UserError where that is nothing of ours."""
     if MANIFEST in names:
         with tempfile.TemporaryDirectory() as folder:
@@ -75,7 +75,7 @@ def _contents(source: hub.Source, names: list[str], token: str | None) -> Conten
     )
 
 
-def _listed(source: hub.Source, manifest: dict[str, Any]) -> Contents:
+def _listed(source: hub.Revision, manifest: dict[str, Any]) -> Contents:
     """The contents that a list names, after a look at every word of it."""
     kind, files = manifest.get("kind"), manifest.get("files") or {}
     stage, export = manifest.get("stage") or "", manifest.get("export") or ""
@@ -117,7 +117,7 @@ def _target(run: Path, contents: Contents) -> Path:
     return target
 
 
-def _check(source: hub.Source, staging: Path, files: dict[str, dict]) -> int:
+def _check(source: hub.Revision, staging: Path, files: dict[str, dict]) -> int:
     """Compare what came with its list; how many bytes came.
 
     What is damaged is taken away, so that the next pull fetches it anew.

@@ -212,7 +212,7 @@ def _held(repo: str, private: bool, token: str | None) -> list[str]:
         if name not in names:
             return {}
         with tempfile.TemporaryDirectory() as folder:
-            hub.download(hub.Source(repo, info.sha), [name], Path(folder), token)
+            hub.download(hub.Revision(repo, info.sha), [name], Path(folder), token)
             return parse_json(Path(folder, name).read_bytes(), f"{name} of {repo}")
 
     # the list of an earlier push; 02 keeps a checkpoint and a tokenizer without one

@@ -21,7 +21,7 @@ from lib.interop import proof
 LARGEST = 1.9e9
 
 
-class Plain(NamedTuple):
+class PlainFunctions(NamedTuple):
     """Both functions, and what step takes: its shapes, and a name for each."""
 
     forward: Callable
@@ -30,7 +30,7 @@ class Plain(NamedTuple):
     step_names: list[str]
 
 
-def plain(params, config: Config) -> Plain:
+def plain(params, config: Config) -> PlainFunctions:
     """A model's functions, computing in float32."""
     config = proof.exact(config)
 
@@ -45,7 +45,7 @@ def plain(params, config: Config) -> Plain:
 
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     state = [jax.ShapeDtypeStruct(part.shape, part.dtype) for part in empty_cache(config)]
-    return Plain(forward, step, [token, *state], ["token", *state_names(config.n_layer)])
+    return PlainFunctions(forward, step, [token, *state], ["token", *state_names(config.n_layer)])
 
 
 def state_names(n_layer: int) -> list[str]:

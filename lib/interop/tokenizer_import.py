@@ -1,6 +1,6 @@
 """Other people's byte-level BPE as a Tokenizer of ours, from a tokenizer.json or tiktoken's file.
 
-Ours are ordered by merges with our special tokens behind, so ids change: `Vocabulary.theirs` tells
+Ours are ordered by merges with our special tokens behind, so ids change: `ImportedVocabulary.theirs` tells
 which row of their tables each id of ours reads.
 """
 
@@ -33,7 +33,7 @@ PATTERNS = {"llama": LLAMA_PATTERN, "qwen3": QWEN_PATTERN}
 RANKS = ("tokenizer.model", "*.tiktoken")
 
 
-class Vocabulary(NamedTuple):
+class ImportedVocabulary(NamedTuple):
     """A tokenizer of ours, which old id each of its ids has (-1: none), what is not as it was."""
 
     tokenizer: Tokenizer
@@ -41,7 +41,9 @@ class Vocabulary(NamedTuple):
     lost: tuple[str, ...]
 
 
-def read_tokenizer(folder: Path, bos: int | None, source: str, model_type: str) -> Vocabulary:
+def read_tokenizer(
+    folder: Path, bos: int | None, source: str, model_type: str
+) -> ImportedVocabulary:
     """The tokenizer of a model's folder. bos: their id of what begins a document.
 
     UserError where there is neither a tokenizer.json nor a file of tiktoken's, and where it is not
@@ -59,7 +61,7 @@ def read_tokenizer(folder: Path, bos: int | None, source: str, model_type: str) 
     )
 
 
-def _from_json(data: dict, bos: int | None, source: str) -> Vocabulary:
+def _from_json(data: dict, bos: int | None, source: str) -> ImportedVocabulary:
     """What a tokenizer.json holds."""
     model = data.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
@@ -76,10 +78,12 @@ def _from_json(data: dict, bos: int | None, source: str) -> Vocabulary:
     special = _special(added, bos)
     tokenizer = _tokenizer(pattern, _as_bytes(texts, source), source)
     theirs = np.array([ids[text] for text in texts] + special)
-    return Vocabulary(tokenizer, theirs, tuple(_losses(data.get("normalizer"), added, special)))
+    return ImportedVocabulary(
+        tokenizer, theirs, tuple(_losses(data.get("normalizer"), added, special))
+    )
 
 
-def _from_ranks(path: Path, bos: int | None, source: str, pattern: str) -> Vocabulary:
+def _from_ranks(path: Path, bos: int | None, source: str, pattern: str) -> ImportedVocabulary:
     """What a file of tiktoken's holds: a token in base64 and its rank a line, in order of merges.
 
     The names of its special tokens stand in tokenizer_config.json, if anywhere.
@@ -106,7 +110,7 @@ def _from_ranks(path: Path, bos: int | None, source: str, pattern: str) -> Vocab
     tokens = tuple(sorted(ranks, key=lambda token: ranks[token]))
     theirs = np.array([ranks[token] for token in tokens] + special)
     tokenizer = _tokenizer(pattern, tokens, source)
-    return Vocabulary(tokenizer, theirs, tuple(_losses(None, added, special)))
+    return ImportedVocabulary(tokenizer, theirs, tuple(_losses(None, added, special)))
 
 
 def _special(added: dict[str, int], bos: int | None) -> list[int]:

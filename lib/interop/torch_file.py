@@ -39,7 +39,7 @@ class StorageType(NamedTuple):
     dtype: Any
 
 
-class Plain(dict):
+class AttributeDict(dict):
     """A dict that takes whatever attributes a pickle gives it."""
 
 
@@ -62,14 +62,14 @@ def _parameter(tensor: np.ndarray, *rest) -> np.ndarray:
 
 # what the pickle of a state dict may name: (module, name) -> what it gets
 NAMES: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): Plain,
+    ("collections", "OrderedDict"): AttributeDict,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
 NAMES |= {("torch", name): StorageType(dtype) for name, dtype in DTYPES.items()}
 
 
-class Refused(Exception):
+class RefusedPickle(Exception):
     """A pickle asked for something that it does not get."""
 
 
@@ -82,12 +82,12 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.names:
-            raise Refused(f"{module}.{name}")
+            raise RefusedPickle(f"{module}.{name}")
         return self.names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storages is None:
-            raise Refused("a storage")
+            raise RefusedPickle("a storage")
         return self.storages(pid)
 
 
@@ -95,7 +95,7 @@ def unpickle(data: bytes, names: Mapping[tuple[str, str], Any], where, storages=
     """What a pickle holds; UserError where it names anything else, or is damaged."""
     try:
         return Unpickler(data, names, storages).load()
-    except Refused as e:
+    except RefusedPickle as e:
         raise UserError(
             f"{where} asks for {e}, which nothing of this kind needs: it was not read, for a "
             "pickle can run programs; don't open it elsewhere either"

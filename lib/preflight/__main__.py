@@ -63,7 +63,7 @@ PUBLISHED: dict[str, Any] = dict(
 
 
 @dataclasses.dataclass(frozen=True)
-class Which:
+class WhichShape:
     """Which model: one of these three, then anything by name."""
 
     depth: int = 0
@@ -146,7 +146,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    which: Which = Which()
+    which: WhichShape = WhichShape()
     where: Where = Where()
     ask: Ask = Ask()
     cost: Cost = Cost()
@@ -160,7 +160,7 @@ def parse(arguments: list[str] | None = None) -> Args:
     return tyro.cli(flat, args=arguments, prog="python -m lib.preflight", description=ABOUT)
 
 
-def choose_config(which: Which):
+def choose_config(which: WhichShape):
     """The config that is asked about; UserError unless it is named in exactly one way."""
     from lib.config import Config
     from lib.files import UserError

@@ -65,7 +65,7 @@ class Charts(NamedTuple):
     wide: bool = False
 
 
-class Piece(NamedTuple):
+class SamplePart(NamedTuple):
     """A part of a sample: the prompt, what was written, or a call of a tool with its answer."""
 
     kind: str
@@ -76,7 +76,7 @@ class Sample(NamedTuple):
     """Who wrote it, and its pieces."""
 
     who: str
-    pieces: list[Piece]
+    pieces: list[SamplePart]
 
 
 class Samples(NamedTuple):

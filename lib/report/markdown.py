@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable
 
 from lib.report.blocks import Own, Section, Table
-from lib.report.record import Run, verdict
+from lib.report.record import RunRecord, verdict
 
 
-def markdown(run: Run, sections: list[Section]) -> str:
+def markdown(run: RunRecord, sections: list[Section]) -> str:
     """The whole document."""
     # name and verdict, then the same blocks as on the page
     lines = [f"# {escaped(run.name)}", "", f"**{escaped(verdict(run))}**"]

@@ -6,13 +6,13 @@ from lib.files import write_atomic
 from lib.report import charts
 from lib.report.blocks import Charts, Own, Section
 from lib.report.markdown import clean, markdown
-from lib.report.record import Run, earlier_runs, read, verdict
+from lib.report.record import RunRecord, earlier_runs, read, verdict
 from lib.report.sections import sections
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def page(run: Run, sections: list[Section]) -> str:
+def page(run: RunRecord, sections: list[Section]) -> str:
     """The whole HTML document; everything that comes from a file is escaped."""
     from jinja2 import Environment, StrictUndefined
 

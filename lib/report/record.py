@@ -51,7 +51,7 @@ REFERENCES = [
 EARLIER = 5
 
 
-class Run(NamedTuple):
+class RunRecord(NamedTuple):
     """Everything that a run folder holds for its report; missing files are empty dicts."""
 
     name: str
@@ -70,7 +70,7 @@ class Run(NamedTuple):
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read(folder) -> Run:
+def read(folder) -> RunRecord:
     """The `Run` in a folder with any part of a run's files; UserError for none or damaged ones."""
     folder = Path(folder)
     notes = []
@@ -89,7 +89,7 @@ def read(folder) -> Run:
         notes.append("bits per byte of unseen text: there was no held-out text to measure on")
     records = _own_records(_read_stages(folder / "evals", "{}.json"), curves, notes)
 
-    run = Run(
+    run = RunRecord(
         name=folder.name,
         config=_read(folder / "config.json"),
         results=results,
@@ -171,7 +171,7 @@ def _seconds(text) -> float | None:
         return None
 
 
-def earlier_runs(folder) -> tuple[list[Run], list[str]]:
+def earlier_runs(folder) -> tuple[list[RunRecord], list[str]]:
     """(other evaluated runs beside `folder`, newest first; a sentence for each unreadable one)."""
     # when each of them was measured last
     folder = Path(folder).resolve()
@@ -242,7 +242,7 @@ def _of_a_part(key: str, mean: dict) -> str:
     return "" if whole else " of a part"
 
 
-def task_names(run: Run) -> list[str]:
+def task_names(run: RunRecord) -> list[str]:
     """The names of all scores, means first."""
     names = {}
     for record in run.records.values():
@@ -261,17 +261,17 @@ def core_label(record: dict) -> str:
 # ---- text ----------------------------------------------------------------------------------------
 
 
-def source_of(run: Run) -> str:
+def source_of(run: RunRecord) -> str:
     """The text that it was trained on."""
     return run.results.get("source", "its text")
 
 
-def measured_source(run: Run) -> str:
+def measured_source(run: RunRecord) -> str:
     """The text of which results.json has bits per byte, the model's and the compressors'."""
     return run.results.get("val_source", source_of(run))
 
 
-def text_bits(run: Run) -> dict[str, dict[str, dict]]:
+def text_bits(run: RunRecord) -> dict[str, dict[str, dict]]:
     """{source: {stage: measurement}}; of a run that nobody examined, what its results say."""
     by_source = {}
     for stage, record in run.records.items():
@@ -290,7 +290,7 @@ def text_bits(run: Run) -> dict[str, dict[str, dict]]:
     return by_source
 
 
-def steps_done(run: Run) -> tuple[int, int]:
+def steps_done(run: RunRecord) -> tuple[int, int]:
     """(steps taken, steps planned) of pretraining."""
     rows = run.curves.get("base", [])
     done = rows[-1]["step"] if rows else run.results.get("steps", 0)
@@ -300,7 +300,7 @@ def steps_done(run: Run) -> tuple[int, int]:
 # ---- the verdict ---------------------------------------------------------------------------------
 
 
-def verdict(run: Run) -> str:
+def verdict(run: RunRecord) -> str:
     """What came of the run, in one sentence, from nothing but its records."""
     done, asked = steps_done(run)
     if not done and not run.records and not text_bits(run):
@@ -319,7 +319,7 @@ def verdict(run: Run) -> str:
     return f"{_subject(run)}: {'; '.join(parts)}."
 
 
-def _verdict_without_model(run: Run) -> str:
+def _verdict_without_model(run: RunRecord) -> str:
     """What is there before anything is trained: a tokenizer, or settings."""
     if not run.has_tokenizer:
         return "Nothing is trained or measured yet: this run has only settings."
@@ -332,7 +332,7 @@ def _verdict_without_model(run: Run) -> str:
     return f"{words}; no model is trained and none is measured."
 
 
-def _subject(run: Run) -> str:
+def _subject(run: RunRecord) -> str:
     """A model of so many parameters, trained on so many tokens."""
     words = "A model"
     if run.results.get("params") is not None:
@@ -345,7 +345,7 @@ def _subject(run: Run) -> str:
     return words
 
 
-def _bits_sentence(run: Run) -> list[str]:
+def _bits_sentence(run: RunRecord) -> list[str]:
     """The headline: bits per byte of the first text, of the base model, since chat forgets text."""
     for source, stages in text_bits(run).items():
         stage, measured = next(iter(stages.items()))
@@ -361,7 +361,7 @@ def _bits_sentence(run: Run) -> list[str]:
     return []
 
 
-def _core_sentence(run: Run) -> list[str]:
+def _core_sentence(run: RunRecord) -> list[str]:
     """CORE of the last stage that has it."""
     for stage, record in reversed(run.records.items()):
         name = core_label(record)
@@ -372,7 +372,7 @@ def _core_sentence(run: Run) -> list[str]:
     return []
 
 
-def _tasks_sentence(run: Run) -> list[str]:
+def _tasks_sentence(run: RunRecord) -> list[str]:
     """On how many tasks the last stage is better than guessing, by exact tests for all of them."""
     last = list(run.records)[-1]
     entries = run.records[last].get("tasks", {})

@@ -20,8 +20,8 @@ from lib.report.blocks import (
     Items,
     Own,
     Pairs,
-    Piece,
     Sample,
+    SamplePart,
     Samples,
     Section,
     Table,
@@ -30,7 +30,7 @@ from lib.report.blocks import (
 )
 from lib.report.record import (
     REFERENCES,
-    Run,
+    RunRecord,
     is_mean,
     key_of,
     measured_source,
@@ -54,7 +54,9 @@ SHORT_UNITS = ("points", "bits per byte", "nats per token")
 MOST_SENTENCES = 3
 
 
-def sections(run: Run, earlier: Sequence[Run] = (), unread: Sequence[str] = ()) -> list[Section]:
+def sections(
+    run: RunRecord, earlier: Sequence[RunRecord] = (), unread: Sequence[str] = ()
+) -> list[Section]:
     """The sections of a report; only those that the run has something for.
 
     earlier: other runs to compare with; unread: sentences on those that could not be read.
@@ -82,7 +84,7 @@ def sections(run: Run, earlier: Sequence[Run] = (), unread: Sequence[str] = ()) 
 # ---- scores --------------------------------------------------------------------------------------
 
 
-def scores_section(run: Run) -> Section:
+def scores_section(run: RunRecord) -> Section:
     """Every task's score by stage, drawn and as a table."""
     # a picture of each task that has shares to draw
     scores = {stage: scores_of(record) for stage, record in run.records.items()}
@@ -114,7 +116,7 @@ def scores_section(run: Run) -> Section:
     )
 
 
-def scores_table(run: Run) -> Table:
+def scores_table(run: RunRecord) -> Table:
     """Every task's score, a column for each stage."""
     stages = list(run.records)
     scores = {stage: scores_of(record) for stage, record in run.records.items()}
@@ -146,7 +148,7 @@ def published(name: str) -> list[float]:
     return scores
 
 
-def differences(run: Run) -> list[tuple[tuple[str, str], dict[str, Comparison]]]:
+def differences(run: RunRecord) -> list[tuple[tuple[str, str], dict[str, Comparison]]]:
     """((stage, the stage after it), their comparisons); CORE as a whole, not by its tasks."""
     stages = list(run.records)
     compared = []
@@ -212,7 +214,7 @@ def _difference_row(c: Comparison) -> list[str]:
 # ---- beside others -------------------------------------------------------------------------------
 
 
-def beside_section(run: Run, earlier: Sequence[Run], unread: Sequence[str]) -> Section:
+def beside_section(run: RunRecord, earlier: Sequence[RunRecord], unread: Sequence[str]) -> Section:
     """This run's scores in a column beside those of other runs and published ones."""
     if not run.records:
         return Section("Beside others", [])
@@ -225,7 +227,7 @@ def beside_section(run: Run, earlier: Sequence[Run], unread: Sequence[str]) -> S
     return make_section("Beside others", table, Items([*unread, *sources]), Text(scale))
 
 
-def beside_table(run: Run, earlier: Sequence[Run]) -> Table:
+def beside_table(run: RunRecord, earlier: Sequence[RunRecord]) -> Table:
     """A row for each metric and stage that others have a figure of, a column for each system."""
     # {(key of the metric, stage): {system: cell}}, and how each metric was called first
     cells, names = {}, {}
@@ -280,7 +282,7 @@ def _cell(system: str, text: str) -> str:
 # ---- other measurements --------------------------------------------------------------------------
 
 
-def core_section(run: Run) -> Section:
+def core_section(run: RunRecord) -> Section:
     """The tasks that CORE is made of."""
     by_stage = {}
     for stage, record in run.records.items():
@@ -305,7 +307,7 @@ def core_section(run: Run) -> Section:
     return make_section("CORE, task by task", table)
 
 
-def harness_table(run: Run) -> Table:
+def harness_table(run: RunRecord) -> Table:
     """Metrics of lm-evaluation-harness as it names them, "acc,none" and so on."""
     rows = []
     for stage, record in run.harness.items():
@@ -325,7 +327,7 @@ def harness_table(run: Run) -> Table:
     return Table(["task", "stage", "metric", "value", "items"], rows)
 
 
-def bits_section(run: Run) -> Section:
+def bits_section(run: RunRecord) -> Section:
     """The headline bits per byte, by kind of text, and why other figures of the run differ."""
     meaning = (
         "How many bits a byte of unseen text costs, ± standard error: lower is better, whatever "
@@ -339,7 +341,7 @@ def bits_section(run: Run) -> Section:
     )
 
 
-def bits_table(run: Run) -> Table:
+def bits_table(run: RunRecord) -> Table:
     """By text and kind, a column for each stage; and what file compressors need."""
     # a column for every stage that was measured on any text
     by_source = text_bits(run)
@@ -385,7 +387,7 @@ def _size(measured: list[dict]) -> str:
     return UNKNOWN
 
 
-def other_bits(run: Run) -> str:
+def other_bits(run: RunRecord) -> str:
     """Why the curve of training and results.json say something else than the table; "" if not."""
     headline = [m for by_stage in text_bits(run).values() for m in by_stage.values()]
     if not run.records or not headline:
@@ -409,7 +411,7 @@ def other_bits(run: Run) -> str:
     )
 
 
-def training_sections(run: Run) -> list[Section]:
+def training_sections(run: RunRecord) -> list[Section]:
     """The curves of each stage."""
     parts = []
     for stage, rows in run.curves.items():
@@ -421,7 +423,7 @@ def training_sections(run: Run) -> list[Section]:
 # ---- plan and outcome ----------------------------------------------------------------------------
 
 
-def plan_table(run: Run) -> Table:
+def plan_table(run: RunRecord) -> Table:
     """What was planned beside what came out, of whatever is recorded."""
     rows = [
         _steps_row(run),
@@ -443,7 +445,7 @@ def _count(x) -> str | None:
     return f"{x:,}" if x else None
 
 
-def _steps_row(run: Run) -> tuple:
+def _steps_row(run: RunRecord) -> tuple:
     """(what, planned, came out), as in all rows of the plan; None for what is not known."""
     done, asked = steps_done(run)
     if not run.curves:
@@ -451,14 +453,14 @@ def _steps_row(run: Run) -> tuple:
     return "steps", _count(asked), _count(done)
 
 
-def _tokens_row(run: Run) -> tuple:
+def _tokens_row(run: RunRecord) -> tuple:
     done, asked = steps_done(run)
     batch = run.config.get("total_batch_size", 0)
     planned = run.results.get("plan", {}).get("tokens") or asked * batch
     return "tokens", _count(planned), _count(done * batch)
 
 
-def _hours(run: Run) -> dict[str, float]:
+def _hours(run: RunRecord) -> dict[str, float]:
     """{stage: hours of its steps}."""
     hours = {}
     for stage, rows in run.curves.items():
@@ -467,7 +469,7 @@ def _hours(run: Run) -> dict[str, float]:
     return hours
 
 
-def _time_rows(run: Run) -> list[tuple]:
+def _time_rows(run: RunRecord) -> list[tuple]:
     """Only pretraining is planned; it has a row even if nothing was trained."""
     rows = []
     planned = run.results.get("plan", {}).get("hours")
@@ -482,14 +484,14 @@ def _time_rows(run: Run) -> list[tuple]:
     return rows
 
 
-def _memory_row(run: Run) -> tuple:
+def _memory_row(run: RunRecord) -> tuple:
     planned = run.results.get("plan", {}).get("memory_bytes")
     used = run.results.get("step_memory_bytes")
     texts = [None if size is None else gigabytes(size) for size in (planned, used)]
     return "memory of a step", *texts
 
 
-def _cost_row(run: Run) -> tuple:
+def _cost_row(run: RunRecord) -> tuple:
     plan = run.results.get("plan", {})
     rate = plan.get("price_per_hour", run.results.get("price_per_hour"))
 
@@ -508,13 +510,13 @@ def _dollars(money: float | None) -> str | None:
 # ---- samples -------------------------------------------------------------------------------------
 
 
-def samples(run: Run) -> list[Sample]:
+def samples(run: RunRecord) -> list[Sample]:
     """What each stage wrote: its calls of tools too, where they were kept."""
     # what 02 or 04 wrote, unless the record of the stage has samples
     shown = []
     if not run.records.get("base", {}).get("samples"):
         for text in run.results.get("samples", [])[:MOST_SAMPLES]:
-            shown.append(Sample("base", [Piece("text", str(text))]))
+            shown.append(Sample("base", [SamplePart("text", str(text))]))
 
     # what was written when the stages were examined
     for stage, record in run.records.items():
@@ -523,37 +525,37 @@ def samples(run: Run) -> list[Sample]:
     return shown
 
 
-def _pieces(stage: str, entry: dict) -> list[Piece]:
+def _pieces(stage: str, entry: dict) -> list[SamplePart]:
     """The prompt and what follows: an answer of a chat stands on a line of its own."""
     pieces = []
     prompt = entry.get("prompt", "")
     if prompt:
-        pieces.append(Piece("prompt", prompt))
+        pieces.append(SamplePart("prompt", prompt))
         if stage != "base":
-            pieces.append(Piece("text", "\n"))
+            pieces.append(SamplePart("text", "\n"))
 
     # of old records only the text is left
     parts = entry.get("parts")
     if not isinstance(parts, list):
-        pieces.append(Piece("text", entry.get("text", "")))
+        pieces.append(SamplePart("text", entry.get("text", "")))
         return pieces
 
     # calls in brackets, with what the tool answered
     for part in parts:
         text = part.get("text", "")
         if part.get("type") == "python":
-            pieces.append(Piece("call", f" [{text}"))
+            pieces.append(SamplePart("call", f" [{text}"))
         elif part.get("type") == "python_output":
-            pieces.append(Piece("answer", f" = {text}] "))
+            pieces.append(SamplePart("answer", f" = {text}] "))
         else:
-            pieces.append(Piece("text", f"{text}"))
+            pieces.append(SamplePart("text", f"{text}"))
     return pieces
 
 
 # ---- how and with what ---------------------------------------------------------------------------
 
 
-def measurement_table(run: Run) -> Table:
+def measurement_table(run: RunRecord) -> Table:
     """On how many items, for how long, with what overlap each task was measured."""
     rows = []
     for stage, record in run.records.items():
@@ -585,7 +587,7 @@ def _overlap(contamination: dict | None) -> str:
     return text
 
 
-def not_measured(run: Run) -> list[str]:
+def not_measured(run: RunRecord) -> list[str]:
     """What is missing, and why."""
     stages_of = {}
     for stage, record in run.records.items():
@@ -633,7 +635,7 @@ RESULT_LABELS = {
 }
 
 
-def configuration_section(run: Run) -> Section:
+def configuration_section(run: RunRecord) -> Section:
     """What a reader looks for by its label, then all other settings by the names they go by."""
     # of the training, then of the model
     pairs = []
@@ -655,7 +657,7 @@ def configuration_section(run: Run) -> Section:
     return make_section("Configuration", *blocks)
 
 
-def environment(run: Run) -> list[tuple[str, str]]:
+def environment(run: RunRecord) -> list[tuple[str, str]]:
     """Which machine, versions and checkpoints the figures come from."""
     results = run.results
     pairs = [
@@ -703,7 +705,7 @@ def commit_id() -> str:
 # ---- for the log ---------------------------------------------------------------------------------
 
 
-def log_entry(run: Run, compared: list[tuple[tuple[str, str], dict[str, Comparison]]]) -> str:
+def log_entry(run: RunRecord, compared: list[tuple[tuple[str, str], dict[str, Comparison]]]) -> str:
     """What belongs into a LOG: date, setting, outcome, the scores."""
     from lib.report.markdown import table_lines
 
@@ -724,7 +726,7 @@ def log_entry(run: Run, compared: list[tuple[tuple[str, str], dict[str, Comparis
     return "\n".join(lines)
 
 
-def _setting(run: Run) -> list[str]:
+def _setting(run: RunRecord) -> list[str]:
     """The model, the preset and the machine in a few words."""
     config, results, parts = run.config, run.results, []
     if "n_layer" in config:
@@ -737,7 +739,7 @@ def _setting(run: Run) -> list[str]:
     return parts
 
 
-def _last_day(run: Run) -> str:
+def _last_day(run: RunRecord) -> str:
     """The day on which something was measured or trained last."""
     # of a record, and of the last step of a training
     days = [record["time"][:10] for record in run.records.values() if record.get("time")]

@@ -406,7 +406,7 @@ class Instruction(ctypes.Structure):
     ]
 
 
-class Program(ctypes.Structure):
+class FilterProgram(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("code", ctypes.POINTER(Instruction))]
 
 
@@ -420,7 +420,7 @@ def seccomp(metadata):
         raise OSError(f"no list of system calls for {machine()}")
     code = filter_code(list(AUDIT_ARCH).index(machine()), os.getpid(), metadata)
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    program = Program(len(code), (Instruction * len(code))(*code))
+    program = FilterProgram(len(code), (Instruction * len(code))(*code))
     prctl(22, 2, ctypes.byref(program))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
 
 

@@ -6,6 +6,6 @@ from filling it, `counters` counts for Prometheus, `server` runs it, `page.html`
 """
 
 from lib.serve.server import start
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 
-__all__ = ["Settings", "start"]
+__all__ = ["ServeSettings", "start"]

@@ -78,7 +78,7 @@ class News(NamedTuple):
     """What is new of one answer: its number, pieces of text, and None or why it ended."""
 
     index: int
-    pieces: list[chat.Piece]
+    pieces: list[chat.Delta]
     reason: str | None
 
 
@@ -190,7 +190,7 @@ class Answers:
         """What is repeated before answer i."""
         return self.asked.echo[i // self.asked.n] if self.asked.echo else ""
 
-    def _logprobs(self, pieces: list[chat.Piece]) -> dict | None:
+    def _logprobs(self, pieces: list[chat.Delta]) -> dict | None:
         """`logprobs` of what was said, None where nobody asked for them."""
         if not self.asked.logprobs:
             return None
@@ -201,7 +201,7 @@ class Answers:
         offsets = [offset for piece in said for offset in piece.offsets]
         return completion_logprobs(self.api.tokenizer, tokens, offsets)
 
-    def _part(self, piece: chat.Piece) -> dict:
+    def _part(self, piece: chat.Delta) -> dict:
         """A piece as an entry of `parts`: numbered, so that clients that put streams together make
         the same of them.
 
@@ -219,7 +219,7 @@ class Answers:
 
     async def whole(self) -> dict:
         """The body of an answer that is not streamed."""
-        pieces: list[list[chat.Piece]] = [[] for _ in self.readers]
+        pieces: list[list[chat.Delta]] = [[] for _ in self.readers]
         reasons: list[str | None] = [None for _ in self.readers]
         # all that comes, by answer
         async for news in self:
@@ -311,9 +311,9 @@ class Answers:
         return events
 
 
-def _joined(pieces: list[chat.Piece]) -> list[chat.Piece]:
+def _joined(pieces: list[chat.Delta]) -> list[chat.Delta]:
     """The pieces of one answer with those of each part put together."""
-    parts: dict[int, chat.Piece] = {}
+    parts: dict[int, chat.Delta] = {}
     for piece in pieces:
         if piece.index in parts:
             before = parts[piece.index]

@@ -14,7 +14,7 @@ from lib.files import UserError
 from lib.generate import Sampling
 from lib.generate.sampling import TOP
 from lib.runs import Model
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 
 # OpenAI's default at /v1/completions
 SHORT = 16
@@ -278,7 +278,7 @@ class Api:
     need.
     """
 
-    def __init__(self, model: Model, settings: Settings):
+    def __init__(self, model: Model, settings: ServeSettings):
         self.model = model
         self.settings = settings
         self.tokenizer = model.tokenizer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lib.serve.counters import Counters
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 
 # connections that are accepted at once, before any of them is looked at
 BACKLOG = 128
@@ -41,10 +41,10 @@ def room_for(connections: int) -> int:
     return max(1, min(connections, most - already - BACKLOG - SPARE))
 
 
-class Watch:
+class ConnectionWatch:
     """Looks after connections: how many are open, and how long each has been at what it does."""
 
-    def __init__(self, settings: Settings, metrics: Counters):
+    def __init__(self, settings: ServeSettings, metrics: Counters):
         self.most = room_for(settings.connections)
         self.metrics = metrics
         self.for_a_request = settings.idle_seconds
@@ -97,7 +97,7 @@ class Watch:
             timer.cancel()
 
 
-def bounded(settings: Settings, metrics: Counters) -> type[asyncio.Protocol]:
+def bounded(settings: ServeSettings, metrics: Counters) -> type[asyncio.Protocol]:
     """uvicorn's protocol for HTTP with a bound on the number of connections and a time limit on
     each, whatever it is at.
 
@@ -105,7 +105,7 @@ def bounded(settings: Settings, metrics: Counters) -> type[asyncio.Protocol]:
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    watch = Watch(settings, metrics)
+    watch = ConnectionWatch(settings, metrics)
 
     class Bounded(H11Protocol):
         def connection_made(self, transport):

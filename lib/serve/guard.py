@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from lib.serve.api import ApiError
 from lib.serve.counters import Counters
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 
 # for everybody: the page has no secret, and whoever checks the server's health has no token
 OPEN = ("/", "/health")
@@ -22,7 +22,7 @@ SAFE_HEADERS = [
 
 
 def guarded(
-    app, settings: Settings, hosts: tuple[str, ...] | None, metrics: Counters, paths: set[str]
+    app, settings: ServeSettings, hosts: tuple[str, ...] | None, metrics: Counters, paths: set[str]
 ):
     """`app` behind the checks that every request has to pass, with safe headers and a count on
     every answer.
@@ -66,7 +66,7 @@ def guarded(
     return asgi
 
 
-def _refusal(scope, settings: Settings, hosts: tuple[str, ...] | None) -> ApiError | None:
+def _refusal(scope, settings: ServeSettings, hosts: tuple[str, ...] | None) -> ApiError | None:
     """Why a request is not answered, None if it is."""
     headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
     refusal = None
@@ -77,7 +77,7 @@ def _refusal(scope, settings: Settings, hosts: tuple[str, ...] | None) -> ApiErr
     return refusal
 
 
-def _wrong_name(headers: dict, settings: Settings, hosts: tuple[str, ...]) -> ApiError | None:
+def _wrong_name(headers: dict, settings: ServeSettings, hosts: tuple[str, ...]) -> ApiError | None:
     """Refuses other names of this server, and pages of other servers."""
     # a name that somebody else has made to point here
     host = headers.get("host", "")
@@ -123,7 +123,7 @@ def json_response(body: dict, status: int = 200, headers: dict | None = None):
     return Response(json.dumps(body, allow_nan=False), status, headers, "application/json")
 
 
-async def read_json(request, settings: Settings) -> Any:
+async def read_json(request, settings: ServeSettings) -> Any:
     """The body of a request, bounded in size and time; ApiError if it is not JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() != "application/json":

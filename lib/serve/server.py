@@ -14,7 +14,7 @@ from urllib.parse import quote
 from lib.files import UserError
 from lib.runs import Model
 from lib.serve.connections import BACKLOG, Once, bounded
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 from lib.serve.web import make_app
 from lib.serve.worker import EngineThread
 
@@ -33,7 +33,7 @@ def check_installed():
         raise UserError(f"the server needs {' and '.join(missing)}: pip install -e '.[serve]'")
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: ServeSettings) -> socket.socket:
     """The socket that the settings name, listening; UserError if the port is taken, or no such
     address is ours.
     """
@@ -95,7 +95,7 @@ class Server:
     def __init__(
         self,
         model: Model,
-        settings: Settings,
+        settings: ServeSettings,
         hosts: tuple[str, ...] | None = None,
         listener: socket.socket | None = None,
     ):
@@ -173,7 +173,7 @@ def _name(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def with_token(settings: Settings) -> Settings:
+def with_token(settings: ServeSettings) -> ServeSettings:
     """The settings with a token made up and printed where it is "auto"."""
     if settings.token != "auto":
         return settings
@@ -182,7 +182,7 @@ def with_token(settings: Settings) -> Settings:
     return settings
 
 
-def address(url: str, settings: Settings) -> str:
+def address(url: str, settings: ServeSettings) -> str:
     """The page's address with the token behind it, where the browser finds it and sends it to
     nobody.
     """
@@ -202,7 +202,7 @@ def colab_url(port: int) -> str:
 # ---- starting it ---------------------------------------------------------------------------------
 
 
-def prepare(settings: Settings, hosts: tuple[str, ...] | None) -> Server:
+def prepare(settings: ServeSettings, hosts: tuple[str, ...] | None) -> Server:
     """A server with the model that the settings name.
 
     It listens first, so that a taken port is told before a large model was loaded.
@@ -218,7 +218,7 @@ def prepare(settings: Settings, hosts: tuple[str, ...] | None) -> Server:
         raise
 
 
-def start(settings: Settings) -> Server:
+def start(settings: ServeSettings) -> Server:
     """For notebooks: serve from a thread of the kernel, which owns the accelerator; prints where
     the page is. `.close()` ends it.
     """
@@ -234,7 +234,7 @@ def start(settings: Settings) -> Server:
     return server
 
 
-def main(settings: Settings, in_colab: bool):
+def main(settings: ServeSettings, in_colab: bool):
     """Load, say where, and serve until stopped."""
     settings = with_token(settings)
     try:

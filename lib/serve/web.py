@@ -19,7 +19,7 @@ from lib.serve.answers import QUIET, Answers, Kind
 from lib.serve.api import Api, ApiError, no_model
 from lib.serve.counters import Counters, resident_bytes
 from lib.serve.guard import guarded, json_response, read_json
-from lib.serve.settings import Settings
+from lib.serve.settings import ServeSettings
 from lib.serve.worker import EngineThread, warm_up
 
 PAGE = Path(__file__).with_name("page.html")
@@ -35,7 +35,7 @@ COUNTED = (
 
 def make_app(
     model: Model,
-    settings: Settings,
+    settings: ServeSettings,
     hosts: tuple[str, ...] | None = None,
     on_failure: Callable[[], None] = lambda: None,
 ):
@@ -77,7 +77,7 @@ def make_app(
     return app
 
 
-def _engine(model: Model, settings: Settings, context: int) -> Engines:
+def _engine(model: Model, settings: ServeSettings, context: int) -> Engines:
     """What answers are written with: the model's weights in their form, and the calculator."""
     from lib.sandbox import calculator
 

@@ -21,7 +21,7 @@ from lib.files import UserError, first_line
 from lib.sweeps import space
 from lib.sweeps.hyperband import should_stop
 from lib.sweeps.journal import BEAT, ENDS, TRIES, Journal, Trial
-from lib.sweeps.server import AGENT, HEARTBEAT, Server
+from lib.sweeps.server import AGENT, HEARTBEAT, SweepServer
 from lib.sweeps.suggest import ask
 
 # why a trial of wandb's ended that has the assignment of an earlier one
@@ -133,7 +133,15 @@ class Wandb:
     """
 
     def __init__(
-        self, book: Journal, spec: dict, server: Server, path, start_run, *, say=print, poll=5.0
+        self,
+        book: Journal,
+        spec: dict,
+        server: SweepServer,
+        path,
+        start_run,
+        *,
+        say=print,
+        poll=5.0,
     ):
         self.book, self.spec, self.server, self.path = book, spec, server, path
         self.start_run, self.say, self.poll_seconds = start_run, say, poll

@@ -14,7 +14,7 @@ import numpy as np
 from lib import train
 from lib.config import Config
 from lib.sweeps.trials import CURVE, Bench, Outcome, every, facts_of, together
-from lib.train import Watch, lr_at
+from lib.train import LossWatch, lr_at
 from lib.train.loop import EXPLODE
 from lib.train.optim import compile_key
 
@@ -43,7 +43,7 @@ class Members:
         self.outcomes: list[Outcome | None] = [None] * len(configs)
         self.curves: list[list] = [[] for _ in configs]
         self.values: list[dict] = [{} for _ in configs]
-        self.watches = [Watch(config, explode) for config in configs]
+        self.watches = [LossWatch(config, explode) for config in configs]
         self.clock = time.perf_counter()
 
     def open(self) -> list[int]:

@@ -17,7 +17,7 @@ from lib.sweeps import space
 from lib.sweeps.journal import Trial
 
 
-class Server:
+class SweepServer:
     """The five GraphQL calls that a sweep needs: no threads, nothing that outlives a call."""
 
     def __init__(self, url: str, key: str, tries: int = 5, pause: float = 2.0):
@@ -113,7 +113,7 @@ query SweepRuns($entity: String, $project: String, $sweep: String!, $after: Stri
 
 
 def create_sweep(
-    server: Server, spec: dict, entity: str | None, project: str
+    server: SweepServer, spec: dict, entity: str | None, project: str
 ) -> tuple[str, str, str]:
     """Make `spec` a sweep on the server; returns (entity, project, id)."""
     # where it belongs is said beside the sweep, not in it
@@ -142,7 +142,7 @@ def parse_path(text: str) -> tuple[str, str, str]:
     return entity, project, sweep
 
 
-def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:
+def read_sweep(server: SweepServer, path: tuple[str, str, str]) -> dict:
     """The checked sweep behind (entity, project, id)."""
     import yaml
 
@@ -157,7 +157,7 @@ def read_sweep(server: Server, path: tuple[str, str, str]) -> dict:
     return space.check({k: v for k, v in config.items() if k in space.KEYS})
 
 
-def wandb_login() -> Server:
+def wandb_login() -> SweepServer:
     """The server and key that the installed wandb is set to (WANDB_BASE_URL, `wandb login`,
     WANDB_API_KEY).
     """
@@ -182,7 +182,7 @@ def wandb_login() -> Server:
             "wandb has no key here: "
             "run `wandb login`, set the secret WANDB_API_KEY, or use driver=local"
         )
-    return Server(url, key)
+    return SweepServer(url, key)
 
 
 # ---- everyone's runs as trials -------------------------------------------------------------------
@@ -199,13 +199,13 @@ STATES = {
 }
 
 
-def fetch_runs(server: Server, path, spec: dict) -> list[Trial]:
+def fetch_runs(server: SweepServer, path, spec: dict) -> list[Trial]:
     """All runs of a wandb sweep, this worker's and everyone's, as trials."""
     nodes = reversed(list(_nodes(server, path)))
     return [_trial(node, number, spec) for number, node in enumerate(nodes)]
 
 
-def _nodes(server: Server, path):
+def _nodes(server: SweepServer, path):
     """The runs as the server keeps them, the newest first."""
     entity, project, sweep = path
     after, more = None, True

@@ -137,7 +137,7 @@ class Bench:
 # ---- before any compute is spent -----------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class SweepPlan(NamedTuple):
     """What a sweep will take, known from shapes alone."""
 
     trials: float  # inf for a sweep without an end
@@ -157,7 +157,7 @@ class Plan(NamedTuple):
         return sum(self.reasons.values())
 
 
-def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
+def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> SweepPlan:
     """What a sweep will take, from shapes alone. UserError when nothing can be trained.
 
     A sweep of more than `most` combinations is judged by `sample` random draws.
@@ -191,7 +191,7 @@ def plan(spec: dict, bench: Bench, most: int = 512, sample: int = 64) -> Plan:
         texts[settings["source"], settings["shards"], settings["eval_bytes"]] = settings
         flops.append(flops_of(config))
     _, settings = prepared[0]
-    return Plan(
+    return SweepPlan(
         trials=space.limit(spec),
         sampled=len(assignments),
         shapes=len(shapes),

@@ -28,14 +28,14 @@ def humaneval(row: dict, id: str) -> dict:
     )
 
 
-class Block(NamedTuple):
+class CodeBlock(NamedTuple):
     """A block of code in an answer. language: the first word behind its fence, in lower case."""
 
     language: str
     code: str
 
 
-def code_blocks(text: str) -> list[Block]:
+def code_blocks(text: str) -> list[CodeBlock]:
     """The fenced blocks of a text as Markdown reads them, in order; the last may be left open.
 
     Fences of backticks or tildes, in lists and quotations, and, unlike in Markdown, however far
@@ -49,7 +49,7 @@ def code_blocks(text: str) -> list[Block]:
     for token in tokens:
         if token.type == "fence":
             words = token.info.lower().split()
-            blocks.append(Block(words[0] if words else "", token.content))
+            blocks.append(CodeBlock(words[0] if words else "", token.content))
     return blocks
 
 

@@ -8,7 +8,7 @@ logged, `finetune` what the stages after pretraining add. `rl` lets a model lear
 `rollouts` are its answers and what they were worth, `policy` is the loss.
 """
 
-from lib.train.loop import Step, Watch, lr_at, steps
+from lib.train.loop import LossWatch, Step, lr_at, steps
 from lib.train.run import Measurement, Past, Saving, TrainingRun, find_past, portable
 from lib.train.step import (
     TrainState,
@@ -27,7 +27,7 @@ __all__ = [
     "Step",
     "TrainState",
     "TrainingRun",
-    "Watch",
+    "LossWatch",
     "find_past",
     "init_state",
     "lr_at",

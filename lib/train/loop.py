@@ -17,7 +17,7 @@ EXPLODE = 3.0
 CURE = "resume from the last checkpoint with lower learning rates or a longer warm-up"
 
 
-class Watch:
+class LossWatch:
     """Tells when a loss has gone bad. One for each model that is trained, also in a population."""
 
     def __init__(self, config: Config, explode: float = EXPLODE):
@@ -79,7 +79,7 @@ def steps(
     a good checkpoint is never overwritten by a broken one.
     """
     done = int(state.step)
-    watch = Watch(config, explode)
+    watch = LossWatch(config, explode)
     waiting = None  # (number, metrics) of a step that was dispatched and not yet read
     clock = time.perf_counter()
 

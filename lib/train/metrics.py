@@ -27,7 +27,7 @@ from lib.runtime import progress
 MAX_PENDING = 100_000  # jsonl lines kept in memory while the disk is full
 
 
-class Run(NamedTuple):
+class RunInfo(NamedTuple):
     """What a writer may want to know about the run."""
 
     folder: Path
@@ -77,7 +77,7 @@ class Metrics:
         # of several processes one writes
         if jax.process_index():
             return
-        run = Run(Path(run_dir), total_steps, resumed, config or {})
+        run = RunInfo(Path(run_dir), total_steps, resumed, config or {})
         for name in dict.fromkeys([*writers, "jsonl"]):
             if writer := _find_writer(name)(run):
                 self._writers[name] = writer
@@ -136,7 +136,7 @@ SHOWN = {
 }
 
 
-def _console(run: Run):
+def _console(run: RunInfo):
     """A progress bar in a terminal or notebook, and about fifty lines a run elsewhere."""
     from tqdm import tqdm
 
@@ -178,7 +178,7 @@ def _console(run: Run):
     return write, bar.close
 
 
-def _jsonl(run: Run):
+def _jsonl(run: RunInfo):
     """Appends a line per log.
 
     When the disk is full, lines wait in memory and are written once there is room.
@@ -221,7 +221,7 @@ def _jsonl(run: Run):
     return write, lambda: pending and flush()
 
 
-def _tensorboard(run: Run):
+def _tensorboard(run: RunInfo):
     """Event files in run/tensorboard.
 
     From tensorboard's parts: its own writer would import a TensorFlow that it finds.
@@ -258,7 +258,7 @@ def _tensorboard(run: Run):
     return write, events.close
 
 
-def _wandb(run: Run, mode: Literal["online", "offline"]):
+def _wandb(run: RunInfo, mode: Literal["online", "offline"]):
     """A Weights & Biases run named after the run folder, or the sweep's where one is active."""
     try:
         import wandb
@@ -290,7 +290,7 @@ def _wandb(run: Run, mode: Literal["online", "offline"]):
     return lambda step, values: active.log({"step": step} | values), active.finish
 
 
-def _otlp(run: Run, address: str = "http"):
+def _otlp(run: RunInfo, address: str = "http"):
     """OpenTelemetry gauges of every step; address: as lib.train.otlp.open_sender has it."""
     from lib.train.otlp import open_sender
 

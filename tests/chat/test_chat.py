@@ -159,7 +159,7 @@ def test_lines_that_are_pasted_together_are_one_message():
 
 
 def test_a_message_may_begin_with_a_slash(capsys):
-    talk = terminal.Talk(model(), terminal.Settings(temperature=0, max_tokens=3))
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, max_tokens=3))
     lines = ["//etc/fstab", "/dance", "//", "/a\n/b"]
 
     def read(prompt):
@@ -175,7 +175,7 @@ def test_a_message_may_begin_with_a_slash(capsys):
 
 def test_a_base_model_is_greeted_as_one(capsys):
     for stage, chatty in (("sft", True), ("base", False)):
-        talk = terminal.Talk(model()._replace(stage=stage), terminal.Settings())
+        talk = terminal.Talk(model()._replace(stage=stage), terminal.ChatSettings())
         talk.greet("mine")
         greeting = capsys.readouterr().err
         assert f"mine, {stage}, step" in greeting
@@ -386,13 +386,13 @@ def test_pasted_lines_are_one_message_in_a_real_terminal(tmp_path):
 
 
 def test_escape_sequences_of_the_model_do_not_reach_the_terminal(capsys):
-    talk = terminal.Talk(model(), terminal.Settings(temperature=0))
-    talk._show(messages.Piece(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0))
+    talk._show(messages.Delta(0, "text", "a\x1b]0;title\x07b\x9b31m\tc\n", []), None)
     assert capsys.readouterr().out == "a]0;titleb31m\tc\n"
 
 
 def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monkeypatch, capsys):
-    talk, step = terminal.Talk(model(), terminal.Settings(temperature=0)), Engine.step
+    talk, step = terminal.Talk(model(), terminal.ChatSettings(temperature=0)), Engine.step
     made = []
 
     def interrupted(engine):
@@ -415,21 +415,21 @@ def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monk
 
 
 def test_int8_weights_say_the_same(capsys):
-    talk = terminal.Talk(model(), terminal.Settings(temperature=0, int8=True))
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, int8=True))
     assert talk.engine.params[0]["head"]["int8"].dtype == "int8"
     talk.ask("hello")
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
 
 def test_speculation_says_the_same(capsys):
-    talk = terminal.Talk(model(), terminal.Settings(temperature=0, speculate=3))
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, speculate=3))
     talk.ask("hello")
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n" and talk.engine.drafted
 
 
 def test_a_base_model_goes_on_with_the_text(capsys):
     talk = terminal.Talk(
-        model()._replace(stage="base"), terminal.Settings(temperature=0, max_tokens=5)
+        model()._replace(stage="base"), terminal.ChatSettings(temperature=0, max_tokens=5)
     )
     talk.ask("hello")
     talk.messages.append({"role": "user", "content": "there"})
@@ -442,7 +442,7 @@ def test_a_base_model_goes_on_with_the_text(capsys):
 
 
 def test_a_conversation_longer_than_the_context_goes_on_and_says_so(capsys):
-    talk = terminal.Talk(model(), terminal.Settings(temperature=0, max_tokens=30))
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, max_tokens=30))
     talk.messages = turns(41)[:40]
     talk.ask("hello")
     assert (

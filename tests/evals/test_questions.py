@@ -81,7 +81,7 @@ def run(params, names, known, **kw):
     return questions.evaluate(params, CONFIG, TOKENIZER, names, settings, known=known, **own)
 
 
-def knowing(items) -> questions.Answers:
+def knowing(items) -> questions.ModelAnswers:
     """Someone who has read the answers, and finds them by their words, not by their letters."""
     continued = set()
     for item in items:
@@ -135,7 +135,7 @@ def knowing(items) -> questions.Answers:
             yield i, None
             yield i, said[tuple(ids)]
 
-    return questions.Answers(
+    return questions.ModelAnswers(
         next_logprobs, continuations, lambda rows: [np.zeros(len(t)) for _, t in rows], texts
     )
 
@@ -396,7 +396,7 @@ def answering(*ids):
             yield i, None
             yield i, list(ids)
 
-    return questions.Answers(None, None, None, texts), asked
+    return questions.ModelAnswers(None, None, None, texts), asked
 
 
 def test_every_sample_of_every_item_has_a_seed_of_its_own():
@@ -428,7 +428,7 @@ def test_special_tokens_are_neither_text_nor_loss():
     items = [dict(id="c", messages=CHAT)]
     table = {"t": Task("perplexity", lambda split: items, None)}
     ones = lambda rows: [np.where(np.array(t) >= 0, 1.0, 0.0) for _, t in rows]  # noqa: E731
-    answers = questions.Answers(None, None, ones, None)
+    answers = questions.ModelAnswers(None, None, ones, None)
     entry = run(None, ["t"], table, answers=answers)["tasks"]["t"]
     spoken = TOKENIZER.encode(CHAT[1]["content"])
     assert entry["tokens"] == entry["nats"] == len(spoken)
@@ -542,7 +542,7 @@ def test_an_error_while_answering_names_the_items_at_work():
             None,
             ["t"],
             {"t": Task("generate", lambda split: items, grade=lambda item, text: True)},
-            answers=questions.Answers(None, None, None, texts),
+            answers=questions.ModelAnswers(None, None, None, texts),
         )
 
 

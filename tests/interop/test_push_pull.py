@@ -292,7 +292,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(run, model_hub, tmp_path
 
 
 def test_sources():
-    assert hub.parse("hf:a/b@c") == hub.parse("hf://a/b@c") == hub.Source("a/b", "c")
+    assert hub.parse("hf:a/b@c") == hub.parse("hf://a/b@c") == hub.Revision("a/b", "c")
     assert hub.parse("a/b").name == "hf:a/b"
     with pytest.raises(UserError, match="is no repository"):
         hub.parse("hf:a")

@@ -38,7 +38,7 @@ def model():
 
 @contextlib.contextmanager
 def serving(**settings):
-    server = Server(model(), serve.Settings(run=str(parrot.run()), port=0, **settings)).start()
+    server = Server(model(), serve.ServeSettings(run=str(parrot.run()), port=0, **settings)).start()
     try:
         yield server
     finally:
@@ -216,5 +216,5 @@ def test_a_server_leaves_the_logs_of_others_alone():
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.close = stream.close
-    Server(model(), serve.Settings(run=str(parrot.run()), port=0)).socket.close()
+    Server(model(), serve.ServeSettings(run=str(parrot.run()), port=0)).socket.close()
     assert not stream.closed and not logging.getLogger("uvicorn").handlers

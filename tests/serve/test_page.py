@@ -48,7 +48,7 @@ def model():
 @contextlib.contextmanager
 def serving(**settings):
     server = Server(
-        model(), serve.Settings(run=str(parrot.run()), port=0, max_tokens=700, **settings)
+        model(), serve.ServeSettings(run=str(parrot.run()), port=0, max_tokens=700, **settings)
     ).start()
     try:
         yield server
@@ -469,7 +469,7 @@ def test_hidden_buttons_leave_no_hole(page):
 
 def test_a_base_model_is_greeted_as_one(browser):
     base = model()._replace(stage="base")
-    settings = serve.Settings(run=str(parrot.run()), port=0)
+    settings = serve.ServeSettings(run=str(parrot.run()), port=0)
     server = Server(base, settings).start()
     try:
         with contextlib.closing(browser.new_context(base_url=server.url)) as context:

@@ -27,7 +27,7 @@ import pytest
 
 from lib import notebook, serve
 from lib.chat import messages
-from lib.chat.terminal import Settings as ChatSettings
+from lib.chat.terminal import ChatSettings as ChatSettings
 from lib.files import UserError
 from lib.generate import Sampling, generate
 from lib.runs import load_model
@@ -52,7 +52,7 @@ def model():
 @contextlib.contextmanager
 def serving(**settings):
     """A server on a free port, and a raw client for it."""
-    settings = serve.Settings(run=str(parrot.run()), port=0, **settings)
+    settings = serve.ServeSettings(run=str(parrot.run()), port=0, **settings)
     server = Server(model(), settings).start()
     try:
         with httpx.Client(base_url=server.url, timeout=120) as client:
@@ -211,14 +211,14 @@ def test_more_tokens_than_there_is_room_for_are_fewer_tokens(ai, name):
 
 
 def test_the_servers_limit_bounds_what_is_asked_for():
-    served = api.Api(model(), serve.Settings(run=str(parrot.run()), max_tokens=7))
+    served = api.Api(model(), serve.ServeSettings(run=str(parrot.run()), max_tokens=7))
     for wanted, given in (({}, 7), ({"max_tokens": 5000}, 7), ({"max_tokens": 3}, 3)):
         asked = served.chat({"messages": ASK["hello"]} | wanted)
         assert asked.sampling.max_tokens == given
 
 
 def test_a_base_model_does_not_chat():
-    served = serve.Settings(run=str(parrot.run()))
+    served = serve.ServeSettings(run=str(parrot.run()))
     base = api.Api(model()._replace(stage="base"), served)
     with pytest.raises(api.ApiError, match="has not learnt to chat"):
         base.chat({"messages": ASK["hello"]})
@@ -691,13 +691,13 @@ def damaged():
 
 
 def test_a_model_that_computes_no_numbers_says_so():
-    settings = serve.Settings(run=str(parrot.run()), port=0)
+    settings = serve.ServeSettings(run=str(parrot.run()), port=0)
     with pytest.raises(UserError, match="computes no numbers"):
         Server(damaged(), settings)
 
 
 def test_an_engine_that_computes_no_numbers_any_more_says_so_to_all():
-    engine = _engine(model(), serve.Settings(slots=1), 768)
+    engine = _engine(model(), serve.ServeSettings(slots=1), 768)
     news, failed = [], []
     thread = EngineThread(engine, 4, Counters(), lambda: failed.append(1))
     thread.cold = []
@@ -743,7 +743,7 @@ def compiling():
 
 
 def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
-    engine = _engine(model(), serve.Settings(slots=4), 768)
+    engine = _engine(model(), serve.ServeSettings(slots=4), 768)
     thread = EngineThread(engine, 8, Counters())
     assert {rows for rows, _ in thread.cold} >= {1, 2}, "several rows are warmed up too"
     added, add_many = [], engine.add_many
@@ -760,7 +760,7 @@ def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
 
 def line_of(*deadlines):
     """A warm engine thread that is turned by hand, jobs that wait in it, and what each is told."""
-    thread = EngineThread(_engine(model(), serve.Settings(slots=1), 768), 4, Counters())
+    thread = EngineThread(_engine(model(), serve.ServeSettings(slots=1), 768), 4, Counters())
     thread.cold = []
     told = [[] for _ in deadlines]
     jobs = []
@@ -802,11 +802,11 @@ def greedy_job(prompt, ended) -> Job:
 def test_only_loopback_without_a_token():
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.com"):
         with pytest.raises(UserError, match="--token"):
-            serve.Settings(host=host).check_token()
-        serve.Settings(host=host, token="x").check_token()
-        serve.Settings(host=host, insecure=True).check_token()
+            serve.ServeSettings(host=host).check_token()
+        serve.ServeSettings(host=host, token="x").check_token()
+        serve.ServeSettings(host=host, insecure=True).check_token()
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
-        serve.Settings(host=host).check_token()
+        serve.ServeSettings(host=host).check_token()
 
 
 def test_a_token_is_asked_for():
@@ -839,7 +839,7 @@ def test_a_token_is_asked_for():
 def test_tokens_that_a_browser_cannot_send_are_refused():
     for token in ("zwei Worte", "schlüssel", "a\nb"):
         with pytest.raises(UserError, match="printable ASCII"):
-            serve.Settings(token=token)
+            serve.ServeSettings(token=token)
 
 
 def test_names_given_for_an_open_server_are_the_only_ones():
@@ -864,7 +864,7 @@ def test_a_bug_of_ours_is_counted_as_500():
         raise RuntimeError("a bug")
 
     metrics = Counters()
-    asgi = guarded(app, serve.Settings(), None, metrics, {"/"})
+    asgi = guarded(app, serve.ServeSettings(), None, metrics, {"/"})
     with pytest.raises(RuntimeError):
         asyncio.run(asgi({"type": "http", "path": "/", "headers": []}, None, None))
     assert 'rawchat_requests_total{path="/",status="500"} 1' in metrics.text({})
@@ -946,7 +946,7 @@ def test_no_page_elsewhere_is_let_in_by_default(http):
 def test_an_origin_is_written_as_browsers_do():
     for origin in ("chat.example.org", "https://a.test/", "https://a.test/path", ""):
         with pytest.raises(UserError, match="is no origin"):
-            serve.Settings(origins=(origin,))
+            serve.ServeSettings(origins=(origin,))
 
 
 def test_the_page_may_run_its_own_code_only(http):
@@ -1197,18 +1197,18 @@ def test_settings_out_of_bounds_are_told():
         dict(max_tokens=0),
     ):
         with pytest.raises(UserError, match=next(iter(change))):
-            serve.Settings(**change)
+            serve.ServeSettings(**change)
 
 
 def test_a_taken_port_is_told(http):
     with pytest.raises(UserError, match="choose another --port"):
-        Server(model(), serve.Settings(port=http.server.port))
+        Server(model(), serve.ServeSettings(port=http.server.port))
 
 
 def test_a_taken_port_is_told_before_the_model_is_loaded(http, monkeypatch):
     loaded = []
-    monkeypatch.setattr(serve.Settings, "load", lambda self: loaded.append(self))
-    settings = serve.Settings(run=str(parrot.run()), port=http.server.port)
+    monkeypatch.setattr(serve.ServeSettings, "load", lambda self: loaded.append(self))
+    settings = serve.ServeSettings(run=str(parrot.run()), port=http.server.port)
     for begin in (serve.start, lambda settings: main(settings, in_colab=False)):
         with pytest.raises(UserError, match="choose another --port"):
             begin(settings)
@@ -1237,7 +1237,7 @@ def test_the_example_of_the_papers_works(monkeypatch, tmp_path, capsys):
 
 def test_options_are_grouped_and_name_the_command(capsys):
     for kind, name, options in (
-        (serve.Settings, "serve", ("which", "doors", "crowd", "patience")),
+        (serve.ServeSettings, "serve", ("which", "doors", "crowd", "patience")),
         (ChatSettings, "chat", ("which", "choosing", "saying")),
     ):
         with pytest.raises(SystemExit):
@@ -1245,10 +1245,12 @@ def test_options_are_grouped_and_name_the_command(capsys):
         shown = capsys.readouterr().out
         assert f"usage: python -m lib.{name} " in shown
         assert all(f"{group} options" in shown for group in options)
-    settings = notebook.options(serve.Settings, "", ["--run", "a", "--hosts", "b", "c", "--int8"])
-    assert settings == serve.Settings(run="a", hosts=("b", "c"), int8=True)
+    settings = notebook.options(
+        serve.ServeSettings, "", ["--run", "a", "--hosts", "b", "c", "--int8"]
+    )
+    assert settings == serve.ServeSettings(run="a", hosts=("b", "c"), int8=True)
     with pytest.raises(UserError, match="slots must be"):
-        notebook.options(serve.Settings, "", ["--slots", "0"])
+        notebook.options(serve.ServeSettings, "", ["--slots", "0"])
 
 
 def test_colabs_address_is_printed(monkeypatch, capsys):
@@ -1264,7 +1266,7 @@ def test_colabs_address_is_printed(monkeypatch, capsys):
     )
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(output=output))
     monkeypatch.setattr(lib.notebook, "in_colab", lambda: True)
-    server = serve.start(serve.Settings(run=str(parrot.run()), port=0))
+    server = serve.start(serve.ServeSettings(run=str(parrot.run()), port=0))
     try:
         assert f"https://proxy.test/{server.port}" in capsys.readouterr().out
         proxied = {"Host": "abc-8000.colab.dev", "Origin": "https://abc-8000.colab.dev"}
@@ -1277,7 +1279,7 @@ def test_colabs_address_is_printed(monkeypatch, capsys):
 
 
 def test_a_notebooks_server_makes_up_its_token_too(capsys):
-    server = serve.start(serve.Settings(run=str(parrot.run()), port=0, token="auto"))
+    server = serve.start(serve.ServeSettings(run=str(parrot.run()), port=0, token="auto"))
     try:
         token = re.search(r"token: (\S{20,})", shown := capsys.readouterr().out)[1]
         assert f"{server.url}/#token={token}\n" in shown

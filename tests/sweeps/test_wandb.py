@@ -37,7 +37,7 @@ def test_the_sweep_protocol(standin, tmp_path):
     trained twice, exit.
     """
     spec, started = sweep(), {}
-    server = server_module.Server(standin.url, "key", pause=0.01)
+    server = server_module.SweepServer(standin.url, "key", pause=0.01)
     path = server_module.create_sweep(server, spec, None, "proj")
     assert path == ("team", "proj", "swp1") and server_module.read_sweep(server, path) == spec
     journal.create(tmp_path, spec)
@@ -102,10 +102,10 @@ def test_the_sweep_protocol(standin, tmp_path):
 
 def test_a_server_that_says_no_is_quoted(standin):
     with pytest.raises(UserError, match="cannot be reached"):
-        server_module.Server("http://127.0.0.1:9", "key", tries=2, pause=0.01)("query")
+        server_module.SweepServer("http://127.0.0.1:9", "key", tries=2, pause=0.01)("query")
     standin.failures = 9
     with pytest.raises(UserError, match="503"):
-        server_module.Server(standin.url, "key", tries=2, pause=0.01)("query")
+        server_module.SweepServer(standin.url, "key", tries=2, pause=0.01)("query")
     with pytest.raises(UserError, match="ENTITY/PROJECT/ID"):
         server_module.parse_path("swp1")
 

@@ -9,7 +9,7 @@ import pytest
 
 from lib.config import Config
 from lib.files import UserError
-from lib.train import Watch, lr_at, steps
+from lib.train import LossWatch, lr_at, steps
 from lib.train.step import TrainState
 
 CONFIG = Config(num_steps=12, warmup_steps=5)
@@ -47,21 +47,21 @@ def test_a_spike_within_warm_up_does_not_stop():
     # after warm-up the running mean has to be down again, so it is watched with a wide limit
     assert len(list(loop(pretend(high), explode=100.0))) == 12
 
-    watch = Watch(CONFIG)
+    watch = LossWatch(CONFIG)
     during = [watch.complaint(n, loss, 1.0) for n, loss in enumerate(losses[:5], 1)]
     assert during == [""] * 5 and watch.mean > watch.lowest + watch.explode
     assert "exploded: loss 50.00 at step 6" in watch.complaint(6, 50.0, 1.0)
 
 
 def test_the_lowest_mean_is_what_an_explosion_is_measured_from():
-    watch = Watch(CONFIG, explode=1.0)
+    watch = LossWatch(CONFIG, explode=1.0)
     for n in range(1, 40):
         assert watch.complaint(n, 3.0, 1.0) == ""
     # 0.9 * 3 + 0.1 * 12.9 = 3.99 is within a nat of the lowest mean, one more such batch is not
     assert watch.complaint(40, 12.9, 1.0) == ""
     assert "come down to 3.00" in watch.complaint(41, 12.9, 1.0)
     # nor is one lucky batch a height to fall from
-    watch = Watch(CONFIG, explode=1.0)
+    watch = LossWatch(CONFIG, explode=1.0)
     losses = [3.0] * 10 + [0.5] + [3.0] * 10
     assert not any(watch.complaint(n, loss, 1.0) for n, loss in enumerate(losses, 1))
 
