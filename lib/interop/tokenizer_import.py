@@ -1,7 +1,7 @@
 """Other people's byte-level BPE as a Tokenizer of ours, from a tokenizer.json or tiktoken's file.
 
-Ours are ordered by merges with our special tokens behind, so ids change: `ImportedVocabulary.theirs` tells
-which row of their tables each id of ours reads.
+Ours are ordered by merges with our special tokens behind, so ids change: `theirs` of an
+ImportedVocabulary tells which row of their tables each id of ours reads.
 """
 
 import base64
