@@ -169,6 +169,7 @@ print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x 
 phases = teach.open_phases(
     trained_on, bad_lines, mid=(mid, mid_epochs, mid_lr), sft=(sft_mixture, sft_epochs, sft_lr)
 )
+teach.check_stages(folder, phases, if_exists)
 
 # %% [markdown]
 # And so is what will be asked. The examiner puts the same questions to every stage, and keeps the

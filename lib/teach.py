@@ -52,6 +52,22 @@ def open_phases(source: str, bad_lines: str, **asked: tuple[str, float, float]) 
     return phases
 
 
+def check_stages(folder: Path, phases: list[Phase], if_exists: str):
+    """UserError where a phase would go on with a stage that was trained elsewhere.
+
+    Asked before any phase computes: the second one would be refused after the first had run.
+    """
+    for phase in phases:
+        path = None
+        if if_exists == "continue":
+            path = checkpoint.latest(folder / STAGES[phase.stage])
+        if path and checkpoint.read_meta(path).get("imported"):
+            raise UserError(
+                f"{phase.stage} of {folder} is an imported model: pass --mid none --sft-mixture "
+                "none to measure it and talk to it, or --if-exists fresh to teach it anew"
+            )
+
+
 def show_conversation(phase: Phase, tokenizer: Tokenizer, length: int):
     """Print a conversation of a phase, one with a tool call if there is any, as it is learnt."""
     chats = phase.chats.messages[:1000]

@@ -59,7 +59,7 @@ LOAD = {
         "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         'model = AutoModelForCausalLM.from_pretrained("REPO", trust_remote_code=True)\n'
-        'tokenizer = AutoTokenizer.from_pretrained("REPO")',
+        'tokenizer = AutoTokenizer.from_pretrained("REPO", trust_remote_code=True)',
     ),
     "gguf": Load(
         "bash",

@@ -1,5 +1,6 @@
 """Open weights become a run: a tokenizer, a config and a base checkpoint, as if trained here."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -33,6 +34,11 @@ WANTED = (
     "meta_*.json",
     "tokenizer.pkl",
 )
+
+# what 04 teaches with: tokens of a step, for its mixtures are small beside a large model's text,
+# and AdamW's rate of a Llama, which takes one for all its weights
+TEACHING_BATCH = 2**14
+TEACHING_RATE = 3e-4
 
 
 class Imported(NamedTuple):
@@ -70,8 +76,21 @@ def import_run(source: str, run, sequence_len: int = 0, prove: bool = True, stag
         lines.append(compared(model, folder))
     lines += [f"not as it was: {sentence}" for sentence in model.lost]
 
-    path = keep(run, Kept(model.params, model.config, model.tokenizer), source)
+    kept = Kept(model.params, teachable(model.config), model.tokenizer)
+    path = keep(run, kept, source)
     return "\n".join([*lines, f"kept as {path}"])
+
+
+def teachable(config: Config) -> Config:
+    """The config with a batch, and for AdamW with rates, by which 04's mixtures teach a model."""
+    rows = max(1, TEACHING_BATCH // config.sequence_len // config.microbatch) * config.microbatch
+    config = config.replace(total_batch_size=rows * config.sequence_len)
+    if config.optimizer != "adamw":
+        return config
+    # our own tables are normed and bear large steps, theirs are destroyed by them
+    scale = config.batch_lr_scale * math.sqrt(768 / config.n_embd)
+    rate = TEACHING_RATE / scale
+    return config.replace(adamw_lr=rate, embedding_lr=rate, unembedding_lr=rate)
 
 
 class Kept(NamedTuple):
@@ -123,9 +142,9 @@ def _write(run: Path, model: Kept, source: str):
 def _import_nanochat(model: Nanochat, source: str, run: Path) -> str:
     """Keep a model of nanochat's: as base, where 04 begins, and as what it was trained to be."""
     stages = tuple(dict.fromkeys(["base", model.stage]))
-    kept = Kept(model.params, model.config, model.tokenizer, model.step, stages)
+    config = teachable(model.config)
+    kept = Kept(model.params, config, model.tokenizer, model.step, stages)
     path = keep(run, kept, source)
-    config = model.config
     lines = [
         f"imported {source}, nanochat's model at step {model.step}: {config.n_layer} layers, "
         f"{config.n_embd} wide, as {' and '.join(stages)}"

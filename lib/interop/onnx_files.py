@@ -73,8 +73,13 @@ def _convert(function, inputs: list, path: Path):
 def opened(path: Path) -> Any:
     """run(*inputs) -> outputs of an ONNX file, by onnxruntime on the CPU."""
     (onnxruntime,) = optional(EXTRA, "onnxruntime")
+    # it warns of each constant that the converter left over, dozens of them
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as e:
         raise UserError(f"onnxruntime cannot open {path.name}: {first_line(e)}") from e
     names = [put.name for put in session.get_inputs()]

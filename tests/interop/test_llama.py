@@ -21,6 +21,7 @@ from lib.interop.tokenizer_import import (
     pattern_of,
 )
 from lib.runs import load_model
+from lib.train.optim import group_lrs
 from tests.helpers.hub_stand_in import COMMIT
 from tests.helpers.models import config_of, random_params, tokenizer
 
@@ -68,6 +69,10 @@ def test_an_imported_run_opens_like_any_other(folder, tmp_path):
     assert model.stage == "base" and model.meta["imported"] == str(path)
     theirs = our_logits(model.params, model.config, TOKENS)
     assert apart(our_logits(params, config, TOKENS), theirs)[0] < 1e-3
+    # all weights learn by one rate, in batches that small mixtures fill
+    assert model.config.total_batch_size == 2**14
+    rates = group_lrs(model.config)
+    np.testing.assert_allclose([rates["matrix"], rates["embed"], rates["head"]], 3e-4)
     with pytest.raises(UserError, match="has a tokenizer.json already: choose another --run"):
         import_run(str(path), tmp_path / "run", prove=False)
 

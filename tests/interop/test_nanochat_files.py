@@ -15,6 +15,8 @@ from lib.interop.imports import import_run
 from lib.interop.nanochat import from_nanochat
 from lib.interop.torch_file import read_torch
 from lib.runs import load_model, stages
+from lib.teach import check_stages
+from lib.train.finetune import Phase
 from tests.helpers.golden import PARITY, load, parity_model
 from tests.helpers.torch_files import Storage, Tensor, save_torch
 
@@ -55,6 +57,17 @@ def test_a_model_comes_in_and_is_the_same(folder, golden, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
     texts = ["Hello, wörld! 123", "def f(x):\n\treturn x"]
     assert [model.tokenizer.encode(text) for text in texts] == list(map(golden[2].encode, texts))
+
+
+def test_a_stage_that_came_in_is_not_trained_over(folder, tmp_path):
+    """04 says so before its first phase computes."""
+    run = tmp_path / "run"
+    import_run(str(folder), run)
+    phases = [Phase("mid", {}), Phase("sft", {})]
+    with pytest.raises(UserError, match="sft of .* is an imported model: pass --mid none"):
+        check_stages(run, phases, "continue")
+    check_stages(run, phases, "fresh")
+    check_stages(run, phases[:1], "continue")
 
 
 def test_the_newest_of_several_and_bfloat16(folder, golden, tmp_path, monkeypatch):
