@@ -54,6 +54,8 @@ def test_growing_deeper_or_dropping_parts_keeps_the_rest():
     other = init_params(1, Config(**SMALL))
     assert not np.array_equal(other["embed"], small["embed"])
     assert not np.array_equal(small["blocks"]["wq"][0], small["blocks"]["wq"][1])
+    # nor do two weights of one shape begin alike, however long their names
+    assert not np.array_equal(small["blocks"]["wq"], small["blocks"]["wk"])
 
 
 @pytest.mark.parametrize(

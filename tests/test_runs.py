@@ -44,7 +44,9 @@ def test_the_newest_run_is_the_one_that_changed_last(tmp_path):
 
 def test_of_an_earlier_training_only_what_outlasts_it_is_told_on(tmp_path, capsys):
     told = {"vocab_size": 5, "val_bpb": 1.0, "sft_loss": 2.0}
-    for stage, kept in (("sft", {"vocab_size": 5, "val_bpb": 1.0}), ("base", {"vocab_size": 5})):
+    first = {"vocab_size": 5, "val_bpb": 1.0}
+    # a stage that is begun anew takes those behind it along
+    for stage, kept in (("sft", first), ("mid", first), ("base", {"vocab_size": 5})):
         (tmp_path / "results.json").write_text(json.dumps(told))
         old = runs.start_afresh(tmp_path, stage)
         assert json.loads((tmp_path / "results.json").read_text()) == kept

@@ -60,6 +60,15 @@ def test_parts_are_the_step_s_own():
         assert int(step) == taken and math.isfinite(float(metrics["loss"]))
 
 
+def test_attention_is_counted_by_its_window():
+    """Four layers of a short window to two of the whole row, in two microbatches each."""
+    config = TINY.replace(
+        n_layer=6, window_pattern="SSL", sequence_len=512, total_batch_size=4 * 512
+    )
+    attention = [p.calls for p in speed.parts_of_step(config) if p.component == "attention"]
+    assert attention == [2 * 4, 2 * 2]
+
+
 def test_other_is_what_the_parts_leave(monkeypatch):
     seconds = iter([1.0, 2.0, 3.0, 4.0, 5.0, 100.0])  # in the order of parts_of_step
     monkeypatch.setattr(speed, "seconds_of", lambda *args, **kwargs: next(seconds))

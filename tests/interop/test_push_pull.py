@@ -194,6 +194,19 @@ def test_a_hub_that_stays_busy_is_one_sentence(run, model_hub):
     assert set(model_hub.repos[REPO]) == set()
 
 
+def test_a_busy_hub_is_asked_three_times_and_no_more(monkeypatch):
+    asked, waits = [], []
+
+    def call():
+        asked.append(1)
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    with pytest.raises(ConnectionError):
+        hub.patiently(call)
+    assert len(asked) == 3 and waits == [2.0, 4.0]
+
+
 def test_refusals_name_the_token(run, model_hub, tmp_path):
     model_hub.refused = True
     with pytest.raises(UserError, match="cannot push .*the secret HF_TOKEN .*write access"):
