@@ -265,6 +265,7 @@ def test_bad_layouts_in_one_sentence():
         ("dp", {"pipe": 4}, {}, "pipe"),
         ("dp", {"tensor": 4}, {}, "splits nothing over the mesh axis tensor=4"),
         ("dp", None, dict(microbatch=2), "microbatch=2 rows cannot be split over 4 devices"),
+        ("dp", None, dict(microbatch=6, total_batch_size=384), "microbatch=6 rows cannot be split"),
         ("tp", None, dict(n_kv_head=2), "n_kv_head=2"),
         ("fsdp", None, dict(n_embd=66), "axis embed of blocks.w_in has 66 entries"),
     ]:

@@ -117,6 +117,7 @@ def test_the_end_is_learnt_and_a_tools_answer_is_not(tokenizer):
     assert rows.inputs_BT[0, :7].tolist() == [1, 2, 3, 65, start, 66, end]
     assert rows.targets_BT[0, :7].tolist() == [-1, -1, 65, -1, -1, -1, special["<|assistant_end|>"]]
     assert signal.sampler_logp_BT[0, [2, 6]].tolist() == [-1.0, -0.5]
+    assert rollouts.learnt(rollout) == 2
     # seventeen tokens are sixteen inputs, and just fit
     full = rollout._replace(prompt=[1] * 12)
     assert rollouts.parts_of([full], [1.0], [1.0], 1)[0][0].inputs_BT.shape == (1, 16)
