@@ -3,6 +3,8 @@
 A bfloat16 has eight bits: added to 256, a 1 vanishes. Sums over devices are in tests/parallel.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +80,9 @@ def test_the_summed_loss_is_the_sum_of_the_tokens_losses(batch):
 def test_the_norm_of_the_gradient(batch):
     """From the moments after one step of AdamW, which are a share of the gradients."""
     config = CONFIG.replace(optimizer="adamw")
-    state, metrics = train.make_train_step(config)(train.init_state(config), *batch)
+    step, state = train.make_train_step(config), train.init_state(config)
+    written = step.lower(state, *batch).as_text()
+    state, metrics = step(state, *batch)
     beta1 = {"matrix": 0.9} | {name: betas[0] for name, betas in ADAMW_GROUPS.items()}
 
     squares = []
@@ -88,6 +92,11 @@ def test_the_norm_of_the_gradient(batch):
         squares.append((gradient**2).sum())
     assert metrics["grad_norm"].dtype == metrics["loss"].dtype == jnp.float32
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(squares)), rtol=1e-6)
+
+    # as written too, for a CPU's compiler takes float32 where a norm says bfloat16
+    operand = r"tensor<(?:\d+x)*(\w+)>"
+    to_scalar = rf"dot_general[^\n]*: \({operand}, {operand}\) -> tensor<(\w+)>"
+    assert set(re.findall(to_scalar, written)) == {("f32", "f32", "f32")}
 
 
 @pytest.mark.parametrize("shape", [(), (16, 64, 1), (16, 1, 1)])
