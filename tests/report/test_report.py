@@ -479,6 +479,10 @@ def test_core_is_in_the_headline(tmp_path):
     files = FILES | {"evals/base.json": json.dumps(record("base", {}, core=core))}
     sentence = report.verdict(report.read(put(tmp_path / "run", files)))
     assert "CORE is 0.123 ± 0.011 after stage base" in sentence
+    # of two stages that have it the later one's
+    files |= {"evals/sft.json": json.dumps(record("sft", {}, core=core | dict(score=0.2)))}
+    sentence = report.verdict(report.read(put(tmp_path / "two", files)))
+    assert "CORE is 0.200 ± 0.011 after stage sft" in sentence
 
 
 def test_published_figures_stand_beside_ones_own(tmp_path):

@@ -231,6 +231,13 @@ def test_a_checkpoint_is_progress(small):
     assert boss.book.trials()[0].reached == 6
 
 
+def test_facts_are_those_of_what_was_trained():
+    config = space.config_of(TINY)
+    facts = trials.facts_of(config, 4, 1.234)
+    assert (facts["tokens"], facts["steps"], facts["num_steps"]) == (4 * 64, 4, 6)
+    assert facts["flops"] == 4 * 64 * config.flops_per_token and facts["seconds"] == 1.23
+
+
 def test_a_pruned_trial_stops_at_its_validation(small):
     boss, bench = small(
         {

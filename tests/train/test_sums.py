@@ -94,8 +94,8 @@ def test_the_norm_of_the_gradient(batch):
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(sum(squares)), rtol=1e-6)
 
     # as written too, for a CPU's compiler takes float32 where a norm says bfloat16
-    operand = r"tensor<(?:\d+x)*(\w+)>"
-    to_scalar = rf"dot_general[^\n]*: \({operand}, {operand}\) -> tensor<(\w+)>"
+    operand = r"tensor<(?:\d+x)*([a-z]\w+)>"
+    to_scalar = rf"dot_general[^\n]*: \({operand}, {operand}\) -> tensor<([a-z]\w+)>"
     assert set(re.findall(to_scalar, written)) == {("f32", "f32", "f32")}
 
 
