@@ -91,6 +91,8 @@ def test_a_chat_that_fits_is_left_alone():
     tokenizer, messages = model().tokenizer, turns(3)
     ids = tokenizer.render_for_completion(messages)
     assert fit(tokenizer, messages, len(ids) + 50, 50) == (ids, 0)
+    # an answer's length claims no more than half of the context
+    assert fit(tokenizer, messages, 2 * len(ids), 1000) == (ids, 0)
 
 
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])

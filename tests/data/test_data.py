@@ -73,6 +73,8 @@ def corpus(folder, n=60, suffix=".txt"):
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         (folder / f"{i}{suffix}").write_text(f"document {i}\n" * (i % 7 + 1))
+    # more bytes than characters
+    (folder / f"0{suffix}").write_text("dócument 0 €\n", encoding="utf-8")
     return str(folder)
 
 

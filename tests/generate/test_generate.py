@@ -180,6 +180,7 @@ def test_a_cancelled_row_frees_its_slot_and_disturbs_nobody():
         engine.add(PROMPTS[2], Sampling(40, temperature=0)),
     )
     rows = {kept: engine.step()[kept][0]}
+    assert len(rows[kept]) == 1, "the first token of a new row waits for no others"
     engine.cancel(dropped)
     engine.cancel(dropped)  # once is enough
     assert engine.free == 1 and engine.add(PROMPTS[0], Sampling(5, temperature=0)) == dropped

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from lib.config import Config
 from lib.preflight import cache
+from lib.preflight import compile as compiling
 from lib.preflight.cache import has_libtpu, kept
 from lib.preflight.estimate import Report, report_text
 from lib.preflight.memory import estimate_memory
@@ -151,6 +153,18 @@ def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
 
 @pytest.mark.tpu
 @needs_libtpu
+@pytest.mark.parametrize(
+    "told, needed",
+    [
+        ("Ran out of memory in memory space hbm. Used 17.5G of 15.75G hbm.", 17.5 * 2**30),
+        ("total hbm usage: required for HLO temporaries (1.5T)", 1.5 * 2**40),
+        ("Ran out of memory", math.nan),
+    ],
+)
+def test_what_the_compiler_needed_is_read_from_its_message(told, needed):
+    assert compiling._needed_bytes(told) == pytest.approx(needed, nan_ok=True)
+
+
 def test_a_held_lock_is_one_sentence():
     try:
         lock = open("/tmp/libtpu_lockfile", "a")

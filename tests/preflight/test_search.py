@@ -94,6 +94,10 @@ def test_search_believes_the_compiler_and_leaves_alone_what_it_is_told():
     assert nothing.best is None and "none fits" in search_text(nothing)
     assert len(asked) == searching.VERIFIED
 
+    # what the estimate rules out is not compiled
+    verify, asked = answers(True)
+    assert search(MODEL, WHERE, verify=verify, cache=None, margin=1e-9).best is None and not asked
+
 
 def test_candidates_divide_the_batch_and_need_no_more_loss_than_tokens():
     config = MODEL.replace(total_batch_size=3 * 4 * 2048, microbatch=4)

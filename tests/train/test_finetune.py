@@ -168,6 +168,14 @@ def test_long_conversations_are_cut_and_counted_and_silent_ones_left_out(tokeniz
         next(data.chat_batches(chats(chat("y" * 500, "x")), tokenizer, 1, 64))
 
 
+def test_a_conversation_that_just_fits_is_not_cut(tokenizer):
+    length = len(tokenizer.render_conversation(chat("hi", "there"))[0])
+    for width, cut in ((length, 0), (length - 1, 1)):
+        batches = data.chat_batches(chats(chat("hi", "there")), tokenizer, 1, width - 1, loop=False)
+        *_, (_, _, cursor) = batches
+        assert cursor["truncated"] == cut
+
+
 def test_no_target_is_no_nan():
     state = train.init_state(TINY)
     before = jax.tree.map(np.array, state.params)
