@@ -176,6 +176,22 @@ def test_what_is_not_ours_is_refused_by_name(folder, tmp_path, settings, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_norms_before_a_matrix_are_folded_into_it(folder):
+    """What a norm gives twice or four times as large, its readers take half or a quarter of."""
+    path, params, config = folder("llama", window_pattern="L")
+    tensors = dict(read_tensors_numpy(path))
+    sizes = {"input_layernorm": 2, "post_attention_layernorm": 4}
+    sizes |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), 1 / 2)
+    sizes |= dict.fromkeys(("gate_proj", "up_proj"), 1 / 4)
+    for name in tensors:
+        tensors[name] = tensors[name] * np.float32(sizes.get(name.split(".")[-2], 1))
+    save_file(tensors, path / "model.safetensors")
+    back = read_model(path, "it")
+    theirs = our_logits(back.params, back.config, TOKENS)
+    difference, bound = apart(our_logits(params, config, TOKENS), theirs)
+    assert difference < bound
+
+
 def test_norms_of_their_own_are_refused(folder):
     path, _, _ = folder("qwen3", window_pattern="L")
     tensors = read_tensors_numpy(path)

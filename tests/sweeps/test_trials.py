@@ -1,5 +1,7 @@
 """Trials equal plain training, alone, interrupted and several at once; what fails is told."""
 
+import contextlib
+import itertools
 import math
 import types
 
@@ -91,6 +93,26 @@ def test_a_trial_is_the_run_that_the_training_loop_makes(bench):
         outcome.facts["tokens"] == 6 * 64
         and outcome.facts["flops"] == 6 * 64 * config.flops_per_token
     )
+
+
+def test_a_trials_seed_orders_its_text_too(bench):
+    bench, source = bench
+    first = []
+    for seed in (0, 0, 1):
+        config, settings = bench.prepare(dict(TINY, source=source, seed=seed))
+        with contextlib.closing(bench.batches(config, settings)) as batches:
+            first.append(np.asarray(next(batches)[0]).tolist())
+    assert first[0] == first[1] != first[2]
+
+
+def test_a_trials_time_counts_its_validations(bench, monkeypatch):
+    """By a clock that goes on by a second whenever it is read: six steps and three validations."""
+    bench, source = bench
+    config, settings = bench.prepare(dict(TINY, source=source))
+    clock = itertools.count()
+    monkeypatch.setattr(trials, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    timing = trials.time_one(config, settings, bench)
+    assert timing == (1, pytest.approx(trials.flops_of(config) / (6 + 3)))
 
 
 def test_trials_that_differ_in_rates_compile_nothing_new(small):
