@@ -195,7 +195,9 @@ def test_words_around_a_hidden_call_are_not_glued_and_offsets_point_into_what_wa
         for at in range(0, len(ids), size):
             for piece in reader.read(tokens(*ids[at : at + size])):
                 said += piece.said
-                starts += zip(piece.offsets, piece.tokens, strict=False)
+                # a hidden call is nowhere in it
+                told = piece.tokens if piece.kind == "text" else []
+                starts += zip(piece.offsets, told, strict=True)
         assert said == messages.spoken(reader.parts) == "é r r y\nThe 東"
         for offset, token in starts:
             text = tokenizer.tokens[token.id].decode(errors="ignore")
