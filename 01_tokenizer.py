@@ -77,7 +77,7 @@ from lib.runtime import host
 # @title Parameters
 # @markdown Name of the run: everything goes to runs/NAME
 run = "default"  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown What to read: a name, or a path or glob of .txt .md .py .jsonl .parquet files; empty: what the preset needs
 source = ""  # @param ["", "stdlib", "stdlib_with_tests", "climbmix", "fineweb_edu", "tinystories"] {"allow-input":true}
@@ -103,7 +103,7 @@ push_to = ""  # @param {type:"string"}
 
 # %%
 globals().update(flags(globals()))
-folder, mirror = enter(home, run, token=lambda: secret("HF_TOKEN"))
+folder, mirror = enter(home, run, secret=secret)
 device = device_report()
 plan = recipes.for_tokenizer(preset, source, vocab_size, device, bool(host()))
 print(plan.why)

@@ -80,7 +80,7 @@ from lib.train.metrics import column, parse_writers, read_jsonl
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run whose tokenizer was made last, or begins one
 run = ""  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown Starting point for every size and rate; auto picks one for the device
 preset = "auto"  # @param ["auto", "cpu_demo", "colab_free_v5e", "colab_free_t4", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
@@ -154,7 +154,7 @@ join_timeout = 300.0  # @param {type:"number"}
 globals().update(flags(globals()))
 # of several processes this one writes and prints
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
-folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
+folder, mirror = enter(home, run, needs=FILE, default="default", secret=secret)
 wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strategy, mesh)
 writing = parse_writers(writers)
 
@@ -326,7 +326,7 @@ solved = check("mask", visible)
 # %%
 config = pretrain.choose_model(wishes, device, tokenizer)
 shards = shards or pretrain.shards_for(folder, source, config, if_exists)
-text = pretrain.open_text(source, tokenizer, config, shards, packing, eval_bytes)
+text = pretrain.open_text(source, tokenizer, shards, packing, eval_bytes, mirror)
 config = pretrain.fit_text(config, text, wishes)
 
 # %% [markdown]
@@ -457,7 +457,9 @@ measurements = [
     pretrain.sampling(training, text, sample_every or max(1, last // 2)),
     *cores,
 ]
-saving = train.Saving(save_every or max(1, last // 4), keep=keep, then=sender)
+saving = train.Saving(
+    save_every or max(1, last // 4), keep=keep, then=sender, sent_at=sender.sent_at
+)
 
 # %%
 for step in training.steps(

@@ -88,7 +88,7 @@ from lib.sweeps import (
 # @title Parameters
 # @markdown Name of the run, runs/NAME, whose tokenizer all trials use; empty takes the one made last
 run = ""  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown What to search: a preset, or the path of a sweep in wandb's YAML
 sweep = "search"  # @param ["search", "miniseries", "isoflop", "ablate"] {allow-input: true}
@@ -120,8 +120,8 @@ save_minutes = 10.0  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
-folder, mirror = enter(home, run, needs=FILE, default="default", token=lambda: secret("HF_TOKEN"))
-if home.startswith("hub:") or "://" in home:
+folder, mirror = enter(home, run, needs=FILE, default="default", secret=secret)
+if mirror.home.remote:
     print(
         "note: workers on other machines share a sweep through driver=wandb, "
         "or a store they all see"
@@ -172,7 +172,11 @@ else:
 
 # %%
 bench = trials.Bench(
-    tokenizer, memory=device["memory"], save_seconds=60 * save_minutes, then=mirror.send
+    tokenizer,
+    memory=device["memory"],
+    save_seconds=60 * save_minutes,
+    then=mirror.send,
+    shelf=mirror.shelf(),
 )
 plan = trials.plan(spec, bench)
 if count >= 0:

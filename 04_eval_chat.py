@@ -75,7 +75,7 @@ from lib.train.metrics import parse_writers, read_jsonl
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run trained last
 run = ""  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown Base checkpoint: empty for the run's newest, best for its lowest validation loss, or a folder, gs:// or hf://USER/NAME
 # @markdown address
@@ -142,7 +142,7 @@ core_items = 0  # @param {type:"integer"}
 # %%
 globals().update(flags(globals()))
 writing = parse_writers(writers)
-folder, mirror = enter_trained(home, run, ckpt, token=lambda: secret("HF_TOKEN"))
+folder, mirror = enter_trained(home, run, ckpt, secret=secret)
 device = device_report()
 if device["count"] > 1:
     print("one of them is used here, whatever the model was trained on")
@@ -332,7 +332,7 @@ def fine_tune(phase, start):
         phase, start, store, if_exists, lambda: start_afresh(folder, phase.stage)
     )
     validation = finetune.validation(phase, training, tokenizer)
-    saving = finetune.saving(training, lambda *_: mirror.send())
+    saving = finetune.saving(training, lambda *_: mirror.send(), lambda: mirror.sent_at)
     for _ in training.steps([validation], saving, writers=writing):
         pass  # a place for your own measurements
     print("  read back, bit for bit:", training.finish())

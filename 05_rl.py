@@ -72,7 +72,7 @@ from lib.train.run import Saving
 # @title Parameters
 # @markdown Name of the run, runs/NAME; empty takes the run trained last
 run = ""  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown What to get better at: a task whose answers can be checked
 task = "arithmetic_beyond"  # @param ["arithmetic_beyond", "arithmetic", "spelling", "strings", "gsm8k"] {allow-input: true}
@@ -117,7 +117,7 @@ seed = 0  # @param {type:"integer"}
 # %%
 globals().update(flags(globals()))
 writing = parse_writers(writers)
-folder, mirror = enter_trained(home, run, ckpt, token=lambda: secret("HF_TOKEN"))
+folder, mirror = enter_trained(home, run, ckpt, secret=secret)
 device = device_report()
 
 # %% [markdown]
@@ -194,7 +194,13 @@ print(reinforce.passes_told(exam.passes(start.params)))
 
 # %%
 trained = training.run
-saving = Saving(eval_every, keep=1, metric="wrong", then=lambda *_: mirror.send())
+saving = Saving(
+    eval_every,
+    keep=1,
+    metric="wrong",
+    then=lambda *_: mirror.send(),
+    sent_at=lambda: mirror.sent_at,
+)
 measurements = [training.measurement, exam.measurement(eval_every)]
 for step in trained.steps(measurements, saving, writers=writing):
     if step.step % 10 == 0 or step.step == num_steps:

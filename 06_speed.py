@@ -60,7 +60,7 @@ from lib import pictures, recipes, speed
 from lib.chips import chip
 from lib.config import Config
 from lib.files import write_json
-from lib.notebook import device_report, flags, parse_overrides
+from lib.notebook import device_report, flags, parse_overrides, secret
 from lib.pictures import show
 from lib.runs import enter
 
@@ -68,7 +68,7 @@ from lib.runs import enter
 # @title Parameters
 # @markdown Name of the run, runs/NAME: the figures go there
 run = "speed"  # @param {type:"string"}
-# @markdown Where runs live, the same in all notebooks: empty (this machine), drive, hub:USER/NAME, gs://…, or a path
+# @markdown Where runs live: drive, hub:USER/NAME, gs://…, a path; empty: as any notebook here was told, or the secret RAWCHAT_HOME, else this machine
 home = ""  # @param ["", "drive"] {"allow-input":true}
 # @markdown The model whose step is measured: a preset, or auto for what 02 would train here
 preset = "auto"  # @param ["auto", "cpu_demo", "colab_free_v5e", "colab_free_t4", "colab_v5e", "colab_v6e", "gpu", "gpt2_like", "llama_like", "nanochat_d12", "nanochat_d20", "nanochat_d24"]
@@ -81,7 +81,7 @@ seconds = 0.5  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
-folder, mirror = enter(home, run)
+folder, mirror = enter(home, run, secret=secret)
 device = device_report()
 if preset == "auto":
     preset, why = recipes.pick_preset(device)

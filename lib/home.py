@@ -4,21 +4,26 @@ A notebook in Colab or Kaggle runs on a machine of its own, which vanishes. All 
 same `home`: empty (this machine), `drive` (Google Drive, mounted for you), `hub:USER/NAME` (a
 repository of the Hugging Face Hub), `gs://…` or `s3://…` (a bucket), or the path of a folder.
 
+It is asked once: what one notebook was given, the next ones on this machine take too; and the
+environment variable, or secret of Colab's or Kaggle's, RAWCHAT_HOME answers for all of them.
+
 A folder is worked in directly. A bucket or a repository is mirrored: `pull` brings what another
 machine left there, `Mirror` sends what changes here, in the background. Checkpoints carry
 checksums of their own, so what a killed upload leaves is noticed by whoever loads it.
 """
 
 import contextlib
+import math
 import os
 import re
+import shutil
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from lib import hub
 from lib.files import (
@@ -29,6 +34,7 @@ from lib.files import (
     parse_json,
     reaching,
     read_json,
+    reading,
     replacing,
     sha256,
     write_atomic,
@@ -40,11 +46,21 @@ from lib.files import (
 DRIVE = Path("/content/drive")
 DRIVE_FOLDER = DRIVE / "MyDrive" / "rawchat"
 
+# the variable, or secret, that names the home of all notebooks; where the last answer is kept
+VARIABLE = "RAWCHAT_HOME"
+ANSWER = Path("runs") / ".home"
+
+# token shards that stay at home, some 100 MB each: with all of a large text Drive would be full
+KEPT_SHARDS = 20
+
 # what a run folder on a mirror is known by: the files, their checksums, and when they were sent
 MANIFEST = "manifest.json"
 
 # what stays on the machine: half-written files, locks, notes to ourselves, what can be made again
 LEFT_OUT = re.compile(r"(^|/)\.|\.(tmp|part|lock|old)$|(^|/)(wandb|trace)/")
+
+
+T = TypeVar("T")
 
 
 class Home(NamedTuple):
@@ -53,6 +69,49 @@ class Home(NamedTuple):
     name: str  # as the user wrote it; "" for this machine
     runs_dir: Path
     remote: str  # "" where the folder itself is the home; else gs://…, s3://… or hub:USER/NAME
+
+
+def settled(
+    name: str, variable: str = "", secret: Callable[[str], str | None] | None = None
+) -> str:
+    """The home that a notebook means: the one it was given, else what was answered before.
+
+    That is what RAWCHAT_HOME of the environment says (variable), else what the last notebook here
+    was given, else that name among the secrets of a machine that is lent: there it is said, too,
+    that there is no answer. One printed line says which it is.
+    """
+    name = name.strip()
+    if name:
+        return name
+    answers = {
+        f"by {VARIABLE} of the environment": lambda: variable,
+        f"as the last notebook here was given ({ANSWER})": _last_answer,
+        f"by the secret {VARIABLE}": lambda: secret(VARIABLE) if secret else None,
+    }
+    for why, answer in answers.items():
+        if chosen := (answer() or "").strip():
+            print(f"home: {chosen}, {why}; home=. is this machine")
+            return chosen
+    if secret:
+        print(
+            "note: runs live on this machine and are lost with it: give a home, or set it once for "
+            f"all notebooks as the secret {VARIABLE}"
+        )
+    return ""
+
+
+def _last_answer() -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return ANSWER.read_text()
+    return ""
+
+
+def remember(name: str):
+    """Let the next notebooks on this machine take this home, where they are given none."""
+    if name and name != _last_answer().strip():
+        with contextlib.suppress(OSError):
+            ANSWER.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(ANSWER, name + "\n")
 
 
 def open_home(name: str = "", token: Callable[[], str | None] = lambda: None) -> Home:
@@ -107,6 +166,26 @@ def _mount_drive():
 
 
 # ---- mirrors -------------------------------------------------------------------------------------
+
+
+class Folder:
+    """A home that is a folder, such as Drive's, as a place for what is not worked on there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def names(self) -> list[str]:
+        """Token shards, as paths below the home; the runs there are no one's business."""
+        return [f"tokens/{path.name}" for path in (self.folder / "tokens").glob("*.npy")]
+
+    def get(self, name: str, path: Path):
+        with reading(self.folder / name):
+            shutil.copyfile(self.folder / name, path)
+
+    def change(self, new: dict[str, Path], gone: Iterable[str]):
+        for name, path in new.items():
+            with replacing(self.folder / name) as tmp:
+                shutil.copyfile(path, tmp)
 
 
 class Bucket:
@@ -209,6 +288,79 @@ def _place(home: Home, token: Callable[[], str | None]):
     return Bucket(home.remote)
 
 
+# ---- token shards --------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Token shards that stay at home, so that whoever takes a run over need not tokenise anew.
+
+    KEPT_SHARDS of them at most; the others are made anew while training reads the first ones. What
+    goes wrong is told once, and ends nothing. sends: of several processes one does.
+    """
+
+    def __init__(self, place, name: str, sends: bool = True):
+        self.place, self.name, self.sends = place, name, sends
+        self.lock = threading.Lock()
+        # what is there; None until it was asked for
+        self.there: set[str] | None = None
+        self.broken = self.told_full = self.told_brought = False
+
+    def bring(self, path: Path, read: Callable[[Path], T | None]) -> T | None:
+        """What `read` says of a shard that was brought; None where home hasn't it, or not whole."""
+        name = f"tokens/{path.name}"
+        with self._guarded():
+            if self.broken or name not in self._names():
+                return None
+            with replacing(path) as tmp:
+                self.place.get(name, tmp)
+            shard = read(path)
+            if shard is None:
+                # damaged: the one that is made now is sent
+                self._names().discard(name)
+            elif not self.told_brought:
+                self.told_brought = True
+                print(f"home: token shards come from {self.name}, tokenised before")
+            return shard
+        return None
+
+    def keep(self, path: Path):
+        """Send a shard home, where it isn't there and there is room."""
+        name = f"tokens/{path.name}"
+        with self._guarded():
+            if self.broken or not self.sends or name in self._names():
+                return
+            if len(self._names()) >= KEPT_SHARDS:
+                self._tell_full()
+                return
+            self.place.change({name: path}, ())
+            self._names().add(name)
+
+    def _names(self) -> set[str]:
+        with self.lock:
+            if self.there is None:
+                names = self.place.names()
+                self.there = {name for name in names if re.fullmatch(r"tokens/[^/]+\.npy", name)}
+            return self.there
+
+    def _tell_full(self):
+        if not self.told_full:
+            self.told_full = True
+            print(
+                f"home: {self.name} keeps {KEPT_SHARDS} token shards, about 2 GB; the others are "
+                "tokenised anew on another machine, while it trains"
+            )
+
+    @contextlib.contextmanager
+    def _guarded(self):
+        """Tell what goes wrong, once, and leave the shelf alone from then on."""
+        try:
+            yield
+        except (UserError, OSError) as e:
+            if not self.broken:
+                print(f"warning: no token shards to or from {self.name}: {first_line(e)}")
+            self.broken = True
+
+
 # ---- in and out ----------------------------------------------------------------------------------
 
 
@@ -281,7 +433,8 @@ class Mirror:
         self.home = home
         self.run = Path(run)
         self.place = _place(home, token) if home.remote else None
-        self.sent_at = time.monotonic()
+        # when the newest of what is at home was there to be sent; inf where nothing has to be
+        self.sent_at = time.monotonic() if home.remote else math.inf
         self._thread = None
         self._again = threading.Event()
 
@@ -303,12 +456,21 @@ class Mirror:
             self._thread.join()
         _send(self.place, self.home.remote, self.run)
 
+    def shelf(self, sends: bool = True) -> "Shelf | None":
+        """Where token shards are kept at home; None where home is this machine."""
+        if self.place is not None:
+            return Shelf(self.place, self.home.name, sends)
+        if self.home.name in ("", "."):
+            return None
+        return Shelf(Folder(self.home.runs_dir.parent), self.home.name, sends)
+
     def _upload(self):
         while self._again.is_set():
             self._again.clear()
+            begun = time.monotonic()
             try:
                 _send(self.place, self.home.remote, self.run)
-                self.sent_at = time.monotonic()
+                self.sent_at = begun
             except UserError as e:
                 print(
                     f"warning: {self.run} was not sent to {self.home.name}, "

@@ -148,10 +148,16 @@ class TrainingText(NamedTuple):
 
 
 def open_text(
-    source: str, tokenizer: Tokenizer, config: Config, shards: int, packing: str, eval_bytes: int
+    source: str,
+    tokenizer: Tokenizer,
+    shards: int,
+    packing: str,
+    eval_bytes: int,
+    mirror: Mirror | None = None,
 ) -> TrainingText:
-    """The text of a training, of so many shards."""
-    tokens = data.open_tokens(source, "train", tokenizer, shards=shards)
+    """The text of a training, of so many shards; its tokens are kept at the mirror's home too."""
+    shelf = mirror.shelf(sends=jax.process_index() == 0) if mirror else None
+    tokens = data.open_tokens(source, "train", tokenizer, shards=shards, shelf=shelf)
     texts = data.head(data.documents(source, "val", shards=shards), eval_bytes)
     return TrainingText(
         source, shards, packing, tokenizer, tokens, data.tokens_of(texts, tokenizer)
@@ -361,6 +367,10 @@ class HomeSender:
         if self.push_to:
             self.upload = checkpoint.upload_to_hub(path, self.push_to, self.token)
         self.mirror.send()
+
+    def sent_at(self) -> float:
+        """When the newest of what is at home was sent, by the monotonic clock."""
+        return self.mirror.sent_at
 
     def wait(self):
         """Return when all is where it belongs."""

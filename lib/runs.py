@@ -15,8 +15,9 @@ import jax
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
 from lib.files import UserError, choose, read_json, set_aside, write_json, writing
-from lib.home import Mirror, open_home, pull
+from lib.home import VARIABLE, Mirror, open_home, pull, remember, settled
 from lib.params import templates
+from lib.runtime import environment, host
 from lib.train import checkpoint
 
 __all__ = [
@@ -140,14 +141,21 @@ def enter(
     name: str,
     needs: str = "",
     default: str = "",
-    token: Callable[[], str | None] = lambda: None,
+    secret: Callable[[str], str | None] = lambda name: None,
 ) -> tuple[Path, Mirror]:
     """(the folder of a run, what sends it home), where `home` names where runs live: `lib.home`.
 
-    What another machine left at home is brought first. `needs` and an empty name: as in `open_run`,
-    but with a `default` a run of that name is begun where there is none that has what it needs.
+    secret: of Colab's or Kaggle's, by name. What another machine left at home is brought first.
+    `needs` and an empty name: as in `open_run`, but with a `default` a run of that name is begun
+    where there is none that has what it needs.
     """
+
+    def token() -> str | None:
+        return secret("HF_TOKEN")
+
+    home = settled(home, environment(VARIABLE), secret if host() else None)
     place = open_home(home, token)
+    remember(home)
     name = pull(place, name, token)
     if not name and default:
         held = any(Path(place.runs_dir).glob(f"*/{needs}"))
@@ -198,17 +206,17 @@ def start_afresh(run, stage: str = "base") -> Path:
 
 
 def enter_trained(
-    home: str, name: str, ckpt: str, token: Callable[[], str | None] = lambda: None
+    home: str, name: str, ckpt: str, secret: Callable[[str], str | None] = lambda name: None
 ) -> tuple[Path, Mirror]:
     """`enter` for what begins with a trained model: `ckpt` as in `load_model`.
 
     Where there is none, the ways to get one are named.
     """
     if ckpt.startswith("hf://"):
-        return enter(home, name or ckpt.rpartition("/")[2], token=token)
+        return enter(home, name or ckpt.rpartition("/")[2], secret=secret)
     needs = "checkpoints" if ckpt in ("", "best") else "tokenizer.json"
     try:
-        return enter(home, name, needs, token=token)
+        return enter(home, name, needs, secret=secret)
     except UserError as e:
         raise UserError(
             f"{e}; a model comes from 02_train, from another tab or machine by the same home as "

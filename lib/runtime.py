@@ -48,6 +48,11 @@ def host() -> str:
     return "kaggle" if "KAGGLE_KERNEL_RUN_TYPE" in os.environ else ""
 
 
+def environment(name: str) -> str:
+    """A variable of the environment, "" where it is not set."""
+    return os.environ.get(name, "")
+
+
 def progress(**options: Any):
     """A progress bar of tqdm's with these options, fit for where it is shown.
 

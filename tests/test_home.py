@@ -1,13 +1,19 @@
 """lib/home.py: tabs on machines of their own share one home; nothing is lost on the way."""
 
 import json
+import threading
 
 import fsspec
+import numpy as np
 import pytest
 
+from lib import data, runs, runtime
 from lib import home as homes
+from lib.data import tokens
+from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from lib.home import Mirror, open_home, pull
+from lib.runs import enter
 
 ADDRESS = "memory://bucket/home"
 
@@ -194,3 +200,133 @@ def test_drive_that_is_refused_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(homes, "DRIVE_FOLDER", tmp_path / "none" / "rawchat")
     with pytest.raises(UserError, match="not mounted .mount failed.: allow it"):
         open_home("drive")
+
+
+# ---- asked once ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nobody_answered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(homes.VARIABLE, raising=False)
+
+
+@pytest.mark.usefixtures("nobody_answered")
+def test_what_one_notebook_was_told_the_next_ones_take(tmp_path, capsys):
+    place = str(tmp_path / "drive")
+    first, _ = enter(place, "mine")
+    second, mirror = enter("", "mine")
+    assert first == second == tmp_path / "drive" / "runs" / "mine"
+    assert mirror.home.name == place
+    assert f"home: {place}, as the last notebook here was given" in capsys.readouterr().out
+
+    # and back to this machine, which is remembered too
+    assert enter(".", "mine")[0] == homes.Path("runs/mine")
+    assert enter("", "mine")[0] == homes.Path("runs/mine")
+
+
+@pytest.mark.usefixtures("nobody_answered")
+def test_a_home_that_cannot_be_used_is_not_remembered(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError):
+        enter(str(tmp_path / "file"), "mine")
+    assert homes.settled("") == ""
+
+
+@pytest.mark.usefixtures("nobody_answered")
+def test_the_environment_answers_for_all_notebooks_and_a_form_is_heard_first(monkeypatch, capsys):
+    homes.remember("gs://bucket/remembered")
+    monkeypatch.setenv(homes.VARIABLE, " gs://bucket/set ")
+    assert homes.settled("", runtime.environment(homes.VARIABLE)) == "gs://bucket/set"
+    assert "by RAWCHAT_HOME of the environment" in capsys.readouterr().out
+    assert homes.settled("gs://bucket/given", "gs://bucket/set") == "gs://bucket/given"
+    assert homes.settled("") == "gs://bucket/remembered"
+
+
+@pytest.mark.usefixtures("nobody_answered")
+def test_a_secret_answers_on_each_runtime(tmp_path, monkeypatch, capsys):
+    place = str(tmp_path / "drive")
+    # a script has no secrets to ask for
+    _, mirror = enter("", "mine", secret={"RAWCHAT_HOME": place}.get)
+    assert mirror.home.name == capsys.readouterr().out == ""
+
+    monkeypatch.setattr(runs, "host", lambda: "colab")
+    enter("", "mine")
+    assert "are lost with it: give a home" in capsys.readouterr().out
+    _, mirror = enter("", "mine", secret={"RAWCHAT_HOME": place}.get)
+    assert mirror.home.name == place
+    assert "by the secret RAWCHAT_HOME" in capsys.readouterr().out
+
+
+# ---- token shards --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words():
+    return Tokenizer.train(["to be or not to be " * 20], 270)
+
+
+@pytest.fixture
+def text(tmp_path):
+    lines = [json.dumps({"text": f"line {i} of the text"}) for i in range(400)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "text.jsonl")
+
+
+def opened(text, words, cache, shelf):
+    """A text's tokens on a machine of its own, all of its shards kept at home."""
+    tokens = data.open_tokens(text, "train", words, cache_dir=cache, shelf=shelf)
+    shards = [np.array(shard.ids) for shard in tokens]
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_work)"):
+            thread.join(20)
+    return np.concatenate(shards)
+
+
+@pytest.mark.parametrize("where", ["bucket", "folder"])
+def test_a_machine_that_takes_over_does_not_tokenise_anew(
+    where, tmp_path, text, words, monkeypatch, capsys
+):
+    home = open_home(ADDRESS if where == "bucket" else str(tmp_path / "drive"))
+    first = opened(text, words, tmp_path / "one", Mirror(home, tmp_path / "run").shelf())
+
+    monkeypatch.setattr(tokens, "_tokenise_apart", lambda *_: pytest.fail("tokenised anew"))
+    again = opened(text, words, tmp_path / "two", Mirror(home, tmp_path / "run").shelf())
+    assert first.tolist() == again.tolist()
+    assert f"token shards come from {home.name}" in capsys.readouterr().out
+
+
+def test_a_damaged_shard_is_made_anew_and_sent_again(tmp_path, text, words, bucket):
+    shelf = lambda: Mirror(open_home(ADDRESS), tmp_path / "run").shelf()  # noqa: E731
+    first = opened(text, words, tmp_path / "one", shelf())
+    [name] = bucket.find("/bucket/home/tokens")
+    whole = bucket.cat_file(name)
+    bucket.pipe_file(name, whole[:-9])
+    assert opened(text, words, tmp_path / "two", shelf()).tolist() == first.tolist()
+    assert bucket.cat_file(name) == whole
+
+
+def test_a_home_that_is_full_of_shards_or_gone_says_so_once(
+    tmp_path, text, words, bucket, monkeypatch, capsys
+):
+    monkeypatch.setattr(homes, "KEPT_SHARDS", 0)
+    shelf = Mirror(open_home(ADDRESS), tmp_path / "run").shelf()
+    opened(text, words, tmp_path / "one", shelf)
+    assert not bucket.find("/bucket/home/tokens")
+    assert "keeps 0 token shards" in capsys.readouterr().out
+
+    monkeypatch.setattr(homes.Bucket, "names", lambda self: raise_gone())
+    shelf = Mirror(open_home(ADDRESS), tmp_path / "run").shelf()
+    assert opened(text, words, tmp_path / "two", shelf).size
+    assert capsys.readouterr().out.count("the bucket is gone") == 1
+
+
+def raise_gone():
+    raise UserError("the bucket is gone")
+
+
+def test_this_machine_has_no_shelf_and_one_process_of_many_sends(tmp_path, text, words, bucket):
+    assert Mirror(open_home(""), tmp_path / "run").shelf() is None
+    shelf = Mirror(open_home(ADDRESS), tmp_path / "run").shelf(sends=False)
+    opened(text, words, tmp_path / "one", shelf)
+    assert not bucket.find("/bucket/home/tokens")

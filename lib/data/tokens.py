@@ -26,6 +26,7 @@ from lib.data.sources import Shard, digest_of, fetch_shard, find_shards, groups_
 from lib.data.streams import RecordShard, open_shards
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, replacing
+from lib.home import Shelf
 from lib.runtime import show_waiting
 
 FORMAT = 1  # of token shards and cursors; raise it when either changes meaning
@@ -92,13 +93,15 @@ def open_tokens(
     shards: int = 8,
     cache_dir=CACHE,
     workers: int | None = None,
+    shelf: Shelf | None = None,
 ) -> Tokens:
     """The tokens of one side of a source, returned when the first shard is ready; the rest follows
     in the background.
 
     Arguments as in `documents`; workers: processes that download and tokenise (default: one per
     core, at most 8). Shards are cached by content and tokenizer, and made anew where a cache file
-    is damaged. A corpus of records (`lib.data.corpus`) is tokenised already, and read where it is.
+    is damaged. shelf: a home that keeps them too (`lib.home`). A corpus of records
+    (`lib.data.corpus`) is tokenised already, and read where it is.
     """
     if is_records(source):
         return _open_records(source, split, tokenizer)
@@ -115,7 +118,7 @@ def open_tokens(
 
     waiting = collections.deque(jobs)
     for _ in range(min(len(jobs), workers or min(os.cpu_count() or 1, 8))):
-        threading.Thread(target=_work, args=(waiting, spec), daemon=True).start()
+        threading.Thread(target=_work, args=(waiting, spec, shelf), daemon=True).start()
 
     identity = _identity(tokenizer, [shard.identity for shard in parts])
     tokens = Tokens(identity, tokenizer.bos, tuple(job.done.result for job in jobs))
@@ -154,7 +157,7 @@ def _not_empty(tokens: Tokens, source: str, split: str) -> Tokens:
     return tokens
 
 
-def _work(waiting: collections.deque[ShardJob], spec: Path):
+def _work(waiting: collections.deque[ShardJob], spec: Path, shelf: Shelf | None):
     """Do one job after another until none waits; what goes wrong is told to whoever reads the
     shard.
     """
@@ -164,17 +167,23 @@ def _work(waiting: collections.deque[ShardJob], spec: Path):
         except IndexError:
             return
         try:
-            job.done.set_result(tokenised(job.shard, spec, job.out))
+            job.done.set_result(tokenised(job.shard, spec, job.out, shelf))
         except BaseException as e:
             job.done.set_exception(e)
+            continue
+        if shelf:
+            shelf.keep(job.out)
 
 
-def tokenised(shard: Shard, spec: Path, out: Path) -> TokenShard:
-    """A shard's tokens, from the file `out`; made in a process of its own where it isn't there.
+def tokenised(shard: Shard, spec: Path, out: Path, shelf: Shelf | None = None) -> TokenShard:
+    """A shard's tokens, from the file `out`; made in a process of its own where it isn't there, nor
+    at home on a shelf.
 
     spec: the tokenizer's file. A shard of the Hub is downloaded first.
     """
     tokens = _load(out)
+    if tokens is None and shelf:
+        tokens = shelf.bring(out, _load)
     if tokens is None:
         _tokenise_apart(fetch_shard(shard), spec, out)
         tokens = _load(out)

@@ -23,6 +23,7 @@ from lib import data, evals, train
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line
+from lib.home import Shelf
 from lib.params import count_params
 from lib.preflight.memory import estimate_memory
 from lib.sweeps import journal, space
@@ -42,8 +43,9 @@ class Bench:
     checkpoints are made.
 
     memory: bytes, inf for unknown. save_seconds: a trial longer than this leaves a checkpoint that
-    often and goes on from it when another worker takes it over. cache_dir as in lib.data. then() is
-    called after each such checkpoint and each trial: there is something new that could be lost.
+    often and goes on from it when another worker takes it over. cache_dir, shelf: as in lib.data.
+    then() is called after each such checkpoint and each trial: there is something new that could be
+    lost.
     """
 
     def __init__(
@@ -54,17 +56,23 @@ class Bench:
         save_seconds: float = 600.0,
         cache_dir=data.CACHE,
         then: Callable[[], object] = lambda: None,
+        shelf: Shelf | None = None,
     ):
         self.tokenizer, self.memory = tokenizer, memory
         self.save_seconds, self.cache_dir = save_seconds, cache_dir
-        self.then = then
+        self.then, self.shelf = then, shelf
         self.unexpected = 0  # failures in a row that no one foresaw
         self._training = functools.cache(self._open_training)
         self._validation = functools.cache(self._open_validation)
 
     def _open_training(self, source: str, shards: int):
         return data.open_tokens(
-            source, "train", self.tokenizer, shards=shards, cache_dir=self.cache_dir
+            source,
+            "train",
+            self.tokenizer,
+            shards=shards,
+            cache_dir=self.cache_dir,
+            shelf=self.shelf,
         )
 
     def _open_validation(self, source: str, shards: int, size: int):

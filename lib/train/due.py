@@ -44,7 +44,3 @@ class Due:
             self.done_at = self.now()
             return True
         return False
-
-    def minutes_since(self) -> float:
-        """Minutes since it was last done: what would be lost if this machine vanished now."""
-        return (self.now() - self.done_at) / 60

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,10 +278,14 @@ def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurem
     )
 
 
-def saving(run: TrainingRun, then: Callable = lambda step, path: None) -> Saving:
-    """When a phase is saved: three times, the last one kept."""
+def saving(
+    run: TrainingRun,
+    then: Callable = lambda step, path: None,
+    sent_at: Callable[[], float] = lambda: math.inf,
+) -> Saving:
+    """When a phase is saved: three times, the last one kept; `then`, `sent_at` as in Saving."""
     every = max(1, run.config.num_steps // SAVES)
-    return Saving(every, keep=1, metric="val_loss", then=then)
+    return Saving(every, keep=1, metric="val_loss", then=then, sent_at=sent_at)
 
 
 def packing_line(cursor: dict) -> str:

@@ -34,6 +34,8 @@ class RunInfo(NamedTuple):
     total_steps: int
     resumed: int | None  # the step it goes on from; None for a new run
     config: dict
+    # minutes of training that would be lost if this machine vanished now
+    at_risk: Callable[[], float] = lambda: 0.0
 
     @property
     def names(self) -> tuple[str, str]:
@@ -61,7 +63,7 @@ class Metrics:
     before anything is computed; one that fails later is switched off with one warning, and training
     goes on. resumed: the step a resumed run goes on from: lines beyond it are dropped, so that no
     step is there twice. None starts metrics.jsonl anew. config: JSON-able settings, shown by wandb.
-    On several hosts process 0 writes.
+    at_risk: minutes since the last save, shown on the console. On several hosts process 0 writes.
     """
 
     def __init__(
@@ -72,12 +74,13 @@ class Metrics:
         *,
         resumed: int | None = None,
         config: dict | None = None,
+        at_risk: Callable[[], float] = lambda: 0.0,
     ):
         self._writers = {}
         # of several processes one writes
         if jax.process_index():
             return
-        run = RunInfo(Path(run_dir), total_steps, resumed, config or {})
+        run = RunInfo(Path(run_dir), total_steps, resumed, config or {}, at_risk)
         for name in dict.fromkeys([*writers, "jsonl"]):
             if writer := _find_writer(name)(run):
                 self._writers[name] = writer
@@ -162,6 +165,9 @@ def _console(run: RunInfo):
             if name in values:
                 shown[name] = form.format(values[name])
         text = "  ".join(shown[name] for name in SHOWN if name in shown)
+        # what a lost machine would cost
+        if (minutes := run.at_risk()) >= 1:
+            text += f"  {minutes:.0f} min since the last save"
 
         # the bar, or a line now and then
         if not bar.disable:

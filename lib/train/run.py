@@ -176,7 +176,8 @@ class Saving:
 
     every: steps. seconds: also when so many have passed (0, and on several hosts: never). metric:
     the measured number that is lowest in the best one. at_end: after the last step too. then(step,
-    path) is called once a save is written, on every process.
+    path) is called once a save is written, on every process. sent_at(): when what outlives this
+    machine was sent, by the monotonic clock; inf where saves outlive it as they are.
     """
 
     every: int
@@ -185,6 +186,7 @@ class Saving:
     metric: str = "val_bpb"
     at_end: bool = True
     then: Callable[[int, Any], None] = lambda step, path: None
+    sent_at: Callable[[], float] = lambda: math.inf
 
 
 def _clock(wanted: bool | float) -> float:
@@ -234,6 +236,7 @@ class TrainingRun:
         self.cursor: dict | None = None
         self._state: TrainState | None = None
         self._told = False  # whether a signal has come while it trained
+        self.saved_at = time.monotonic()  # when the newest state that is saved was there
         self._there = _names(self.store)
         self._remember()
 
@@ -312,12 +315,13 @@ class TrainingRun:
         Raises what lib.train.loop.steps raises, with the last good checkpoint.
         """
         self._told = False
+        self.saved_at = time.monotonic()
         if self.finished:
             return
         with contextlib.ExitStack() as stack:
             self._lock(stack, writers)
             batches = stack.enter_context(contextlib.closing(self.feed(self.cursor)))
-            log = self._log(stack, writers)
+            log = self._log(stack, writers, saving)
             saver = _Saver(stack, self, saving)
             flag = stack.enter_context(interruptible() if signals else contextlib.nullcontext())
             told = lambda: flag is not None and flag.stop  # noqa: E731
@@ -381,14 +385,20 @@ class TrainingRun:
             step.metrics.update(one.measure(step.state.params))
         self.measured |= _measured(step.metrics)
 
-    def _log(self, stack: contextlib.ExitStack, writers) -> Callable:
+    def _log(self, stack: contextlib.ExitStack, writers, saving: Saving) -> Callable:
         """metrics.log, or nothing where no metrics are written."""
         if writers is None:
             return lambda step, values: None
         config = self.config.to_dict()
         done = self.done or None
         last = self.config.num_steps
-        metrics = Metrics(self.folder, last, list(writers), resumed=done, config=config)
+
+        def at_risk() -> float:
+            return (time.monotonic() - min(self.saved_at, saving.sent_at())) / 60
+
+        metrics = Metrics(
+            self.folder, last, list(writers), resumed=done, config=config, at_risk=at_risk
+        )
         return stack.enter_context(metrics).log
 
     def _watched(self, stepping, saver) -> Iterator[loop.Step]:
@@ -524,6 +534,7 @@ class _Saver:
     def __init__(self, stack: contextlib.ExitStack, run: TrainingRun, saving: Saving):
         self.run, self.saving = run, saving
         self.pending: tuple[int, Past] | None = None
+        self.begun_at = 0.0  # when the save that is pending was begun
         self.again_at = math.inf
         self.saver: checkpoint.Saver | None = None
         if run.store is None:
@@ -552,6 +563,7 @@ class _Saver:
         try:
             self.saver.save(step.step, step.state, meta, step.metrics.get(self.saving.metric))
             self.pending = step.step, Past(where, meta, changes, False)
+            self.begun_at = time.monotonic()
             if leaving:
                 self.wait()
         except (UserError, OSError) as e:
@@ -587,6 +599,7 @@ class _Saver:
         """Let the run go on from what has been written, and tell who wants to know."""
         if self.pending is not None:
             (step, self.run.past), self.pending = self.pending, None
+            self.run.saved_at = self.begun_at
             self.saving.then(step, self.run.past.path)
 
     def _settle(self):

@@ -381,3 +381,13 @@ def test_trace_is_written_with_scopes_and_a_failure_is_survived(tmp_path):
             step(x).block_until_ready()
             tick(1)
             tick(2)
+
+
+def test_console_says_what_a_lost_machine_would_cost(tmp_path, capsys):
+    minutes = iter([0.4, 3.2])
+    with Metrics(tmp_path, 2, ["console"], at_risk=lambda: next(minutes)) as m:
+        m.log(1, {"loss": 2.0})
+        m.log(2, {"loss": 1.0})
+    first, second = capsys.readouterr().out.splitlines()
+    assert "since the last save" not in first
+    assert "3 min since the last save" in second
