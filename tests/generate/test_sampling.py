@@ -8,6 +8,7 @@ import pytest
 from lib import model
 from lib.files import UserError
 from lib.generate import Engine, Sampling, generate, sampling, stream
+from lib.generate.decode import set_rows
 from tests.helpers.engines import PROMPTS, drain, golden, greedy, ids, scripted
 
 
@@ -78,6 +79,13 @@ def test_a_step_changes_the_rows_that_took_a_token_and_no_others():
         assert rows["token"].tolist() == [4, 0, 0]
         assert rows["seen"].sum(1).tolist() == [1, 0, 0]
         assert rows["alive"].tolist() == alive
+
+
+def test_a_row_that_is_not_there_is_not_written():
+    """Groups are filled up with rows that do not exist, lest each size be compiled anew."""
+    rows = dict(left=jnp.array([1, 2]))
+    new = dict(left=jnp.array([5, 7, 9]))
+    assert set_rows(rows, jnp.array([0, 2, 9]), new)["left"].tolist() == [5, 2]
 
 
 # ---- the repetition penalty ----------------------------------------------------------------------

@@ -132,6 +132,14 @@ def test_a_foreign_config_is_refused(change, message):
         config_from_nanochat({k: v for k, v in gpt.items() if v is not None})
 
 
+def test_the_batch_is_about_the_references_in_whole_microbatches():
+    gpt = load("model_A_config.json")["GPTConfig"]
+    # 174 rows have 2^19 tokens; of a context of twice as many not one does
+    for length, rows in ((3000, 172), (2**20, 4)):
+        config = config_from_nanochat(gpt | dict(sequence_len=length))
+        assert config.total_batch_size == rows * length
+
+
 # ---- whole steps ---------------------------------------------------------------------------------
 
 
