@@ -114,6 +114,16 @@ def test_an_empty_call_asks_no_tool():
     assert asked == [] and writer.forced == [] and writer.call is None
 
 
+def test_a_call_that_ends_with_its_row_asks_no_tool():
+    tokenizer = golden()[2]
+    asked = []
+    writer = Writer(greedy(3), tokenizer, asked.append)
+    start, end = (tokenizer.special[f"<|python_{which}|>"] for which in ("start", "end"))
+    for id in (start, tokenizer.encode("7")[0], end):
+        writer.push(Token(id, 0.0))
+    assert writer.finish == "length" and asked == [] and writer.forced == []
+
+
 def test_stop_strings_look_at_what_is_said_and_not_into_calls(monkeypatch):
     tokenizer = golden()[2]
     call = [tokenizer.special["<|python_start|>"], *tokenizer.encode("2*3")]

@@ -10,14 +10,19 @@ import subprocess
 import sys
 import time
 from functools import cache
+from unittest.mock import MagicMock
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from lib import serve
 from lib.runs import load_model
-from lib.serve.connections import Once, room_for
+from lib.serve.connections import Once, bounded, room_for
+from lib.serve.counters import Counters
 from lib.serve.server import Server
+from lib.serve.settings import ServeSettings
 from tests.helpers import ROOT, parrot, programs
 
 # requests that are never whole
@@ -136,6 +141,20 @@ def test_where_all_wait_for_an_answer_a_newcomer_is_told_so():
             assert read_to_the_end(newcomer).startswith(b"HTTP/1.1 503 ")
         for connection in busy:
             connection.close()
+
+
+def test_whoever_hangs_up_is_looked_after_no_longer():
+    config = uvicorn.Config(lambda: None, log_config=None)
+    loop, transport = MagicMock(), MagicMock()
+    transport.get_extra_info.return_value = None
+    transport.is_closing.return_value = False
+    protocol = bounded(ServeSettings(), Counters())
+    connection = protocol(config, ServerState(), {}, _loop=loop)
+    connection.connection_made(transport)
+    timer = loop.call_later.return_value
+    assert loop.call_later.called and not timer.cancel.called
+    connection.connection_lost(None)
+    assert timer.cancel.called
 
 
 @pytest.mark.slow
