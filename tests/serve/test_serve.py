@@ -415,6 +415,9 @@ def test_errors_are_openais(ai, name):
     with pytest.raises(openai.BadRequestError) as e:
         ai.completions.create(model=name, prompt="a", echo=True, logprobs=1)
     assert e.value.param == "echo"
+    with pytest.raises(openai.BadRequestError) as e:
+        ai.completions.create(model=name, prompt=[])
+    assert e.value.param == "prompt"
 
 
 @pytest.mark.parametrize(

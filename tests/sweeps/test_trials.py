@@ -208,6 +208,18 @@ def test_a_trial_that_went_well_ends_the_row(bench, monkeypatch):
         assert bench.unexpected == unexpected
 
 
+def test_a_failed_trial_has_no_value_to_compare(tmp_path, monkeypatch):
+    ended = []
+    driver = types.SimpleNamespace(
+        spec=dict(metric=dict(name="val_bpb")),
+        end=lambda trial, state, value, *more, **facts: ended.append((state, value)),
+    )
+    monkeypatch.setattr(trials, "_folder", lambda driver, trial: tmp_path / "trial" / "checkpoints")
+    for state in ("done", "pruned", "failed"):
+        trials._settle(driver, None, trials.Outcome(state, dict(val_bpb=2.0)), print)
+    assert ended == [("done", 2.0), ("pruned", 2.0), ("failed", None)]
+
+
 def test_results_that_are_no_numbers_end_the_sweep_and_not_the_budget(small, monkeypatch):
     boss, bench = small({"seed": {"values": list(range(9))}})
     monkeypatch.setattr(bench, "validate", lambda *args: dict(val_bpb=math.inf, val_loss=2.0))
