@@ -9,6 +9,7 @@ import math
 import random
 import threading
 import zipfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -503,6 +504,11 @@ def zipped(bundle, path, inside="eval_bundle/"):
         for file in sorted(p for p in bundle.rglob("*") if p.is_file()):
             archive.write(file, inside + str(file.relative_to(bundle)))
     return path
+
+
+def test_of_several_numbers_of_examples_the_first_counts():
+    entry = dict(label="a", icl_task_type="schema", dataset_uri="a.jsonl", num_fewshot=[3, 10])
+    assert core._entry(entry, Path("core.yaml")) == ("a", "schema", "a.jsonl", 3, " ")
 
 
 def test_a_zip_is_read_as_the_folder_is(bundle, tmp_path):

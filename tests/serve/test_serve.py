@@ -388,6 +388,7 @@ def test_errors_are_openais(ai, name):
         (dict(extra_body={"colour": 1}), "colour"),
         (dict(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
         (dict(n=1000), "n"),
+        (dict(stream_options={"include_usage": True}), "stream_options"),
         (dict(extra_body={"top_k": True}), "top_k"),
         (dict(messages=[]), "messages"),
         (
