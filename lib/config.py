@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lib import runtime
-from lib.files import UserError, choose, first_line, parse_json, write_atomic
+from lib.files import UserError, choose, first_line, parse_json, read_text, write_atomic
 
 MLPS = ("relu2", "gelu", "swiglu")
 REMATS = ("none", "dots", "layer")
@@ -401,14 +401,9 @@ class Config:
     @classmethod
     def load(cls, path) -> "Config":
         """Read what `save` wrote."""
-        try:
-            text = Path(path).read_text()
-        except FileNotFoundError:
-            raise UserError(
-                f"no config at {path}: give the path of a config.json or config.yaml"
-            ) from None
-        except ValueError as e:
-            raise _not_a_config(path, e) from None
+        if not Path(path).exists():
+            raise UserError(f"no config at {path}: give the path of a config.json or config.yaml")
+        text = read_text(path)
         if not str(path).endswith((".yaml", ".yml")):
             return cls.from_dict(parse_json(text, path, cure="write one with Config.save"))
 

@@ -261,11 +261,20 @@ def read_text(path) -> str:
 
 
 def local_path(text) -> Path:
-    """A path as a person writes it in a form, where no shell has expanded its ~."""
+    """A path as a person writes it in a form, where no shell has expanded its ~ or $HOME."""
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as e:
         raise UserError(f"cannot tell whose home {text} is: write the path out ({e})") from e
+    # what exists under its literal name is taken, and a variable that is not set is part of a name
+    if "$" in str(path) and not path.exists():
+        path = Path(os.path.expandvars(path))
+    return path
+
+
+def place(text) -> Path | str:
+    """A path as a person writes it, or an address such as gs://bucket/run, which stays as it is."""
+    return str(text) if is_remote(text) else local_path(text)
 
 
 def find_files(text) -> list[Path]:

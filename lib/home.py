@@ -31,6 +31,7 @@ from lib.files import (
     filesystem,
     first_line,
     is_remote,
+    local_path,
     parse_json,
     reaching,
     read_json,
@@ -129,7 +130,7 @@ def open_home(name: str = "", token: Callable[[], str | None] = lambda: None) ->
         _place(home, token).probe()
         return home
     if name:
-        return _folder_home(name, Path(name).expanduser())
+        return _folder_home(name, local_path(name))
     return Home("", Path("runs"), "")
 
 

@@ -78,9 +78,46 @@ def _show_sentences():
         return
 
     def show_sentence(shell, kind, error, trace, tb_offset=None):
-        shell._showtraceback(kind, error, [f"Error: {error}"])
+        sentence = _sentence(error)
+        shown = [f"Error: {sentence}"]
+        if not sentence:
+            # as IPython does
+            shown = shell.InteractiveTB.structured_traceback(
+                kind, error, trace, tb_offset=tb_offset
+            )
+        shell._showtraceback(kind, error, shown)
 
-    shell.set_custom_exc((UserError,), show_sentence)
+    shell.set_custom_exc((UserError, NameError), show_sentence)
+
+
+def _sentence(error: Exception) -> str:
+    """What a person can do about an error in a kernel, "" where only its traceback helps."""
+    if isinstance(error, UserError):
+        return str(error)
+    # a cell that was run before those that it builds on
+    name = getattr(error, "name", None)
+    if name in _made_by_cells():
+        return (
+            f"{name} is made in a cell further up that has not run yet: run the cells above this "
+            "one first (Colab: Runtime > Run before)"
+        )
+    return ""
+
+
+def _made_by_cells() -> set[str]:
+    """The names that the notebooks' cells define."""
+    names = set()
+    for path in ROOT.glob("0*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            # functions, what is imported, and what is assigned
+            if isinstance(node, ast.FunctionDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names |= {alias.asname or alias.name for alias in node.names}
+            else:
+                stored = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+                names |= {part.id for part in stored if isinstance(part.ctx, ast.Store)}
+    return names
 
 
 def _excepthook(kind, error, trace):

@@ -14,7 +14,7 @@ import jax
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
-from lib.files import UserError, choose, read_json, set_aside, write_json, writing
+from lib.files import UserError, choose, place, read_json, set_aside, write_json, writing
 from lib.home import VARIABLE, Mirror, open_home, pull, remember, settled
 from lib.params import templates
 from lib.runtime import environment, host
@@ -255,8 +255,8 @@ def _load(run: Path, ckpt: str, stage: str) -> Model:
         if ckpt == "best":
             path = _best(run / STAGES[stage])
     else:
-        path = ckpt
-        stage = stage or _stage_of(ckpt)
+        path = place(ckpt)
+        stage = stage or _stage_of(str(path))
 
     repository = ckpt.removeprefix("hf://")
     tokenizer = load_tokenizer(f"hf:{repository}" if ckpt.startswith("hf://") else run)

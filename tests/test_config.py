@@ -1,6 +1,7 @@
 """The dial against the reference's scaling rules, and the sentence that each bad value gets."""
 
 import math
+import os
 import re
 
 import jax
@@ -99,6 +100,10 @@ def test_a_foreign_file_is_refused(tmp_path, text):
         Config.load(tmp_path / "config.json")
     with pytest.raises(UserError, match="no config at"):
         Config.load(tmp_path / "elsewhere.json")
+    # nobody writes into this pipe: opening it would wait for ever
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="no ordinary file"):
+        Config.load(tmp_path / "pipe.json")
 
 
 BAD = {

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,18 @@ def test_globs_and_homes(folder, monkeypatch):
     assert files.find_files(folder / "pipe.txt") == files.find_files("~/none") == []
     with pytest.raises(UserError, match="whose home"):
         files.local_path("~nobody-of-that-name/x")
+
+
+def test_variables_and_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert files.local_path("$PLACE/a b") == files.place("${PLACE}/a b") == tmp_path / "a b"
+    assert files.local_path("$NOWHERE/a") == Path("$NOWHERE/a")
+    # what is there under that very name
+    (tmp_path / "$PLACE").mkdir()
+    assert files.local_path("$PLACE") == Path("$PLACE")
+    assert files.place("gs://bucket/~/$PLACE") == "gs://bucket/~/$PLACE"
 
 
 def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path):

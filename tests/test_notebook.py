@@ -176,6 +176,18 @@ def test_user_errors_show_one_sentence_in_a_kernel():
     assert error.traceback == ["Error: do this"] and cells[1].outputs == []
 
 
+def test_a_cell_that_was_run_too_early_says_what_to_run():
+    def error_of(code):
+        with pytest.raises(NameError) as caught:
+            exec(code, {})
+        return notebook._sentence(caught.value)
+
+    for name in ("samples", "jnp", "small_model", "folder"):
+        assert error_of(f"print({name})").startswith(f"{name} is made in a cell further up")
+    assert error_of("print(prnit)") == "", "a misspelt name keeps its traceback"
+    assert notebook._sentence(UserError("do this")) == "do this"
+
+
 def test_ranges_of_steps():
     assert notebook.parse_steps("") == (1, 0) and notebook.parse_steps("10:12") == (10, 12)
     for bad in ("abc", "12:10", "0:3", "5", "-1:2"):

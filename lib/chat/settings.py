@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.files import local_path
 from lib.model import quantized
 from lib.runs import Model, load_model, open_run
 
@@ -20,8 +21,8 @@ class WhichModel:
 
     def folder(self) -> Path:
         """The run folder; UserError where there is none."""
-        if "/" in self.run:
-            return Path(self.run)
+        if "/" in self.run or self.run == "~":
+            return local_path(self.run)
         return open_run(self.run, needs="tokenizer.json")
 
     def load(self) -> Model:

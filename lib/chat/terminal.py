@@ -304,11 +304,12 @@ class Talk:
 
     def set(self, text: str):
         """/set: show the sampling settings, or change one."""
-        if text:
-            self._change(*text.replace("=", " ").split(maxsplit=1))
+        name, _, value = text.replace("=", " ").strip().partition(" ")
+        if name:
+            self._change(name, value.strip())
         self.note("  ".join(f"{name} {getattr(self.settings, name)}" for name in TUNABLE))
 
-    def _change(self, name: str, value: str = ""):
+    def _change(self, name: str, value: str):
         """Change one sampling setting; UserError leaves it as it was."""
         if name not in TUNABLE:
             raise UserError(f"there is no setting {name!r}: choose one of {', '.join(TUNABLE)}")

@@ -29,6 +29,7 @@ from lib.files import (
     UserError,
     choose,
     find_files,
+    local_path,
     read_json,
     replacing,
     sha256,
@@ -411,7 +412,7 @@ def find_shards(source: str, split: str, shards: int = 8, cache_dir=CACHE) -> li
 
 def _files_at(source: str) -> list[Path]:
     files = find_files(source)
-    if not files and not Path(source).expanduser().is_dir():
+    if not files and not local_path(source).is_dir():
         raise UserError(
             f"unknown source {str(source)!r}: it is none of {', '.join(SOURCES)}, and no file,"
             " folder"

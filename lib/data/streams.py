@@ -26,7 +26,16 @@ from lib.data.corpus import (
     record_begins,
     tokenizer_in,
 )
-from lib.files import UserError, first_line, in_background, is_remote, join, reading, sha256
+from lib.files import (
+    UserError,
+    first_line,
+    in_background,
+    is_remote,
+    join,
+    local_path,
+    reading,
+    sha256,
+)
 
 BLOCK = 64  # pieces that are read together
 THREADS, AHEAD = 4, 8  # that read blocks, and blocks that wait to be asked for
@@ -200,7 +209,7 @@ def open_shards(corpus: RecordCorpus, split: str) -> tuple[Callable[[], RecordSh
 
     @functools.cache
     def opened(i: int) -> RecordShard:
-        return RecordShard(Path(corpus.address).expanduser(), entries[i], corpus.dtype)
+        return RecordShard(local_path(corpus.address), entries[i], corpus.dtype)
 
     return tuple(functools.partial(opened, i) for i in range(len(entries)))
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lib.data import CACHE, fetch
 from lib.evals import likelihood, stats
 from lib.evals.errors import evaluating
-from lib.files import UserError, choose, parse_json, read_text, sha256, write_atomic
+from lib.files import UserError, choose, local_path, parse_json, read_text, sha256, write_atomic
 
 # where nanochat has it from
 BUNDLE = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -159,7 +159,7 @@ def load_bundle(path=None, cache_dir=CACHE, limit: int | None = None) -> tuple[l
         raise UserError(
             f"a limit of {limit} items leaves nothing to measure: take at least 1, or None for all"
         )
-    path = Path(path or download(cache_dir)).expanduser()
+    path = local_path(path or download(cache_dir))
     if not path.exists():
         raise UserError(
             f"no CORE bundle at {path}: give DCLM's eval_bundle as a folder or zip, or no path to "

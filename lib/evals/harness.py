@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lib.data.speech import said
 from lib.evals import likelihood, questions, records
-from lib.files import UserError, choose, first_line, write_json
+from lib.files import UserError, choose, first_line, local_path, write_json
 from lib.generate import Sampling
 from lib.params import count_params
 from lib.runs import STAGES, load_model
@@ -140,7 +140,7 @@ class Checkpoint:
             )
         if not str(batch_size).isdigit() or not int(batch_size):
             raise UserError(f"batch_size={batch_size}: a number of rows is needed")
-        self.model = load_model(Path(runs_dir) / str(run), ckpt, stage)
+        self.model = load_model(local_path(runs_dir) / str(run), ckpt, stage)
         self.seed = int(seed)
         m = self.model
         self.answers = questions.model_answers(m.params, m.config, m.tokenizer, int(batch_size))
@@ -263,6 +263,7 @@ def evaluate(
     """
     lm_eval: Any = _import()
     run = Path(run)
+    include_path = str(local_path(include_path)) if include_path else None
     if include_path and not Path(include_path).is_dir():
         raise UserError(
             f"include_path {include_path} is no folder: name one that holds task YAML files"
@@ -371,7 +372,7 @@ def main(settings: HarnessSettings) -> None:
     _import()
     from lm_eval.utils import make_table
 
-    folder = Path(settings.runs_dir) / settings.run
+    folder = local_path(settings.runs_dir) / settings.run
     tasks = settings.tasks.replace(",", " ").split()
     results = evaluate(
         folder,

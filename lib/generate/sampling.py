@@ -20,6 +20,7 @@ BOUNDS = dict(
     max_tokens=(1, 2**31 - 1),
     temperature=(0, 1e6),
     top_k=(0, 2**31 - 1),
+    top_p=(0, 1),
     min_p=(0, 1),
     repetition_penalty=(1e-3, 1e3),
     logprobs=(0, TOP),
@@ -31,10 +32,10 @@ BOUNDS = dict(
 class Sampling:
     """How one row is to be written. Changing any of it compiles nothing.
 
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off. A row ends
-    after max_tokens, at a token in `stop`, or before any of `stop_strings`, none of which is
-    returned; keep_stop returns the stop token that the row chose, with its logprob. logprobs: how
-    many alternatives, TOP at most, to report with each token. Raises UserError.
+    temperature 0 and top_p 0 are greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are
+    off. A row ends after max_tokens, at a token in `stop`, or before any of `stop_strings`, none of
+    which is returned; keep_stop returns the stop token that the row chose, with its logprob.
+    logprobs: how many alternatives, TOP at most, to report with each token. Raises UserError.
     """
 
     max_tokens: int
@@ -54,8 +55,6 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise UserError(f"{name} must be from {low:g} to {high:g}, got {value}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if "" in self.stop_strings:
             raise UserError("a stop string is empty: it would stop everything, so leave it out")
 
@@ -109,7 +108,8 @@ def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:
         seed=np.uint32(s.seed % 2**32),
         temperature=np.float32(s.temperature),
         top_k=np.int32(min(s.top_k, vocab)),
-        top_p=np.float32(s.top_p),
+        # 0 leaves the likeliest token alone
+        top_p=np.float32(max(s.top_p, 1e-9)),
         min_p=np.float32(s.min_p),
         penalty=np.float32(s.repetition_penalty),
         filtered=np.bool_(s.temperature > 0 and is_cut),

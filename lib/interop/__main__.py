@@ -1,9 +1,8 @@
 """`python -m lib.interop`: a model of ours for other programs, other people's model as a run."""
 
-from pathlib import Path
-
 import tyro
 
+from lib.files import local_path
 from lib.interop import export_run, import_run
 from lib.interop.hub_pull import pull as pull_run
 from lib.interop.hub_push import Wish
@@ -32,7 +31,7 @@ def export(
         out: where to write; empty for exports/FORMAT in the run folder
         runs_dir: folder that holds the runs
     """
-    folder = Path(runs_dir) / run if run else newest_run(runs_dir)
+    folder = local_path(runs_dir) / run if run else newest_run(local_path(runs_dir))
     print(export_run(folder, format, stage, ckpt, out).table())
 
 
@@ -54,7 +53,7 @@ def import_(
         stage: of nanochat's: base, mid, sft or rl; empty for what its folder or metadata say
         runs_dir: folder that holds the runs
     """
-    print(import_run(source, Path(runs_dir) / run, sequence_len, prove, stage))
+    print(import_run(source, local_path(runs_dir) / run, sequence_len, prove, stage))
 
 
 def push(
@@ -81,7 +80,7 @@ def push(
         public: let everybody see it; else a repository that is made now is private
         runs_dir: folder that holds the runs
     """
-    folder = Path(runs_dir) / run if run else newest_run(runs_dir)
+    folder = local_path(runs_dir) / run if run else newest_run(local_path(runs_dir))
     wish = Wish(stage, ckpt, format)
     pushed = push_run(folder, repo, what, wish, private=not public, token=secret("HF_TOKEN"))
     print(pushed.told(folder.name))
@@ -95,7 +94,7 @@ def pull(source: str, run: str, runs_dir: str = "runs"):
         run: name of the run that it becomes or, for a tokenizer or an export, is put into
         runs_dir: folder that holds the runs
     """
-    print(pull_run(source, Path(runs_dir) / run, secret("HF_TOKEN")))
+    print(pull_run(source, local_path(runs_dir) / run, secret("HF_TOKEN")))
 
 
 COMMANDS = {"export": export, "import": import_, "push": push, "pull": pull}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lib.files import choose, write_atomic
+from lib.files import choose, local_path, write_atomic
 from lib.interop import gguf_file, huggingface, litert, onnx_files, stablehlo
 from lib.interop.proof import Proof
 from lib.runs import load_model
@@ -30,7 +30,7 @@ def export_run(run, format: str, stage: str = "", ckpt: str = "", out="") -> Pro
     """
     write = choose("export format", format, FORMATS)
     model = load_model(run, ckpt, stage)
-    path = Path(out) if out else Path(run) / FOLDER / format
+    path = local_path(out) if out else Path(run) / FOLDER / format
     shown = write(model.params, model.config, model.tokenizer, path)
     if not out:
         write_atomic(path.with_suffix(PROOF), shown.table() + "\n")

@@ -287,7 +287,7 @@ def reinforce(args: Args):
 
 def search_first(args: Args, config, where, mesh):
     """The fastest config that a search finds; UserError where none fits."""
-    from lib.files import UserError
+    from lib.files import UserError, local_path
     from lib.pictures import show
     from lib.preflight.cache import has_libtpu
     from lib.preflight.compile import inspect
@@ -301,7 +301,7 @@ def search_first(args: Args, config, where, mesh):
     result = search(config, where, args.where.strategy, mesh, verify if compiling else None)
     print(json.dumps(result.to_dict()) if args.json else search_text(result))
     if args.ask.map:
-        show(heat_map(result), args.ask.map)
+        show(heat_map(result), local_path(args.ask.map))
     if result.best is None:
         raise UserError(
             f"nothing that was searched fits on {where.name}: take fewer parameters, or more chips"

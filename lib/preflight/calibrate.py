@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lib.chips import Chip, chip
 from lib.config import Config
-from lib.files import UserError, read_json
+from lib.files import UserError, local_path, read_json
 from lib.preflight import roofline
 from lib.preflight.estimate import Report
 from lib.preflight.hlo import Work
@@ -16,13 +16,12 @@ def calibrated(known: Chip, path: str | Path) -> Chip:
 
     UserError where the file is of another kind of chip, of float32, or no such file.
     """
-    fields = read_json(path)
-    try:
-        device, flops, bandwidth = fields["device"], fields["flops"], fields["bandwidth"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{path} was not written by 06_speed: it lacks device, flops or bandwidth"
-        ) from None
+    path = local_path(path)
+    fields = read_json(path, cure="write one with 06_speed")
+    device, flops, bandwidth = map(fields.get, ("device", "flops", "bandwidth"))
+    are_ceilings = all(isinstance(rate, int | float) and rate > 0 for rate in (flops, bandwidth))
+    if not isinstance(device, str) or not are_ceilings:
+        raise UserError(f"{path} was not written by 06_speed: it lacks device, flops or bandwidth")
     measured = chip(device)
     if measured is None or measured.name != known.name:
         raise UserError(

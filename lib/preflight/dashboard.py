@@ -23,7 +23,7 @@ from lib.config import (
     VALUE_GATE_CHANNELS,
     Config,
 )
-from lib.files import write_atomic
+from lib.files import local_path, write_atomic
 from lib.model.kernels import BLOCKS
 from lib.parallel.layout import MESH_AXIS
 from lib.preflight.cache import CACHE, answers
@@ -40,13 +40,14 @@ ERROR = "-16 to +23 % in memory and -19 to +23 % in time"
 
 def write_dashboard(path: str | Path, cache: Path | None = CACHE) -> Path:
     """Write the page; answers of the compiler that `cache` holds are marked in it."""
+    path = local_path(path)
     page = (HERE / "dashboard.html").read_text()
     formulas = (HERE / "dashboard.js").read_text()
     # a "<" of a text must not end the script
     tables = json.dumps(data(cache)).replace("<", "\\u003c")
     page = page.replace("/*FORMULAS*/", formulas).replace("/*TABLES*/", f"const DATA = {tables};")
     write_atomic(path, page)
-    return Path(path)
+    return path
 
 
 def data(cache: Path | None = CACHE) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lib import chips
 from lib.chips import Slice
 from lib.config import Config
-from lib.files import UserError, write_atomic
+from lib.files import UserError, local_path, write_atomic
 from lib.notebook import parse_overrides
 from lib.preflight.plan import Plan
 
@@ -124,7 +124,7 @@ def write_launch(asked: Launch, plan: Plan, path: str | Path = "") -> Path:
 
     path: empty for one in launch/ with a name that says what it is.
     """
-    path = Path(path or FOLDER / f"{asked.run}-{asked.where.name.replace(':', '-')}.yaml")
+    path = local_path(path or FOLDER / f"{asked.run}-{asked.where.name.replace(':', '-')}.yaml")
     write_atomic(path, launch_text(asked, plan, path))
     return path
 

@@ -1,9 +1,8 @@
 """`python -m lib.report`: writes the report card of a run."""
 
-from pathlib import Path
-
 import tyro
 
+from lib.files import local_path
 from lib.interrupts import started
 from lib.notebook import setup
 from lib.report import write
@@ -17,7 +16,8 @@ def main(run: str = "", runs_dir: str = "runs"):
         run: name of the run; empty takes the one whose tokenizer was made last
         runs_dir: folder that holds the runs
     """
-    folder = Path(runs_dir) / run if run else newest_run(runs_dir, "tokenizer.json")
+    runs = local_path(runs_dir)
+    folder = runs / run if run else newest_run(runs, "tokenizer.json")
     print(f"report: {write(folder)}")
 
 

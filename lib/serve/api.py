@@ -137,12 +137,12 @@ def _number(body: dict, name: str) -> Any:
     if not right_type:
         due = "a number" if number.kind is float else "an integer"
         _refuse(f"{name} must be {due}, not {type(value).__name__}", name, "invalid_type")
-    # no bound that nobody reaches is spoken of
+    # a count without end: no bound that nobody reaches is spoken of
+    is_open = number.high == COUNT
+    if is_open:
+        value = min(value, COUNT)
     if not number.low <= value <= number.high:
-        open_ended = number.high >= COUNT and number.low >= 0
-        bounds = f"from {number.low} to {number.high}"
-        if open_ended:
-            bounds = f"at least {number.low}"
+        bounds = f"at least {number.low}" if is_open else f"from {number.low} to {number.high}"
         _refuse(f"{name} must be {bounds}", name, "out_of_range")
     return number.kind(value)
 
@@ -224,8 +224,6 @@ def _sampling(body: dict, logprobs: int, stop: tuple[int, ...], max_tokens: int)
     """How tokens are to be chosen; `logprobs`: how many alternatives are asked for."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     chosen = {name: _number(body, name) for name in names}
-    # 0 is allowed by OpenAI, and leaves the likeliest token alone
-    chosen["top_p"] = max(chosen["top_p"], 1e-9)
     # without a seed each answer is another
     seed = _number(body, "seed")
     return Sampling(

@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence():
     wrong = [("--prompt", "hello", "--top-p", "2"), ("--prompt", "word " * 2000)]
     share, long = programs.run_scripts(*(("lib.chat", *flags(*words)) for words in wrong), cwd=ROOT)
     assert (share.returncode, share.stdout) == (2, "")
-    assert share.stderr.startswith("Error: top_p must be above 0")
+    assert share.stderr.startswith("Error: top_p must be from 0 to 1")
     assert long.returncode == 2 and "context has 768" in long.stderr
     assert "Traceback" not in long.stderr
 
@@ -261,6 +261,7 @@ def test_a_piped_conversation_with_every_command(tmp_path):
         "/set top_k many",
         "/set temperature -1",
         "/set colour 1",
+        "/set =",
         "/dance",
         '"""',
         "Show me some",

@@ -131,6 +131,7 @@ P = np.array([0.5, 0.3, 0.15, 0.05])
 CUT = [
     # at half the temperature the shares are 0.685, 0.247, 0.062, 0.007
     (dict(temperature=0.5, top_p=0.6), {0}),
+    (dict(temperature=2.0, top_p=0.0), {0}),
     (dict(temperature=0.5, top_p=0.9), {0, 1}),
     (dict(temperature=0.5, min_p=0.25), {0, 1}),
     (dict(temperature=0.5, min_p=0.5), {0}),

@@ -105,6 +105,8 @@ def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
             "measured in float32, .*compute_dtype=bfloat16",
         ),
         (dict(device="TPU v6 lite", flops=1.0), "was not written by 06_speed"),
+        (dict(device="TPU v6 lite", flops="1", bandwidth=1.0), "was not written by 06_speed"),
+        (dict(device=None, flops=1.0, bandwidth=1.0), "was not written by 06_speed"),
     ],
 )
 def test_a_file_of_another_chip_is_refused(tmp_path, fields, message):
