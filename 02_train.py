@@ -65,7 +65,7 @@ from lib import model, parallel, pictures, pretrain, train
 from lib.config import Config
 from lib.data.tokenizer import FILE
 from lib.data.vocabulary import read_by
-from lib.files import place
+from lib.files import path_or_address
 from lib.model.products import products_table
 from lib.notebook import device_report, flags, join_hosts, parse_steps, secret, show_source
 from lib.params import init_params, named_specs
@@ -335,7 +335,7 @@ config = pretrain.fit_text(config, text, wishes)
 # changed setting would mix two experiments.
 
 # %%
-store = place(checkpoints) if checkpoints else folder / "checkpoints"
+store = path_or_address(checkpoints) if checkpoints else folder / "checkpoints"
 sender = pretrain.HomeSender(mirror, push_to, store, tokenizer)
 past = pretrain.find_past(folder, store, if_exists, config, text)
 config, layout = pretrain.share_out(config, wishes, device, past)

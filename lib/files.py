@@ -64,6 +64,8 @@ ADVICE = {
     errno.EROFS: f"that file system is read-only: {ELSEWHERE}",
     errno.ENOTDIR: f"a file stands where a folder is needed: move it or {ELSEWHERE}",
     errno.EEXIST: f"a file stands where a folder is needed: move it or {ELSEWHERE}",
+    errno.EISDIR: "a folder stands there: name a file in it",
+    errno.ENAMETOOLONG: "that name is too long for this file system: take a shorter one",
 }
 
 
@@ -106,6 +108,9 @@ def replacing(path):
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(path):
+            # a device such as /dev/null would be lost to everybody, a pipe to whoever reads it
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"cannot write {path}: it is no ordinary file, name another")
             path.parent.mkdir(parents=True, exist_ok=True)
             yield tmp
 
@@ -126,7 +131,8 @@ def replacing(path):
             # a name is lasting only once its folder is on the disk
             _fsync(path.parent)
     finally:
-        if tmp.is_dir():
+        # unlike a Path, it raises nothing that would hide the error
+        if os.path.isdir(tmp):
             shutil.rmtree(tmp, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):  # it must not hide the error that brought us here
@@ -272,7 +278,7 @@ def local_path(text) -> Path:
     return path
 
 
-def place(text) -> Path | str:
+def path_or_address(text) -> Path | str:
     """A path as a person writes it, or an address such as gs://bucket/run, which stays as it is."""
     return str(text) if is_remote(text) else local_path(text)
 
@@ -422,9 +428,11 @@ def filesystem(path):
     """
     import fsspec
 
-    scheme, _, place = str(path).partition("://")
+    scheme, _, inside = str(path).partition("://")
+    if not is_remote(path):
+        path = local_path(path)
     if scheme in BUCKETS:
-        fs = _store(f"{scheme}://{place.split('/')[0]}")
+        fs = _store(f"{scheme}://{inside.split('/')[0]}")
         inner = fs._strip_protocol(str(path))
     else:
         with reaching(path):

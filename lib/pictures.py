@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.files import replacing
+from lib.files import UserError, replacing
 from lib.notebook import in_notebook
 from lib.train.metrics import column
 
@@ -62,6 +62,7 @@ def subplots(rows: int = 1, cols: int = 1, size=(4.5, 3), **kwargs):
 @styled
 def show(figure, path):
     """Write a figure to `path` (format from its suffix), and show it inline in a notebook."""
+    check_format(path)
     with replacing(path) as tmp:
         figure.savefig(tmp, format=Path(path).suffix[1:])
 
@@ -71,6 +72,15 @@ def show(figure, path):
     from IPython.display import Image, display
 
     display(Image(filename=str(path)))
+
+
+def check_format(path):
+    """UserError where no picture can be written in the format that the path's suffix names."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise UserError(f"cannot draw {path}: end its name in .png, .svg or .pdf")
 
 
 def whole_ticks(axis):

@@ -14,7 +14,7 @@ import jax
 
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer, load_tokenizer
-from lib.files import UserError, choose, place, read_json, set_aside, write_json, writing
+from lib.files import UserError, choose, path_or_address, read_json, set_aside, write_json, writing
 from lib.home import VARIABLE, Mirror, open_home, pull, remember, settled
 from lib.params import templates
 from lib.runtime import environment, host
@@ -30,6 +30,7 @@ __all__ = [
     "load_model",
     "newest_run",
     "open_run",
+    "read_results",
     "results_table",
     "stages",
     "start_afresh",
@@ -255,7 +256,7 @@ def _load(run: Path, ckpt: str, stage: str) -> Model:
         if ckpt == "best":
             path = _best(run / STAGES[stage])
     else:
-        path = place(ckpt)
+        path = path_or_address(ckpt)
         stage = stage or _stage_of(str(path))
 
     repository = ckpt.removeprefix("hf://")
@@ -323,15 +324,39 @@ def _stage_of(path: str) -> str:
 # ---- results -------------------------------------------------------------------------------------
 
 
-def results_table(run) -> str:
-    """The figures and samples in RUN/results.json as text."""
+def read_results(run) -> dict:
+    """What RUN/results.json holds, empty where there is none; UserError where it is damaged."""
     path = Path(run) / "results.json"
     if not path.exists():
+        return {}
+    cure = "delete it, and run again what writes it"
+    results = read_json(path, cure=cure)
+    for key, value in results.items():
+        if value is not None and not _is_due(key, value):
+            raise UserError(f"{path} is damaged, {key} is no such figure: {cure}")
+    return results
+
+
+def _is_due(key: str, value) -> bool:
+    """Whether a value is of the kind that its key has in results.json."""
+    if key == "samples":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if key == "plan":
+        return isinstance(value, dict)
+    if key not in RESULTS:
+        return True
+    kinds = {"s": str, "d": int, "f": int | float}
+    return isinstance(value, kinds[RESULTS[key][1][-1]])
+
+
+def results_table(run) -> str:
+    """The figures and samples in RUN/results.json as text."""
+    results = read_results(run)
+    if not results:
         raise UserError(
-            f"no {path}: run 01_tokenizer.py, 02_train.py and 04_eval_chat.py "
-            f"--run {Path(run).name} first"
+            f"no figures in {Path(run) / 'results.json'}: run 01_tokenizer.py, 02_train.py and "
+            f"04_eval_chat.py --run {Path(run).name} first"
         )
-    results = read_json(path)
 
     # the known figures first, in their own words, then everything else that is one number or word
     table = []
@@ -345,10 +370,10 @@ def results_table(run) -> str:
         if not known and isinstance(value, int | float | str):
             table.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
 
-    width = max(len(label) for label, _ in table)
+    width = max((len(label) for label, _ in table), default=0)
     lines = [f"{label:<{width}}  {value:>14}" for label, value in table]
     lines += _stage_lines(by_task, width)
-    lines += [f"\nsample: {sample}" for sample in results.get("samples", [])]
+    lines += [f"\nsample: {sample}" for sample in results.get("samples") or ()]
     return "\n".join(lines)
 
 

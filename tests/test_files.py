@@ -11,6 +11,22 @@ import pytest
 from lib import files
 from lib.files import UserError
 
+# ---- writing
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, why in (("pipe", "no ordinary file"), ("folder", "a folder stands there")):
+        with pytest.raises(UserError, match=why):
+            files.write_atomic(tmp_path / name, "x")
+    with pytest.raises(UserError, match="no ordinary file"):
+        files.write_json("/dev/null", {})
+    with pytest.raises(UserError, match="too long"):
+        files.write_atomic(tmp_path / ("x" * 999), "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 # ---- JSON
 
 
@@ -154,12 +170,14 @@ def test_variables_and_addresses(tmp_path, monkeypatch):
     monkeypatch.setenv("PLACE", str(tmp_path))
     monkeypatch.delenv("NOWHERE", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert files.local_path("$PLACE/a b") == files.place("${PLACE}/a b") == tmp_path / "a b"
+    assert (
+        files.local_path("$PLACE/a b") == files.path_or_address("${PLACE}/a b") == tmp_path / "a b"
+    )
     assert files.local_path("$NOWHERE/a") == Path("$NOWHERE/a")
     # what is there under that very name
     (tmp_path / "$PLACE").mkdir()
     assert files.local_path("$PLACE") == Path("$PLACE")
-    assert files.place("gs://bucket/~/$PLACE") == "gs://bucket/~/$PLACE"
+    assert files.path_or_address("gs://bucket/~/$PLACE") == "gs://bucket/~/$PLACE"
 
 
 def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path):

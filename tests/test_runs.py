@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import runs
+from lib import report, runs
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.files import UserError
+from lib.files import UserError, write_json
 from lib.params import init_params
 from lib.train import checkpoint, records
 
@@ -231,3 +231,19 @@ def test_damaged_results_are_one_sentence(tmp_path):
     (tmp_path / "results.json").write_text("")
     with pytest.raises(UserError, match="results.json: not JSON"):
         runs.results_table(tmp_path)
+    for entry in (
+        dict(val_bpb="x"),
+        dict(params=1.5),
+        dict(params=[1]),
+        dict(device=3),
+        dict(samples=5),
+        dict(samples=[1]),
+        dict(plan=[]),
+    ):
+        write_json(tmp_path / "results.json", entry)
+        for read in (runs.results_table, report.write):
+            with pytest.raises(UserError, match="results.json is damaged, .* is no such figure"):
+                read(tmp_path)
+    # what was not measured is no damage
+    write_json(tmp_path / "results.json", dict(val_bpb=None, samples=None))
+    assert runs.results_table(tmp_path) == ""

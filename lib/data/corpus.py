@@ -6,6 +6,7 @@ with the documents' lengths, and a note that it is there. The manifest comes las
 counts, checksums and the tokenizer's fingerprint.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,9 @@ PREFIX = "records:"  # of a source that is such a corpus
 FORMAT = 1
 # A longer document is cut into records of so many tokens, so that a piece costs no whole book.
 RECORD_TOKENS = 8192
+# sides of a text, and types of the ids in its records
+SPLITS = ("train", "val")
+DTYPES = ("uint16", "uint32")
 # what all workers agree on, and what the last one leaves
 PLAN, MANIFEST = "corpus.json", "manifest.json"
 # bytes of each id, so that bits per byte can be counted without the tokenizer
@@ -83,7 +87,7 @@ def read_corpus(address: str) -> RecordCorpus:
                 f"{address} holds no corpus: check the bucket and the name, or write one with "
                 f"python -m lib.data.records write --to {address}"
             )
-        count = len(parse_json(plan, join(address, PLAN))["shards"])
+        count = len(parse_json(plan, join(address, PLAN)).get("shards") or ())
         raise UserError(
             f"{address} is not written to its end (all of its {count} shards): run the workers of "
             "python -m lib.data.records write that are missing"
@@ -93,10 +97,28 @@ def read_corpus(address: str) -> RecordCorpus:
     if about.get("format") != FORMAT:
         raise UserError(f"{where} is of format {about.get('format')}, not {FORMAT}: write it again")
     try:
-        entries = tuple(Entry(**entry) for entry in about["shards"])
-        return RecordCorpus(address, about["source"], about["tokenizer"], about["dtype"], entries)
-    except (KeyError, TypeError) as e:
+        entries = tuple(entry_of(entry) for entry in about["shards"])
+        corpus = RecordCorpus(address, about["source"], about["tokenizer"], about["dtype"], entries)
+        if corpus.dtype not in DTYPES or not all(isinstance(text, str) for text in corpus[1:4]):
+            raise ValueError("source, tokenizer or dtype is none")
+    except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{where} is damaged ({e}): write the corpus again") from e
+    return corpus
+
+
+def entry_of(about: dict) -> Entry:
+    """A shard from JSON that may be a stranger's, or damaged; KeyError, TypeError or ValueError."""
+    entry = Entry(**about)
+    counts = entry.documents, entry.tokens, entry.bytes, entry.records
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError(f"{entry.name} has counts that are none")
+    if entry.split not in SPLITS or not isinstance(entry.identity, str):
+        raise ValueError(f"{entry.name} is of no side of a text")
+    # they become names in a folder of this machine, and must not lead out of it
+    own = {f"{entry.name}.array_record", f"{entry.name}.index.npz"}
+    if set(entry.files) != own or not re.fullmatch(r"[\w-]+", entry.name):
+        raise ValueError(f"{entry.name!r} has files of other names")
+    return entry
 
 
 def corpus_of(source: str) -> RecordCorpus:

@@ -21,6 +21,7 @@ from lib.data.corpus import (
     TOKEN_BYTES,
     TOKENIZER,
     Entry,
+    entry_of,
     read_whole,
     record_begins,
 )
@@ -115,8 +116,12 @@ def finish(to: str, plan: dict, parts: list[CorpusShard]):
         return
 
     def entry(part: CorpusShard) -> dict:
-        note = _note(part.name)
-        return parse_json(read_whole(to, note) or "", join(to, note), cure="delete it, run again")
+        note, cure = _note(part.name), "delete it, run again"
+        about = parse_json(read_whole(to, note) or "", join(to, note), cure=cure)
+        try:
+            return entry_of(about)._asdict()
+        except (KeyError, TypeError, ValueError) as e:
+            raise UserError(f"{join(to, note)} is damaged ({e}): {cure}") from e
 
     with ThreadPoolExecutor(16) as pool:
         entries = list(pool.map(entry, parts))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.data.corpus import is_records
+from lib.data.corpus import SPLITS, is_records
 from lib.data.download import CACHE, hub_file, tell
 from lib.data.readers import READERS
 from lib.data.streams import manifest_of, texts_of
@@ -37,7 +37,6 @@ from lib.files import (
 )
 from lib.runtime import show_waiting
 
-SPLITS = ("train", "val")
 SHARD_BYTES = (
     8 << 20
 )  # of text: small files share a shard up to about this size, a large one is split

@@ -32,6 +32,8 @@ LONG_CHUNK = 32
 WHOLE_CHUNK = 128
 # prompt tokens per prefill pass
 PREFILL = 128
+# and this many at least, however short the prompts
+NARROWEST = 16
 # engines side by side on a CPU, if it has the cores; more were not measured
 SIDES = 2
 # bytes of weights up to which that pays: each side reads them all
@@ -80,6 +82,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.tool = tool
         self.speculate = speculate
+        # a server that has not compiled all shapes yet makes do with one
+        self.narrowest = NARROWEST
 
         # the model, and behind it the draft model if there is one
         models = [(params, config)]
@@ -183,7 +187,7 @@ class Engine:
         rows and of tokens.
         """
         longest = max(map(len, prompts))
-        width = min(PREFILL, bucket(longest, 16))
+        width = min(PREFILL, bucket(longest, self.narrowest))
         passes = max(1, -(-longest // width))
 
         # the prompts as one array, -1 behind the end of each

@@ -185,6 +185,8 @@ def main(args: Args):
     from lib.preflight.dashboard import write_dashboard
     from lib.preflight.table import fits_table
 
+    if args.ask.dashboard and args != Args(ask=Ask(dashboard=True, to=args.ask.to)):
+        raise UserError("the dashboard shows every model and chip: ask for it alone, with --to")
     if args.ask.dashboard:
         print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
     elif args.ask.launch and (args.ask.rl or args.ask.table or args.ask.published):
@@ -288,11 +290,15 @@ def reinforce(args: Args):
 def search_first(args: Args, config, where, mesh):
     """The fastest config that a search finds; UserError where none fits."""
     from lib.files import UserError, local_path
-    from lib.pictures import show
+    from lib.pictures import check_format, show
     from lib.preflight.cache import has_libtpu
     from lib.preflight.compile import inspect
     from lib.preflight.search import search, search_text
     from lib.preflight.table import heat_map
+
+    # told before minutes are spent
+    if args.ask.map:
+        check_format(args.ask.map)
 
     def verify(candidate):
         return inspect(candidate, where.name, args.where.strategy, mesh)

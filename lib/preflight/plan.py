@@ -8,6 +8,7 @@ from lib.chips import Chip
 from lib.config import Config
 from lib.data.packing import epochs
 from lib.data.tokens import Tokens
+from lib.files import UserError
 
 # share of a chip's FLOPs assumed where nobody has measured:
 # what a healthy single-chip run of this size reaches
@@ -76,6 +77,7 @@ def plan(
     memory: bytes of a step per device. tokens_there: how many the training text has, if known.
     """
     pay = pay or Payment()
+    _check(mfu, pay)
     tokens = config.num_steps * config.total_batch_size
     made = Plan(
         tokens=tokens,
@@ -101,6 +103,15 @@ def plan(
     if pay.pay == "colab" and units:
         made = made._replace(units_per_hour=units * count, units=units * count * hours)
     return made
+
+
+def _check(mfu: float, pay: Payment):
+    """UserError for what no plan can be made of; NaN is such a number too."""
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu is a share, above 0 and at most 1, not {mfu}")
+    for name, value in (("price", pay.price), ("units", pay.units)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} must be 0 (not known) or more, not {value}")
 
 
 def plan_text(plan: Plan) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from lib.evals import stats
 from lib.files import UserError, read_json
 from lib.report.words import is_share, percent, short
-from lib.runs import STAGES
+from lib.runs import STAGES, read_results
 from lib.train.metrics import read_jsonl
 
 # Published elsewhere, to see one's own figures beside:
@@ -84,7 +84,7 @@ def read(folder) -> RunRecord:
             curves[stage] = read_jsonl(path)
 
     # what was measured, of these very trainings
-    results = _own_results(_read(folder / "results.json"), curves, notes)
+    results = _own_results(read_results(folder), curves, notes)
     if "val_bpb" in results and results["val_bpb"] is None:
         notes.append("bits per byte of unseen text: there was no held-out text to measure on")
     records = _own_records(_read_stages(folder / "evals", "{}.json"), curves, notes)

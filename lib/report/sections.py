@@ -515,7 +515,7 @@ def samples(run: RunRecord) -> list[Sample]:
     # what 02 or 04 wrote, unless the record of the stage has samples
     shown = []
     if not run.records.get("base", {}).get("samples"):
-        for text in run.results.get("samples", [])[:MOST_SAMPLES]:
+        for text in (run.results.get("samples") or [])[:MOST_SAMPLES]:
             shown.append(Sample("base", [SamplePart("text", str(text))]))
 
     # what was written when the stages were examined

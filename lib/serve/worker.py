@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lib.files import UserError
 from lib.generate import Engines, Sampling
-from lib.generate.engine import PREFILL, bucket
+from lib.generate.engine import NARROWEST, PREFILL, bucket
 from lib.serve.api import ApiError
 from lib.serve.counters import Counters
 
@@ -45,7 +45,7 @@ def shapes(engine: Engines) -> list[Shape]:
 
     One row of any length, then several rows together.
     """
-    lengths = sorted({bucket(n, 16) for n in range(1, PREFILL + 1)})
+    lengths = sorted({bucket(n, NARROWEST) for n in range(1, PREFILL + 1)})
     # a prompt's last token is not prefilled, and its answer needs room behind it
     lengths = [length for length in lengths if length + 1 < engine.length]
     most = min(ADMIT, engine.parts[0].slots)
@@ -53,12 +53,25 @@ def shapes(engine: Engines) -> list[Shape]:
     return [(rows, length) for rows in counts if rows <= most for length in lengths]
 
 
-def warm_up(engine: Engines, shape: Shape = (1, 0)):
+def widest(engine: Engines) -> int:
+    """The length of one row's prefill that serves all prompts."""
+    return max((length for rows, length in shapes(engine) if rows == 1), default=NARROWEST)
+
+
+def pad_to(engine: Engines, length: int):
+    """Let no prompt be prefilled in a shape that is shorter."""
+    for part in engine.parts:
+        part.narrowest = length
+
+
+def warm_up(engine: Engines, shape: Shape | None = None):
     """Answer prompts of one shape into the void, so that no guest waits for what that compiles.
 
-    UserError if the model computes no numbers.
+    shape: None for the one that serves all prompts until the others are compiled. UserError if the
+    model computes no numbers.
     """
-    rows, length = shape
+    rows, length = shape or (1, 0)
+    pad_to(engine, NARROWEST if shape else widest(engine))
     # parts of one engine share what they compile, so that one of them is enough
     part = engine.parts[0]
     # equal prompts would be prefilled only once
@@ -248,7 +261,9 @@ class EngineThread:
         """Give jobs their slots."""
         # As long as the shapes of several rows are not compiled, one after the other: so the first
         # crowd of a cold server does not wait for the compiler.
+        # Each is padded to the one shape that was compiled before anybody could ask.
         together = 1 if self.cold else ADMIT
+        pad_to(self.engine, widest(self.engine) if self.cold else NARROWEST)
         for start in range(0, len(jobs), together):
             group = jobs[start : start + together]
             prompts = [job.prompt for job in group]

@@ -6,9 +6,11 @@ in a call of a tool. `answer` is what the model said (lib.data.speech.said), and
 cut before its end is not graded at all (lib.train.rollouts).
 """
 
+import contextlib
 import importlib.util
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from decimal import Decimal
 from typing import cast
@@ -137,7 +139,8 @@ def own_reward(where: str) -> Reward:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    # a script's own end must not be ours
+    except (Exception, SystemExit) as e:
         raise UserError(f"reward {where}: {path} cannot be run ({type(e).__name__}: {e})") from e
     reward = getattr(module, name, None)
     if not callable(reward):
@@ -151,11 +154,24 @@ def score(reward: Reward, item: dict, answer: str) -> float:
     """
     try:
         value = reward(item, answer)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"the reward of item {item['id']} raised {type(e).__name__}: {e}") from e
-    is_number = isinstance(value, (bool, int, float)) or hasattr(value, "__float__")
-    if not is_number or not math.isfinite(float(value)):
+    worth = math.nan
+    # text could be read as a number too, and several numbers are none; 10**400 is beyond floats
+    if isinstance(value, (bool, int, float)) or hasattr(value, "__float__"):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            worth = float(value)
+    if not math.isfinite(worth):
         raise UserError(
-            f"the reward of item {item['id']} is {value!r}: it must be a number, and finite"
+            f"the reward of item {item['id']} is {shown(value)}: it must be a number, and finite"
         )
-    return float(value)
+    return worth
+
+
+def shown(value) -> str:
+    """A value for a sentence, however long it is."""
+    try:
+        return reprlib.repr(value).replace("\n", " ")
+    except ValueError:
+        # Python does not write integers of thousands of digits
+        return type(value).__name__

@@ -102,8 +102,8 @@ class Reinforcing:
                 f"{self.samples} sample of a question has nothing to be compared with: ask for 2 "
                 "at least, 8 to 16 are usual"
             )
-        if self.lr <= 0:
-            raise UserError(f"lr must be above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr must be above 0 and finite, got {self.lr}")
 
     @property
     def policy(self) -> Policy:

@@ -286,7 +286,7 @@ def test_a_piped_conversation_with_every_command(tmp_path):
         "nowhere.json cannot be read",
         "needs the name of a file",
         "top_k 3 ",
-        f"cannot save to {tmp_path} (IsADirectoryError)",
+        f"cannot write {tmp_path}: a folder stands there",
         "top_k is an integer, not 'many'",
         "temperature must be",
         "no setting 'colour'",

@@ -92,7 +92,27 @@ def test_another_tokenizer_another_text_or_damage(write, folder, tmp_path, token
     _flip(index, -1)
     with pytest.raises(UserError, match="does not match its checksum: write it again"):
         data.open_tokens(f"records:{corpus}", "train", tokenizer)[0]
-    (Path(corpus) / "manifest.json").write_text("{}")
+    # a stranger's manifest, whose files would lead out of the folder that they are copied to
+    manifest = Path(corpus) / "manifest.json"
+    sound = json.loads(manifest.read_text())
+    (first,) = [name for name in sound["shards"][0]["files"] if name.endswith(".array_record")]
+    for change in (
+        dict(files={"../../out": "0"}),
+        dict(name="../x"),
+        dict(documents="9"),
+        dict(tokens=None),
+        dict(split="test"),
+        dict(files=[first]),
+    ):
+        shards = [sound["shards"][0] | change, *sound["shards"][1:]]
+        manifest.write_text(json.dumps(sound | dict(shards=shards)))
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            records.check(corpus)
+    for change in (dict(dtype="O"), dict(source=None), dict(shards=None), dict(shards=[1])):
+        manifest.write_text(json.dumps(sound | change))
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            records.check(corpus)
+    manifest.write_text("{}")
     with pytest.raises(UserError, match="format None"):
         data.open_tokens(f"records:{corpus}", "train", tokenizer)
 

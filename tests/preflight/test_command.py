@@ -58,6 +58,12 @@ def test_an_unknown_chip_is_one_sentence_with_the_names(name):
         (["--depth", "2", "--chip", "v6e-4", "--strategy", "dpp"], "unknown sharding strategy"),
         (["--run", "none-such"], "no config"),
         (["--depth", "2", "--overrides", "microbtach=2"], "unknown config field"),
+        (["--depth", "2", "--mfu", "0"], "mfu is a share"),
+        (["--depth", "2", "--mfu", "nan"], "mfu is a share"),
+        (["--depth", "2", "--price", "nan"], "price must be"),
+        (["--depth", "2", "--price", "-1"], "price must be"),
+        (["--depth", "2", "--search", "--map", "map.nosuch"], "cannot draw map.nosuch"),
+        (["--depth", "2", "--dashboard"], "ask for it alone"),
     ],
 )
 def test_bad_questions(arguments, message):

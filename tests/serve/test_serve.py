@@ -37,7 +37,7 @@ from lib.serve.counters import Counters
 from lib.serve.guard import guarded
 from lib.serve.server import Server, listen, main
 from lib.serve.web import _engine
-from lib.serve.worker import EngineThread, Job
+from lib.serve.worker import EngineThread, Job, warm_up
 from tests.helpers import parrot, programs
 
 openai = pytest.importorskip("openai")
@@ -760,6 +760,19 @@ def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
             thread._turn()
         assert added == together and ended == ["length"] * 4
         added.clear()
+
+
+def test_the_first_crowd_of_a_cold_server_waits_for_no_compiler():
+    """What was compiled before anybody could ask serves prompts of every length."""
+    engine = _engine(model(), serve.Settings(slots=4), 768)
+    thread = EngineThread(engine, 8, Counters())
+    warm_up(engine)
+    ended = []
+    thread.submit([greedy_job([1] * n, ended) for n in (1, 2, 30, 90, 128, 300)])
+    with compiling() as compiled:
+        while len(ended) < 6:
+            thread._turn()
+    assert compiled == [] and len(thread.cold) > 10
 
 
 def line_of(*deadlines):

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from lib.files import UserError
@@ -121,15 +122,29 @@ def test_reward_by_name(tmp_path):
     file.write_text("def short(item, answer):\n    return 1 / (1 + len(answer))\n")
     reward = rewards.reward_of(f"{file}:short")
     assert rewards.score(reward, dict(id="a"), "abc") == 0.25
-    for wrong in ("smoltalk", f"{file}:long", f"{tmp_path}/none.py:short"):
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)")
+    for wrong in ("smoltalk", f"{file}:long", f"{tmp_path}/none.py:short", f"{tmp_path}/ends.py:f"):
         with pytest.raises(UserError):
             rewards.reward_of(wrong)
 
 
-@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), ZeroDivisionError()])
+NO_NUMBERS = [
+    None,
+    "1",
+    float("nan"),
+    float("inf"),
+    10**400,
+    pytest.param(10**5000, id="long"),
+    np.ones(2),
+    ZeroDivisionError(),
+    SystemExit(0),
+]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
 def test_a_reward_that_is_no_number_names_the_item(value):
     def reward(item, answer):
-        if isinstance(value, Exception):
+        if isinstance(value, BaseException):
             raise value
         return value
 
