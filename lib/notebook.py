@@ -108,7 +108,12 @@ def _made_by_cells() -> set[str]:
     """The names that the notebooks' cells define."""
     names = set()
     for path in ROOT.glob("0*.py"):
-        for node in ast.parse(path.read_text("utf-8")).body:
+        # somebody may be changing one
+        try:
+            cells = ast.parse(path.read_text("utf-8")).body
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in cells:
             # functions, what is imported, and what is assigned
             if isinstance(node, ast.FunctionDef):
                 names.add(node.name)
