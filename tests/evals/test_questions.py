@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import types
 
 import jax
 import numpy as np
@@ -447,6 +448,17 @@ def test_standard_errors_and_ties():
     draws = [rng.integers(0, 300, 300) for _ in range(400)]
     spread = np.std([math.exp(nats[d].sum() / units[d].sum()) for d in draws])
     assert questions._perplexity_of(nats, units)[1] == pytest.approx(spread, rel=0.15)
+
+
+def test_a_guess_is_worth_its_chance_item_by_item():
+    """Of two options a half and of four a quarter: three eighths, and not one in three."""
+    items = [dict(gold=0), dict(gold=1)]
+    job = types.SimpleNamespace(task=types.SimpleNamespace(baseline=0.25), items=items)
+    entry = questions._accuracy(job, [1.0, 0.0], [2, 4])
+    assert entry["baseline"] == 0.375 and entry["score"] == entry["majority"] == 0.5
+    assert entry["centered"] == pytest.approx((0.5 - 0.375) / (1 - 0.375))
+    # where nothing is offered the task says what a guess is worth
+    assert questions._accuracy(job, [1.0, 0.0])["baseline"] == 0.25
 
 
 # ---- what goes wrong
