@@ -58,7 +58,10 @@ def test_rows_of_one_prompt_and_neighbouring_seeds_share_no_noise(indifferent):
     rows = generate(params, config, [[491]] * 4, Sampling(50, seed=7))
     others = generate(params, config, [[491]] * 4, Sampling(50, seed=8))
     assert others[:3] == rows[1:], "row b draws from seed + b"
-    for a in range(4):
+    # the higher bits of a seed count, too
+    for bit in (8, 31):
+        rows += generate(params, config, [[491]] * 4, Sampling(50, seed=7 + (1 << bit)))[:1]
+    for a in range(len(rows)):
         for b in range(a):
             equal = sum(x == y for x, y in zip(rows[a], rows[b]))
             assert equal <= 3, "independent rows agree at 0.1 of 50 places"
@@ -97,6 +100,8 @@ def test_the_penalty_makes_negative_logits_more_negative():
     assert draw(logits, seen, temperature=0) == [0]
     assert draw(logits, seen, temperature=0, repetition_penalty=2.0) == [1]
     assert draw(-logits, seen[::-1], temperature=0, repetition_penalty=2.0) == [0]
+    # one between 0 and 1 is made smaller, too
+    assert draw(0.5 * -logits, seen[::-1], temperature=0, repetition_penalty=2.0) == [0]
 
 
 def test_the_penalty_knows_the_prompt(monkeypatch):

@@ -64,6 +64,12 @@ def test_a_chunked_gradient_does_not_lose_the_small_parts():
     part = float(jnp.bfloat16(1 / CONFIG.vocab_size))
     np.testing.assert_allclose(w_grad[:, 1 : CONFIG.vocab_size], 4096 * part, rtol=1e-5)
 
+    # nor within one chunk: of 257 equal parts a bfloat16 holds 256
+    once = CONFIG.replace(loss_chunk=512)
+    x, targets = (a.reshape(1, 4096, *a.shape[2:])[:, :257] for a in (x, targets))
+    w_grad = jax.grad(lambda w: head.summed_loss(x, w, targets, once))(w)
+    np.testing.assert_allclose(w_grad[:, 1 : CONFIG.vocab_size], 257 * part, rtol=1e-5)
+
 
 def test_logits_are_float32_before_they_are_capped():
     x, w = rounded(0, 4, 512), rounded(1, 512, 128)
@@ -81,6 +87,8 @@ def test_norms_are_taken_in_float32():
     assert got.dtype == jnp.bfloat16
     # half a unit in the last of bfloat16's 8 bits
     np.testing.assert_allclose(float64(got), want, rtol=2**-8)
+    # and of nothing there is a norm
+    assert not rms_norm(jnp.zeros((2, 8))).any()
 
 
 def test_softmax_is_in_float32_in_training_and_in_decoding():

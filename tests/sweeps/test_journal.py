@@ -271,6 +271,9 @@ def test_what_was_given_back_does_not_count_as_a_death_and_torn_lines_do_not_cou
     for _ in range(journal.TRIES + 2):
         trial = boss.take()[0]
         assert trial.assignment == {"depth": 1, "seed": 1}
+        # what an earlier try reported is not this one's
+        assert book.trials()[0].reports == {}
+        boss.report(trial, 1, {"val_bpb": 1.0})
         boss.free(trial)
     with open(book.path, "a") as f:
         f.write('{"e": "end", "id": "' + trial.id)
