@@ -155,9 +155,9 @@ join_timeout = 300.0  # @param {type:"number"}
 globals().update(flags(globals()))
 # of several processes this one writes and prints
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
+writing = parse_writers(writers)
 folder, mirror = enter(home, run, needs=FILE, default="default", secret=secret)
 wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strategy, mesh)
-writing = parse_writers(writers)
 
 # %% [markdown]
 # ## The device

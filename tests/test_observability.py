@@ -136,6 +136,31 @@ def test_dashboards_have_the_shape_of_them(name):
         taken |= cells
 
 
+def leaves(value, path=""):
+    """(where it stands, value) of all that is neither a list nor a dict."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, one in items:
+        if isinstance(one, dict | list):
+            yield from leaves(one, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", one
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_grafanas_own_schema_knows_every_field(name):
+    """Classes that Grafana generates from its schema: what they don't know they drop."""
+    pytest.importorskip("grafana_foundation_sdk", reason="no pip install grafana-foundation-sdk")
+    from grafana_foundation_sdk.cog import encoder, plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    nonsense = BOARDS[name] | {"nonsense": 1}
+    read = json.loads(encoder.JSONEncoder().encode(Dashboard.from_json(nonsense)))
+    known = dict(leaves(read))
+    missing = [path for path, value in leaves(nonsense) if known.get(path) != value]
+    assert missing == [".nonsense"]
+
+
 def test_what_is_mounted_is_there():
     compose = yaml_of("compose.yaml")
     for name, service in compose["services"].items():

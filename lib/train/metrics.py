@@ -333,11 +333,15 @@ def _find_writer(name: str) -> Callable:
 
 def parse_writers(text: str) -> list[str]:
     """The names in a form's list, such as "console, wandb:online"; UserError for one that is
-    unknown.
+    unknown, and for a collector that speaks another protocol.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         _find_writer(name)
+        if name.startswith("otlp"):
+            from lib.train.otlp import check_collector
+
+            check_collector(name.partition(":")[2] or "http")
     return names
 
 

@@ -146,14 +146,7 @@ def open_sender(address: str, attributes: dict[str, Any]) -> tuple[Callable, Cal
     attributes: of all that is sent. UserError where a package is missing, or where something
     answers that speaks another protocol.
     """
-    kind, _, place = address.partition("://")
-    if kind not in ("http", "https", "grpc", "grpcs"):
-        raise UserError(
-            f"otlp address {address!r}: use http://HOST:4318 or grpc://HOST:4317 "
-            "(https and grpcs with TLS)"
-        )
-    exporter = _exporter(kind, place)
-    endpoint = getattr(exporter, "_endpoint", "") or place
+    kind, endpoint, exporter = _open_exporter(address)
 
     # its complaints are heard, not printed: one for each try would be many
     heard = Heard()
@@ -175,6 +168,31 @@ def open_sender(address: str, attributes: dict[str, Any]) -> tuple[Callable, Cal
             logger.removeFilter(heard)
 
     return sender.write, close
+
+
+def check_collector(address: str):
+    """UserError where `open_sender` would raise one; nothing is opened, and nobody there is no
+    matter yet.
+    """
+    kind, endpoint, exporter = _open_exporter(address)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check_protocol(kind, endpoint)
+    finally:
+        exporter.shutdown()
+
+
+def _open_exporter(address: str) -> tuple[str, str, Any]:
+    """(http, https, grpc or grpcs, the address that is meant, OpenTelemetry's exporter)."""
+    kind, _, place = address.partition("://")
+    if kind not in ("http", "https", "grpc", "grpcs"):
+        raise UserError(
+            f"otlp address {address!r}: use http://HOST:4318 or grpc://HOST:4317 "
+            "(https and grpcs with TLS)"
+        )
+    exporter = _exporter(kind, place)
+    return kind, getattr(exporter, "_endpoint", "") or place, exporter
 
 
 def _exporter(kind: str, place: str):

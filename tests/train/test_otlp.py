@@ -16,7 +16,7 @@ import pytest
 
 from lib.files import UserError
 from lib.train import otlp
-from lib.train.metrics import Metrics, read_jsonl
+from lib.train.metrics import Metrics, parse_writers, read_jsonl
 from tests.helpers.collector import http_receiver
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="needs the otlp extra")
@@ -243,6 +243,9 @@ def test_another_protocol_is_one_sentence_before_anything_is_trained(tmp_path):
         with pytest.raises(UserError, match="not as an OTLP collector over gRPC .*http://") as e:
             Metrics(tmp_path, 1, [f"otlp:{grpc_address}"])
         assert "\n" not in str(e.value)
+        # a form is read before anything is compiled
+        with pytest.raises(UserError, match="not as an OTLP collector over gRPC"):
+            parse_writers(f"console, otlp:{grpc_address}")
     with pytest.raises(UserError, match="use http://HOST:4318"):
         Metrics(tmp_path, 1, ["otlp:ftp://host:21"])
 
