@@ -175,6 +175,9 @@ def test_advice_for_three_devices_is_the_least_change():
     assert divisible_batch(config, 3, grow=True) == {"total_batch_size": 768}
     assert divisible_batch(config, 3) == {"microbatch": 6, "total_batch_size": 384}
     assert divisible_batch(config.replace(total_batch_size=768), 3) == {"microbatch": 3}
+    # rows in sixes and in ninths are rows in eighteens
+    config = Config(sequence_len=64, microbatch=6, total_batch_size=24 * 64)
+    assert divisible_batch(config, 9, grow=True) == {"total_batch_size": 18 * 64}
 
 
 @pytest.mark.parametrize("grow", [False, True])

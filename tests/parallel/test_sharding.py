@@ -19,6 +19,7 @@ from lib import parallel
 from lib.config import Config
 from lib.files import UserError
 from lib.parallel import hosts
+from lib.parallel import layout as layouts
 from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +272,15 @@ def test_bad_layouts_in_one_sentence():
     ]:
         with pytest.raises(UserError, match=said):
             parallel.make_layout(strategy, config.replace(**change), devices, mesh)
+
+
+def test_every_group_that_will_talk_is_introduced(monkeypatch):
+    met = []
+    monkeypatch.setattr(layouts, "_meeting", lambda layout, group: lambda: met.append(group))
+    monkeypatch.setattr(layouts, "from_each", lambda what, value: [value])
+    sizes = dict(data=2, fsdp=1, tensor=4)
+    layouts._introduce(types.SimpleNamespace(size=sizes.get))
+    assert met == [("data",), ("tensor",), ("data", "tensor")]
 
 
 def test_all_processes_stop_two_steps_after_the_first_that_wants_to(monkeypatch):

@@ -151,8 +151,6 @@ def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
     assert sent(fsdp, "all-reduce") < 0.2 * fsdp["sent"]
 
 
-@pytest.mark.tpu
-@needs_libtpu
 @pytest.mark.parametrize(
     "told, needed",
     [
@@ -165,6 +163,8 @@ def test_what_the_compiler_needed_is_read_from_its_message(told, needed):
     assert compiling._needed_bytes(told) == pytest.approx(needed, nan_ok=True)
 
 
+@pytest.mark.tpu
+@needs_libtpu
 def test_a_held_lock_is_one_sentence():
     try:
         lock = open("/tmp/libtpu_lockfile", "a")

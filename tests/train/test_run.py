@@ -269,6 +269,7 @@ def test_a_place_that_stays_away_costs_nothing_that_was_trained(tmp_path, whole,
     assert f"the checkpoint of step 12 is in {kept}; move it to" in str(told.value)
     state, _ = checkpoint.restore(kept, run.template)
     assert digest(state) == whole[1]
+    assert checkpoint.read_meta(kept)["metric"] is not None, "it may be the best"
 
     # what the sentence says to do works
     monkeypatch.setattr(saving, "_write", real)
