@@ -49,11 +49,12 @@ class Pushed(NamedTuple):
     bytes: int
 
     def told(self, run: str) -> str:
+        # the Hub takes the beginning of a commit's id for no revision
+        source = f"hf:{self.repo}@{self.commit}"
         return (
             f"pushed {self.files} files, {self.bytes / 1e6:,.1f} MB, to "
-            f"https://huggingface.co/{self.repo} as {self.commit}\n"
-            f"bring it back: python -m lib.interop pull --source hf:{self.repo}@{self.commit[:12]} "
-            f"--run {run}"
+            f"https://huggingface.co/{self.repo}\n"
+            f"bring it back: python -m lib.interop pull --source {source} --run {run}"
         )
 
 

@@ -227,7 +227,7 @@ class ModelHub(http.server.ThreadingHTTPServer):
         return commit
 
     def commit_of(self, repo: str, revision: str) -> str | None:
-        """The commit that a branch or the beginning of an id means."""
+        """The commit that a branch or the whole of an id means."""
         if revision == "main":
             return self.heads.get(repo)
         return revision if revision in self.history.get(repo, {}) else None

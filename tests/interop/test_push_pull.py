@@ -3,6 +3,7 @@ stand-in that breaks off, asks for patience and refuses.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,7 +66,10 @@ def test_a_model_goes_and_comes_back_and_is_the_same(run, model_hub, trained, tm
     assert REPO in model_hub.private
     assert {authorization for _, authorization in model_hub.posts} == {f"Bearer {TOKEN}"}
 
-    told = pull(f"hf:{REPO}@{pushed.commit}", tmp_path / "runs" / "back", TOKEN)
+    # by the revision that the command names
+    source = re.search(r"--source (\S+) --run mine$", pushed.told("mine"))
+    assert source and source[1].endswith(pushed.commit)
+    told = pull(source[1], tmp_path / "runs" / "back", TOKEN)
     assert "pulled the model" in told
     model = load_model(tmp_path / "runs" / "back")
     assert model.stage == "base" and model.meta["step"] == 2 and model.config == trained[1]
