@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import string
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -294,8 +295,17 @@ class Tokenizer:
         special ids.
         """
         ids = [self.bos] if bos else []
-        for part in _cut_blanks(text):
-            ids += self.encoding.encode_ordinary(part)
+        try:
+            for part in _cut_blanks(text):
+                ids += self.encoding.encode_ordinary(part)
+        except BaseException as e:
+            # Where a pattern goes back without end tiktoken panics, which is no Exception.
+            if type(e).__name__ != "PanicException":
+                raise
+            raise UserError(
+                "the tokenizer's pattern goes back without end on a text such as this: take a "
+                "tokenizer that 01_tokenizer.py has made"
+            ) from None
         return ids
 
     def encode_batch(
@@ -375,6 +385,8 @@ PROBES = (
     "a" * 300 + "!",
     " " * 300 + "1" * 300,
     "aA1_-" * 60,
+    # a run of each common character
+    "".join(character * 60 for character in string.printable + "é日я🙂"),
 )
 PROBE_SECONDS = 3
 

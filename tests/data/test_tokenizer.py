@@ -292,6 +292,23 @@ DAMAGE = {
 }
 
 
+def test_a_pattern_that_goes_back_for_ever_is_refused_for_what_it_does(tokenizer, tmp_path):
+    """Whole files, with fingerprints of their own; the pattern alone is wrong."""
+    path = tmp_path / "tokenizer.json"
+    for runs in ("a", r"\s", r"\n", "é", "日", "-", "z"):
+        pattern = rf"(?:({runs}+)\1*)+!!|[\s\S]"
+        Tokenizer(pattern, tokenizer.tokens).save(path)
+        with refused("tokenizer.json is not a rawchat tokenizer or is damaged"):
+            Tokenizer.load(path)
+    # one that no probe finds is told where it is met, and one that is only slow to write is taken
+    rare = Tokenizer(r"(?:((?:qz)+)\1*)+!!|[\s\S]", tokenizer.tokens)
+    rare.save(path)
+    with refused("goes back without end"):
+        Tokenizer.load(path).encode("qz" * 60)
+    Tokenizer(r"(?:(?:a+)+)+!!|[\s\S]", tokenizer.tokens).save(path)
+    assert Tokenizer.load(path).decode(Tokenizer.load(path).encode("a" * 99)) == "a" * 99
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_foreign_or_damaged_file_is_one_sentence(tokenizer, tmp_path, damage):
     data = DAMAGE[damage](tokenizer)
