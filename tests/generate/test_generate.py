@@ -193,6 +193,7 @@ def test_a_cancelled_row_frees_its_slot_and_disturbs_nobody():
     assert len(rows[kept]) == 1, "the first token of a new row waits for no others"
     engine.cancel(dropped)
     engine.cancel(dropped)  # once is enough
+    assert np.flatnonzero(engine.rows["alive"]).tolist() == [kept], "the device writes no further"
     assert engine.free == 1 and engine.add(PROMPTS[0], Sampling(5, temperature=0)) == dropped
     rows, _ = drain(engine, rows)
     assert ids(rows[kept]) == alone(PROMPTS[1], Sampling(20, temperature=0))
