@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lib.model import head, linear
+from lib.model import decoding, head, linear
 from lib.model.attention import ATTENTION
 from lib.model.cache import attend_held
 from lib.model.transformer import loss_fn, rms_norm
@@ -103,6 +103,12 @@ def test_softmax_is_in_float32_in_training_and_in_decoding():
     positions = np.array([[T - 1]]), np.arange(T)[None]
     o = attend_held(q[:, :1], [ring[0]], [ring[1]], *positions, T)
     np.testing.assert_allclose(float64(o), 1, rtol=2**-7)
+
+
+def test_int8_weights_are_the_nearest_ones():
+    small = decoding._int8(jnp.array([[1.27, -2.54], [0.026, -0.026], [0.0, 0.032]]), 1)
+    np.testing.assert_allclose(small["scale"], [0.01, 0.02], rtol=1e-6)
+    assert small["int8"].tolist() == [[127, 3, 0], [-127, -1, 2]]
 
 
 def test_an_int8_row_is_summed_in_float32():
