@@ -9,7 +9,7 @@ from lib.runs import Model, load_model, open_run
 
 
 @dataclass(frozen=True)
-class WhichModel:
+class Which:
     """Which model."""
 
     run: str = ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.chat.messages import Delta, Reader, compact, ends, fit, reply
-from lib.chat.settings import WhichModel, Writing
+from lib.chat.settings import Which, Writing
 from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
@@ -87,7 +87,7 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class ChatSettings(WhichModel, Writing, Saying, Choosing):
+class ChatSettings(Which, Writing, Saying, Choosing):
     """Talk to a trained model in the terminal; /help there tells the commands."""
 
 

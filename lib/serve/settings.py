@@ -4,7 +4,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from lib.chat.settings import WhichModel, Writing
+from lib.chat.settings import Which, Writing
 from lib.files import UserError
 
 
@@ -81,7 +81,7 @@ LEAST = {
 
 
 @dataclass(frozen=True)
-class ServeSettings(WhichModel, Writing, Doors, Crowd, Patience):
+class ServeSettings(Which, Writing, Doors, Crowd, Patience):
     """Serve a trained model: a chat page at /, an OpenAI-compatible API under /v1, /health and
     /metrics.
     """
