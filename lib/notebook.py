@@ -60,6 +60,15 @@ def _keep_compiled():
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def kept_programs() -> Path | None:
+    """A folder for programs beside those that jax keeps; None where it keeps none on this disk."""
+    import jax
+
+    options: Any = jax.config
+    folder = options.jax_compilation_cache_dir
+    return Path(folder) / "traced" if folder and "://" not in folder else None
+
+
 def _keep_scratch_apart():
     """On Kaggle let .cache lead out of /kaggle/working, which is kept as the notebook's output."""
     cache = ROOT / ".cache"

@@ -7,4 +7,5 @@ from lib.chat.terminal import ChatSettings, main
 
 notebook.setup()
 settings = notebook.options(ChatSettings, "python -m lib.chat")
-main(settings, coloured=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+main(settings, coloured, programs=notebook.kept_programs())

@@ -18,6 +18,7 @@ from lib.data.roles import in_turns
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError, first_line, local_path, read_json, replacing, write_json
 from lib.generate import Engine, Sampling
+from lib.generate.kept import keep_programs
 from lib.interrupts import heard, interruptible
 from lib.runs import Model
 
@@ -101,11 +102,16 @@ TUNABLE = tuple(field.name for field in dataclasses.fields(Choosing) if field.na
 class Talk:
     """One conversation with a model: what was said, the settings, and where the answers go.
 
-    tools: whether calls are shown.
+    tools: whether calls are shown. programs: where those of decoding are kept for the next time.
     """
 
     def __init__(
-        self, model: Model, settings: ChatSettings, colours: dict = PLAIN, tools: bool = True
+        self,
+        model: Model,
+        settings: ChatSettings,
+        colours: dict = PLAIN,
+        tools: bool = True,
+        programs: Path | None = None,
     ):
         from lib.sandbox import calculator
 
@@ -124,6 +130,7 @@ class Talk:
             calculator,
             settings.speculate,
         )
+        keep_programs(self.engine, programs)
         self.seed = secrets.randbits(31) if settings.seed is None else settings.seed
         # bad settings are told now
         self.sampling()
@@ -418,9 +425,9 @@ def converse(talk: Talk, read: Read, more: Callable[[], bool] = lambda: False):
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def main(settings: ChatSettings, coloured: bool):
+def main(settings: ChatSettings, coloured: bool, programs: Path | None = None):
     """Load the model and talk on standard input and output; `coloured`: the user wants colours
-    where a terminal is.
+    where a terminal is. programs: as of `Talk`.
     """
     # what is not text becomes U+FFFD; a TextIOWrapper, though its type is that of any text stream
     sys.stdin.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
@@ -436,7 +443,7 @@ def main(settings: ChatSettings, coloured: bool):
     colours = PLAIN
     if coloured and sys.stdout.isatty() and sys.stderr.isatty():
         colours = COLOURS
-    talk = Talk(settings.load(), settings, colours, tools=not single)
+    talk = Talk(settings.load(), settings, colours, tools=not single, programs=programs)
     if single:
         talk.ask(single)
     elif sys.stdin.isatty() and sys.stdout.isatty():

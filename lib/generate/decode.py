@@ -38,6 +38,12 @@ def empty_chunk(B: int, C: int) -> Chunk:
     )
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(config: Config, slots: int, length: int, spare: int) -> Cache:
+    """`model.init_cache` as one program: one for each kind of array takes longer to start."""
+    return model.init_cache(config, slots, length, spare)
+
+
 @partial(jax.jit, donate_argnums=0)
 def set_rows(rows, slots_b, new):
     """Overwrite the rows `slots_b` (those outside are ignored) with the entries of `new`."""

@@ -20,7 +20,7 @@ from lib import model
 from lib.config import Config
 from lib.files import UserError
 from lib.generate import speculative
-from lib.generate.decode import Chunk, decode, prefill, repeat_rows, set_rows
+from lib.generate.decode import Chunk, decode, empty_cache, prefill, repeat_rows, set_rows
 from lib.generate.sampling import Sampling, empty_rows, new_row
 from lib.generate.writer import Token, Writer
 
@@ -92,13 +92,15 @@ class Engine:
         self.params = [model.decoding_params(params, config) for params, config in models]
         self.configs = [config for _, config in models]
         self.caches = [
-            model.init_cache(config, slots, length + speculate, spare=speculate)
-            for config in self.configs
+            empty_cache(config, slots, length + speculate, speculate) for config in self.configs
         ]
         self.rows = empty_rows(slots, config.vocab_size)
         if speculate and not draft:
             self.rows["history"] = jnp.zeros((slots, length), jnp.int32)
 
+        # the programs that read prompts and write tokens (lib.generate.kept takes them from disk)
+        self.prefill: Callable = prefill
+        self.decode: Callable = decode
         # how many tokens were drafted so far, and how many of them were accepted
         self.drafted = self.accepted = 0
         # a row that has written this id waits for its tool
@@ -201,7 +203,7 @@ class Engine:
             part = tokens[:, start : start + width]
             fresh = start == 0
             for i, (params, config) in enumerate(zip(self.params, self.configs)):
-                self.caches[i] = prefill(params, config, self.caches[i], padded, part, fresh)
+                self.caches[i] = self.prefill(params, config, self.caches[i], padded, part, fresh)
 
     def _set_new(self, slots: list[int], prompts: list[list[int]], samplings: list[Sampling]):
         """Write the sampling states of new rows."""
@@ -279,7 +281,7 @@ class Engine:
                 speculate=self.speculate,
             )
         else:
-            self.caches[0], self.rows, chunk = decode(
+            self.caches[0], self.rows, chunk = self.decode(
                 self.params[0],
                 self.config,
                 self.caches[0],
@@ -333,7 +335,7 @@ class Engine:
         if slots:
             alive = np.zeros(self.slots, bool)
             alive[list(self.writers)] = True
-            self.rows = set_rows(self.rows, np.arange(self.slots), {"alive": alive})
+            self.rows |= {"alive": jax.device_put(alive, may_alias=False)}
 
 
 class Engines:

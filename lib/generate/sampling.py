@@ -68,10 +68,9 @@ def empty_rows(slots: int, vocab: int) -> dict:
     """
 
     def full(value, *shape):
-        # an array each: they are donated
-        return jnp.full((slots, *shape), value)
+        return np.full((slots, *shape), value)
 
-    return dict(
+    rows = dict(
         token=full(np.int32(0)),
         alive=full(False),
         made=full(np.int32(0)),
@@ -87,6 +86,8 @@ def empty_rows(slots: int, vocab: int) -> dict:
         stop=full(np.int32(-1), STOPS),
         seen=full(False, vocab),
     )
+    # copies, for they are donated; made on the host, where nothing has to be compiled for that
+    return jax.device_put(rows, may_alias=False)
 
 
 def new_row(prompt: list[int], s: Sampling, vocab: int) -> dict:

@@ -9,7 +9,6 @@ import collections
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lib.files import UserError
@@ -212,7 +211,8 @@ def like(array: np.ndarray, leaf):
 
     # on the devices, of which each gets its own part
     if leaf.sharding is None:
-        placed = jnp.asarray(array)
+        # copied, for it may be donated; without a program of its own for each shape
+        placed = jax.device_put(array, may_alias=False)
     else:
         placed = jax.make_array_from_callback(array.shape, leaf.sharding, lambda i: array[i])
     if is_random_key(leaf):

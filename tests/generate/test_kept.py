@@ -1,0 +1,71 @@
+"""Decoding programs that are kept on disk."""
+
+import jax
+
+from lib import model
+from lib.config import Config
+from lib.generate import Engine, Sampling
+from lib.generate import kept as kept_module
+from lib.generate.kept import keep_programs
+
+CONFIG = Config(
+    vocab_size=50,
+    sequence_len=64,
+    n_layer=2,
+    n_embd=32,
+    n_head=2,
+    n_kv_head=2,
+    head_dim=16,
+    mlp_dim=32,
+    microbatch=1,
+    total_batch_size=64,
+    num_steps=1,
+)
+
+
+def written(folder) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of one answer by a new engine that keeps its programs there."""
+    engine = Engine(model.init_params(jax.random.key(0), CONFIG), CONFIG, 1, 64)
+    keep_programs(engine, folder)
+    slot = engine.add([1, 2, 3], Sampling(12, temperature=0.7, top_k=9, seed=3))
+    tokens, end = [], None
+    while not end:
+        new, end = engine.step()[slot]
+        tokens += new
+    return [token.id for token in tokens], [token.logprob for token in tokens]
+
+
+def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeypatch):
+    plain = written(None)
+    assert len(plain[0]) == 12 and len(set(plain[0])) > 3
+    assert written(tmp_path) == plain
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2
+
+    # another process traces nothing
+    def no_more(*_):
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr(kept_module.Kept, "_flat", no_more)
+    assert written(tmp_path) == plain
+    monkeypatch.undo()
+
+    # a damaged file is made again
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[: len(whole) // 2])
+    assert written(tmp_path) == plain
+    assert files[0].read_bytes() == whole
+
+
+def test_programs_are_kept_by_code_and_settings(monkeypatch):
+    key = kept_module._key("decode", 1)
+    assert key != kept_module._key("decode", 2)
+    monkeypatch.setattr(kept_module, "_code", lambda: "other code")
+    assert key != kept_module._key("decode", 1)
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path):
+    place = tmp_path / "file"
+    place.write_text("")
+    assert len(written(place)[0]) == 12
+    assert place.read_text() == ""
