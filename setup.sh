@@ -50,7 +50,7 @@ setup() {
     grep -qsxF "$wanted" .venv/rawchat-installed && { echo "set-up: .venv is up to date"; return; }
     echo "set-up: installing rawchat${extras:+[$extras]} into .venv (log: $log)"
     {
-        { command -v uv && uv pip install --python $python -e ".${extras:+[$extras]}"; } || {
+        { command -v uv && uv pip install --compile-bytecode --python $python -e ".${extras:+[$extras]}"; } || {
             $python -m pip --version || $python -m ensurepip
             $python -m pip install --disable-pip-version-check -e ".${extras:+[$extras]}"
         }
