@@ -372,13 +372,18 @@ function memory_of_share(c, split, strategy) {
   const one = estimate_memory({ ...c, microbatch: rows, total_batch_size: batch });
   const parts = split.fsdp * split.tensor;
   const replicas = strategy === "dp" ? 1 : split.data;
-  const gathered = strategy === "zero" ? one.parameters : 0;
-  return {
+  const memory = {
     parameters: floor_div(one.parameters, parts),
-    gradients: floor_div(one.gradients, parts) + gathered,
+    gradients: floor_div(one.gradients, parts),
     optimizer: floor_div(one.optimizer, parts * replicas),
     activations: floor_div(one.activations, split.tensor) + floor_div(one.logits, split.tensor),
   };
+  // zero gathers the new parameters when activations and whole gradients are gone
+  if (strategy === "zero") {
+    const update = one.parameters + floor_div(one.parameters, replicas);
+    memory.gradients += Math.max(0, update - memory.gradients - memory.activations);
+  }
+  return memory;
 }
 
 // `config` with what "auto" means on a chip named.

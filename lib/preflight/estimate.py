@@ -88,8 +88,9 @@ def estimate(
 ) -> Report:
     """The report of a step on a slice from shapes alone, compiling nothing.
 
-    Off by -16 to +23 % in memory and -19 to +23 % in time from eleven compiled steps of 1 to 8 GiB
-    (benchmarks/preflight.py): too low where large.
+    In memory -6 to +2 % off from six compiled steps of depths 4 to 24, and -10 % from two of
+    earlier code (LOG.md); in time -19 to +23 % (benchmarks/preflight.py). No step of tp was
+    compiled.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
     # memory, then work
@@ -124,14 +125,20 @@ def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, i
     # which then holds only its share of the state
     parts = split.fsdp * split.tensor
     replicas = 1 if strategy == "dp" else split.data
-    # zero gathers the new parameters beside the old ones
-    gathered = one["parameters"] if strategy == "zero" else 0
-    return dict(
+    memory = dict(
         parameters=one["parameters"] // parts,
-        gradients=one["gradients"] // parts + gathered,
+        gradients=one["gradients"] // parts,
         optimizer=one["optimizer"] // (parts * replicas),
         activations=one["activations"] // split.tensor + one["logits"] // split.tensor,
     )
+
+    # zero gathers the new parameters beside its share of their gradients, but only when activations
+    # and whole gradients are gone: that is the peak only where both were small
+    if strategy == "zero":
+        backward = memory["gradients"] + memory["activations"]
+        update = one["parameters"] + one["parameters"] // replicas
+        memory["gradients"] += max(0, update - backward)
+    return memory
 
 
 def make_report(
