@@ -32,11 +32,11 @@ def keep_programs(engine: Engine, folder: Path | None):
     """
     if folder is None or jax.default_backend() != "cpu":
         return
-    engine.prefill = Kept(prefill, folder, given_back=1)
-    engine.decode = Kept(decode, folder, given_back=2, chunk=True)
+    engine.prefill = KeptProgram(prefill, folder, given_back=1)
+    engine.decode = KeptProgram(decode, folder, given_back=2, chunk=True)
 
 
-class Kept:
+class KeptProgram:
     """A jitted function(params, config, *arguments, **settings) whose programs are kept on disk.
 
     given_back: how many of the first arguments are donated and come back changed, as `function`

@@ -46,7 +46,7 @@ def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeyp
     def no_more(*_):
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(kept_module.Kept, "_flat", no_more)
+    monkeypatch.setattr(kept_module.KeptProgram, "_flat", no_more)
     assert written(tmp_path) == plain
     monkeypatch.undo()
 
