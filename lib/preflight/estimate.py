@@ -88,7 +88,7 @@ def estimate(
 ) -> Report:
     """The report of a step on a slice from shapes alone, compiling nothing.
 
-    In memory -6 to +2 % off from six compiled steps of depths 4 to 24, and -10 % from two of
+    In memory -6 to +2 % off from seven compiled steps of depths 4 to 24, and -10 % from two of
     earlier code (LOG.md); in time -19 to +23 % (benchmarks/preflight.py). No step of tp was
     compiled.
     """

@@ -76,6 +76,7 @@ COMPILED = [
     (8, "v6e-4", "zero", dict(remat="dots", microbatch=16), 2.763),
     (8, "v6e-4", "fsdp", dict(remat="dots", microbatch=16), 1.719),
     (12, "v6e-1", "dp", dict(value_embeds=False), 6.976),
+    (12, "v6e-1", "dp", dict(remat="dots"), 7.333),
     (24, "v6e-1", "dp", dict(remat="dots"), 28.79),
 ]
 
