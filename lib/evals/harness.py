@@ -338,6 +338,24 @@ def _merged(old: dict, new: dict) -> dict:
     return merged
 
 
+def scores_text(results: dict) -> str:
+    """A line for each metric of each task: its value and error.
+
+    lm_eval's own table would fork this process, which runs threads of JAX and may then stand still.
+    """
+    lines = []
+    for task, metrics in results["results"].items():
+        for name, figure in metrics.items():
+            # "acc,none" and its error "acc_stderr,none", which may be "N/A"
+            metric, _, by = name.partition(",")
+            if not isinstance(figure, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{by}")
+            spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+            lines.append(f"{task:24} {metric:20} {figure:.4f}{spread}")
+    return "\n".join(lines)
+
+
 # ---- the command
 
 
@@ -368,10 +386,8 @@ class HarnessSettings:
 
 
 def main(settings: HarnessSettings) -> None:
-    """Measure, print the table and keep the results."""
+    """Measure, keep the results and print them."""
     _import()
-    from lm_eval.utils import make_table
-
     folder = local_path(settings.runs_dir) / settings.run
     tasks = settings.tasks.replace(",", " ").split()
     results = evaluate(
@@ -386,8 +402,10 @@ def main(settings: HarnessSettings) -> None:
         apply_chat_template=settings.chat_template,
         bootstrap_iters=1000,
     )
-    print(make_table(results))
-    print(f"results: {write(folder, results)}")
+    # kept before anything is shown
+    path = write(folder, results)
+    print(scores_text(results))
+    print(f"results: {path}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import jax
 import numpy as np
@@ -386,3 +387,20 @@ def test_results_are_kept_for_the_report(folder, results):
     assert ["choose", "base", "acc"] in [row[:3] for row in rows] and all(
         row[-1] == str(len(QUESTIONS)) for row in rows
     )
+
+
+def test_the_command_keeps_results_shows_them_and_never_forks(
+    tmp_path, results, monkeypatch, capsys
+):
+    def no_fork():
+        raise AssertionError("threads of JAX would stand still in a fork")
+
+    monkeypatch.setattr(os, "fork", no_fork)
+    monkeypatch.setattr(harness, "evaluate", lambda *_, **__: results)
+    harness.main(harness.HarnessSettings(run="mine", tasks="any", runs_dir=str(tmp_path)))
+    shown = capsys.readouterr().out.splitlines()
+
+    # each task has a line, and the file is there
+    for task in results["results"]:
+        assert any(line.split()[0] == task for line in shown)
+    assert list((tmp_path / "mine" / "evals").glob("lm_eval_*.json"))
