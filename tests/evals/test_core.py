@@ -605,6 +605,14 @@ def test_paths_and_limits_that_make_no_sense_are_refused(bundle, tokenizer, tmp_
             call()
 
 
+def test_a_limit_takes_the_first_items_of_the_shuffled_whole(bundle):
+    whole = core.load_bundle(bundle)[0]
+    limit = 1 + max(task.fewshot for task in whole)
+    parts = core.load_bundle(bundle, limit=limit)[0]
+    assert any(limit < len(task.items) for task in whole)
+    assert [part.items for part in parts] == [task.items[:limit] for task in whole]
+
+
 # ---- during training
 
 

@@ -392,7 +392,7 @@ def answering(*ids):
     asked = []
 
     def texts(prompts, samplings):
-        asked.extend(samplings)
+        asked.extend(zip(prompts, samplings))
         for i in range(len(prompts)):
             yield i, None
             yield i, list(ids)
@@ -407,8 +407,18 @@ def test_every_sample_of_every_item_has_a_seed_of_its_own():
     for seed in (0, 1):
         answers, asked = answering(TOKENIZER.bos)
         run(None, ["t"], table, limit=5, temperature=1.0, samples=6, seed=seed, answers=answers)
-        seeds += [sampling.seed for sampling in asked]
+        seeds += [sampling.seed for _, sampling in asked]
     assert len(seeds) == len(set(seeds)) == 60
+
+
+def test_a_long_prompt_leaves_room_for_the_answer():
+    talk = [dict(role="user", content="word " * CONFIG.sequence_len), CHAT[-1]]
+    items = [dict(id="long", messages=talk)]
+    table = {"t": Task("generate", lambda split: items, grade=lambda item, text: True)}
+    answers, asked = answering(TOKENIZER.bos)
+    run(None, ["t"], table, limit=1, answers=answers)
+    [(prompt, sampling)] = asked
+    assert len(prompt) + sampling.max_tokens == CONFIG.sequence_len
 
 
 def test_what_was_called_is_not_what_was_said():

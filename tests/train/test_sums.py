@@ -13,6 +13,7 @@ import pytest
 from lib import model, train
 from lib.config import Config
 from lib.model.linear import scaled
+from lib.model.tables import Lines, add_gradients
 from lib.params import named_specs
 from lib.train import step as steps
 from lib.train.optim import ADAMW_GROUPS
@@ -114,3 +115,11 @@ def test_the_gradient_of_a_learned_scale(shape):
     np.testing.assert_allclose(scale_grad, wanted, rtol=1e-5, atol=1e-4)
     assert scale_grad.shape == shape and scale_grad.dtype == jnp.float32
     assert (x_grad == jnp.bfloat16(1.25) * g).all()
+
+
+def test_a_line_that_is_read_twice_gets_both_gradients():
+    lines_BTD = jnp.array([[[1.0, 2.0], [10.0, 20.0], [5.0, 6.0]]])
+    sums = add_gradients(
+        {"embed": jnp.ones((4, 2))}, {"embed": Lines(lines_BTD)}, jnp.array([[1, 1, 3]])
+    )
+    np.testing.assert_array_equal(sums["embed"], [[1, 1], [12, 23], [1, 1], [6, 7]])
