@@ -542,7 +542,8 @@ def figures(lives: list[Life]) -> dict[str, Any]:
     return dict(
         kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
         before_first_step=sum(life.began_at < 0 for life in lives),
-        steps=lives[-1].reached,
+        # the last life may have found all steps done
+        steps=max(life.reached for life in lives),
         lost_steps=lost,
         step_seconds=statistics.fmean(seconds) if seconds else 0.0,
         recovery_seconds=recoveries,
