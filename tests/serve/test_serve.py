@@ -764,7 +764,7 @@ def test_the_first_crowd_of_a_cold_server_is_begun_one_by_one():
 
 def test_the_first_crowd_of_a_cold_server_waits_for_no_compiler():
     """What was compiled before anybody could ask serves prompts of every length."""
-    engine = _engine(model(), serve.Settings(slots=4), 768)
+    engine = _engine(model(), serve.ServeSettings(slots=4), 768)
     thread = EngineThread(engine, 8, Counters())
     warm_up(engine)
     ended = []
