@@ -15,6 +15,9 @@ from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
 from tests.helpers import buckets
 
+# servers of buckets
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("grain", reason="no grain: pip install 'rawchat[grain]'")
 pytest.importorskip("array_record", reason="no array_record: pip install 'rawchat[grain]'")
 

@@ -616,6 +616,7 @@ def test_a_limit_takes_the_first_items_of_the_shuffled_whole(bundle):
 # ---- during training
 
 
+@pytest.mark.slow
 def test_measuring_between_steps_changes_no_step_and_compiles_none(t, tokenizer, bundle, measured):
     config = dataclasses.replace(
         t[0], microbatch=1, total_batch_size=t[0].sequence_len, num_steps=4

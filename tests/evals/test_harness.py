@@ -24,6 +24,9 @@ from lib.params import init_params  # noqa: E402
 from lib.tasks import Task  # noqa: E402
 from lib.train import checkpoint  # noqa: E402
 
+# lm_eval and what it imports
+pytestmark = pytest.mark.slow
+
 WORDS = "the cat sat on the mat, and the answer is: one two three four five. "
 TOKENIZER = Tokenizer.train([WORDS * 9], 300)
 CONFIG = Config(

@@ -159,6 +159,7 @@ def test_who_knows_the_answers_scores_everything(known, name, shuffle):
         )
 
 
+@pytest.mark.slow
 def test_who_guesses_scores_the_baseline(uniform, known):
     record = run(uniform, NAMES, known, limit=3)
     assert set(record["tasks"]) == set(NAMES) and record["skipped"] == {}

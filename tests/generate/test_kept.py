@@ -1,6 +1,7 @@
 """Decoding programs that are kept on disk."""
 
 import jax
+import pytest
 
 from lib import model
 from lib.config import Config
@@ -35,6 +36,7 @@ def written(folder) -> tuple[list[int], list[float]]:
     return [token.id for token in tokens], [token.logprob for token in tokens]
 
 
+@pytest.mark.slow
 def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeypatch):
     plain = written(None)
     assert len(plain[0]) == 12 and len(set(plain[0])) > 3

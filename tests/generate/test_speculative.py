@@ -71,6 +71,7 @@ def test_the_text_is_that_of_plain_decoding_at_any_setting(kind):
     assert least < share <= most
 
 
+@pytest.mark.slow
 def test_the_distribution_is_unchanged():
     """4,000 continuations of two tokens with a poor draft, against the model's own probabilities:
     chi-square over the likely pairs.
@@ -180,6 +181,7 @@ def test_what_stands_of_a_round_by_hand(choices, settings, kept):
     assert accept(state, drafts, choices, forced, given["pause"], room).tolist() == [kept]
 
 
+@pytest.mark.slow
 def test_generate_and_stream_speculate_too():
     config, params, draft = golden()
     greedy = Sampling(24, temperature=0)

@@ -18,6 +18,9 @@ from lib.runs import load_model, stages
 from lib.train import checkpoint
 from tests.helpers.models import config_of, random_params, tokenizer
 
+# a Hub, and processes that are killed
+pytestmark = pytest.mark.slow
+
 TOKEN = "hf_secret"
 REPO = "me/small"
 

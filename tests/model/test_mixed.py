@@ -80,6 +80,7 @@ def test_all_but_the_gates_multiply_bfloat16():
     assert sum(products.values()) == sum(plain.values())
 
 
+@pytest.mark.slow
 def test_a_model_says_the_same_but_for_rounding():
     params, x = tiny_params(), tokens(2, 40)
     want, _ = forward(params, PLAIN, x)
@@ -87,6 +88,7 @@ def test_a_model_says_the_same_but_for_rounding():
     assert logits.dtype == jnp.float32 and 1e-5 < relative(logits, want) < 2e-2
 
 
+@pytest.mark.slow
 def test_training_goes_on_bit_for_bit():
     config = MIXED.replace(sequence_len=32, total_batch_size=64, microbatch=2, num_steps=4)
     jitted = jax.jit(lambda state, x: train.train_step(state, x, x, config))

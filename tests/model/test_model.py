@@ -144,6 +144,7 @@ def unrolled():
     return loss_and_grad(tiny_params(SEVEN), SEVEN.replace(scan_layers=False), x, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])
 def test_scanned_layers_equal_unrolled_ones(unrolled, remat):
     x = tokens(2, 64)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lib.model import decoding, head, linear
 from lib.model.attention import ATTENTION
@@ -118,6 +119,7 @@ def test_an_int8_row_is_summed_in_float32():
     np.testing.assert_allclose(float64(y), 4096)
 
 
+@pytest.mark.slow
 def test_the_mean_loss_and_its_gradients_are_float32():
     x = tokens(2, 64)
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(tiny_params(), CONFIG, x, x)

@@ -25,6 +25,9 @@ from lib.serve.server import Server
 from lib.serve.settings import ServeSettings
 from tests.helpers import ROOT, parrot, programs
 
+# a server and its clients
+pytestmark = pytest.mark.slow
+
 # requests that are never whole
 UNFINISHED = {
     "nothing": b"",
@@ -157,7 +160,6 @@ def test_whoever_hangs_up_is_looked_after_no_longer():
     assert timer.cancel.called
 
 
-@pytest.mark.slow
 def test_more_connections_than_files_keep_nobody_out():
     """300 connections that ask for nothing, for a process that may open 256 files."""
     arguments = [sys.executable, "-m", "lib.serve", "--run", str(parrot.run()), "--port", "0"]

@@ -40,6 +40,9 @@ from lib.serve.web import _engine
 from lib.serve.worker import EngineThread, Job, warm_up
 from tests.helpers import parrot, programs
 
+# a server and its clients
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai")
 ROOT = Path(__file__).parents[2]
 
@@ -565,7 +568,6 @@ def process(*args, **env):
         process.communicate()
 
 
-@pytest.mark.slow
 def test_memory_stays_flat():
     """The short version of benchmarks/serve.py, in a process of its own."""
     with process() as server, httpx.Client(base_url=server.url) as client:
@@ -1316,7 +1318,6 @@ def test_a_notebooks_server_makes_up_its_token_too(capsys):
         server.close()
 
 
-@pytest.mark.slow
 def test_the_command_serves_finishes_what_it_began_and_leaves():
     with process(RAWCHAT_TOKEN="t0ken") as server:
         headers, text = {"Authorization": "Bearer t0ken"}, ""
@@ -1346,7 +1347,6 @@ REFUSED = [
 ]
 
 
-@pytest.mark.slow
 def test_the_commands_errors_are_one_sentence():
     runs = [("lib.serve", *flags) for flags, _ in REFUSED]
     for done, (_, said) in zip(programs.run_scripts(*runs, cwd=ROOT, timeout=120), REFUSED):

@@ -50,6 +50,7 @@ def search_trials(n=24):
     return spec, found
 
 
+@pytest.mark.slow
 def test_every_picture_is_drawn_and_every_number_is_in_a_csv(tmp_path):
     spec, found = search_trials()
     shares = suggest.importance(spec, found)

@@ -76,6 +76,7 @@ def plain(config, settings, bench):
     ]
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_run_that_the_training_loop_makes(bench):
     bench, source = bench
     config, settings = bench.prepare(dict(TINY, source=source, matrix_lr=0.1))

@@ -11,6 +11,9 @@ from lib.train.records import sound_ones
 from tests.helpers import buckets
 from tests.helpers.models import config_of, random_params, tokenizer
 
+# servers of buckets
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
 def place(request):

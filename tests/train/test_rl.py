@@ -138,6 +138,7 @@ def train(base, store, stop_after: int = 99, **changes):
     return training, told
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path):
     whole, told = train(base, tmp_path / "whole")
     assert whole.run.finished

@@ -86,6 +86,7 @@ def test_metrics_are_read_after_the_next_step_was_sent():
     assert calls[:8] == ["dispatch", "dispatch", 1, "dispatch", 2, 3, "dispatch", "dispatch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_accumulation_equals_one_big_batch(optimizer):
     """Also when the ignored targets are spread unevenly over microbatches."""
