@@ -358,23 +358,29 @@ def results_table(run) -> str:
             f"04_eval_chat.py --run {Path(run).name} first"
         )
 
-    # the known figures first, in their own words, then everything else that is one number or word
-    table = []
-    for key, (label, spec) in RESULTS.items():
-        if results.get(key) is not None:
-            table.append((label, format(results[key], spec)))
     by_task = _by_task(results)
-    shown = {f"{stage}_{task}" for task, figures in by_task.items() for stage in figures}
-    for key, value in results.items():
-        known = key in RESULTS or key in HIDDEN or key in shown
-        if not known and isinstance(value, int | float | str):
-            table.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
-
+    table = _figures(results, by_task)
     width = max((len(label) for label, _ in table), default=0)
     lines = [f"{label:<{width}}  {value:>14}" for label, value in table]
     lines += _stage_lines(by_task, width)
     lines += [f"\nsample: {sample}" for sample in results.get("samples") or ()]
     return "\n".join(lines)
+
+
+def _figures(results: dict, by_task: dict) -> list[tuple[str, str]]:
+    """(label, value) of what is one number or word, less what was measured by task and stage."""
+    # the known figures first, in their own words
+    figures = []
+    for key, (label, spec) in RESULTS.items():
+        if results.get(key) is not None:
+            figures.append((label, format(results[key], spec)))
+
+    shown = {f"{stage}_{task}" for task, stages in by_task.items() for stage in stages}
+    for key, value in results.items():
+        known = key in RESULTS or key in HIDDEN or key in shown
+        if not known and isinstance(value, int | float | str):
+            figures.append((key, f"{value:.6g}" if isinstance(value, float) else str(value)))
+    return figures
 
 
 def _by_task(results: dict) -> dict[str, dict[str, float]]:

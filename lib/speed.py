@@ -309,16 +309,26 @@ def parts_of_step(config: Config) -> list[Component]:
         Component("head+loss", loss_and_gradients, (x_BTD, head_matrix(params, config)), A)
     )
 
+    # the whole step gives its old state's memory to the new one, as training does; so it comes last
+    rows = jnp.tile(tokens_BT, (A, 1))
+    return [*parts, _optimizer(state, config), _whole_step(state, rows, config)]
+
+
+def _optimizer(state: train.TrainState, config: Config) -> Component:
+    """An update of all weights by gradients that are at hand."""
+
     @jax.jit
     def optimize(grads, opt_state, params):
         optimizer = make_optimizer(config, config.num_steps)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), params)
-    parts.append(Component("optimizer", optimize, (grads, state.opt_state, params), 1))
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
+    return Component("optimizer", optimize, (grads, state.opt_state, state.params), 1)
 
-    # the whole step gives its old state's memory to the new one, as training does; so it comes last
+
+def _whole_step(state: train.TrainState, rows, config: Config) -> Component:
+    """A training step, each from the state that the one before has left."""
     step = train.make_train_step(config)
 
     def go_on(rows):
@@ -326,8 +336,7 @@ def parts_of_step(config: Config) -> list[Component]:
         state, metrics = step(state, rows, rows)
         return state.step, metrics
 
-    parts.append(Component("step", go_on, (jnp.tile(tokens_BT, (A, 1)),), 1))
-    return parts
+    return Component("step", go_on, (rows,), 1)
 
 
 def components(config: Config, ceiling: Chip, at_least: float = 0.5) -> list[Reached]:
