@@ -12,8 +12,14 @@ from typing import Any
 from lib.serve.counters import Counters
 from lib.serve.settings import ServeSettings
 
-# connections that are accepted at once, before any of them is looked at
+# connections that the system keeps for us until they are accepted
 BACKLOG = 128
+
+# connections that are accepted in one turn of the event loop
+AT_ONCE = 8
+
+# turns from the one that accepts a connection to the one that has closed another for it
+TURNS = 4
 
 # files that the process may need besides connections
 SPARE = 32
@@ -38,7 +44,7 @@ def room_for(connections: int) -> int:
     if most == resource.RLIM_INFINITY:
         return connections
     already = len(os.listdir("/dev/fd"))
-    return max(1, min(connections, most - already - BACKLOG - SPARE))
+    return max(1, min(connections, most - already - TURNS * AT_ONCE - SPARE))
 
 
 class ConnectionWatch:

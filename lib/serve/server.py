@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from lib.files import UserError
 from lib.runs import Model
-from lib.serve.connections import BACKLOG, Once, bounded
+from lib.serve.connections import AT_ONCE, BACKLOG, Once, bounded
 from lib.serve.settings import ServeSettings
 from lib.serve.web import make_app
 from lib.serve.worker import EngineThread
@@ -53,12 +53,19 @@ def listen(settings: ServeSettings) -> socket.socket:
     return listener
 
 
-def patient_until(grace: float, worker: EngineThread, base):
-    """`base`, uvicorn's server, that ends answers which outlast the grace period with an error that
-    clients can read.
+def graceful(grace: float, worker: EngineThread, base):
+    """`base`, uvicorn's server, that accepts no more at once than it has files for, and ends
+    answers that outlast the grace period with an error which clients can read.
     """
 
     class Graceful(base):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            # asyncio accepts as many in a turn as it was told that may queue (AT_ONCE), but more
+            # may well queue
+            for listener in sockets or ():
+                listener.listen(BACKLOG)
+
         async def shutdown(self, sockets=None):
             loop = asyncio.get_running_loop()
             late = loop.call_later(grace, worker.end)
@@ -123,7 +130,7 @@ class Server:
             self.app,
             http=bounded(settings, state.metrics),
             ws="none",
-            backlog=BACKLOG,
+            backlog=AT_ONCE,
             # uvicorn's own configuration would close the log handlers of all others in this
             # process, and absl's closes the sys.stderr that it was made with
             log_config=None,
@@ -134,7 +141,7 @@ class Server:
             # a little longer than our own, so that what ends there can still be sent
             timeout_graceful_shutdown=round(settings.grace) + 5,
         )
-        return patient_until(settings.grace, state.worker, uvicorn.Server)(config)
+        return graceful(settings.grace, state.worker, uvicorn.Server)(config)
 
     def run(self) -> int:
         """Serve until a signal or `stop`; the exit status, 1 if the engine failed."""

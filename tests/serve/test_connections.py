@@ -184,14 +184,17 @@ def test_more_connections_than_files_keep_nobody_out():
         process.terminate()
         out, err = process.communicate(timeout=60)
         process.kill()
-    assert len(err) < 5000, f"{len(err)} characters of log, beginning with {err[:2000]}"
+        # where the server is gone by itself, what it said last, and how it ended
+        print(process.returncode, err[:5000])
+    # a server that runs out of files, however briefly, says so here
+    assert err == ""
 
 
 def test_the_system_says_how_many_connections_there_can_be(monkeypatch):
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1000, 4000))
-    assert room_for(20) == 20 and 500 < room_for(5000) < 900
+    assert room_for(20) == 20 and 500 < room_for(5000) < 940
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (64, 64))
     assert room_for(20) == 1
 
