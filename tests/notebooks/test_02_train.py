@@ -1,7 +1,6 @@
 """02 on several devices and in several processes, and with CORE measured while it trains."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -38,10 +37,6 @@ SHARED = SMOKE["02_train"] | dict(
 
 def start_02(workdir, devices=1, hosts=None, **settings):
     """02 as a script on virtual devices; hosts: (port, how many, which one)."""
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     if hosts:
         settings |= dict(
             coordinator=f"127.0.0.1:{hosts[0]}",
@@ -52,7 +47,7 @@ def start_02(workdir, devices=1, hosts=None, **settings):
     return subprocess.Popen(
         [sys.executable, ROOT / "02_train.py", *words_of(SHARED | settings)],
         cwd=workdir,
-        env=env,
+        env=programs.environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,9 +121,8 @@ def eight(alone):
         dict(run="shards", strategy="fsdp", mesh="data=2 fsdp=4"),
         *(dict(run="wrong") | changes for changes, _ in REFUSED),
     ]
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     runs = [(ROOT / "02_train.py", *words_of(SHARED | each)) for each in settings]
-    ends = programs.run_scripts(*runs, env=env, cwd=alone[0], timeout=480)
+    ends = programs.run_scripts(*runs, devices=8, cwd=alone[0], timeout=480)
     return ends[:2], ends[2:]
 
 

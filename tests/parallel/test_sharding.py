@@ -50,8 +50,6 @@ LAYOUTS = [
     ("fsdp", {"data": 2, "fsdp": 4}),
     ("tp", {"data": 2, "tensor": 4}),
 ]
-# compiling is nearly all that these tests cost, and the steps are tiny: LLVM need not try hard
-QUICK = "--xla_backend_optimization_level=0"
 
 
 def train(*runs, devices=1, processes=1):
@@ -61,14 +59,12 @@ def train(*runs, devices=1, processes=1):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             arguments["hosts"] = [f"127.0.0.1:{s.getsockname()[1]}", processes]
-    flags = f"{QUICK} --xla_force_host_platform_device_count={devices // processes}"
-    env = {"XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
     jobs = [
         programs.start(
             "train_sharded",
             json.dumps(arguments),
             i,
-            env=env,
+            devices=devices // processes,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

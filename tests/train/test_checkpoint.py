@@ -170,10 +170,7 @@ def test_several_hosts_save_and_restore_arrays_split_in_every_way(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    hosts = [
-        programs.start("save_on_hosts", tmp_path, address, i, count, env={"XLA_FLAGS": ""})
-        for i in range(count)
-    ]
+    hosts = [programs.start("save_on_hosts", tmp_path, address, i, count) for i in range(count)]
     assert [host.wait(300) for host in hosts] == [0] * count
     tree, _ = restore(tmp_path)
     whole = np.arange(32.0).reshape(8, 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import programs
-from tests.parallel.test_sharding import LAYOUTS, QUICK
+from tests.parallel.test_sharding import LAYOUTS
 
 pytestmark = pytest.mark.slow
 STEPS = 5
@@ -19,12 +19,11 @@ STEPS = 5
 
 def start(devices: int = 1, process: int = 0, **asked) -> subprocess.Popen:
     """tests/programs/reinforce.py, begun."""
-    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     return programs.start(
         "reinforce",
         json.dumps(dict(steps=STEPS) | asked),
         process,
-        env={"XLA_FLAGS": flags},
+        devices=devices,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
