@@ -265,24 +265,42 @@ def words() -> list[str]:
     return sorted(common, key=lambda word: (-count[word], word))
 
 
+# the commonest words, most of which are one token each
+COMMONEST = 1500
+
+
 def _word(rng, split) -> str:
-    """A word: in tests a real one, in training at times one coined from two halves, so that tokens'
-    letters are learnt, not words.
+    """A word: in tests a real one; in training mostly one coined, so that tokens' letters are
+    learnt, not words.
+
+    A token's letters can only be learnt where it is spelled, and a common word is a single token:
+    so the beginning of a coined word is often a whole one, and often a common one.
     """
     word = rng.choice(words())
-    if split == "train" and rng.random() < 0.4:
-        other = rng.choice(words())
+    if split == "test":
+        return word
+
+    other = rng.choice(words())
+    how = rng.random()
+    if how < 0.15:
         first_half = word[: rng.randrange(1, len(word))]
         second_half = other[rng.randrange(1, len(other)) :]
-        word = (first_half + second_half)[:10]
+        return (first_half + second_half)[:10]
+    if how < 0.7:
+        if how < 0.35:
+            word = words()[rng.randrange(COMMONEST)]
+        return word + other[-rng.randint(1, 3) :]
     return word
 
 
-def _shown(rng, word: str) -> str:
-    """A word as people write it in a question. An answer says it in the same way, so that it is the
-    same tokens again.
+def _shown(rng, word: str, split: str) -> str:
+    """A word as people write it in a question, in training more often without quotes, for the blank
+    before it makes other tokens of it. An answer says it in the same way, so that it is the same
+    tokens again.
     """
-    return rng.choice([f'"{word}"', f'"{word}"', f'"{word}"', f"'{word}'", word, word])
+    if split == "test":
+        return rng.choice([f'"{word}"', f'"{word}"', f'"{word}"', f"'{word}'", word, word])
+    return rng.choice([f'"{word}"', f"'{word}'", word, word, word])
 
 
 def _named(shown: str) -> str:
@@ -316,7 +334,7 @@ def letters(word: str) -> str:
 def spelling(rng, split):
     """A word, letter by letter."""
     word = _word(rng, split)
-    shown = _shown(rng, word)
+    shown = _shown(rng, word, split)
     question = rng.choice(SPELL).format(shown)
     answer = letters(word)
     return word, question, [text(f"{_named(shown)}:", answer)], answer
@@ -354,7 +372,7 @@ def counting(rng, split):
     letter = rng.choice(fitting)
 
     # word and letter in the same quotes
-    shown = _shown(rng, word)
+    shown = _shown(rng, word, split)
     ask = rng.choice(COUNT_BARE if shown == word else COUNT)
     question = ask.format(c=shown.replace(word, letter), w=shown)
 
@@ -415,7 +433,7 @@ def strings(rng, split):
     kind = rng.choice("upper join repeat reverse end end length".split())
     word, other = _word(rng, split), _word(rng, split)
     in_quotes = kind in ("join", "repeat")
-    w = f'"{word}"' if in_quotes else _shown(rng, word)
+    w = f'"{word}"' if in_quotes else _shown(rng, word, split)
     spelt = f"{_named(w)}: {letters(word)}"
 
     # of the letters
