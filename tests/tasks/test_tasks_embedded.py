@@ -61,6 +61,20 @@ def test_words_of_tests_are_in_no_training_item():
             assert not tested & {item["about"], *re.findall(r"[\"'](\w+)[\"']", asked(item))}, item
 
 
+def test_common_words_of_tests_begin_coined_ones():
+    """A common word is one token, whose letters are known only where it was spelled."""
+    spelled = set()
+    for name in ("spelling", "counting", "strings"):
+        spelled |= {item["about"] for item in items_of(name, "train")}
+    # of each word that is longer, its beginnings of whole words
+    begun = {word[:end] for word in spelled for end in range(3, len(word))}
+    common = embedded.words()[: embedded.COMMONEST]
+    tested = [word for word in common if embedded.held_out(word)]
+    known = sum(word in begun for word in tested)
+    assert len(tested) > 100 and known > 0.97 * len(tested)
+    assert not spelled & set(tested)
+
+
 def test_dialogues_are_made_of_items_of_their_own_split():
     for split in ("train", "test"):
         known = {
