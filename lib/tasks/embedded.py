@@ -3,7 +3,7 @@
 What is held out is decided by the hash of what a question is about, never by chance: the numbers of
 a sum, the word to spell, a fact together with the way it is asked for. So no test item, in whatever
 wording, has a twin in training. Words are those of the standard library's sources, and in training
-also ones coined from their halves; a word is a test word in all tasks or in none.
+also ones coined from their parts; a word is a test word in all tasks or in none.
 """
 
 import ast
