@@ -1,6 +1,7 @@
 """lib/data/: splits, readers, downloads from a misbehaving server, token cache, packing, cursors,"
 " prefetch."""
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -851,3 +853,10 @@ def test_evaluation_set_in_memory(tokenizer):
     tokens = data.tokens_of(texts, tokenizer)
     assert decode(tokens, tokenizer) == texts and tokens[0].bytes == 90
     assert tokens.identity != data.tokens_of(texts[:-1], tokenizer).identity
+
+
+def test_a_shard_that_fails_leaves_the_others_to_be_done(monkeypatch):
+    monkeypatch.setattr(token_files, "tokenised", lambda shard, *_: 1 // shard)
+    jobs = [token_files.ShardJob(shard, Path("out"), Future()) for shard in (1, 0, 1)]
+    token_files._work(collections.deque(jobs), Path("spec"), None)
+    assert [job.done.exception() is None for job in jobs] == [True, False, True]

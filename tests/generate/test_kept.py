@@ -1,6 +1,9 @@
 """Decoding programs that are kept on disk."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 
 from lib import model
@@ -64,6 +67,25 @@ def test_programs_are_kept_by_code_and_settings(monkeypatch):
     assert key != kept_module._key("decode", 2)
     monkeypatch.setattr(kept_module, "_code", lambda: "other code")
     assert key != kept_module._key("decode", 1)
+
+
+def test_configs_of_equal_shapes_have_programs_of_their_own(tmp_path, monkeypatch):
+    made = []
+
+    def exported(path, function, leaves):
+        made.append(path.name)
+        return types.SimpleNamespace(call=lambda *leaves: leaves)
+
+    monkeypatch.setattr(kept_module, "_exported", exported)
+    program = kept_module.KeptProgram(lambda params, config, x: x, tmp_path, given_back=1)
+    ones = np.ones(3, np.float32)
+    # the same twice, another constant in the code, another setting, another shape
+    program({}, CONFIG, ones)
+    program({}, CONFIG, ones)
+    program({}, CONFIG.replace(softcap=CONFIG.softcap + 1), ones)
+    program({}, CONFIG, ones, pause=1)
+    program({}, CONFIG, ones[:2])
+    assert len(made) == len(set(made)) == 4
 
 
 def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path):

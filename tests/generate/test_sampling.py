@@ -197,7 +197,9 @@ def test_the_stop_token_can_be_kept_with_its_logprob(speculate):
     [free] = generate(params, config, [prompt], greedy(20))
     stop = free[12]
     place = free.index(stop)
-    settings = greedy(20, stop=(stop,), keep_stop=True, stop_strings=("\0never",))
+    # what stands before it is held back, as the beginning of a text that would end the row too
+    never = tokenizer.decode([free[place - 1]]) + "\0never"
+    settings = greedy(20, stop=(stop,), keep_stop=True, stop_strings=(never,))
     engine = Engine(params, config, 1, 64, tokenizer, speculate=speculate)
     engine.add(prompt, settings)
     rows, why = drain(engine)
@@ -222,3 +224,9 @@ def test_a_model_of_nan_says_so(part, speculate):
     for write in (generate, lambda *args, **options: list(stream(*args, **options))):
         with pytest.raises(UserError, match="computes no numbers .NaN"):
             write(broken, config, [[491]], Sampling(4), speculate=speculate)
+
+
+@pytest.mark.parametrize("alternatives", [0, 1, 2])
+def test_a_row_asks_for_as_many_alternatives_as_it_wants(alternatives):
+    row = sampling.new_row([1], Sampling(4, logprobs=alternatives), 9)
+    assert row["top"] == (alternatives > 0)

@@ -18,8 +18,10 @@ import pytest
 from lib import parallel
 from lib.config import Config
 from lib.files import UserError
-from lib.parallel import hosts
+from lib.parallel import collectives, hosts
 from lib.parallel import layout as layouts
+from lib.parallel.layout import AXES
+from lib.params import is_spec, param_specs
 from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +253,63 @@ def test_several_processes_equal_one_and_their_checkpoint_goes_anywhere(single, 
     )
     for rest in rests:
         check_equal(rest, single, noise, slice(HALF, None))
+
+
+# ---- devices on paper: traced for, and not there -----------------------------------------------
+
+
+def on_paper(strategy, mesh) -> layouts.Layout:
+    sizes = tuple(mesh.get(axis, 1) for axis in AXES)
+    return layouts.Layout(jax.sharding.AbstractMesh(sizes, AXES), strategy)
+
+
+@pytest.mark.parametrize("strategy, mesh", LAYOUTS)
+def test_a_gradient_is_summed_once_over_devices_that_saw_other_rows(strategy, mesh):
+    config, layout = Config(**CONFIG), on_paper(strategy, mesh)
+    specs = param_specs(config)
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        own = layout.partition(spec)
+
+        def share(g, spec=spec):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(collectives, "param_specs", lambda config: spec)
+                return collectives.reduce_gradients(layout, config, g)
+
+        out = layout.state_partition(spec, spec.shape)
+        summed = jax.shard_map(
+            share, mesh=layout.mesh, in_specs=(own,), out_specs=out, check_vma=False
+        )
+        [call] = jax.make_jaxpr(summed)(jax.ShapeDtypeStruct(spec.shape, "float32")).eqns
+        over = []
+        for op in call.params["jaxpr"].eqns:
+            if op.primitive.name in ("psum", "reduce_scatter"):
+                over += op.params.get("axes") or op.params["axis_name"]
+        assert sorted(over) == sorted(
+            axis for axis in ("data", "fsdp") if mesh.get(axis, 1) > 1 and axis not in own
+        )
+
+
+def test_a_stack_that_devices_do_not_divide_is_filled_up_for_them():
+    shapes = []
+    stack = jax.ShapeDtypeStruct((3, 4, 5), "float32")
+    for strategy, mesh in [("fsdp", {"fsdp": 8}), ("zero", {"data": 2}), ("fsdp", {"fsdp": 3})]:
+        with collectives.optimizer_on(on_paper(strategy, mesh)):
+            whole = jax.eval_shape(
+                lambda x: collectives.each_layer(lambda x: shapes.append(x.shape) or x, x), stack
+            )
+        assert whole.shape == (3, 4, 5)
+    assert shapes == [(8, 4, 5), (4, 4, 5), (3, 4, 5)]
+
+
+def test_a_difference_on_any_one_device_is_a_difference(monkeypatch):
+    class Parts:
+        def __init__(self, *parts):
+            self.addressable_shards = [types.SimpleNamespace(data=np.array(part)) for part in parts]
+
+    monkeypatch.setattr(jax, "Array", Parts)
+    assert layouts.equal(Parts(1, 2), Parts(1, 2))
+    assert not layouts.equal(Parts(1, 2), Parts(1, 3))
+    assert not layouts.equal(Parts(1, 2), Parts(0, 2))
 
 
 def test_bad_layouts_in_one_sentence():

@@ -1,5 +1,6 @@
 """Shapes give the work that a step does; a bound is what binds. Figures worked out by hand."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from lib.config import Config
 from lib.files import UserError
 from lib.preflight import cache, roofline
 from lib.preflight.compile import for_tpu, question
-from lib.preflight.estimate import Report, estimate, make_split
+from lib.preflight.estimate import Report, estimate, make_split, report_text
 from lib.preflight.hlo import Work
 from lib.preflight.roofline import Bound, Split
 from lib.preflight.table import fits_table
@@ -212,6 +213,13 @@ def test_a_report_survives_json_and_unknown_axes_are_named():
     assert make_split(where, "dp", dict(data=2, tensor=2)) == Split(2, 1, 2)
     with pytest.raises(UserError, match="mesh axis 'rows': choose one of data, fsdp, tensor"):
         estimate(config, where, "dp", dict(rows=4))
+
+
+def test_what_does_not_fit_is_over_by_what_it_needs_more():
+    report = estimate(Config(**SMALL), chips.tpu_slice("v6e-4"), "fsdp")
+    report = dataclasses.replace(report, available=32 * 2**30, peak=33 * 2**30)
+    assert "fits        NO, over by 1.00 GiB" in report_text(report)
+    assert "yes, with 32.00 GiB to spare" in report_text(dataclasses.replace(report, peak=0))
 
 
 def test_the_table_tells_compiled_from_estimated_and_what_does_not_fit(tmp_path):

@@ -188,3 +188,10 @@ def test_log_probabilities_entropy_and_gradients(learner):
     np.testing.assert_allclose(entropy_BT[inside], ARRAYS["entropy"][inside], atol=5e-5)
     np.testing.assert_allclose(loss, CASES["grpo"]["loss"], atol=2e-5)
     check_fingerprints(grads, config, CASES["grpo"]["grad_fingerprint"])
+
+
+def test_the_samplers_drift_is_a_distance_whichever_way_it_went():
+    zeros, mask_BT = np.zeros((1, 3)), np.array([[1, 1, 0]])
+    sampler = np.array([[0.1, -0.3, 9.0]])
+    _, sums = policy.policy_loss(zeros, zeros, zeros, sampler, mask_BT, [1.0], Policy())
+    assert float(sums["drift"]) == pytest.approx(0.4)
