@@ -76,7 +76,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 def test_a_lost_mount_is_one_sentence(tmp_path, code):
     error = OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
     for context in (files.writing, files.reading, files.reaching):
-        with pytest.raises(UserError, match="cannot reach .*place: .*mount it again") as caught:
+        with pytest.raises(files.Unreachable, match="cannot reach .*place: .*mount it") as caught:
             with context(tmp_path / "place"):
                 raise error
         assert "\n" not in str(caught.value)

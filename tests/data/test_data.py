@@ -24,7 +24,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lib import data, files
-from lib.data import download, readers, sources
+from lib.data import download, readers, sources, streams
 from lib.data import packing as packing_rules
 from lib.data import tokens as token_files
 from lib.data.tokenizer import PATTERN, Tokenizer
@@ -860,3 +860,19 @@ def test_a_shard_that_fails_leaves_the_others_to_be_done(monkeypatch):
     jobs = [token_files.ShardJob(shard, Path("out"), Future()) for shard in (1, 0, 1)]
     token_files._work(collections.deque(jobs), Path("spec"), None)
     assert [job.done.exception() is None for job in jobs] == [True, False, True]
+
+
+def test_a_shard_that_could_not_be_brought_is_tried_again(monkeypatch):
+    answers = iter([UserError("the network is gone"), "shard 0"])
+
+    def bring(*_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(streams, "_bring", bring)
+    stage = streams._Stage(None, ["the only one"])
+    with pytest.raises(UserError, match="network"):
+        stage.open(0)
+    assert stage.open(0) == stage.open(0) == "shard 0"

@@ -600,3 +600,15 @@ def test_a_full_engine_and_a_long_prompt_are_refused():
     engine.add([1], Sampling(9))
     with pytest.raises(UserError, match="do not fit into 0 free slots"):
         engine.add([1], Sampling(1))
+
+
+def test_answers_to_one_prompt_leave_the_others_their_caches():
+    config, params, _ = golden()
+    engine = Engine(params, config, 4, 64)
+    first = engine.add(PROMPTS[0], greedy(12))
+    before = engine.step(4)[first][0]
+    both = engine.add_many([PROMPTS[1]] * 2, [greedy(6)] * 2)
+    rows, _ = drain(engine)
+    assert ids(before) + ids(rows[first]) == alone(PROMPTS[0], greedy(12))
+    for slot in both:
+        assert ids(rows[slot]) == alone(PROMPTS[1], greedy(6))

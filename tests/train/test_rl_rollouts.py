@@ -145,6 +145,12 @@ def test_no_row_is_lost_and_little_is_padding():
 def test_a_prompt_without_room_is_refused(tokenizer):
     with pytest.raises(UserError, match="item 1"):
         rollouts.questions_of(ITEMS[1:], tokenizer, 60, TINY.sequence_len)
+    # one that leaves no token over is asked
+    [question] = rollouts.questions_of(ITEMS[1:2], tokenizer, 60, 1000)
+    room = len(question.prompt) + 60
+    assert len(rollouts.questions_of(ITEMS[1:2], tokenizer, 60, room)) == 1
+    with pytest.raises(UserError, match="item 1"):
+        rollouts.questions_of(ITEMS[1:2], tokenizer, 60, room - 1)
 
 
 def test_an_answer_that_was_cut_is_worth_nothing(tokenizer):

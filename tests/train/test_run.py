@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lib import locks, train
+from lib import locks, parallel, train
 from lib.config import Config
 from lib.files import UserError
 from lib.train import checkpoint, saving
@@ -442,3 +442,9 @@ def test_what_was_noted_of_steps_that_are_lost_is_lost_with_them(tmp_path):
         if step.step == 7:
             break
     assert run.done == 5 and run.notes == {"seen": [1, 2, 3, 4, 5]}
+
+
+def test_a_run_begins_on_the_devices_of_its_layout(tmp_path):
+    layout = parallel.make_layout("dp", TINY, jax.devices()[:1])
+    run = train.TrainingRun(TINY, feed, tmp_path, None, IDENTITY, layout=layout)
+    assert run.state.params["head"].sharding.mesh == layout.mesh
