@@ -408,6 +408,14 @@ def test_mixture_weighs_by_epochs_and_its_sides_share_nothing(tmp_path):
     assert train_side.identity == again.identity != other.identity
 
 
+def test_what_a_mixture_holds_twice_counts_once_however_it_is_written(tmp_path):
+    asked, said = (dict(role=role, content=role) for role in ("user", "assistant"))
+    turned = [dict(reversed(message.items())) for message in (asked, said)]
+    others = [chat(f"q{i}", "a") for i in range(9)]
+    path = write(tmp_path / "c.jsonl", *map(json.dumps, ([asked, said], turned)), *others)
+    assert sum(len(sft.open_mixture({path: 1.0}, side)) for side in ("train", "val")) == 10
+
+
 def test_parse_mixture(tmp_path):
     assert sft.parse_mixture("embedded_mid") == sft.MIXTURES["embedded_mid"]
     assert sft.parse_mixture("arithmetic:0.5 spelling my.jsonl:3") == dict(

@@ -448,3 +448,10 @@ def test_a_run_begins_on_the_devices_of_its_layout(tmp_path):
     layout = parallel.make_layout("dp", TINY, jax.devices()[:1])
     run = train.TrainingRun(TINY, feed, tmp_path, None, IDENTITY, layout=layout)
     assert run.state.params["head"].sharding.mesh == layout.mesh
+
+
+def test_a_lock_names_only_who_holds_it_now(tmp_path):
+    (tmp_path / locks.NAME).write_text("process 1 on a machine with a long name " * 9)
+    with locks.working_in(tmp_path):
+        holder = (tmp_path / locks.NAME).read_text()
+    assert holder.startswith(f"process {os.getpid()} on ") and "long name" not in holder
