@@ -468,6 +468,9 @@ def test_rolling_scores_each_token_once_as_lm_eval_cuts_it(t, tokenizer, plain):
     assert len(row) == 600 and row.sum(dtype=np.float64) == pytest.approx(want, rel=1e-5)
     assert short.sum() == pytest.approx(plain([tokenizer.bos], text[:3])[0], abs=1e-4)
     assert [len(k) for _, k, _ in likelihood._windows([9], text, 256, 100)] == [100] * 6
+    # what just fits is one piece, and one token more is several
+    assert [len(k) for _, k, _ in likelihood._windows([9], text[:256], 256, 100)] == [256]
+    assert [len(k) for _, k, _ in likelihood._windows([9], text[:257], 256, 100)] == [100, 100, 57]
 
 
 def test_bad_requests_are_refused_in_one_sentence(t, tokenizer):
