@@ -312,3 +312,11 @@ def test_padding_of_a_single_row_spoils_nothing_that_is_seen():
         np.testing.assert_array_equal(new[:, :8], old[:, :8])
     logits, _ = forward(params, TINY, x[:, 8:], cache)
     np.testing.assert_allclose(logits[0, 0], full[0, 8], atol=2e-5)
+
+
+def test_embeddings_are_normed_where_the_config_says_so():
+    params, config, ids = tiny_params(), TINY.replace(smear=False), tokens(2, 5)
+    normed = transformer.embed(params, config, ids)
+    np.testing.assert_allclose(np.mean(normed * normed, axis=-1), 1, rtol=1e-2)
+    bare = transformer.embed(params, config.replace(embed_norm=False), ids)
+    np.testing.assert_array_equal(bare, params["embed"][ids])

@@ -182,6 +182,9 @@ def test_a_whole_assignment_makes_the_config_that_from_depth_makes():
 def test_hyperband_keeps_the_best_share_at_each_rung():
     spec = sweep(early_terminate=dict(type="hyperband", min_iter=1, eta=3))
     assert hyperband.rungs(spec)[:4] == [1, 3, 9, 27]
+    # wandb's own word, which changes nothing here
+    strict = sweep(early_terminate=spec["early_terminate"] | dict(strict=True))
+    assert hyperband.rungs(strict) == hyperband.rungs(spec)
     assert hyperband.rungs(sweep(early_terminate=dict(type="hyperband", max_iter=27, s=2))) == [
         3,
         9,
