@@ -367,6 +367,7 @@ def test_a_second_measurement_adds_to_the_first(tmp_path, results):
     both = kept(["read", "choose"], limit=3)
     assert set(both["results"]) == set(both["n-samples"]) == {"choose", "write", "read"}
     assert both["results"]["write"] == first["results"]["write"]
+    assert both["date"] == results["date"] and both["config"]["limit"] == 3
     assert {name: m["limit"] for name, m in both["measured"].items()} == dict(
         choose=3, write=None, read=3
     )

@@ -122,6 +122,14 @@ def base(monkeypatch):
     return Base(params, TINY, Tokenizer.train(["plain bytes"], 265), "here")
 
 
+def test_questions_are_those_to_learn_from(base, monkeypatch):
+    asked = []
+    task = Task("generate", lambda split: asked.append(split) or [item(0)], grade=lambda i, a: True)
+    monkeypatch.setattr(rl, "to_reinforce", lambda name: task)
+    questions, _ = rl.find_questions(rl.Reinforcing("letters", **SETTINGS), base)
+    assert [question.item for question in questions] == [item(0)] and asked == ["train"]
+
+
 def train(base, store, stop_after: int = 99, **changes):
     """(the training, its numbers step by step) of a run that is left after some steps."""
     training = rl.Reinforcement(rl.Reinforcing("letters", **SETTINGS | changes), base, store)
