@@ -859,6 +859,7 @@ def test_a_shard_that_fails_leaves_the_others_to_be_done(monkeypatch):
     monkeypatch.setattr(token_files, "tokenised", lambda shard, *_: 1 // shard)
     jobs = [token_files.ShardJob(shard, Path("out"), Future()) for shard in (1, 0, 1)]
     token_files._work(collections.deque(jobs), Path("spec"), None)
+    assert all(job.done.done() for job in jobs)
     assert [job.done.exception() is None for job in jobs] == [True, False, True]
 
 
