@@ -105,6 +105,17 @@ def test_a_tool_that_refuses_forces_nothing_and_a_long_answer_crosses_chunks(mon
         assert len(tokens) == 60
 
 
+def test_a_row_that_waits_for_its_tool_stands_still_while_others_write(monkeypatch):
+    special = golden()[2].special
+    call = [special["<|python_start|>"], 50, special["<|python_end|>"]]
+    scripts = [call + [65] * 9, [70] * 12]
+    engine = scripted(monkeypatch, scripts)
+    engine.tool = lambda text: None
+    slots = engine.add_many([[491, 70, 71]] * 2, [greedy(12)] * 2)
+    rows, _ = drain(engine, count=WHOLE_CHUNK)
+    assert [ids(rows[slot]) for slot in slots] == scripts
+
+
 def test_an_empty_call_asks_no_tool():
     tokenizer = golden()[2]
     asked = []
@@ -605,10 +616,11 @@ def test_a_full_engine_and_a_long_prompt_are_refused():
 def test_answers_to_one_prompt_leave_the_others_their_caches():
     config, params, _ = golden()
     engine = Engine(params, config, 4, 64)
-    first = engine.add(PROMPTS[0], greedy(12))
-    before = engine.step(4)[first][0]
-    both = engine.add_many([PROMPTS[1]] * 2, [greedy(6)] * 2)
-    rows, _ = drain(engine)
-    assert ids(before) + ids(rows[first]) == alone(PROMPTS[0], greedy(12))
-    for slot in both:
+    early = engine.add_many([PROMPTS[2], PROMPTS[0]], [greedy(12)] * 2)
+    before = {slot: tokens for slot, (tokens, _) in engine.step(4).items()}
+    late = engine.add_many([PROMPTS[1]] * 2, [greedy(6)] * 2)
+    rows, _ = drain(engine, before)
+    for slot, prompt in zip(early, (PROMPTS[2], PROMPTS[0])):
+        assert ids(rows[slot]) == alone(prompt, greedy(12))
+    for slot in late:
         assert ids(rows[slot]) == alone(PROMPTS[1], greedy(6))
