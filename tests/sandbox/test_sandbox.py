@@ -528,3 +528,8 @@ def test_a_parent_ends_as_its_child_did(monkeypatch, status, code):
     monkeypatch.setattr(jail, "os", child)
     jail.wait_for(7)
     assert ends == [code]
+
+
+@pytest.mark.parametrize("status", [-signal.SIGABRT, 128 + signal.SIGABRT])
+def test_a_signal_has_its_name_whoever_tells_of_it(status):
+    assert programs._reason({}, "", status, programs.Limits()) == "it was killed by SIGABRT"
