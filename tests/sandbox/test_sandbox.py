@@ -515,21 +515,3 @@ def test_leaves_no_thread_and_no_descriptor():
     threads, fds = threading.active_count(), len(os.listdir("/dev/fd"))
     run_many(["print(1)", "1/0", "import os; os._exit(3)"])
     assert (threading.active_count(), len(os.listdir("/dev/fd"))) == (threads, fds)
-
-
-@pytest.mark.parametrize("status, code", [(0, 0), (3 << 8, 3), (signal.SIGKILL, 128 + 9)])
-def test_a_parent_ends_as_its_child_did(monkeypatch, status, code):
-    ends = []
-    child = SimpleNamespace(
-        waitpid=lambda pid, flags: (pid, status),
-        waitstatus_to_exitcode=os.waitstatus_to_exitcode,
-        _exit=ends.append,
-    )
-    monkeypatch.setattr(jail, "os", child)
-    jail.wait_for(7)
-    assert ends == [code]
-
-
-@pytest.mark.parametrize("status", [-signal.SIGABRT, 128 + signal.SIGABRT])
-def test_a_signal_has_its_name_whoever_tells_of_it(status):
-    assert programs._reason({}, "", status, programs.Limits()) == "it was killed by SIGABRT"
