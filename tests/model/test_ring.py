@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lib import model
+from lib.model import cache
 from tests.model.test_model import TINY, tiny_params, tokens
 
 CONFIG = TINY.replace(window_pattern="SL", n_layer=3)
@@ -72,3 +73,12 @@ def test_rows_are_picked_and_put_back_where_they_belong():
     for row in (0, 2):
         np.testing.assert_array_equal(back.v[1][row], cache.v[1][row])
     assert back.length.tolist() == [0, 102, 2]
+
+
+def test_new_keys_look_as_in_a_ring():
+    """Two rows of five tokens with three heads each."""
+    new_BTKH = np.random.default_rng(0).normal(size=(2, 5, 3, 4)).astype(np.float32)
+    ring_XSH = jnp.zeros((2 * 3, 5, 4))
+    positions_BT = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    written = cache.write_ring(ring_XSH, new_BTKH, positions_BT, jnp.zeros(2, jnp.int32))
+    np.testing.assert_array_equal(cache.as_ring(new_BTKH, ring_XSH), written)

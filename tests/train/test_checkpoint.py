@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from lib import files
 from lib.files import Unreachable, UserError, filesystem
-from lib.train import checkpoint, records, saving
+from lib.train import checkpoint, records, saving, trees
 from lib.train.checkpoint import (
     Saver,
     best,
@@ -767,3 +767,12 @@ def test_hub_without_network(hub, tmp_path, capsys):
     assert upload_to_hub(path, "me/model", "hf_any").result(60) is None
     out = capsys.readouterr().out
     assert "check the name and the network" in out and len(out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("addressable, replicated", [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_an_array_is_in_parts_where_no_process_has_the_whole(monkeypatch, addressable, replicated):
+    class Leaf:
+        is_fully_addressable, is_fully_replicated = bool(addressable), bool(replicated)
+
+    monkeypatch.setattr(jax, "Array", Leaf)
+    assert trees._is_in_parts(Leaf()) == (not addressable and not replicated)

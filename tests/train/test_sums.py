@@ -12,6 +12,7 @@ import pytest
 
 from lib import model, train
 from lib.config import Config
+from lib.model import tables
 from lib.model.linear import scaled
 from lib.model.tables import Lines, add_gradients
 from lib.params import named_specs
@@ -123,3 +124,12 @@ def test_a_line_that_is_read_twice_gets_both_gradients():
         {"embed": jnp.ones((4, 2))}, {"embed": Lines(lines_BTD)}, jnp.array([[1, 1, 3]])
     )
     np.testing.assert_array_equal(sums["embed"], [[1, 1], [12, 23], [1, 1], [6, 7]])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_is_the_head_too_is_not_only_looked_up(batch, tied):
+    config = CONFIG.replace(tied_head=tied)
+    params = model.init_params(0, config)
+    turned = tables.by_token(params)
+    with_lines = tables.looked_up(params, turned, batch[0], config)
+    assert isinstance(with_lines["embed"], Lines) != tied
