@@ -877,3 +877,9 @@ def test_a_shard_that_could_not_be_brought_is_tried_again(monkeypatch):
     with pytest.raises(UserError, match="network"):
         stage.open(0)
     assert stage.open(0) == stage.open(0) == "shard 0"
+
+
+def test_texts_at_hand_are_counted_in_bytes():
+    tokenizer = Tokenizer.train(["plain bytes"], 265)
+    tokens = token_files.tokens_of(["naïve", "東京"], tokenizer)
+    assert tokens[0].bytes == 6 + 6 and len(tokens) == 1
