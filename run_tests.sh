@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 usage="usage: bash run_tests.sh [--fast | --colab | --interop | --setup-only] [ARGUMENTS FOR PYTEST]
 
   (nothing)     all tests, but those that rebuild Colab's machines
-  --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: minutes on two cores
+  --fast        what takes no notebook, browser, sandbox wall, second process or TPU compiler: three minutes on two cores
   --colab       the notebooks on Colab's and Kaggle's own package versions (needs a network)
   --interop     exports and imports by the programs that they are for; installs transformers, torch (1 GB), llama.cpp,
                 onnxruntime, LiteRT
