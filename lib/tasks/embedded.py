@@ -274,7 +274,8 @@ def _word(rng, split) -> str:
     learnt, not words.
 
     A token's letters can only be learnt where it is spelled, and a common word is a single token:
-    so the beginning of a coined word is often a whole one, and often a common one.
+    so the beginning of a coined word is often a whole one, and often a common one. That may be a
+    word of the tests, which is never asked about by itself.
     """
     word = rng.choice(words())
     if split == "test":
