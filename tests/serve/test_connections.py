@@ -186,8 +186,9 @@ def test_more_connections_than_files_keep_nobody_out():
         process.kill()
         # where the server is gone by itself, what it said last, and how it ended
         print(process.returncode, err[:5000])
-    # a server that runs out of files, however briefly, says so here
-    assert err == ""
+    # asyncio says so of a server that runs out of files, however briefly
+    assert "out of system resource" not in err
+    assert len(err) < 5000, f"{len(err)} characters of log"
 
 
 def test_the_system_says_how_many_connections_there_can_be(monkeypatch):
