@@ -2,7 +2,7 @@
 
 Every way begins at the same fine-tuned model and is given the same number of rollouts, a step that
 teaches nothing included. Afterwards it answers held-out questions, drawn and greedily. Several
-processes may share a folder: each takes what none has begun.
+processes may share a folder: each takes what no other is at. The last to end has the whole table.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
+from lib.train.policy import PRESETS
+
 
 class Way(NamedTuple):
     """A preset, an optimizer, its share of pretraining's rates, whether the end token is learnt."""
@@ -24,7 +26,6 @@ class Way(NamedTuple):
     end: bool = True
 
 
-PRESETS = ("reinforce", "grpo", "dr_grpo", "dapo", "gspo", "cispo")
 WAYS = {preset: Way(preset) for preset in PRESETS}
 WAYS |= {
     "no_end": Way("reinforce", end=False),
@@ -126,7 +127,7 @@ def table(folder: Path, ways):
     first = {}
     for name in ("before", *ways):
         results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-*.json"))]
-        line = f"{name:10}"
+        line = f"{name:10} {len(results)} runs"
         for measure, of in measures.items():
             if not results:
                 continue
@@ -143,9 +144,11 @@ def table(folder: Path, ways):
 
 def main(args: Args):
     from lib.files import choose, write_json
+    from lib.locks import open_lock, take
     from lib.runs import load_model
     from lib.train.finetune import Base
 
+    ways = {name: choose("way", name, WAYS) for name in args.ways}
     start = load_model(Path(args.run), stage="sft")
     base = Base(start.params, start.config, start.tokenizer, "")
     folder = Path(args.out)
@@ -155,16 +158,16 @@ def main(args: Args):
         jobs += [(name, seed) for name in args.ways]
 
     for name, seed in jobs:
-        # whoever makes this file does it
-        try:
-            (folder / f"{name}-{seed}.begun").touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        params = base.params
-        if name != "before":
-            params = reinforced(base, choose("way", name, WAYS), seed, args)
-        result = answered(base, params, args)
-        write_json(folder / f"{name}-{seed}.json", result)
+        # the lock goes with its process, so that what was cut off is done again
+        path = folder / f"{name}-{seed}.json"
+        with open_lock(path.with_suffix(".lock")) as lock:
+            if take(lock, wait=False) is False or path.exists():
+                continue
+            params = base.params
+            if name != "before":
+                params = reinforced(base, ways[name], seed, args)
+            result = answered(base, params, args)
+            write_json(path, result)
         shares = {measure: round(float(np.mean(right)), 3) for measure, right in result.items()}
         print(name, seed, shares, flush=True)
     table(folder, args.ways)
