@@ -307,6 +307,22 @@ def pair(monkeypatch):
     return engines
 
 
+def test_parts_share_weights_that_were_made_ready_once(monkeypatch):
+    made, given = [], []
+    monkeypatch.setattr(
+        engine.model, "decoding_params", lambda *model: made.append(model) or made[-1]
+    )
+    monkeypatch.setattr(
+        engine, "Engine", lambda *args, **speculation: given.append((args, speculation))
+    )
+    draft = {"b": 2}, CONFIG.replace(n_layer=2)
+    Engines({"a": 1}, CONFIG, 6, 40, sides=3, speculate=3, draft=draft)
+    assert made == [({"a": 1}, CONFIG), draft] and len(given) == 3
+    for (params, *_), speculation in given:
+        assert params is made[0] and speculation["draft"] == (made[1], draft[1])
+        assert speculation["draft"][0] is made[1]
+
+
 def test_rows_are_dealt_to_the_part_with_most_room(pair):
     prompts = [[n] for n in range(5)]
     slots = pair.add_many(prompts, [Sampling(9, seed=n) for n in range(5)])

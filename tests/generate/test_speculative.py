@@ -11,8 +11,10 @@ import pytest
 
 from lib.data.tokenizer import Tokenizer
 from lib.files import UserError
-from lib.generate import Engine, Sampling, generate, stream
-from lib.generate.speculative import State, accept, look_up
+from lib.generate import Engine, Sampling, generate, sampling, speculative, stream
+from lib.generate.decode import empty_chunk
+from lib.generate.speculative import State, Verified, accept, look_up
+from lib.model.cache import Cache
 from tests.helpers.engines import PROMPTS, drain, ids, scripted
 from tests.helpers.golden import PARITY, load, parity_model
 
@@ -197,3 +199,105 @@ def test_bad_drafts_get_one_sentence():
         Engine(params, config, 1, 16, draft=(params, config))
     with pytest.raises(UserError, match="vocabulary of 500"):
         Engine(params, config, 1, 16, speculate=2, draft=(params, config.replace(vocab_size=499)))
+
+
+# ---- a round by hand -----------------------------------------------------------------------------
+
+
+def test_drafts_are_looked_up_behind_the_longest_then_latest_match():
+    text = jnp.array([[1, 2, 3, 4, 9, 2, 3, 5, 8, 3, 6, 1, 2, 0, 0, 0]])
+    drafts = lambda length, newest, count=2: look_up(
+        text, jnp.array([length]), jnp.array([newest]), count
+    )[0].tolist()
+    # behind 1 2 3 at the front, though 3 stands later; behind 9 2 the next; behind 3 the last
+    assert drafts(13, 3) == [4, 9]
+    assert look_up(text.at[0, 11].set(9), jnp.array([13]), jnp.array([3]), 3)[0].tolist() == [
+        5,
+        8,
+        3,
+    ]
+    assert look_up(text.at[0, 12].set(7), jnp.array([13]), jnp.array([3]), 1)[0].tolist() == [6]
+    # one that stands nowhere but at the end, and what stands beyond the text, count for nothing
+    assert drafts(2, 3) == drafts(0, 9) == [2, 3]
+    # at the end of the history there is nothing more, and still they are tokens
+    full = jnp.array([[7, 7, 7, 5, 5]])
+    assert look_up(full, jnp.array([4]), jnp.array([5]), 4)[0].tolist() == [5, 5, 5, 5]
+    # a match of two cannot begin before the text
+    edge = jnp.array([[4, 1, 4, 6, 8, 8, 6]])
+    assert look_up(edge, jnp.array([6]), jnp.array([4]), 1)[0].tolist() == [6]
+
+
+def round_of(kept=(2, 0, 3), forced=None):
+    """A state of three rows, the choices of a round, what a tool forces, and how many stand."""
+    row = sampling.new_row([0], Sampling(5, stop=(8,)), 10)
+    rows = {name: jnp.stack([jnp.asarray(value)] * 3) for name, value in row.items()}
+    rows["history"] = jnp.zeros((3, 8), jnp.int32)
+    rows["alive"] = jnp.array([True, False, True])
+    cache = Cache(None, None, jnp.array([1, 4, 5]), jnp.array([7, 7, 7]))
+    state = State(jnp.array([0, 0, 2]), None, [cache], rows, empty_chunk(3, 5))
+    choices = jnp.array([[3, 4, 5], [1, 1, 1], [6, 7, 8]])
+    forced = jnp.full((3, 3), -1) if forced is None else jnp.array(forced)
+    return state, choices, forced, jnp.array(kept)
+
+
+def commit(state, choices, forced, kept):
+    newest = jnp.array([4, 1, 8])
+    return speculative.commit_rows(state, choices, forced, kept, newest)
+
+
+def test_rows_after_a_round_are_as_if_one_by_one():
+    state, choices, forced, kept = round_of()
+    rows = commit(state, choices, forced, kept)
+    assert rows["made"].tolist() == [2, 0, 3] and rows["left"].tolist() == [3, 5, 2]
+    assert rows["token"].tolist() == [4, 0, 8]
+    assert rows["alive"].tolist() == [True, False, False], "the last one is a stop"
+    seen = [np.flatnonzero(seen).tolist() for seen in rows["seen"]]
+    assert seen == [[0, 3, 4], [0], [0, 6, 7, 8]]
+    # behind what was there and the token that was fed
+    history = rows["history"].tolist()
+    assert history == [[0, 0, 3, 4, 0, 0, 0, 0], [0] * 8, [0] * 6 + [6, 7]]
+    # one that a tool has said stops nothing, whichever id it has
+    for id in (8, 0):
+        state, choices, forced, kept = round_of(forced=[[-1] * 3, [-1] * 3, [-1, -1, id]])
+        assert commit(state, choices, forced, kept)["alive"].tolist() == [True, False, True]
+
+
+def test_a_chunk_after_a_round_by_hand():
+    state, choices, _, kept = round_of()
+    logits = jnp.broadcast_to(jnp.log(jnp.arange(1, 11) / 55.0), (3, 3, 10)) + 1.0
+    verified = Verified(choices, logits, None)
+    active = jnp.array([True, False, True])
+    state.rows["top"] = jnp.array([False, True, False])
+    chunk = speculative.commit_chunk(state, verified, kept, active)
+    assert chunk.id.tolist() == [[3, 4, -1, -1, -1], [-1] * 5, [-1, -1, 6, 7, 8]]
+    shares = np.array([4, 5, 7, 8, 9]) / 55.0
+    written = np.asarray(chunk.logprob)[chunk.id >= 0]
+    np.testing.assert_allclose(written, np.log(shares), rtol=1e-5)
+    assert not np.asarray(chunk.logprob)[chunk.id < 0].any()
+    # nobody who writes has asked for alternatives
+    assert not np.asarray(chunk.top_id).any()
+    # two drafts for each of two rows, of which one and two were right
+    assert (int(chunk.drafted), int(chunk.accepted)) == (4, 3)
+    state.rows["top"] = jnp.array([False, True, True])
+    chunk = speculative.commit_chunk(state, verified, kept, active)
+    assert chunk.top_id[2, 2:, 0].tolist() == [9, 9, 9]
+    np.testing.assert_allclose(chunk.top_logprob[2, 2, :2], np.log([10 / 55, 9 / 55]), rtol=1e-5)
+
+
+def test_what_was_read_in_vain_is_forgotten_by_hand():
+    state, choices, _, kept = round_of()
+    before = state.caches[0]
+    after = before._replace(length=before.length + 3, last=jnp.array([1, 1, 1]))
+    cut = speculative.cut_back(after, before, choices, kept)
+    assert cut.length.tolist() == [3, 4, 8] and cut.last.tolist() == [4, 7, 8]
+
+
+def test_what_a_tool_forces_is_drafted():
+    state, *_ = round_of()
+    state.rows["history"] = jnp.array([[3, 1, 2, 3, 0, 0, 0, 0]] * 3)
+    state.rows["token"] = jnp.array([3, 3, 3])
+    cache = state.caches[0]._replace(length=jnp.array([3, 3, 3]))
+    state = state._replace(caches=[cache])
+    forced = jnp.array([[-1, -1, -1], [0, -1, 5], [-1, 9, 9]])
+    drafts, caches = speculative.propose(None, [None], state, None, forced)
+    assert drafts.tolist() == [[1, 2], [0, 2], [1, 9]] and caches == []
