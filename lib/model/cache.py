@@ -158,27 +158,26 @@ def write_ring(ring_XSH, new_BTKH, position_BT, length_B):
     """Put new keys or values at their positions (negative: nowhere) into a ring that holds `length`
     tokens.
     """
-    B, T, K, H = new_BTKH.shape
+    B, T, K, _ = new_BTKH.shape
     S = ring_XSH.shape[1]
-    new_BTKH = new_BTKH.astype(ring_XSH.dtype)
+    new_XTH = as_ring(new_BTKH, ring_XSH)
 
     # one token of one row: a slice, far cheaper than a scatter.
     # Padding spoils only the slot whose turn it is, and nobody needs that any more
     if B == T == 1:
         slot = length_B[0] % S
-        new_KTH = new_BTKH[0].swapaxes(0, 1)
-        return jax.lax.dynamic_update_slice(ring_XSH, new_KTH, (0, slot, 0))
+        return jax.lax.dynamic_update_slice(ring_XSH, new_XTH, (0, slot, 0))
 
     # of more than S new ones the last S stay; slot S is beyond the ring, and dropped
     last_B1 = jnp.max(position_BT, axis=1, keepdims=True)
     stays_BT = (position_BT >= 0) & (position_BT > last_B1 - S)
     slot_BT = jnp.where(stays_BT, position_BT % S, S)
 
-    # every row writes into its own K rings
-    row_B1 = jnp.arange(B)[:, None]
-    ring_BKSH = ring_XSH.reshape(B, K, S, H)
-    ring_BKSH = ring_BKSH.at[row_B1, :, slot_BT].set(new_BTKH, mode="drop")
-    return ring_BKSH.reshape(ring_XSH.shape)
+    # each of the B K rings by itself: were a row's K written together, a TPU would turn the whole
+    # cache so that they lie side by side, and back
+    ring_X1 = jnp.arange(B * K)[:, None]
+    slot_XT = jnp.repeat(slot_BT, K, axis=0)
+    return ring_XSH.at[ring_X1, slot_XT].set(new_XTH, mode="drop")
 
 
 def held_positions(length_B, S: int):

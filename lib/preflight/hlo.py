@@ -388,6 +388,17 @@ def _parameters(inside: dict[str, Op]) -> dict[int, str]:
     return {int(op.inside): op.name for op in inside.values() if op.code == "parameter"}
 
 
+def _handed_on(op: Op, program: Program) -> str:
+    """The operand that a fusion hands on unchanged, as those of a fused matrix product are before
+    it; none where it computes something.
+    """
+    inside, root = program.computations[called(op)], program.roots[called(op)]
+    last = _source(root.name, inside)
+    while last.code == "fusion" and _handed_on(last, program):
+        last = _source(_handed_on(last, program), inside)
+    return op.operands[int(last.inside)] if last.code == "parameter" else ""
+
+
 def _read(name: str, inside: dict[str, Op], program: Program) -> float:
     """Bytes of the parameter `name` of a fused computation that it reads."""
     whole = size(inside[name].type)
@@ -399,6 +410,9 @@ def _read(name: str, inside: dict[str, Op], program: Program) -> float:
             total += _read(op.name, inside, program)
         elif op.code in SLICES and name == op.operands[0]:
             total += size(op.type)
+        elif op.code == "fusion" and _handed_on(op, program) == name:
+            # then it is read by what reads that
+            total += _read(op.name, inside, program)
         elif op.code == "fusion":
             deeper = program.computations[called(op)]
             parameters = _parameters(deeper)

@@ -78,13 +78,14 @@ def ask(config, *questions):
 @pytest.mark.tpu
 @needs_libtpu
 def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
-    unknown, shape, four, too_big, decode, v4, v5p = ask(
+    unknown, shape, four, too_big, decode, write, v4, v5p = ask(
         SMALL,
         ("refused", "v99:1x1"),
         ("refused", "v6e:3x3"),
         ("step", "v6e-4", "zero", 4),
         ("step", "v6e-1", "dp", 65536),
         ("decode", 2, 256),
+        ("write", 8, 2048, 10),
         ("cores", "v4:2x2x1"),
         ("cores", "v5p:2x2x1"),
     )
@@ -119,6 +120,9 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
     weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)
     assert decode["fits"] and weights < decode["bytes"] < 4 * weights
     assert decode["tokens_per_s"] == pytest.approx(2 / decode["seconds"])
+    # new keys of several rows are written where they belong: the ring is neither copied nor turned
+    moved, ring = write
+    assert 0 < moved < 0.01 * ring
 
 
 @pytest.mark.tpu

@@ -203,6 +203,33 @@ def test_a_scatter_reads_and_writes_what_it_adds_to():
     assert program(lines, fused).components["embedding"].bytes == expected
 
 
+def test_a_product_reads_the_weight_that_it_is_handed_through_other_fusions():
+    """As libtpu writes products of a decoded token: no byte of the weight must be forgotten."""
+    fused = """%turned (p: bf16[32,16]) -> bf16[32,16] {
+  %p = bf16[32,16]{1,0} parameter(0)
+  ROOT %same = bf16[32,16]{1,0} copy(%p)
+}
+
+%viewed (p: bf16[32,16]) -> bf16[32,16] {
+  %p = bf16[32,16]{1,0} parameter(0)
+  %inner = bf16[32,16]{1,0} fusion(%p), kind=kLoop, calls=%turned
+  ROOT %view = bf16[32,16]{1,0} bitcast(%inner)
+}
+
+%product (x: bf16[8,32], w: bf16[32,16]) -> bf16[8,16] {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %w = bf16[32,16]{1,0} parameter(1)
+  %weight = bf16[32,16]{1,0} fusion(%w), kind=kLoop, calls=%viewed
+  ROOT %dot = bf16[8,16]{1,0} dot(%x, %weight), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    lines = """  %a = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  ROOT %f = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kOutput, calls=%product, metadata={op_name="jit(f)/mlp/dot"}"""
+    # all else lies on the chip
+    assert program(lines, fused).components["mlp"].bytes == 2 * 32 * 16
+
+
 def test_a_sum_fused_with_its_cut_is_a_reduce_scatter():
     fused = """%all-reduce-scatter.1 (p: f32[100]) -> f32[25] {
   %p = f32[100]{0} parameter(0)

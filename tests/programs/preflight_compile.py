@@ -7,10 +7,21 @@ own because libtpu's topologies must be the first thing that JAX meets.
 import json
 import sys
 
+import jax
+from jax.sharding import SingleDeviceSharding
+
 from lib.chips import tpu_slice
 from lib.config import Config
 from lib.files import UserError
-from lib.preflight.compile import compile_decode, inspect, tpu_device, tpu_devices
+from lib.model.cache import write_ring
+from lib.preflight.compile import (
+    compile_decode,
+    compile_lowered,
+    inspect,
+    tpu_device,
+    tpu_devices,
+)
+from lib.preflight.hlo import analyse
 
 
 def refused(config, topology):
@@ -34,13 +45,28 @@ def decode(config, rows, length):
     return compile_decode(config, tpu_device("v6e:1x1"), rows, length)
 
 
+def write(config, rows, slots, heads):
+    """(bytes moved by writing one key a row into a ring that is given away, bytes of the ring)."""
+    shapes = [
+        jax.ShapeDtypeStruct((rows * heads, slots, config.head_dim), config.dtype),
+        jax.ShapeDtypeStruct((rows, 1, heads, config.head_dim), config.dtype),
+        jax.ShapeDtypeStruct((rows, 1), "int32"),
+        jax.ShapeDtypeStruct((rows,), "int32"),
+    ]
+    device = SingleDeviceSharding(tpu_device("v6e:1x1"))
+    written = jax.jit(write_ring, donate_argnums=0, in_shardings=device, out_shardings=device)
+    text = compile_lowered(written.lower(*shapes)).text
+    moved = sum(work.bytes for work in analyse(text).components.values())
+    return [moved, shapes[0].size * shapes[0].dtype.itemsize]
+
+
 def cores(config, topology):
     """(cores of a device, devices) of a topology."""
     devices = tpu_devices(topology)
     return [getattr(devices[0], "num_cores", 1), len(devices)]
 
 
-KINDS = dict(refused=refused, step=step, decode=decode, cores=cores)
+KINDS = dict(refused=refused, step=step, decode=decode, cores=cores, write=write)
 request = json.loads(sys.argv[1])
 for kind, *arguments in request["ask"]:
     print(json.dumps(KINDS[kind](Config(**request["config"]), *arguments)), flush=True)
