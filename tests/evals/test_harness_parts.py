@@ -1,0 +1,140 @@
+"""What lm_eval's requests mean for us and what is kept of its results, by hand and without it."""
+
+import json
+import types
+
+import pytest
+
+from lib.data.tokenizer import Tokenizer
+from lib.evals import harness
+from lib.files import UserError
+from tests.helpers.golden import PARITY
+
+TOKENIZER = Tokenizer.load(PARITY / "tokenizer.json")
+
+
+def test_arguments_of_generation():
+    asked = lambda arguments, room=999: harness.sampling(arguments, (3,), 7, room)
+    plain = asked({})
+    assert (plain.max_tokens, plain.temperature, plain.seed, plain.stop) == (256, 0.0, 7, (3,))
+    assert plain.stop_strings == ()
+    # whatever it is called, and never more than there is room for
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        assert asked({name: 9}).max_tokens == 9 and asked({name: 9}, 5).max_tokens == 5
+    assert asked({"until": "\n"}).stop_strings == ("\n",)
+    assert asked({"until": ["a", "", "b"]}).stop_strings == ("a", "b")
+    assert asked({"until": None}).stop_strings == ()
+    # who samples: as it says, else by the temperature
+    for arguments, temperature in (
+        ({"temperature": 0.5}, 0.5),
+        ({"temperature": 0.5, "do_sample": False}, 0.0),
+        ({"temperature": 0.5, "do_sample": True}, 0.5),
+        ({"do_sample": True}, 0.0),
+    ):
+        assert asked(arguments).temperature == temperature
+    filters = dict(top_k=4, top_p=0.5, min_p=0.25, repetition_penalty=2.0)
+    for name, value in filters.items():
+        assert getattr(asked(filters), name) == value
+    with pytest.raises(UserError, match="generation argument beams, other is not known"):
+        asked({"beams": 2, "temperature": 1, "other": 1})
+
+
+def test_contexts_are_texts_or_chats():
+    assert harness.context_ids(TOKENIZER, "ab") == ([TOKENIZER.bos], "ab")
+    user = {"role": "user", "content": "a"}
+    begun = {"role": "assistant", "content": "so "}
+    for messages, rest in (([user], "x"), ([user, begun], "so x")):
+        context = harness.CHAT + json.dumps(messages) + "x"
+        ids, text = harness.context_ids(TOKENIZER, context)
+        assert ids == TOKENIZER.render_for_completion(messages) and text == rest
+    ids, after = harness.pair_ids(TOKENIZER, "a", " b")
+    assert ids[0] == TOKENIZER.bos and TOKENIZER.decode([*ids[1:], *after]) == "a b" and after
+
+
+def test_prompts_leave_room_for_their_answers():
+    """Half of the context is for the prompt at least, and of a longer one the end is kept."""
+    checkpoint = object.__new__(harness.Checkpoint)
+    config = types.SimpleNamespace(sequence_len=20)
+    checkpoint.model = types.SimpleNamespace(tokenizer=TOKENIZER, config=config)
+    checkpoint.stop, checkpoint.seed = (3,), 5
+    text = "abcdefghijklmnopq"
+    ids = TOKENIZER.encode(text)
+    cuts = []
+    for count, tokens in ((5, 10), (9, 3), (9, 10), (9, 11), (10, 10), (11, 10), (17, 3), (17, 4)):
+        context = TOKENIZER.decode(ids[:count])
+        whole = [TOKENIZER.bos, *TOKENIZER.encode(context)]
+        request = types.SimpleNamespace(args=(context, {"max_tokens": tokens}))
+        prompt = checkpoint._prompt(2, request)
+        room = 20 - min(tokens, 10)
+        assert prompt.sampling.max_tokens == min(tokens, 10) and prompt.sampling.seed == 7
+        assert prompt.cut == (len(whole) > room)
+        want = whole if len(whole) <= room else [whole[0], *whole[len(whole) - room + 1 :]]
+        assert prompt.ids == want and len(prompt.ids) <= room
+        cuts.append(prompt.cut)
+    assert set(cuts) == {True, False}
+
+
+@pytest.mark.parametrize("rows", ["0", 0, "many", -1, 1.5])
+def test_rows_at_once_are_a_number(rows):
+    with pytest.raises(UserError, match="a number of rows is needed"):
+        harness.Checkpoint("nowhere", batch_size=rows)
+    with pytest.raises(UserError, match="JAX chooses the device"):
+        harness.Checkpoint("nowhere", device="cuda")
+
+
+def test_results_of_one_checkpoint_are_put_together():
+    config = dict.fromkeys(harness.records.IDENTITY, "same")
+    entry = lambda name, score: {
+        "config": config,
+        "date": score,
+        "results": {name: score},
+        "measured": {name: score},
+    }
+    merged = harness._merged(entry("a", 1), entry("b", 2))
+    assert merged == {
+        "config": config,
+        "date": 2,
+        "results": {"a": 1, "b": 2},
+        "measured": {"a": 1, "b": 2},
+    }
+    assert harness._merged(entry("a", 1), entry("a", 2))["results"] == {"a": 2}
+    assert harness._merged({}, entry("a", 1)) == entry("a", 1)
+    groups = {"groups": {"g": 1}}
+    assert harness._merged(entry("a", 1) | groups, entry("b", 2))["groups"] == {"g": 1}
+    for key in harness.records.IDENTITY:
+        other = entry("a", 1) | {"config": config | {key: "other"}} | groups
+        assert harness._merged(other, entry("b", 2)) == entry("b", 2)
+
+
+def test_scores_in_words():
+    figures = {"acc,none": 0.5, "acc_stderr,none": 0.25, "alias": "x", "f1,a": 1.0, "n": 3}
+    figures |= {"f1_stderr,a": "N/A", "em,b": 0.125, "em_stderr,a": 0.5}
+    lines = harness.scores_text({"results": {"task": figures}}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["task", "acc", "0.5000", "±", "0.2500"],
+        ["task", "f1", "1.0000"],
+        ["task", "em", "0.1250"],
+    ]
+
+
+def test_the_command_hands_its_settings_on(monkeypatch, capsys, tmp_path):
+    given = {}
+
+    def evaluate(folder, tasks, **options):
+        given.update(folder=folder, tasks=tasks, **options)
+        return {"results": {}}
+
+    monkeypatch.setattr(harness, "_import", lambda: None)
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    monkeypatch.setattr(harness, "write", lambda folder, results: "where")
+    runs = dict(runs_dir=str(tmp_path))
+    harness.main(harness.HarnessSettings("nest", "a,b c", **runs))
+    none = dict(include_path=None, limit=None, num_fewshot=None)
+    plain = dict(stage="", ckpt="", batch_size=32, apply_chat_template=False, bootstrap_iters=1000)
+    assert given == none | plain | dict(folder=tmp_path / "nest", tasks=["a", "b", "c"])
+    assert capsys.readouterr().out.endswith("results: where\n")
+    more = dict(include_path="x", limit=3, num_fewshot=0, stage="sft", ckpt="best", batch_size=4)
+    harness.main(harness.HarnessSettings("nest", "a", chat_template=True, **more, **runs))
+    assert {name: given[name] for name in more} == more and given["apply_chat_template"] is True
+    harness.main(harness.HarnessSettings("nest", "a", num_fewshot=5, **runs))
+    assert given["num_fewshot"] == 5
