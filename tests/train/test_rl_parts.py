@@ -1,0 +1,293 @@
+"""Reinforcement's bookkeeping by hand: what is asked, what is written down, what is told."""
+
+import math
+import types
+
+import numpy as np
+import pytest
+
+from lib.generate import Sampling, Token
+from lib.train import policy, rl, rollouts
+from lib.train.policy import Policy
+from lib.train.rollouts import Question, Rollout, Seconds
+
+
+def tokens(*ids, forced=()):
+    return [Token(id, -float(id), id in forced) for id in ids]
+
+
+def rollout(prompt, made, finish="stop", reward=0.0, forced=()):
+    return Rollout(list(prompt), tokens(*made, forced=forced), finish, "", reward)
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+# number: the lowest and the highest that is no word about it
+RANGES = {
+    "signal": (0.05, 1.0),
+    "entropy": (0.003, 5.0),
+    "kl": (0.0, 1.0),
+    "drift": (0.0, 0.05),
+    "truncated": (0.0, 0.5),
+    "length": (2.0, math.inf),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_number_is_told_of_when_it_leaves_its_range(name):
+    for end, beyond in zip(RANGES[name], (-0.001, 0.001)):
+        assert rl.warnings_of({name: end}) == []
+        if math.isfinite(end):
+            [line] = rl.warnings_of({name: end + beyond})
+            assert line.startswith(f"{name} is {end + beyond:.3g}: ")
+    assert rl.warnings_of({}) == [] and len(rl.RANGES) == len(RANGES)
+
+
+def test_a_steps_numbers_by_hand():
+    groups = [
+        ({}, [rollout([1], [1, 2], "stop", 1.0), rollout([1], [1, 2, 3, 4], "length", 0.0)]),
+        ({}, [rollout([1], [1], "stop", 1.0), rollout([1], [1], "stop", 1.0)]),
+    ]
+    assert rl.summary(groups, Seconds(3.0, 1.0)) == dict(
+        reward=0.75,
+        length=2.0,
+        written=8,
+        truncated=0.25,
+        signal=0.5,
+        rollout_s=3.0,
+        tools_s=1.0,
+    )
+
+
+def test_means_are_of_tokens_and_speed_is_of_what_was_written(monkeypatch):
+    monkeypatch.setattr(rl, "time", types.SimpleNamespace(perf_counter=lambda: 30.0))
+    training = types.SimpleNamespace(began=26.0, numbers=dict(written=20, reward=0.5))
+    training.sums = dict(tokens=4, kl=1.0, clipped=2.0, drift=3.0, entropy=8.0)
+    measured = rl.Reinforcement.measure(training)
+    assert measured == dict(
+        written=20, reward=0.5, kl=0.25, clipped=0.5, drift=0.75, entropy=2.0, tokens_per_s=5.0
+    )
+    training.sums |= dict(tokens=0)
+    assert rl.Reinforcement.measure(training)["entropy"] == 8.0
+
+
+# ---- what is asked -------------------------------------------------------------------------------
+
+
+def training_of(parts, questions=3):
+    """A Reinforcement whose steps have these parts; `asked` are the first questions of each."""
+    training = object.__new__(rl.Reinforcement)
+    training.settings = types.SimpleNamespace(questions=questions)
+    training.layout = None
+    training.config = types.SimpleNamespace(dtype=np.float32)
+    training.run = types.SimpleNamespace(state=types.SimpleNamespace(params={}))
+    training.asked = []
+    groups = [({}, [rollout([1], [1])])]
+    training.ask = lambda params, asked, seconds: training.asked.append(asked) or groups
+    given = iter(parts)
+    training.parts = lambda groups: next(given)
+    return training
+
+
+def test_questions_are_asked_one_after_the_other_and_skipped_ones_counted(monkeypatch):
+    monkeypatch.setattr(rl, "whole", lambda layout, params, dtype: params)
+    monkeypatch.setattr(rl, "put_batch", lambda layout, parts, whole: parts)
+    part = (["rows"], ["signals"])
+    training = training_of([part, None, None, part, part])
+    feed = training.feed(None)
+    assert next(feed) == (["rows"], ["signals"], dict(asked=3, skipped=0))
+    assert next(feed)[2] == dict(asked=12, skipped=2) and training.numbers["skipped"] == 2
+    assert next(feed)[2] == dict(asked=15, skipped=2)
+    assert training.asked == [0, 3, 6, 9, 12]
+    again = training_of([part])
+    assert next(again.feed(dict(asked=12, skipped=2)))[2] == dict(asked=15, skipped=2)
+    assert again.asked == [12]
+
+
+def test_seeds_and_orders_repeat_and_differ():
+    seeds = {rl.seed_of(*which) for which in np.ndindex(3, 4, 5)}
+    assert len(seeds) == 60 and rl.seed_of(1, 2, 3) == rl.seed_of(1, 2, 3)
+    orders = [rl.order_of(seed, epoch, 50).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    training = types.SimpleNamespace(questions=list("abc"))
+    training.settings = types.SimpleNamespace(seed=4)
+    asked = [rl.Reinforcement.question(training, n) for n in range(6)]
+    for epoch in (0, 1):
+        want = [training.questions[i] for i in rl.order_of(4, epoch, 3)]
+        assert asked[3 * epoch : 3 * epoch + 3] == want
+
+
+# ---- what is learnt ------------------------------------------------------------------------------
+
+
+def test_a_rollout_as_a_row():
+    """Position t foresees token t + 1; what a tool said is read and not learnt; ids may be 0."""
+    one = rollout([5, 6], [0, 7, 8], forced=(7,))
+    assert rollouts.learnt(one) == 2 and rollouts._tokens(one) == 4
+    inputs, targets = np.zeros(6, int), np.full(6, -1)
+    logp = np.zeros(6)
+    rollouts._write(one, inputs, targets, logp)
+    assert inputs.tolist() == [5, 6, 0, 7, 0, 0] and targets.tolist() == [-1, 0, -1, 8, -1, -1]
+    assert logp.tolist() == [0, 0, 0, -8, 0, 0]
+
+
+def test_rows_are_dealt_out_by_length():
+    lengths = (3, 30, 17, 18)
+    made = [rollout([1], range(1, length + 1)) for length in lengths]
+    rows, signals = rollouts.parts_of(made, [1.0, 2.0, 3.0, 4.0], [0.1, 0.2, 0.3, 0.4], 3)
+    assert [part.inputs_BT.shape for part in rows] == [(3, 32), (3, 16)]
+    assert [(part.targets_BT >= 0).sum(1).tolist() for part in rows] == [[30, 18, 17], [3, 0, 0]]
+    assert [part.advantage_B.tolist() for part in signals] == [[2, 4, 3], [1, 0, 0]]
+    np.testing.assert_allclose([s.weight_B for s in signals], [[0.2, 0.4, 0.3], [0.1, 0, 0]])
+    assert not rows[1].inputs_BT[1:].any() and not signals[1].sampler_logp_BT[1:].any()
+    # a width that no part exceeds
+    cut, _ = rollouts.parts_of(made, [1.0] * 4, [1.0] * 4, 3, longest=30)
+    assert [part.inputs_BT.shape for part in cut] == [(3, 30), (3, 16)]
+
+
+def test_widths_are_eight_to_an_octave():
+    given = (1, 16, 17, 128, 129, 255, 256, 257, 288, 289, 511, 512, 513)
+    want = (16, 16, 32, 128, 144, 256, 256, 288, 288, 320, 512, 512, 576)
+    assert tuple(map(rollouts.width_of, given)) == want
+    assert rollouts.width_of(129, 128) == 256
+
+
+def test_which_rows_count_and_where_nothing_is_learnt(monkeypatch):
+    training = types.SimpleNamespace(settings=types.SimpleNamespace(policy=Policy()))
+    training.config = types.SimpleNamespace(microbatch=2, sequence_len=64)
+    alike = [[rollout([1], [1, 2], reward=1.0), rollout([1], [1], reward=1.0)]]
+    assert rl.Reinforcement.parts(training, alike) is None
+    mixed = [*alike, [rollout([1], [3, 4, 5], reward=1.0), rollout([1], [6], reward=0.0)]]
+    given = {}
+    monkeypatch.setattr(rl, "parts_of", lambda *given_: given.update(enumerate(given_)) or "parts")
+    dropping, plain = Policy(drop_uniform=True), Policy(drop_uniform=False)
+    for settings in (plain, dropping):
+        training.settings.policy = settings
+        assert rl.Reinforcement.parts(training, mixed) == "parts"
+        chosen = 2 if settings is dropping else 4
+        assert len(given[0]) == len(given[1]) == len(given[2]) == chosen
+        assert given[0][-2:] == mixed[1] and given[3] == 2
+        assert given[1][-2] > 0 > given[1][-1] and (given[4], given[5]) == (16, 64)
+        count = np.array([2, 1, 3, 1]) * ([0, 0, 1, 1] if settings is dropping else 1)
+        weights = policy.row_weights(count, settings)[-chosen:]
+        np.testing.assert_allclose(given[2], weights)
+
+
+def test_groups_with_something_to_teach():
+    assert policy.has_signal([0, 1]) and policy.has_signal([1, 1, 0])
+    assert (
+        not policy.has_signal([1, 1]) and not policy.has_signal([1]) and not policy.has_signal([])
+    )
+    reward, group = [1, 0, 1, 1, 0], [0, 0, 1, 1, 2]
+    cut = [False, True, False, True, False]
+    for settings, kept in (
+        (Policy(drop_uniform=False), [True] * 5),
+        (Policy(drop_uniform=True), [True, True, False, False, False]),
+        (Policy(drop_uniform=False, drop_truncated=True), [True, False, True, False, True]),
+        (Policy(drop_uniform=True, drop_truncated=True), [True] + [False] * 4),
+    ):
+        assert policy.kept(reward, group, cut, settings).tolist() == kept
+
+
+def test_weights_of_rows_by_hand():
+    count = np.array([3, 1, 0])
+    for name, weights in (("token", [0.25] * 3), ("sequence", [1 / 9, 1 / 3, 1 / 3])):
+        given = policy.REDUCTIONS[name](count, 8)
+        np.testing.assert_allclose(given, weights)
+    np.testing.assert_allclose(policy.REDUCTIONS["sequence_sum"](count, 8), [1 / 3] * 3)
+    np.testing.assert_allclose(policy.REDUCTIONS["token"](np.array([0, 0]), 8), [1, 1])
+
+
+def test_advantages_by_hand():
+    group, step = np.array([0.0, 0.0, 3.0]), np.array([0.0, 0.0, 3.0, 1.0])
+    spread, wide = math.sqrt(2.0), math.sqrt(1.5)
+    for name, want in (
+        ("group_mean", [-1, -1, 2]),
+        ("leave_one_out", [-1.5, -1.5, 3]),
+        ("group_std", [-1 / (spread + 0.5), -1 / (spread + 0.5), 2 / (spread + 0.5)]),
+        ("batch_std", [-1 / (wide + 0.5), -1 / (wide + 0.5), 2 / (wide + 0.5)]),
+    ):
+        np.testing.assert_allclose(policy.ADVANTAGES[name](group, step, 0, 0.5), want, err_msg=name)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+class Paper:
+    """Engines that write two tokens a step for every row; rows of odd seeds are cut."""
+
+    def __init__(self, slots):
+        self.slots, self.rows, self.joined, self.widest = slots, {}, [], 0
+
+    @property
+    def free(self):
+        return self.slots - len(self.rows)
+
+    def add_many(self, prompts, samplings):
+        free = [slot for slot in range(self.slots) if slot not in self.rows]
+        slots = free[: len(prompts)]
+        for slot, prompt, sampling in zip(slots, prompts, samplings, strict=True):
+            self.rows[slot] = prompt, sampling.seed
+        self.joined.append([sampling.seed for sampling in samplings])
+        self.widest = max(self.widest, len(self.rows))
+        return slots
+
+    def step(self, count):
+        assert count == rollouts.LONG_CHUNK
+        written = {}
+        for slot, (prompt, seed) in list(self.rows.items()):
+            end = "length" if seed % 2 else "stop"
+            written[slot] = tokens(prompt[0], seed), end if seed < 100 else None
+            self.rows[slot] = prompt, seed - 100
+            if seed < 100:
+                del self.rows[slot]
+        return written
+
+
+def test_whole_groups_join_where_there_is_room():
+    questions = [Question({}, [n]) for n in (7, 8, 9)]
+    seeds = [[10, 11], [112, 13], [14, 15]]
+    engine = Paper(slots=3)
+    made, ends = rollouts._write_groups(engine, questions, seeds, Sampling(9))
+    assert engine.joined == seeds and engine.widest == 3
+    ids = [[[token.id for token in answer] for answer in group] for group in made]
+    assert ids == [[[7, 10], [7, 11]], [[8, 112, 8, 12], [8, 13]], [[9, 14], [9, 15]]]
+    assert ends == [["stop", "length"], ["stop", "length"], ["stop", "length"]]
+    wide = Paper(slots=6)
+    rollouts._write_groups(wide, questions, seeds, Sampling(9))
+    assert wide.widest == 6
+
+
+def test_an_answer_is_worth_something_only_where_its_end_was_heard(monkeypatch):
+    monkeypatch.setattr(rollouts, "said", lambda tokenizer, ids: f"said {ids}")
+    monkeypatch.setattr(rollouts, "score", lambda reward, item, text: reward(item, text))
+    heard = []
+    reward = lambda item, text: heard.append((item, text)) or 2.0
+    question = Question("item", [1, 2])
+    for finish, worth in (("stop", 2.0), ("length", 0.0)):
+        judged = rollouts._judged(question, tokens(3, 4), finish, None, reward)
+        assert judged == Rollout([1, 2], tokens(3, 4), finish, "said [3, 4]", worth)
+    assert heard == [("item", "said [3, 4]")]
+
+
+def test_what_tools_took_is_added_up(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5])
+    monkeypatch.setattr(rollouts, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    seconds = Seconds()
+    timed = rollouts._timed(str.upper, seconds)
+    assert (timed("a"), timed("b")) == ("A", "B") and seconds.tools == 2.5
+
+
+def test_groups_come_from_every_process_in_turn(monkeypatch):
+    questions = [Question({}, [n]) for n in (7, 8, 9)]
+    groups = [[rollout([n], [1, n], "stop", 0.5, forced=(1,))] for n in (7, 8, 9)]
+    assert rollouts.from_all(groups, questions) is groups
+    monkeypatch.setattr(rollouts.jax, "process_count", lambda: 2)
+    packed = []
+    monkeypatch.setattr(rollouts, "from_each", lambda name, mine: packed.append(mine) or [[], []])
+    # what each process sends, put together again
+    for own in (groups[0::2], groups[1::2]):
+        rollouts.from_all(own, [])
+    monkeypatch.setattr(rollouts, "from_each", lambda name, mine: packed)
+    assert rollouts.from_all(groups[0::2], questions) == groups
