@@ -291,3 +291,49 @@ def test_groups_come_from_every_process_in_turn(monkeypatch):
         rollouts.from_all(own, [])
     monkeypatch.setattr(rollouts, "from_each", lambda name, mine: packed)
     assert rollouts.from_all(groups[0::2], questions) == groups
+
+
+# ---- the loss ------------------------------------------------------------------------------------
+
+
+def test_a_constant_to_divide_by():
+    by = lambda norm: policy.row_weights([2, 1], Policy(reduce="constant", norm=norm))
+    assert by(1).tolist() == [0.5, 0.5] and by(4).tolist() == [0.125, 0.125]
+    with pytest.raises(rl.UserError, match="set it to the most tokens"):
+        by(0)
+
+
+def test_where_the_clip_takes_a_gradient_away():
+    settings = Policy(ratio="token", clip_low=0.25, clip_high=0.5)
+    ratio = np.array([[0.5, 0.75, 1.0, 1.5, 1.75]] * 3)
+    advantage = np.array([[1.0], [-1.0], [0.0]])
+    clipped = policy._is_clipped(ratio, advantage, settings)
+    assert clipped.tolist() == [
+        [False, False, False, False, True],
+        [True, False, False, False, False],
+        [False] * 5,
+    ]
+    loss = policy.objective(ratio, ratio, advantage, settings)
+    assert loss[0].tolist() == [-0.5, -0.75, -1.0, -1.5, -1.5]
+    assert loss[1].tolist() == [0.75, 0.75, 1.0, 1.5, 1.75]
+    for other in ("none", "stopped_weight"):
+        assert not policy._is_clipped(ratio, advantage, Policy(ratio=other)).any()
+
+
+def test_what_the_sampler_drew_otherwise_counts_less():
+    drift = np.log([0.25, 0.5, 1.0, 2.0, 4.0])
+    weights = {"truncate": [0.25, 0.5, 1, 2, 2], "mask": [0, 0.5, 1, 2, 0]}
+    for sampler, want in weights.items():
+        settings = Policy(sampler=sampler, sampler_min=0.499, sampler_max=2.001)
+        given = policy._sampler_weight(drift, settings)
+        np.testing.assert_allclose(given, want, rtol=2e-3)
+    assert policy._sampler_weight(drift, Policy(sampler="none")) == 1.0
+
+
+def test_long_answers_cost_something_in_the_end():
+    given = [policy.soft_overlong(length, 10, 4) for length in (0, 6, 7, 8, 10, 11, 99)]
+    assert given == [0, 0, -0.25, -0.5, -1, -1, -1]
+    assert policy.soft_overlong(10, 10, 10) == -1
+    for cache in (0, 11):
+        with pytest.raises(rl.UserError, match=f"cache {cache} must be from 1"):
+            policy.soft_overlong(5, 10, cache)
