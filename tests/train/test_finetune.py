@@ -495,3 +495,102 @@ def test_a_phase_is_saved_three_times_and_keeps_the_last():
     run = types.SimpleNamespace(config=types.SimpleNamespace(num_steps=31))
     saving = sft.saving(run)
     assert (saving.every, saving.keep, saving.metric) == (10, 1, "val_loss")
+
+
+# ---- a phase by hand -----------------------------------------------------------------------------
+
+
+def test_a_plan_by_hand(tokenizer):
+    """Lengths are of what a row of 65 holds at most; three passes of it, four rows a step."""
+    some = chats(chat("a", "b" * 9), chat("a", "b" * 200))
+    lengths = [len(tokenizer.render_conversation(one, 65)[0]) for one in some.messages]
+    assert lengths[1] == 65
+    planned = sft.plan(some, tokenizer, TINY, epochs=30.0)
+    assert planned["tokens"] == sum(lengths) and planned["conversations"] == {"here": 2}
+    assert planned["steps"] == round(30 * sum(lengths) / 65 / 4)
+    assert sft.plan(some, tokenizer, TINY, epochs=0.01)["steps"] == 1
+    # of many every so manieth
+    many = chats(*(some.messages * 3))
+    assert sft.plan(many, tokenizer, TINY, 1.0, sample=3)["tokens"] == 6 * lengths[0]
+
+
+def test_the_config_of_a_phase():
+    base = TINY.replace(warmup_steps=5, num_steps=100)
+    config = sft.phase_config(base, 40, 0.5)
+    assert (config.num_steps, config.warmup_steps) == (40, 4)
+    assert sft.phase_config(base, 80, 1.0).warmup_steps == 5
+    assert sft.phase_config(base, 80, 1.0, warm=True).warmup_steps == 0
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "adamw_lr"):
+        assert getattr(config, name) == 0.5 * getattr(base, name)
+    assert sft.phase_config(base, 1, 1.0).num_steps == 1
+    for steps, lr in ((0, 1.0), (1, 0.0), (1, -1.0)):
+        with pytest.raises(UserError, match="at least 1 step and rates above 0"):
+            sft.phase_config(base, steps, lr)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_what_a_phase_is_opened_with(tokenizer, tmp_path, monkeypatch, capsys, warm):
+    past, asked, begun = {}, [], []
+    monkeypatch.setattr(sft, "find_past", lambda *given: past.update(given=given))
+    monkeypatch.setattr(sft, "fingerprint", lambda params: f"print of {params}")
+    monkeypatch.setattr(sft, "start", lambda *given: begun.append(given))
+    monkeypatch.setattr(
+        sft, "chat_batches", lambda *given, **more: asked.append((given, more)) or iter(())
+    )
+    # a run that only keeps what it is given
+    monkeypatch.setattr(sft, "TrainingRun", lambda *given, **more: (given, more))
+    phase = sft.Phase("sft", {"here": 2.0}, epochs=3.0, lr=0.5)
+    phase.__dict__["chats"] = MANY
+    base = sft.Base("params", TINY.replace(seed=6), tokenizer, "text", "moments" if warm else None)
+    (config, feed), given = sft.open_phase(phase, base, tmp_path, "continue", "afresh")
+
+    steps = sft.plan(MANY, tokenizer, TINY, 3.0)["steps"]
+    assert config == sft.phase_config(base.config, steps, 0.5, warm)
+    identity = dict(
+        tokenizer=tokenizer.fingerprint,
+        mixture={"here": 2.0},
+        conversations=MANY.identity,
+        source="text",
+        optimizer_state="warm" if warm else "fresh",
+        start="print of params",
+    )
+    assert given["identity"] == identity and given["past"] is None
+    assert past["given"] == (tmp_path, "continue", config, identity, tmp_path, "afresh")
+    assert given["folder"] == given["store"] == tmp_path
+    given["begin"]()
+    assert begun == [("params", config, "moments" if warm else None)]
+    # rows are those of a whole batch, in the order of this seed, from where the cursor stands
+    assert list(feed("cursor")) == []
+    assert asked == [((MANY, tokenizer, 4, 64), dict(cursor="cursor", seed=6))]
+    told = capsys.readouterr().out
+    assert f"tokens x 3 epochs = {steps} steps of 4 x 64, 0.5 x rates" in told
+    assert "continuing" not in told and "finished" not in told
+
+
+def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
+    phase = sft.Phase("sft", {"here": 1.0})
+    phase.__dict__["held_out"] = MANY
+    read = []
+    monkeypatch.setattr(sft, "validation_loss", lambda *given: read.append(given) or 2.5)
+    for steps, every in ((31, 3), (9, 1), (20, 2)):
+        run = types.SimpleNamespace(config=TINY.replace(num_steps=steps))
+        measurement = sft.validation(phase, run, tokenizer)
+        assert (measurement.every, measurement.gives, measurement.by_clock) == (
+            every,
+            "val_loss",
+            False,
+        )
+    assert measurement.measure("params") == {"val_loss": 2.5}
+    [(params, config, rows)] = read
+    assert (params, config) == ("params", run.config)
+    own = list(data.chat_batches(MANY, tokenizer, 2, 64, loop=False))
+    assert len(rows) == len(own)
+    for (inputs, targets, *_), (want, want_targets, *_) in zip(rows, own):
+        assert (inputs == want).all() and (targets == want_targets).all()
+
+
+def test_packing_in_words():
+    cursor = dict(conversations=1234, truncated=2, empty=3, targets=30, padding=5, cells=120)
+    line = sft.packing_line(cursor)
+    assert "1,234 conversations, 2 cut" in line and "3 left out" in line
+    assert "25% of the tokens learnt, 4.2% padding" in line
