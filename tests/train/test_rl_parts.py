@@ -3,13 +3,14 @@
 import math
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lib.generate import Sampling, Token
 from lib.train import policy, rl, rollouts
 from lib.train.policy import Policy
-from lib.train.rollouts import Question, Rollout, Seconds
+from lib.train.rollouts import Question, Rollout, Rows, Seconds, Signal
 
 
 def tokens(*ids, forced=()):
@@ -337,3 +338,21 @@ def test_long_answers_cost_something_in_the_end():
     for cache in (0, 11):
         with pytest.raises(rl.UserError, match=f"cache {cache} must be from 1"):
             policy.soft_overlong(5, 10, cache)
+
+
+def test_the_first_token_of_the_vocabulary_is_learnt_like_any_other(monkeypatch):
+    """Two tokens are learnt, one of them number 0; the third place has none."""
+
+    def token_logprobs(params, config, inputs_BT, targets_BT):
+        return params["a"] + jnp.zeros(inputs_BT.shape), 1.0 * (targets_BT >= 0)
+
+    monkeypatch.setattr(rl.model, "token_logprobs", token_logprobs)
+    nothing = np.zeros((1, 3), np.float32)
+    rows = Rows(nothing.astype(np.int32), np.array([[0, 3, -1]]))
+    signal = Signal(nothing - 1, np.array([2.0]), np.array([0.5]))
+    params = {"a": jnp.float32(-1.0)}
+    (loss, sums), grads = rl.part_gradients(
+        params, "no config", rows, signal, None, nothing - 1, Policy()
+    )
+    assert (float(loss), float(grads["a"])) == (2.0, -2.0)
+    assert (int(sums["tokens"]), float(sums["entropy"])) == (2, 2.0)
