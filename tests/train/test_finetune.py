@@ -505,9 +505,9 @@ def test_a_plan_by_hand(tokenizer):
     some = chats(chat("a", "b" * 9), chat("a", "b" * 200))
     lengths = [len(tokenizer.render_conversation(one, 65)[0]) for one in some.messages]
     assert lengths[1] == 65
-    planned = sft.plan(some, tokenizer, TINY, epochs=30.0)
+    planned = sft.plan(some, tokenizer, TINY, epochs=300.0)
     assert planned["tokens"] == sum(lengths) and planned["conversations"] == {"here": 2}
-    assert planned["steps"] == round(30 * sum(lengths) / 65 / 4)
+    assert planned["steps"] == round(300 * sum(lengths) / 65 / 4)
     assert sft.plan(some, tokenizer, TINY, epochs=0.01)["steps"] == 1
     # of many every so manieth
     many = chats(*(some.messages * 3))
