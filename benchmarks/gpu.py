@@ -40,7 +40,8 @@ class Args:
     """Microbatches in a step"""
     contestants: tuple[str, ...] = ("torch", "plain")
     """torch; plain (the same shape, ours); whole (nanochat's whole model with Muon, ours). After a
-    colon Config fields for ours alone, such as plain:loss_chunk=8192,scan_layers=false
+    colon Config fields for ours alone, such as plain:loss_chunk=8192,scan_layers=false, and options
+    of the compiler, whose names begin with xla_
     """
     rounds: int = 5
     """Rounds; each gives every contestant its steps once, in turns"""
@@ -55,23 +56,30 @@ class Args:
 
 
 def config_of(args: Args, name: str):
-    """The Config that a contestant trains."""
+    """(the Config that a contestant trains, options of the compiler)."""
     from lib.config import Config
     from lib.files import UserError, choose
     from lib.notebook import parse_overrides
 
-    kind, _, fields = name.partition(":")
+    kind, _, behind = name.partition(":")
     choose("contestant", kind, ("torch", "plain", "whole"))
-    if kind == "torch" and fields:
+    if kind == "torch" and behind:
         raise UserError("fields of Config are for ours alone: leave them out behind torch")
-    overrides = parse_overrides(fields.replace(",", " "), Config)
+    parts = behind.split(",")
+    options: dict = dict(part.split("=", 1) for part in parts if part.startswith("xla_"))
+    # the compiler takes a switch as a bool only
+    for option, value in options.items():
+        if value in ("true", "false"):
+            options[option] = value == "true"
+    fields = " ".join(part for part in parts if not part.startswith("xla_"))
+    overrides = parse_overrides(fields, Config)
     shape = dict(depth=args.depth, microbatch=args.rows, num_steps=100)
     shape["total_batch_size"] = args.rows * args.accumulate * 2048
-    parts = dict(compute_dtype="bfloat16") if kind == "whole" else PLAIN
-    return Config.from_depth(**shape | parts | overrides)
+    model = dict(compute_dtype="bfloat16") if kind == "whole" else PLAIN
+    return Config.from_depth(**shape | model | overrides), options
 
 
-def our_step(config):
+def our_step(config, options: dict):
     """(step() -> loss, number of parameters), compiled."""
     import jax
     import numpy as np
@@ -83,7 +91,8 @@ def our_step(config):
     shape = rows, config.sequence_len
     ids = np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
     batch = jax.device_put(ids), jax.device_put(np.roll(ids, -1, 1))
-    step = train.make_train_step(config).lower(train.state_template(config), *batch).compile()
+    lowered = train.make_train_step(config).lower(train.state_template(config), *batch)
+    step = lowered.compile(compiler_options=options)
     state = train.init_state(config)
 
     def take():
@@ -120,7 +129,7 @@ def kernel_seconds(step) -> list[tuple[float, str]]:
 
 def serve(args: Args):
     """One contestant: says when it is ready, then takes steps for each line of its input."""
-    config = config_of(args, args.serve)
+    config, options = config_of(args, args.serve)
     begun = time.perf_counter()
     if args.serve == "torch":
         import torch
@@ -134,7 +143,7 @@ def serve(args: Args):
     else:
         import jax
 
-        step, params = our_step(config)
+        step, params = our_step(config, options)
         last = []
         take, step = step, lambda: last.append(take())
         wait = lambda: jax.block_until_ready(last)
@@ -220,7 +229,7 @@ def main(args: Args):
     result = dict(device=device, batch=f"{args.accumulate}x{args.rows}x2048", lines=[])
     print(f"{device}, depth {args.depth}, {result['batch']} tokens a step; medians and extremes")
     for contestant in contestants:
-        config = config_of(args, contestant.name)
+        config, _ = config_of(args, contestant.name)
         median = statistics.median(contestant.times)
         tokens = config.total_batch_size / median
         line = dict(

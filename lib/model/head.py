@@ -10,6 +10,9 @@ from lib.config import Config
 from lib.model.linear import linear, written_out
 from lib.parallel.collectives import gather
 
+# exp of a logit this large, summed over any vocabulary, is far from float32's largest number
+NO_OVERFLOW = 60.0
+
 
 def head_matrix(params, config: Config):
     """The head (D, V), or its int8 form; a tied one is the embedding, turned."""
@@ -106,10 +109,19 @@ def _chunk_loss(x_CD, t_C, head, config: Config):
     log-sum-exp.
     """
     logits_CV = _logits(x_CD, head, config)
-    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    lse_C = _log_sum_exp(logits_CV, config)
     target_C1 = jnp.maximum(t_C, 0)[:, None]
     picked_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
     return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), logits_CV, lse_C
+
+
+def _log_sum_exp(logits_CV, config: Config):
+    """log sum exp of each row. Where a soft-cap bounds the logits no sum can overflow: that saves
+    the pass over all of them that looks for the largest.
+    """
+    if 0 < config.softcap <= NO_OVERFLOW:
+        return jnp.log(jnp.exp(logits_CV).sum(axis=-1))
+    return jax.nn.logsumexp(logits_CV, axis=-1)
 
 
 def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):

@@ -1,4 +1,6 @@
-"""The linear layer, for weights in floats or int8, with gradients that are cheap to schedule."""
+"""The linear layer, for weights in floats or int8, stored by inputs or by outputs, with gradients
+that are cheap to schedule.
+"""
 
 from functools import partial
 from typing import Any
@@ -14,11 +16,14 @@ def linear(spec: str, x, w) -> Any:
     bfloat16 weights are the mixed mode.
 
     An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized`
+    makes it; one in floats may be {"by_output": (outputs..., inputs)}, as `decoding.by_outputs`
     makes it.
     """
-    if isinstance(w, dict):
-        return _int8_linear(spec, x, w)
-    return _float_linear(spec, x, w)
+    if not isinstance(w, dict):
+        return _float_linear(spec, x, w)
+    if "by_output" in w:
+        return _by_output_linear(spec, x, w["by_output"])
+    return _int8_linear(spec, x, w)
 
 
 def merge_heads(o_BTNH, wo):
@@ -138,7 +143,16 @@ def _float_linear_backward(spec, saved, g):
 _float_linear.defvjp(_float_linear_forward, _float_linear_backward)
 
 
-# ---- int8 ----------------------------------------------------------------------------------------
+# ---- weights with their outputs first, for decoding ----------------------------------------------
+
+
+def _by_output_linear(spec: str, x, w):
+    """The product with a weight (outputs..., inputs)."""
+    *outputs, inputs = w.shape
+    x_MI = x.reshape(-1, inputs).astype(w.dtype)
+    w_OI = w.reshape(-1, inputs)
+    y_MO = jnp.einsum("MI,OI->MO", x_MI, w_OI, preferred_element_type=x.dtype)
+    return _in_shape(y_MO, spec, x, outputs)
 
 
 def _int8_linear(spec: str, x, w):
@@ -159,7 +173,13 @@ def _int8_linear(spec: str, x, w):
     else:
         y_MO = x_MI @ w_OI.T
     y_MO = (y_MO * w["scale"]).astype(x.dtype)
-    # the leading axes of x stay as they are; as many as the result has beside the weight's outputs
+    return _in_shape(y_MO, spec, x, outputs)
+
+
+def _in_shape(y_MO, spec: str, x, outputs: list[int]):
+    """A product's rows as the spec has them: the leading axes of x, as many as the result has
+    beside the weight's outputs.
+    """
     result = spec.split("->")[1]
     leading = x.shape[: len(result) - len(outputs)]
     return y_MO.reshape(*leading, *outputs)

@@ -404,6 +404,32 @@ def test_parameters_ready_for_decoding_are_not_copied(dtype):
         assert {a.dtype.name for a in jax.tree.leaves(ready) if a.ndim > 1} <= {dtype, "int8"}
 
 
+def test_outputs_first_say_the_same_and_are_for_gpus(monkeypatch):
+    # said, for what auto is depends on the device
+    config = TINY.replace(compute_dtype="float32")
+    prompts = np.random.default_rng(0).integers(0, 90, (2, 12)).tolist()
+    plain = model.decoding_params(tiny_params(), config)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    turned = model.decoding_params(tiny_params(), config)
+    assert set(turned["blocks"][0]["wo"]) == {"by_output"}
+    # from any form, and what is turned already is not turned back
+    again = model.decoding_params(turned, config)
+    assert all(a is b for a, b in zip(jax.tree.leaves(turned), jax.tree.leaves(again)))
+    # int8 has its outputs first anyway
+    small = model.decoding_params(model.quantized(tiny_params(), config), config)
+    assert set(small["blocks"][0]["wo"]) == {"int8", "scale"}
+
+    # several tokens at once, and one after the other
+    forward = jax.jit(model.forward, static_argnums=1)
+    exact, _ = forward(plain, config, np.array(prompts))
+    close, _ = forward(turned, config, np.array(prompts))
+    np.testing.assert_allclose(close, exact, atol=2e-5)
+    written = generate(turned, config, prompts, greedy(4))
+    read = np.array([prompt + new for prompt, new in zip(prompts, written)])
+    exact, _ = forward(plain, config, read)
+    assert exact[:, 11:-1].argmax(-1).tolist() == written
+
+
 def test_int8_weights_stay_close_and_decode():
     x = np.random.default_rng(0).integers(0, 90, (2, 64)).astype(np.int32)
     small = jax.jit(model.quantized, static_argnums=1)(tiny_params(), TINY)
