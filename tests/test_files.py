@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib import files
-from lib.files import UserError
+from lib.files import UserError, read_json, update_json
 
 # ---- writing
 
@@ -193,3 +193,9 @@ def test_commands_are_printed_for_a_shell():
     words = ["python", "03_worker.py", "--store", "My Drive/it's"]
     assert shlex.split(files.quoted(*words)) == words
     assert files.quoted("a", 1, 2.5) == "a 1 2.5"
+
+
+def test_an_object_on_disk_is_begun_and_added_to(tmp_path):
+    path = tmp_path / "results.json"
+    assert update_json(path, a=1, b=[2]) == {"a": 1, "b": [2]}
+    assert update_json(path, b=3) == {"a": 1, "b": 3} == read_json(path)

@@ -44,6 +44,34 @@ def test_a_measurement_of_tasks_says_how_fast_it_was_and_of_what(monkeypatch):
     assert part["partial"] and part["limit"] == entries["core/one"]["limit"] == 1
 
 
+def test_a_measurement_during_training_has_every_task(monkeypatch):
+    tasks = [types.SimpleNamespace(label=label, items=[1, 2]) for label in ("one", "two")]
+    asked = []
+    monkeypatch.setattr(core, "load_bundle", lambda *given: asked.append(given) or (tasks, ""))
+    monkeypatch.setattr(
+        core,
+        "prepare",
+        lambda tokenizer, task: types.SimpleNamespace(task=task, requests=task.label),
+    )
+    monkeypatch.setattr(
+        core, "scorer", lambda params, *_, **more: lambda label: (params, label, more)
+    )
+    centered = {"one": 0.25, "two": 0.75}
+    monkeypatch.setattr(
+        core, "decide", lambda one, score: dict(centered=centered[score[1]], by=score)
+    )
+    monkeypatch.setattr(core, "summary", lambda entries: dict(score=len(entries), stderr=0.5))
+    measure = core.during_training(None, None, "bundle", limit=7, room=9)
+    assert [given[::2] for given in asked] == [("bundle", 7)]
+    for params in ("early", "late"):
+        assert measure(params) == {
+            "core": 2,
+            "core_stderr": 0.5,
+            "core/one": 0.25,
+            "core/two": 0.75,
+        }
+
+
 # ---- letters -------------------------------------------------------------------------------------
 
 
@@ -92,6 +120,61 @@ def test_the_longest_come_first_and_results_by_their_place():
     at_work.clear()
     questions.TaskJob.in_batches(job, [1, 4, 2], 2, batch, owners=[3, 0, 3])
     assert at_work == [["a", "d"], ["d"]]
+
+
+# ---- whole records -------------------------------------------------------------------------------
+
+
+def test_what_was_measured_and_what_was_skipped(monkeypatch):
+    seen = []
+    chosen = dict(here="task", away="task", there="task")
+    loaded = dict(here=[1], away="no network", there=[2, 3])
+    by_call = iter(loaded.values())
+    monkeypatch.setattr(questions, "find", lambda names, known: chosen)
+    monkeypatch.setattr(questions, "ThreadPoolExecutor", OneByOne)
+    monkeypatch.setattr(questions, "items_or_reason", lambda task, limit: next(by_call))
+    monkeypatch.setattr(
+        questions, "_measured", lambda job: seen.append((job.name, job.items)) or len(job.items)
+    )
+    monkeypatch.setattr(questions.stats, "chatcore", lambda entries: sum(entries.values()) - 3)
+    record = questions.evaluate(
+        None, None, TOKENIZER, None, questions.Questions(), known={}, answers="ask", progress=False
+    )
+    assert record == dict(tasks=dict(here=1, there=2), skipped=dict(away="no network"))
+    assert seen == [("here", [1]), ("there", [2, 3])]
+
+
+class OneByOne:
+    """What stands for a pool of threads."""
+
+    def __init__(self, threads):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+
+@pytest.mark.parametrize("counts, alone", [((1, 1), True), ((1, 2), False), ((2, 2), False)])
+def test_only_where_nothing_is_to_choose_from_a_perplexity_is_told(monkeypatch, counts, alone):
+    made = []
+    asked = [types.SimpleNamespace(length=9, cut=i) for i in range(2)]
+    scored = [[likelihood.Score(-2.0, 4, True, 0)] * count for count in counts]
+    job = types.SimpleNamespace(settings=types.SimpleNamespace(batch=1))
+    job.each = lambda function: asked
+    job.in_batches = lambda lengths, size, function: scored
+    job.judge = lambda means: made.append(means) or [1.0, 0.0]
+    job.outcomes = lambda correct: [{} for _ in correct]
+    monkeypatch.setattr(questions, "_one_continuation", lambda *_: ([0.0, 0.0], dict(alone=True)))
+    monkeypatch.setattr(
+        questions, "_accuracy", lambda job, correct, options, **more: (correct, options, more)
+    )
+    correct, options, more = questions._likelihood(job)
+    assert ("alone" in more) == alone and correct == ([0.0, 0.0] if alone else [1.0, 0.0])
+    assert options == list(counts) and more["truncated"] == 1
+    assert made == [[[-0.5] * count for count in counts]]
 
 
 # ---- rows that share a beginning -----------------------------------------------------------------

@@ -260,6 +260,24 @@ def test_whole_groups_join_where_there_is_room():
     assert wide.widest == 6
 
 
+def test_engines_have_room_for_the_longest_prompt_and_for_a_whole_group(monkeypatch):
+    made = []
+    monkeypatch.setattr(rollouts, "Engines", lambda *given: made.append(given[2:4]))
+    monkeypatch.setattr(rollouts, "_write_groups", lambda *_: ([], []))
+    special = {"<|assistant_end|>": 1}
+    tokenizer = types.SimpleNamespace(special=special, bos=0)
+    for lengths, answers, most, slots, room in (
+        ((3, 60, 5), 2, 40, 6, 128),
+        ((3, 20), 1, 40, 2, 64),
+        ((1,), 100, 10, 128, 64),
+        ((1,) * 9, 10, 10, 64, 64),
+    ):
+        asked = [Question({}, [1] * length) for length in lengths]
+        seeds = [list(range(answers))] * len(asked)
+        rollouts.roll_out(None, None, tokenizer, asked, seeds, most, None)
+        assert made.pop() == (slots, room)
+
+
 def test_an_answer_is_worth_something_only_where_its_end_was_heard(monkeypatch):
     monkeypatch.setattr(rollouts, "said", lambda tokenizer, ids: f"said {ids}")
     monkeypatch.setattr(rollouts, "score", lambda reward, item, text: reward(item, text))

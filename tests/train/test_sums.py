@@ -133,3 +133,17 @@ def test_a_table_that_is_the_head_too_is_not_only_looked_up(batch, tied):
     turned = tables.by_token(params)
     with_lines = tables.looked_up(params, turned, batch[0], config)
     assert isinstance(with_lines["embed"], Lines) != tied
+
+
+# ---- whose memory is given away ------------------------------------------------------------------
+
+
+def test_a_step_is_given_the_old_states_memory_and_nothing_else(batch):
+    """As the program is written: nothing is compiled."""
+    state = jax.eval_shape(lambda: train.init_state(CONFIG))
+    lowered = train.make_train_step(CONFIG).lower(state, *batch)
+    (old, *rows), _ = lowered.args_info
+    assert all(
+        leaf.donated for leaf in jax.tree.leaves(old, is_leaf=lambda x: hasattr(x, "donated"))
+    )
+    assert not any(one.donated for one in rows)
