@@ -74,6 +74,12 @@ def test_prompts_leave_room_for_their_answers():
     assert set(cuts) == {True, False}
 
 
+def test_where_nothing_is_asked_nothing_is_written():
+    checkpoint = object.__new__(harness.Checkpoint)
+    checkpoint.answers = checkpoint.model = None
+    assert checkpoint.generate_until([]) == []
+
+
 @pytest.mark.parametrize("rows", ["0", 0, "many", -1, 1.5])
 def test_rows_at_once_are_a_number(rows):
     with pytest.raises(UserError, match="a number of rows is needed"):

@@ -440,6 +440,7 @@ def test_what_was_noted_of_steps_that_are_lost_is_lost_with_them(tmp_path):
     for step in run.steps([], train.Saving(every=5, seconds=0), writers=[]):
         run.notes["seen"].append(step.step)
         if step.step == 7:
+            run.notes["late"] = "of a step that is lost"
             break
     assert run.done == 5 and run.notes == {"seen": [1, 2, 3, 4, 5]}
 

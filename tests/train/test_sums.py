@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lib import model, train
+from lib import model, parallel, train
 from lib.config import Config
 from lib.model import tables
 from lib.model.linear import scaled
@@ -138,10 +138,12 @@ def test_a_table_that_is_the_head_too_is_not_only_looked_up(batch, tied):
 # ---- whose memory is given away ------------------------------------------------------------------
 
 
-def test_a_step_is_given_the_old_states_memory_and_nothing_else(batch):
+@pytest.mark.parametrize("devices", [None, 1])
+def test_a_step_is_given_the_old_states_memory_and_nothing_else(batch, devices):
     """As the program is written: nothing is compiled."""
-    state = jax.eval_shape(lambda: train.init_state(CONFIG))
-    lowered = train.make_train_step(CONFIG).lower(state, *batch)
+    layout = devices and parallel.make_layout("dp", CONFIG, jax.devices()[:devices])
+    state = steps.state_template(CONFIG, layout)
+    lowered = train.make_train_step(CONFIG, layout).lower(state, *batch)
     (old, *rows), _ = lowered.args_info
     assert all(
         leaf.donated for leaf in jax.tree.leaves(old, is_leaf=lambda x: hasattr(x, "donated"))
