@@ -210,6 +210,13 @@ def test_bits_of_texts_that_differ_are_compared_by_their_errors():
         assert (certain.p, certain.stderr) == (p, 0.0)
 
 
+def test_a_mean_is_compared_by_its_own_tasks():
+    tasks = {"a": {"kind": "core"}, "b": {"kind": "choice"}, "c": {"kind": "core"}, "d": {}}
+    record = dict(tasks=tasks, core={}, chatcore=dict(tasks=["b", "gone"]))
+    assert stats._members(record, "core") == {"a": tasks["a"], "c": tasks["c"]}
+    assert stats._members(record, "chatcore") == {"b": tasks["b"]}
+
+
 def test_which_of_two_is_better():
     compared = lambda delta, better: stats.Comparison("x", delta, 0.1, 1.0, 1, "t", "u", better)
     for delta, better, improved in (

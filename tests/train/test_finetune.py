@@ -434,6 +434,7 @@ def test_parse_mixture(tmp_path):
         ("arithmetc", "unknown source"),
         ("spelling:0", "above 0"),
         ("spelling:nan", "above 0"),
+        ("spelling:1e6", "above 0"),
     ]:
         with pytest.raises(UserError, match=says):
             sft.parse_mixture(bad)
