@@ -153,6 +153,16 @@ def test_who_is_gone_before_the_answer_is_counted_so():
     assert asyncio.run(asgi({"type": "lifespan"}, None, None)) == "lifespan"
 
 
+def test_responses_are_strict_json():
+    plain = guard.json_response({"a": [1, None]})
+    assert (plain.status_code, plain.body) == (200, b'{"a": [1, null]}')
+    assert plain.headers["content-type"] == "application/json"
+    told = guard.json_response({}, 503, {"Retry-After": "2"})
+    assert told.status_code == 503 and told.headers["retry-after"] == "2"
+    with pytest.raises(ValueError):
+        guard.json_response({"a": float("nan")})
+
+
 # ---- the body of a request -----------------------------------------------------------------------
 
 
@@ -213,6 +223,7 @@ class Connection:
         self.cycle = None
         self.done = []
         self.later = []
+        self.set = 0  # how often a clock was set
         note = self.done.append
         self.transport = types.SimpleNamespace(
             is_closing=lambda: "abort" in self.done or "close" in self.done,
@@ -225,6 +236,7 @@ class Connection:
     def call_later(self, seconds, abort):
         assert abort is self.transport.abort
         self.later.append(seconds)
+        self.set += 1
         return types.SimpleNamespace(cancel=lambda: self.later.remove(seconds))
 
     def asks(self, watch):
@@ -252,12 +264,12 @@ def test_a_connections_time_begins_when_it_asks_and_when_it_is_answered(monkeypa
     watch, _, [one] = crowd(monkeypatch, 5, 1)
     assert one.later == [3.0]
     watch.look(one)
-    assert one.later == [3.0], "nothing has changed"
+    assert one.later == [3.0] and one.set == 1, "nothing has changed"
     one.asks(watch)
     # to come, to be written, and a minute to be sent
     assert one.later == [5.0 + 11.0 + 60.0] and one not in watch.idle
     watch.look(one)
-    assert len(one.later) == 1
+    assert len(one.later) == 1 and one.set == 2
     one.is_answered(watch)
     assert one.later == [3.0] and one in watch.idle
     watch.forget(one)
@@ -378,6 +390,58 @@ def test_what_is_listened_to():
                 server.listen(settings)
     finally:
         listener.close()
+
+
+def test_a_server_begins_and_ends_as_the_system_allows():
+    """It lets more queue than it takes in a turn, and ends late answers after the grace period."""
+    done = []
+
+    class Base:
+        async def startup(self, sockets=None):
+            done.append("started")
+
+        async def shutdown(self, sockets=None):
+            await asyncio.sleep(self.seconds)
+            done.append("shut down")
+
+    listener = types.SimpleNamespace(listen=lambda backlog: done.append(backlog))
+    worker = types.SimpleNamespace(end=lambda: done.append("ended"))
+    one = server.graceful(0.05, worker, Base)()
+    asyncio.run(one.startup([listener]))
+    asyncio.run(one.startup())
+    assert done == ["started", connections.BACKLOG, "started"] and connections.BACKLOG == 128
+    for seconds, told in ((0.0, ["shut down"]), (0.2, ["ended", "shut down"])):
+        done.clear()
+        one.seconds = seconds
+
+        async def shut_down_and_wait():
+            await one.shutdown()
+            await asyncio.sleep(0.1)
+
+        asyncio.run(shut_down_and_wait())
+        assert done == told
+
+
+def test_a_thing_is_logged_once_a_minute():
+    now = 0.0
+    once = connections.Once(clock=lambda: now)
+
+    def said(text, level="WARNING"):
+        record = types.SimpleNamespace(getMessage=lambda: text, levelname=level, msg="", args=(1,))
+        return once.filter(record) and (record.msg or text)
+
+    assert [said("a\n1"), said("a\n2"), said("b"), said("a", "ERROR")] == ["a\n1", False, "b", "a"]
+    assert said("") == ""
+    now = 59.9
+    assert said("a") is False
+    now = 60.0
+    assert said("a") == "a (and 2 times since it was said last)"
+    now = 120.0
+    assert said("a") == "a", "counted since then"
+    # messages that are never alike do not pile up
+    for number in range(1100):
+        assert said(f"other {number}")
+    assert len(once.said) <= 1001
 
 
 # setting: its least value

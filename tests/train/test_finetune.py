@@ -568,6 +568,20 @@ def test_what_a_phase_is_opened_with(tokenizer, tmp_path, monkeypatch, capsys, w
     assert "continuing" not in told and "finished" not in told
 
 
+def test_what_is_said_of_a_phase_that_was_begun_before(tokenizer, tmp_path, monkeypatch, capsys):
+    phase = sft.Phase("sft", {"here": 2.0})
+    phase.__dict__["chats"] = MANY
+    steps = sft.plan(MANY, tokenizer, TINY, 1.0)["steps"]
+    monkeypatch.setattr(sft, "fingerprint", lambda params: "print")
+    monkeypatch.setattr(sft, "TrainingRun", lambda *given, **more: more["past"])
+    for step, line in ((steps, "finished before: where"), (1, "continuing at step 1")):
+        past = types.SimpleNamespace(path="where", meta=dict(step=step))
+        monkeypatch.setattr(sft, "find_past", lambda *given, past=past: past)
+        base = sft.Base(None, TINY, tokenizer, "text")
+        assert sft.open_phase(phase, base, tmp_path, "continue", None) is past
+        assert capsys.readouterr().out.endswith(f"  {line}\n")
+
+
 def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
     phase = sft.Phase("sft", {"here": 1.0})
     phase.__dict__["held_out"] = MANY
