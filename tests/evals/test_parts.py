@@ -193,6 +193,19 @@ def test_rows_and_groups_by_hand():
     assert alone.key == one.key and both.key == one.key[:8]
 
 
+def test_how_much_is_read_at_once():
+    config = types.SimpleNamespace(sequence_len=8)
+    read = lambda batch=9, most=None, stride=None: likelihood._reading(
+        config, batch, most, stride, True, None
+    )
+    assert read()[:3] == (9, 8, 8) and read(most=5)[:3] == (9, 5, 5)
+    assert read(1, 1, 1)[:3] == (1, 1, 1) and read(9, 5, 3)[:3] == (9, 5, 3)
+    assert likelihood._reading(config, None, None, None, True, None).batch_tokens >= 1
+    for bad in ((0, 5, 3), (9, -1, -1), (9, 5, -1), (9, 5, 6)):
+        with pytest.raises(UserError, match="of at least 1 and stride <= max_tokens"):
+            read(*bad)
+
+
 # ---- comparisons ---------------------------------------------------------------------------------
 
 

@@ -264,6 +264,20 @@ def test_alternatives_are_brought_for_those_who_ask():
     assert paper.step()[0][0][0].top == []
 
 
+def test_token_number_0_is_a_token():
+    paper = Paper()
+    paper.add([1], Sampling(9))
+    decode = paper.decode
+
+    def shifted(*given, **more):
+        *rest, chunk = decode(*given, **more)
+        return *rest, chunk._replace(id=np.maximum(chunk.id - 1, -1))
+
+    paper.decode = shifted
+    written = [token.id for _ in range(2) for token in paper.step(3)[0][0]]
+    assert written == [0, 0, 1, 2]
+
+
 def test_no_numbers_are_told():
     paper = Paper()
     paper.add([1], Sampling(9))
