@@ -406,17 +406,17 @@ def test_a_server_begins_and_ends_as_the_system_allows():
 
     listener = types.SimpleNamespace(listen=lambda backlog: done.append(backlog))
     worker = types.SimpleNamespace(end=lambda: done.append("ended"))
-    one = server.graceful(0.05, worker, Base)()
+    one = server.graceful(0.3, worker, Base)()
     asyncio.run(one.startup([listener]))
     asyncio.run(one.startup())
     assert done == ["started", connections.BACKLOG, "started"] and connections.BACKLOG == 128
-    for seconds, told in ((0.0, ["shut down"]), (0.2, ["ended", "shut down"])):
+    for seconds, told in ((0.0, ["shut down"]), (0.5, ["ended", "shut down"])):
         done.clear()
         one.seconds = seconds
 
         async def shut_down_and_wait():
             await one.shutdown()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.4)
 
         asyncio.run(shut_down_and_wait())
         assert done == told
