@@ -13,6 +13,7 @@ one device; over a mesh they are where the devices talk (lib.parallel).
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -75,10 +76,37 @@ def turned(x_BTNH, rope, config: Config):
     """
     if not config.qk_norm:
         return rotate(x_BTNH, *rope) * config.qk_scale
+    return normed_rotation(x_BTNH, *rope, config.qk_scale, config.norm_eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float) -> Any:
+    """Heads rotated, then divided by their root mean square and multiplied by `scale`.
+
+    Its gradient is written out, from what came in and nothing else: autodiff keeps the rotated
+    heads as well, and a TPU writes and reads them again for every layer.
+    """
     x32 = x_BTNH.astype(jnp.float32)
-    mean_square = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-    scale = config.qk_scale * jax.lax.rsqrt(mean_square + config.norm_eps)
-    return (rotate(x_BTNH, *rope).astype(jnp.float32) * scale).astype(x_BTNH.dtype)
+    factor = scale * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (rotate(x_BTNH, cos, sin).astype(jnp.float32) * factor).astype(x_BTNH.dtype)
+
+
+def _normed_rotation_forward(x_BTNH, cos, sin, scale, eps):
+    return normed_rotation(x_BTNH, cos, sin, scale, eps), (x_BTNH, cos, sin)
+
+
+def _normed_rotation_backward(scale, eps, kept, dy_BTNH):
+    x_BTNH, cos, sin = kept
+    x32 = x_BTNH.astype(jnp.float32)
+    # the gradient rotated back, and what of it would only change a head's length taken away
+    g32 = rotate(dy_BTNH, cos, -sin).astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    along = jnp.mean(g32 * x32, axis=-1, keepdims=True)
+    dx32 = scale * inverse * (g32 - x32 * (inverse * inverse * along))
+    return dx32.astype(x_BTNH.dtype), None, None
+
+
+normed_rotation.defvjp(_normed_rotation_forward, _normed_rotation_backward)
 
 
 def full_attention(config: Config, window: int):

@@ -8,7 +8,7 @@ import pytest
 from lib.model import decoding, head, linear
 from lib.model.attention import ATTENTION
 from lib.model.cache import attend_held
-from lib.model.transformer import loss_fn, rms_norm
+from lib.model.transformer import loss_fn, rms_norm, rope_tables, rotate, turned
 from tests.model.test_model import TINY, relative, tiny_params, tokens
 
 CONFIG = TINY.replace(compute_dtype="bfloat16", loss_chunk=64, softcap=0.0)
@@ -90,6 +90,28 @@ def test_norms_are_taken_in_float32():
     np.testing.assert_allclose(float64(got), want, rtol=2**-8)
     # and of nothing there is a norm
     assert not rms_norm(jnp.zeros((2, 8))).any()
+
+
+@pytest.mark.parametrize("dtype, most", [("float32", 1e-6), ("bfloat16", 4e-3)])
+def test_the_written_gradient_of_turned_heads_is_that_of_the_formula(dtype, most):
+    """Against autodiff in float32; in bfloat16 no worse than rounding."""
+    config = TINY.replace(compute_dtype=dtype)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, dy = (jax.random.normal(key, (2, 8, 3, TINY.head_dim)).astype(dtype) for key in keys)
+    # heads of very different lengths, as the norm is for
+    x = x * jnp.asarray([1e-2, 1.0, 1e2], dtype)[:, None]
+    exact_rope = rope_tables(jnp.arange(8), TINY.replace(compute_dtype="float32"))
+
+    def formula(x):
+        return rotate(rms_norm(x), *exact_rope) * config.qk_scale
+
+    _, exact = jax.vjp(formula, x.astype(jnp.float32))
+    _, written = jax.vjp(lambda x: turned(x, rope_tables(jnp.arange(8), config), config), x)
+    (expected,) = exact(dy.astype(jnp.float32))
+    (gradient,) = written(dy)
+    assert gradient.dtype == dtype
+    for n in range(3):
+        assert relative(gradient[:, :, n], expected[:, :, n]) < most
 
 
 def test_softmax_is_in_float32_in_training_and_in_decoding():
