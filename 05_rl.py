@@ -81,7 +81,7 @@ reward = ""  # @param {type:"string"}
 # @markdown The method
 preset = "reinforce"  # @param ["reinforce", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 # @markdown Steps: rounds of asking and learning
-num_steps = 220  # @param {type:"integer"}
+num_steps = 200  # @param {type:"integer"}
 # @markdown Questions of a step
 questions = 8  # @param {type:"integer"}
 # @markdown Answers to each question
@@ -98,7 +98,7 @@ writers = "console"  # @param {type:"string"}
 # @markdown Checkpoint to begin with: empty for the newest that can chat, or a folder, gs:// or hf://USER/NAME address
 ckpt = ""  # @param {type:"string"}
 # @markdown Learning rates, as a share of pretraining's
-lr = 0.05  # @param {type:"number"}
+lr = 0.1  # @param {type:"number"}
 # @markdown Optimizer of the matrices
 optimizer = "muon"  # @param ["muon", "adamw"]
 # @markdown Updates by each step's answers

@@ -90,17 +90,21 @@ def same_number(item: dict, answer: str) -> bool:
 
 def same_end(item: dict, answer: str) -> bool:
     """The answer ends with the expected words, whatever its full stop and quotes; where they spell
-    a word, with no letter more.
+    a word, with no letter more, and where they say one several times, not once more.
     """
     given, wanted = bare_words(said(answer)), bare_words(item["answer"])
     before, end = given[: -len(wanted)], given[-len(wanted) :]
     if end != wanted:
         return False
+    if len(wanted) == 1 or not before:
+        return True
 
-    # "s c a t" does not spell cat
-    spells = len(wanted) > 1 and len(wanted[0]) == 1 and wanted[0].isalpha()
-    letter_more = before and len(before[-1]) == 1
-    return not (spells and letter_more)
+    # "s c a t" does not spell cat, and "cat cat cat" is not cat twice
+    spells = len(wanted[0]) == 1 and wanted[0].isalpha()
+    repeats = len(set(wanted)) == 1
+    letter_more = spells and len(before[-1]) == 1
+    word_more = repeats and before[-1] == wanted[0]
+    return not (letter_more or word_more)
 
 
 def bare_words(text: str) -> list[str]:
@@ -406,7 +410,7 @@ JOIN = [
 REPEAT = [
     "Repeat {w} {n} times.",
     "Write {w} {n} times in a row.",
-    "What is {w} * {n}?",
+    "Say {w} {n} times.",
     "What is {w} repeated {n} times?",
 ]
 REVERSE = [
@@ -433,8 +437,7 @@ def strings(rng, split):
     """What can be done with a word, in the model's head: most ways begin by spelling it."""
     kind = rng.choice("upper join repeat reverse end end length".split())
     word, other = _word(rng, split), _word(rng, split)
-    in_quotes = kind in ("join", "repeat")
-    w = f'"{word}"' if in_quotes else _shown(rng, word, split)
+    w = f'"{word}"' if kind == "join" else _shown(rng, word, split)
     spelt = f"{_named(w)}: {letters(word)}"
 
     # of the letters
@@ -461,9 +464,11 @@ def strings(rng, split):
         question = rng.choice(JOIN).format(w, f'"{other}"')
         stated = f'Together they are "{answer}".'
     else:
-        n = rng.randrange(2, 5)
-        answer = word * n
-        question, stated = rng.choice(REPEAT).format(w=w, n=n), f'That is "{answer}".'
+        # with blanks between: run together, the second would be other tokens than the first
+        n = rng.randrange(2, 10)
+        answer = " ".join([word] * n)
+        question = rng.choice(REPEAT).format(w=w, n=n)
+        stated = f"{_named(w)} {n} times: {' '.join([w] * n)}"
     return word, question, [text(stated)], answer
 
 

@@ -83,12 +83,12 @@ class Reinforcing:
     task: str
     reward: str = ""
     preset: str = "reinforce"
-    num_steps: int = 220
+    num_steps: int = 200
     questions: int = 8
     samples: int = 8
     max_tokens: int = 64
     updates: int = 1
-    lr: float = 0.05
+    lr: float = 0.1
     optimizer: str = "muon"
     seed: int = 0
 

@@ -89,6 +89,13 @@ def test_only_the_right_end_pays(answer, right):
     assert rewards.ends_so(dict(answer="catdog"), answer) == right
 
 
+def test_once_too_often_earns_nothing():
+    item = next(i for i in items_of("strings", "train") if "times" in i["messages"][0]["content"])
+    taught = item["messages"][-1]["content"][0]["text"]
+    assert rewards.ends_so(item, taught)
+    assert not rewards.ends_so(item, f"{taught} {item['about']}")
+
+
 def test_what_is_taught_earns_its_reward():
     for name in ("spelling", "strings", "counting", "two_steps", "arithmetic_beyond"):
         task = to_reinforce(name)
