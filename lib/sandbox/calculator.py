@@ -1,8 +1,10 @@
 """A calculator for models: sums and string questions, by a walk over whitelisted syntax nodes."""
 
 import ast
+import contextlib
 import math
 import re
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -21,6 +23,9 @@ SUM = re.compile(r"[\d\s+\-*/%.()]*")
 PERCENT = re.compile(r"%\s*[-+]")
 # Python only warns of digits that run into letters; exponents such as 1e3 are let through.
 RUN_TOGETHER = re.compile(r"\d[a-df-zA-DF-Z_]|[eE]\d*[a-zA-Z_]\d")
+
+# Several engines calculate at once, each in a thread of its own.
+PARSING = threading.Lock()
 
 
 class Refused(Exception):
@@ -78,10 +83,24 @@ def parsed(expression: str, wide: bool) -> ast.expr:
     if not wide and not quoted and not SUM.fullmatch(plain[0]):
         raise Refused
     code = "".join(a + b for a, b in zip(plain, [*quoted, ""], strict=True))
-    tree = ast.parse(code.strip(), mode="eval").body
+    tree = _syntax_tree(code.strip())
     if not wide and quoted and not _counts(tree):
         raise Refused
     return tree
+
+
+def _syntax_tree(code: str) -> ast.expr:
+    """`ast.parse` of an expression, safe in several threads.
+
+    Python keeps one depth for all threads that are parsing, and raises SystemError where another
+    one has moved it meanwhile (python/cpython#106905). So ours take turns; whoever else parses at
+    that moment is gone the next time.
+    """
+    with PARSING:
+        for _ in range(10):
+            with contextlib.suppress(SystemError):
+                return ast.parse(code, mode="eval").body
+        return ast.parse(code, mode="eval").body
 
 
 def _ungrouped(number: re.Match) -> str:

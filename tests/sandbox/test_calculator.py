@@ -1,7 +1,10 @@
 """The calculator's whitelist and bounds."""
 
+import gc
+import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -190,3 +193,22 @@ def test_a_text_that_would_be_too_long_is_never_made():
 
 def test_calculator_refuses_what_is_no_text():
     assert calculator(None) is None and calculator(b"1+1") is None and calculator(12) is None
+
+
+def test_several_threads_calculate_at_once():
+    """Without turns one in a hundred ends with Python's own SystemError."""
+    expression = "+".join(["1"] * 40)
+    called = lambda *_: None
+    between, when = sys.getswitchinterval(), gc.get_threshold()
+    try:
+        # threads change within a parse where the collector calls Python
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(50)
+        gc.callbacks.append(called)
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda _: calculator(expression), range(2000)))
+    finally:
+        sys.setswitchinterval(between)
+        gc.set_threshold(*when)
+        gc.callbacks.remove(called)
+    assert set(results) == {"40"}
