@@ -291,8 +291,8 @@ def _word(rng, split) -> str:
         first_half = word[: rng.randrange(1, len(word))]
         second_half = other[rng.randrange(1, len(other)) :]
         return (first_half + second_half)[:10]
-    if how < 0.7:
-        if how < 0.35:
+    if how < 0.75:
+        if how < 0.45:
             word = words()[rng.randrange(COMMONEST)]
         return word + other[-rng.randint(1, 3) :]
     return word

@@ -83,7 +83,7 @@ class Reinforcing:
     task: str
     reward: str = ""
     preset: str = "reinforce"
-    num_steps: int = 200
+    num_steps: int = 120
     questions: int = 8
     samples: int = 8
     max_tokens: int = 64
