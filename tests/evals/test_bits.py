@@ -2,6 +2,7 @@
 
 import base64
 import math
+import types
 
 import numpy as np
 import pytest
@@ -99,6 +100,46 @@ def test_python_is_split_into_its_kinds():
     for bad in ("def (:\n  x", "x = '\n", "a\x00b\nc", "if x:\n\ty\n        z\n"):
         with pytest.raises((SyntaxError, ValueError)):
             list(bits.python_kinds(bad))
+
+
+DOCUMENTED = '''class A:
+    """Of a class."""
+    def f(self): "no line of its own"
+    async def g(self):
+        "of a coroutine"
+x = "no docstring"
+"nor this"
+'''
+
+
+def test_docstrings_stand_alone_behind_what_they_document():
+    found = labelled(DOCUMENTED, bits.python_kinds(DOCUMENTED))
+    strings = {text.strip('"'): kind for text, kind in found if text.startswith('"')}
+    assert strings == {
+        "Of a class.": "docstring",
+        "no line of its own": "string",
+        "of a coroutine": "docstring",
+        "no docstring": "string",
+        "nor this": "string",
+    }
+    assert ("async", "keyword") in found and ("\n", None) not in found
+
+
+def test_a_string_of_several_tokens_is_one_however_deep(monkeypatch):
+    """As Python 3.12 and later see f-strings, one within another."""
+    kinds = {990: "FSTRING_START", 991: "FSTRING_MIDDLE", 992: "FSTRING_END"}
+    for number, name in kinds.items():
+        monkeypatch.setitem(bits.tokenize.tok_name, number, name)
+    text = "f'{f\"x\"}' + 1\n"
+    operator, number = bits.tokenize.OP, bits.tokenize.NUMBER
+    parts = [(990, 0, 2), (operator, 2, 3), (990, 3, 5), (991, 5, 6), (992, 6, 7)]
+    parts += [(operator, 7, 8), (992, 8, 9), (operator, 10, 11), (number, 12, 13)]
+    tokens = [
+        types.SimpleNamespace(type=kind, start=(1, a), end=(1, b), string=text[a:b], line=text)
+        for kind, a, b in parts
+    ]
+    monkeypatch.setattr(bits, "_tokens", lambda text: tokens)
+    assert list(bits.python_kinds(text)) == [(0, 9, "string"), (10, 11, "operator"), (12, 13, "number")]
 
 
 @pytest.mark.parametrize(
@@ -206,3 +247,15 @@ def test_runs_never_cross_from_one_text_to_the_next():
         ]
         == 1
     )
+
+
+def test_how_short_an_item_may_be():
+    text = words(40, 5)
+    item = lambda n, id: {"id": id, "text": " ".join(text[10 : 10 + n])}
+    stream = ["too short", " ".join(text), "too short"]
+    items = [item(8, "eight"), item(7, "seven"), item(8, "again")]
+    items.append({"id": "backwards", "text": " ".join(text[10:18][::-1])})
+    found = contamination.overlap(stream, {"a": items})["a"]
+    assert found == dict(overlapping=2, n=4, short=1, words=13, items=["eight", "again"])
+    found = contamination.overlap(stream, {"a": [item(5, "five"), item(4, "four")]}, n=5)["a"]
+    assert (found["items"], found["short"], found["words"]) == (["five"], 1, 5)

@@ -1,12 +1,16 @@
 """What lm_eval's requests mean for us and what is kept of its results, by hand and without it."""
 
 import json
+import sys
 import types
+import warnings
 
+import numpy as np
 import pytest
 
 from lib.data.tokenizer import Tokenizer
 from lib.evals import harness
+from lib.evals.likelihood import Score
 from lib.files import UserError
 from tests.helpers.golden import PARITY
 
@@ -144,3 +148,162 @@ def test_the_command_hands_its_settings_on(monkeypatch, capsys, tmp_path):
     assert {name: given[name] for name in more} == more and given["apply_chat_template"] is True
     harness.main(harness.HarnessSettings("nest", "a", num_fewshot=5, **runs))
     assert given["num_fewshot"] == 5
+
+
+# ---- our model as one of theirs ------------------------------------------------------------------
+
+
+def checkpoint_of(**more):
+    """A Checkpoint without weights."""
+    checkpoint = object.__new__(harness.Checkpoint)
+    config = types.SimpleNamespace(sequence_len=20)
+    checkpoint.model = types.SimpleNamespace(
+        params="weights", config=config, tokenizer=TOKENIZER, **more
+    )
+    checkpoint.stop, checkpoint.seed = (3,), 5
+    return checkpoint
+
+
+def requests(*arguments):
+    return [types.SimpleNamespace(args=one) for one in arguments]
+
+
+def test_continuations_of_one_context_are_asked_together(monkeypatch):
+    asked = []
+
+    def score(params, config, tokenizer, requests):
+        asked.append(requests)
+        scores = iter([Score(-1.0, 1, True, 0), Score(-2.0, 1, False, cut), Score(-3.0, 1, True, 0)])
+        return [[next(scores) for _ in after] for _, after in requests]
+
+    monkeypatch.setattr(harness.likelihood, "score", score)
+    checkpoint, given = checkpoint_of(), requests(("a", " b"), ("z", " d"), ("a", " c"))
+    cut = 1
+    with pytest.warns(UserWarning, match="1 of 3 contexts were longer than the model's 20 tokens"):
+        answers = checkpoint.loglikelihood(given)
+    assert answers == [(-1.0, True), (-3.0, True), (-2.0, False)]
+    [(first, second)] = asked
+    (a, b), (_, c) = (harness.pair_ids(TOKENIZER, "a", text) for text in (" b", " c"))
+    z, d = harness.pair_ids(TOKENIZER, "z", " d")
+    assert first == (a, [b, c]) and second == (z, [d])
+    cut = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint.loglikelihood(given) == answers
+
+
+def test_whole_texts_are_summed(monkeypatch):
+    read = []
+
+    def rolling(params, config, tokenizer, texts):
+        read.extend(texts)
+        return [np.float32([-1.0, -2.0]), np.float32([-4.0])]
+
+    monkeypatch.setattr(harness.likelihood, "rolling", rolling)
+    assert checkpoint_of().loglikelihood_rolling(requests(("ab",), ("c",))) == [-3.0, -4.0]
+    assert read == [TOKENIZER.encode("ab"), TOKENIZER.encode("c")]
+
+
+def test_what_is_written_comes_in_the_order_it_was_asked_in():
+    asked = []
+
+    def texts(prompts, samplings):
+        asked.extend(zip(prompts, samplings))
+        for i in reversed(range(len(prompts))):
+            yield i, None
+            yield i, TOKENIZER.encode("xyz"[i])
+
+    checkpoint = checkpoint_of()
+    checkpoint.answers = types.SimpleNamespace(texts=texts)
+    given = requests(("a", {}), ("b" * 40, {"max_tokens": 4}), ("c", {"max_tokens": 4}))
+    with pytest.warns(UserWarning, match="1 of 3 contexts"):
+        assert checkpoint.generate_until(given) == ["x", "y", "z"]
+    assert [(sampling.max_tokens, sampling.seed) for _, sampling in asked] == [
+        (10, 5),
+        (4, 6),
+        (4, 7),
+    ]
+    assert len(asked[1][0]) == 16
+
+
+def test_how_a_checkpoint_calls_itself(monkeypatch):
+    monkeypatch.setattr(harness, "count_params", lambda config: dict(total=9))
+    checkpoint = checkpoint_of(path="runs/a", stage="sft", meta=dict(step=7))
+    assert checkpoint.tokenizer_name == f"rawchat-{TOKENIZER.fingerprint[:16]}"
+    assert checkpoint.get_model_info() == dict(
+        checkpoint="runs/a", stage="sft", step=7, model_num_parameters=9
+    )
+    chat = [{"role": "user", "content": "a"}]
+    assert checkpoint.apply_chat_template(chat) == harness.CHAT + json.dumps(chat)
+
+
+# ---- lm_eval, which only notes what it is asked ---------------------------------------------------
+
+
+@pytest.fixture
+def lm_eval(monkeypatch):
+    """A stand-in for lm_eval; `given` is what it was asked."""
+    package, tasks, utils = (types.ModuleType(f"lm_eval{part}") for part in ("", ".tasks", ".utils"))
+    package.given, package.error = {}, None
+
+    def simple_evaluate(**options):
+        package.given.update(options)
+        if package.error:
+            raise package.error
+        return {"config": {}}
+
+    class TaskManager:
+        def __init__(self, **options):
+            package.given["manager"] = options
+            self.all_tasks = ["a", "b"]
+
+    package.simple_evaluate, tasks.TaskManager = simple_evaluate, TaskManager
+    utils.handle_non_serializable = str
+    for module in (package, tasks, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(harness, "register", lambda: lambda *model: model)
+    return package
+
+
+def test_what_lm_eval_is_asked(lm_eval, tmp_path):
+    options = dict(stage="sft", ckpt="best", limit=3, apply_chat_template=True, batch_size=4)
+    results = harness.evaluate(tmp_path / "nest", ["a"], **options)
+    assert lm_eval.given["model"] == ("nest", "sft", "best", str(tmp_path), 4)
+    assert lm_eval.given["tasks"] == ["a"] and lm_eval.given["limit"] == 3
+    assert "batch_size" not in lm_eval.given and results["config"]["chat_template"] is True
+    assert lm_eval.given["manager"] == dict(include_path=None, include_defaults=True)
+    # what is not said, and tasks of one's own
+    results = harness.evaluate(
+        str(tmp_path / "nest"), ["b"], include_path=tmp_path, defaults=False, batch_size=None
+    )
+    assert lm_eval.given["model"] == ("nest", "", "", str(tmp_path), 32)
+    assert lm_eval.given["manager"] == dict(include_path=str(tmp_path), include_defaults=False)
+    assert results["config"]["chat_template"] is False
+
+
+def test_what_cannot_be_measured_is_told_in_a_sentence(lm_eval, tmp_path):
+    with pytest.raises(UserError, match="lm_eval knows no task c, d: see"):
+        harness.evaluate(tmp_path, ["a", "c", "d"])
+    with pytest.raises(UserError, match="include_path .*none is no folder"):
+        harness.evaluate(tmp_path, ["a"], include_path=tmp_path / "none")
+    assert "model" not in lm_eval.given
+    for error in (OSError("away"), ConnectionError("away")):
+        lm_eval.error = error
+        with pytest.raises(UserError, match=r"could not get a task's data \(away\)"):
+            harness.evaluate(tmp_path, ["a"])
+
+
+def test_results_are_kept_with_their_settings(lm_eval, tmp_path):
+    config = dict(stage="sft", step=1, checkpoint="c", limit=3, chat_template=True, other=1)
+    results = dict(results={"a": {"acc,none": 0.5}}, groups={"g": {}}, config=config, samples="all")
+    path = harness.write(tmp_path, results | dict(date=1.5))
+    kept = json.loads(path.read_text())
+    assert path == tmp_path / "evals" / "lm_eval_sft.json"
+    assert kept["results"] == results["results"] and kept["date"] == 1.5 and "samples" not in kept
+    assert set(kept["measured"]) == {"a", "g"}
+    for measured in kept["measured"].values():
+        assert measured.pop("time").endswith("Z")
+        assert measured == dict(limit=3, chat_template=True)
+    # another task of the same checkpoint stands beside it
+    harness.write(tmp_path, results | dict(results={"b": {}}))
+    assert set(json.loads(path.read_text())["results"]) == {"a", "b"}

@@ -325,3 +325,196 @@ def test_core_as_a_whole_is_compared_over_all_items():
         record(after)["core"]["score"] - record(before)["core"]["score"]
     )
     assert entry.p < 0.001 and entry.tasks == 8 and entry.stderr > 0
+
+
+# ---- by hand: each branch, and each bound on both its sides
+
+
+def items(*values, key="correct"):
+    return [{"id": str(i), key: value} for i, value in enumerate(values)]
+
+
+def test_pass_at_k_refuses_numbers_that_cannot_be():
+    for n, correct, k in ((2, 3, 1), (2, -1, 1), (2, 1, 0), (2, 1, 3)):
+        with pytest.raises(ValueError, match="pass@k needs"):
+            stats.pass_at_k(n, correct, k)
+    assert stats.pass_at_k(1, 1, 1) == 1 and stats.pass_at_k(2, 0, 2) == 0
+
+
+def test_a_bootstrap_draws_as_often_as_it_is_told():
+    shapes = []
+
+    def statistic(values, axis):
+        shapes.append(values.shape)
+        return values.mean(axis)
+
+    values = [1.0, 2.0, 5.0]
+    once, again, other = (stats.bootstrap(values, statistic, 501, seed) for seed in (3, 3, 4))
+    assert once == again != other
+    assert shapes == [(500, 3), (1, 3)] * 3
+
+
+def test_tasks_that_ask_the_same_are_pooled_by_source_and_ids():
+    both = items(1, 0)
+    a = dict(source="s", baseline=0.5, items=both)
+    b = dict(source="s", baseline=0.0, items=both[::-1])
+    c = dict(source="s", baseline=0.0, items=both[:1])
+    d = dict(baseline=0.75, items=both)
+    pools = stats._questions(dict(a=a, b=b, c=c, d=d))
+    assert [{label: values.tolist() for label, values in pool.items()} for pool in pools] == [
+        {"a": [2, 0], "b": [1, 0]},
+        {"c": [1]},
+        {"d": [4, 0]},
+    ]
+
+
+def test_the_error_of_a_mean_by_hand():
+    one = dict(centered=0.5, baseline=0.5, stderr=9.0, items=items(1, 0))
+    # outcomes of 2 and 0 have a variance of 1, and there are two of them
+    assert stats.mean_centered({"a": one}) == (0.5, pytest.approx(math.sqrt(1 / 2)))
+    bare = dict(centered=0.1, baseline=0.5, stderr=0.1)
+    perfect = dict(centered=1.0, baseline=0.75, stderr=0.05, items=items(1, 1))
+    score, error = stats.mean_centered(dict(a=one, b=bare, c=perfect, d=dict(centered=None)))
+    assert score == pytest.approx(1.6 / 3)
+    assert error == pytest.approx(math.sqrt(0.5 + 0.04 + 0.04) / 3)
+
+
+def test_guesses_that_are_certain():
+    assert stats.binomial_test(3, 5, 1.0) == stats.binomial_test(0, 5, 0.0) == 1.0
+    assert stats.binomial_test(1, 5, 0.0) == 0.0
+    assert stats.binomial_test(5, 5, 0.5) == pytest.approx(1 / 32)
+    nothing = {"a": dict(score=0.5, n=0, baseline=0.5), "b": dict(score=0.5, baseline=0.5)}
+    assert stats.above_guessing(nothing) == {}
+
+
+def test_flipped_signs_by_hand():
+    # of eight ways two make a sum as large, however it is rounded
+    assert stats.sign_flips([0.1] * 3, draws=4001) == pytest.approx(0.25, abs=0.04)
+    # pairs that do not differ count for nothing, and neither side is the better one
+    assert stats.sign_flips([0.1, 0.0, 0.1, 0.1]) == stats.sign_flips([0.1] * 3)
+    assert stats.sign_flips([-0.1] * 3) == stats.sign_flips([0.1] * 3)
+    assert stats.sign_flips([1.0], draws=501) == 1.0
+    assert stats.sign_flips([0.1] * 3, seed=1) != stats.sign_flips([0.1] * 3)
+
+
+def test_only_what_both_have_is_compared():
+    bits = dict(bpb=1.0, stderr=0.1)
+    tasks = {"core/x": task([1, 0], kind="core")}
+    a = dict(tasks=tasks, core={"score": 1}, bpb=dict(s=bits, t=bits))
+    b = dict(tasks=tasks, bpb=dict(t=bits, u=bits))
+    assert list(stats.compare(a, b)) == list(stats.compare(b, a)) == ["core/x", "bpb/t"]
+    assert list(stats.compare(a, b | dict(core={"score": 1}))) == ["core/x", "core", "bpb/t"]
+    assert stats.compare({}, {}) == {}
+    # limits of other tasks than CORE's leave the same items, with the same examples
+    few, all_ = task([1, 0], limit=2), task([1, 1], limit=None)
+    assert "x" in stats.compare({"tasks": {"x": few}}, {"tasks": {"x": all_}})
+
+
+def test_items_without_a_figure_in_common_are_not_compared():
+    outcome, nats, bare = {"id": "0", "correct": 1}, {"id": "0", "nats": 1.0, "bytes": 2}, {"id": "0"}
+    for one, two in ((bare, bare), (outcome, nats), (nats, outcome), (outcome, bare), (bare, nats)):
+        assert stats._compare_task("x", dict(items=[one]), dict(items=[two])) is None
+    assert stats._compare_task("x", {}, dict(items=[outcome])) is None
+
+
+def test_shares_of_right_answers_have_no_winner():
+    shares = stats._compare_outcomes("x", items(0.5, 1.0), items(1.0, 1.0))
+    assert (shares.wins, shares.losses, shares.test) == (None, None, "sign-flip permutation")
+    assert (shares.delta, shares.n) == (0.25, 2)
+    assert shares.stderr == pytest.approx(0.25 / math.sqrt(2))
+    whole = stats._compare_outcomes("x", items(0, 1, 0), items(1, 1, 1))
+    assert (whole.wins, whole.losses, whole.n, whole.p) == (2, 0, 3, 0.5)
+    assert (whole.unit, whole.better, whole.delta) == ("points", "higher", pytest.approx(2 / 3))
+
+
+def texts(nats, **sizes):
+    """Items of texts with these nats, and their sizes by unit."""
+    items = [dict(id=str(i), nats=n) for i, n in enumerate(nats)]
+    for unit, numbers in sizes.items():
+        for item, number in zip(items, numbers):
+            item[unit] = number
+    return items
+
+
+def test_nats_are_counted_per_byte_or_per_token():
+    first = texts([2.0, 4.0], bytes=[1, 3], tokens=[1, 1])
+    other_tokens = texts([3.0, 5.0], bytes=[1, 3], tokens=[9, 9])
+    by_bytes = stats._compare_nats("x", first, other_tokens)
+    delta, error = stats.ratio(np.ones(2) / math.log(2), [1, 3])
+    assert (by_bytes.delta, by_bytes.stderr) == (pytest.approx(delta), pytest.approx(error))
+    assert (by_bytes.unit, by_bytes.n, by_bytes.better) == ("bits per byte", 2, "lower")
+    other_bytes = texts([3.0, 5.0], bytes=[2, 3], tokens=[1, 1])
+    by_tokens = stats._compare_nats("x", first, other_bytes)
+    assert (by_tokens.unit, by_tokens.delta) == ("nats per token", 1.0)
+    for second in (texts([3.0, 5.0]), texts([3.0, 5.0], bytes=[2, 3], tokens=[9, 9])):
+        assert stats._compare_nats("x", first, second) is None
+    empty = texts([3.0], bytes=[0])
+    assert stats._compare_nats("x", empty, empty) is None
+
+
+def test_a_difference_of_means_by_hand():
+    def entry(*correct, baseline=0.0, **more):
+        return dict(baseline=baseline, items=items(*correct), **more)
+
+    a = dict(x=entry(0, 1, baseline=0.5, source="s"), y=entry(0, 1, source="s"), z=entry(1, 1, 0, 0))
+    b = dict(x=entry(1, 1, baseline=0.5, source="s"), y=entry(1, 0, source="s"), z=entry(1, 1, 1, 0))
+    found = stats._compare_means("core", a, b)
+    # x and y ask the same: 1/3 + 1/6 of the first question and -1/6 of the second; z 1/12 of one
+    assert found.delta == pytest.approx(5 / 12) and (found.n, found.tasks) == (6, 3)
+    assert found.stderr == pytest.approx(math.sqrt(2 / 9 + 1 / 192))
+    assert (found.label, found.better) == ("core", "higher")
+    # what only one has, what has other limits and what is no outcome counts for nothing
+    a |= dict(only=entry(0), limits=entry(1, limit=1))
+    b |= dict(limits=entry(0, limit=2))
+    nats = dict(baseline=0.0, items=items(1.0, key="nats"))
+    a, b = a | dict(m=nats, n=entry(1)), b | dict(m=entry(1), n=nats)
+    assert stats._compare_means("core", a, b) == found
+    assert stats._compare_means("core", dict(x=entry(0)), {}) is None
+
+
+def test_gains_come_before_losses_in_every_unit():
+    def entry(label, delta, better, unit, p=0.001):
+        return stats.Comparison(label, delta, 0.1, p, 1, "t", unit, better, p_adjusted=p)
+
+    given = [
+        entry("chance", 3.0, "higher", "a", 0.5),
+        entry("worse bits", 1.0, "lower", "b"),
+        entry("better bits", -1.0, "lower", "b"),
+        entry("worse", -1.0, "higher", "a"),
+        entry("more chance", 4.0, "higher", "a", 0.05),
+        entry("better", 2.0, "higher", "a", 0.0001),
+    ]
+    compared = {one.label: one for one in given}
+    order = ["better", "worse", "better bits", "worse bits", "more chance", "chance"]
+    assert [one.label for one in stats.differences(compared)] == order
+    told = stats.told(compared)
+    assert told[-1] == "2 differences are no more than chance: more chance, chance."
+    assert len(told) == 5 and stats.told({}) == []
+
+
+def test_sentences_by_hand():
+    say = lambda c: stats._sentence(c, ("base", "sft"), 2)
+    c = stats.Comparison(
+        "x", -0.25, 0.125, 0.02, 8, "t", "points", "higher", wins=1, losses=3, p_adjusted=0.04
+    )
+    head = "x: sft is worse by 25.0 points (standard error 12.5 points, p = {}, "
+    head += "sft alone right on 1 and base on 3 of 8)"
+    assert say(c) == head.format("0.02") + ": the difference is real."
+    assert say(stats.replace(c, p_adjusted=0.3)) == head.format("0.02") + (
+        ": perhaps real, but of 2 comparisons one looks like this by chance (p = 0.3 for all of "
+        "them)."
+    )
+    assert say(stats.replace(c, p=0.05, p_adjusted=0.05)) == head.format("0.05") + (
+        ": not distinguishable from chance; with these items only a difference above 24.5 points "
+        "would show."
+    )
+    bits = stats.Comparison(
+        "t", -0.5, 0.25, 1e-5, 3, "t", "bits per byte", "lower", p_adjusted=1e-5
+    )
+    assert say(bits) == (
+        "t: sft is better by 0.5000 bits per byte (standard error 0.2500 bits per byte, "
+        "p < 0.0001 over 3 texts): the difference is real."
+    )
+    assert say(stats.replace(bits, n=0, p=1e-4)).endswith("p = 0.0001): the difference is real.")
+    same = stats.replace(bits, delta=0.0, unit="nats per token")
+    assert say(same) == "t: no difference over 3 items."

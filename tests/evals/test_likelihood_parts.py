@@ -1,0 +1,160 @@
+"""Batches of a measurement by likelihood, by hand: which shapes, which rows share what, what order."""
+
+import types
+
+import numpy as np
+import pytest
+
+from lib.evals import likelihood
+from lib.evals.likelihood import Row, Score
+from lib.files import UserError
+
+
+def row(ids, first=0, targets=((0,),), owners=(None,)):
+    return Row(np.array(ids, ">i4").tobytes(), first, [list(t) for t in targets], list(owners))
+
+
+# ---- shapes --------------------------------------------------------------------------------------
+
+
+def test_powers_and_how_many_fit():
+    assert [likelihood._power(n) for n in (0, 1, 2, 3, 4, 5, 9)] == [1, 1, 2, 4, 4, 8, 16]
+    assert [likelihood._power(n, 4) for n in (1, 2, 4, 5, 16, 17)] == [1, 4, 4, 16, 16, 64]
+    tokens = (0, 7, 8, 15, 16, 31, 32, 48)
+    assert [likelihood._fit(n, 8) for n in tokens] == [1, 1, 1, 1, 2, 2, 4, 4]
+    assert [likelihood._length(n) for n in (3, 8, 9, 13)] == [8, 8, 12, 16]
+    assert likelihood._length(3, 16) == 16
+    passes = likelihood.ForwardPasses(None, None, 16)
+    assert passes.most(32) == 4
+    padded = likelihood._pad([[1, 2], [3]], 3, 3)
+    assert padded.tolist() == [[1, 2, -1], [3, -1, -1], [-1, -1, -1]]
+
+
+def test_what_fills_no_batch_joins_the_next_longer_one():
+    width = lambda n: 8 if n <= 8 else 16
+    batches = lambda things, *sizes: list(likelihood._batches(things, width, *sizes))
+    given = [9, 1, 2, 3, 10, 4, 5]
+    assert batches(given, 16) == [(2, [1, 2]), (2, [3, 4]), (1, [5]), (1, [9]), (1, [10])]
+    assert batches(given, 16, 1) == [(1, [n]) for n in (1, 2, 3, 4, 5, 9, 10)]
+    # the last are padded to a power of four, and to no more than a batch
+    assert batches([1, 2, 3], 64) == [(4, [1, 2, 3])] and batches([1], 64) == [(1, [1])]
+    assert batches([1, 2, 3], 16) == [(2, [1, 2]), (1, [3])]
+    assert batches([1, 2, 3, 9], 32) == [(2, [1, 2]), (2, [3, 9])] and batches([], 8) == []
+
+
+def test_what_is_asked_of_rows_that_lie_behind_one_another(monkeypatch):
+    monkeypatch.setattr(likelihood, "LEAST_ANSWERS", 4)
+    one = row([], 2, [(5, 6), (7, 8)], "ab")
+    places, targets = likelihood._asked([one, row([], 0, [(9,)])], [1, 0])
+    assert places.tolist() == [[0, 0, 1, 0], [1, 2, 0, 0]]
+    assert targets.tolist() == [[5, 7], [6, 8], [9, -1], [-1, -1]]
+    monkeypatch.setattr(likelihood, "LEAST_ANSWERS", 1)
+    assert likelihood._asked([one, one, one], [0] * 3)[1].shape == (8, 2)
+
+
+def test_kernels_read_whole_tiles_and_no_row_is_longer_than_the_context(monkeypatch):
+    def shapes(name, *lengths):
+        config = types.SimpleNamespace(attention_name=name, sequence_len=300)
+        passes = likelihood.ForwardPasses(None, config, 512)
+        rows = [row(range(n)) for n in lengths]
+        return [shape for _, shape in passes.read_whole(rows)]
+
+    monkeypatch.setattr(likelihood, "_whole", lambda params, config, ids, *asked: ids.shape)
+    assert shapes("xla", 20) == [(1, 24)] and shapes("xla", 5) == [(1, 16)]
+    for name in ("splash", "pallas"):
+        assert shapes(name, 20) == shapes(name, 128) == [(1, 128)]
+        assert shapes(name, 140) == [(1, 256)] and shapes(name, 290) == [(1, 300)]
+    assert shapes("xla", 290) == [(1, 300)]
+    # 21 rows of 24 tokens would fit, 16 are taken, and of two widths the longer one counts
+    assert shapes("xla", *[20] * 17) == [(16, 24), (1, 24)]
+    assert shapes("xla", 20, 30) == [(4, 32)]
+
+
+# ---- what is shared ------------------------------------------------------------------------------
+
+
+def thing(ids, first=None):
+    ids = list(ids)
+    first = len(ids) - 1 if first is None else first
+    key = np.array(ids, ">i4").tobytes()
+    return types.SimpleNamespace(key=key, length=len(ids), first=first)
+
+
+def shared(*things, near=0.85, enough=1):
+    """(length of what is read once, how many share it), run by run."""
+    return [(n, len(run)) for n, run in likelihood._share(things, near, enough)]
+
+
+def test_a_beginning_is_shared_where_that_is_worth_it():
+    def pair(common, length):
+        return [thing([*range(common), *[n] * (length - common)]) for n in (500, 600)]
+
+    apart = [(0, 1), (0, 1)]
+    assert shared(*pair(8, 9)) == [(8, 2)] and shared(*pair(7, 9)) == apart
+    assert shared(*pair(8, 9), enough=8) == [(8, 2)] and shared(*pair(8, 9), enough=9) == apart
+    # a fifth of their tokens at least
+    assert shared(*pair(8, 20)) == [(8, 2)] and shared(*pair(8, 21)) == apart
+    # what is scored is not shared
+    same = thing(range(20), 19), thing(range(20), 8)
+    assert shared(*same) == [(8, 2)]
+    assert shared(thing(range(20), 19), thing(range(20), 7)) == apart
+
+
+def test_runs_end_where_neighbours_have_less_in_common():
+    a, b = (thing([*range(20), n]) for n in (500, 600))
+    c = thing([*range(10), *[700] * 11])
+    assert shared(b, a, c) == [(20, 2), (0, 1)]
+    assert shared(b, a, c, near=0.5) == [(10, 3)]
+    assert shared(a) == [(0, 1)] and shared() == []
+    key = lambda *ids: np.array(ids, ">i4").tobytes()
+    assert likelihood._common(key(1, 2, 3), key(1, 2, 4, 5)) == 2
+    assert likelihood._common(key(1, 2), key(1, 2, 4)) == 2 and likelihood._common(b"", key(1)) == 0
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def test_answers_go_to_whom_they_belong():
+    rows = [row([], 0, [(5, 6), (5, 7)], "ab"), row([], 0, [(1,)], "c")]
+    logprob = np.array([[-1, -2], [-3, -4], [-5, 0], [9, 9]])
+    best, calls = np.array([5, 7, 1, 0]), []
+    told = likelihood._answers([(rows, (logprob, best))], 3, lambda *done: calls.append(done))
+    assert [(owner, p.tolist(), greedy.tolist()) for owner, p, greedy in told] == [
+        ("a", [-1, -3], [True, False]),
+        ("b", [-2, -4], [True, True]),
+        ("c", [-5], [True]),
+    ]
+    assert calls == [(3, 3)]
+
+
+def test_the_device_has_two_batches_before_the_first_is_waited_for():
+    drawn = []
+
+    def batches():
+        for n in range(4):
+            drawn.append(n)
+            yield [row([], 0, [(1,)], [n])], (np.zeros((1, 1)), np.ones(1))
+
+    told = likelihood._answers(batches(), 4, None)
+    assert next(told)[0] == 0 and drawn == [0, 1, 2]
+    assert [owner for owner, _, _ in told] == [1, 2, 3]
+
+
+def test_tokens_that_the_model_does_not_have():
+    config = types.SimpleNamespace(vocab_size=10)
+    likelihood._check_ids(config, np.array([0, 9]), 7)
+    for bad in (-1, 10):
+        with pytest.raises(UserError, match=f"request 7 holds token {bad}, outside"):
+            likelihood._check_ids(config, np.array([3, bad]), 7)
+
+
+def test_windows_and_their_pieces():
+    windows = lambda *given: list(likelihood._windows(*given))
+    assert windows([1, 2], [3, 4, 5], 3, 1) == [([2], [3, 4, 5], 1)]
+    pieces = [([1, 2], [3], 0), ([2, 3], [4], 1), ([3, 4], [5], 2)]
+    assert windows([1, 2], [3, 4, 5], 2, 1) == pieces
+    assert windows([1, 2], [3, 4, 5], 4, 1) == [([1, 2], [3, 4, 5], 0)]
+    assert windows([1, 2], [], 2, 1) == []
+    logprobs, greedy = likelihood._joined([(np.float32([-1.0]), [True]), (np.float32([-2]), [False])])
+    assert likelihood._score(logprobs, greedy, 3) == Score(-3.0, 2, False, 3)
+    assert likelihood._score(*likelihood._joined([]), 0) == Score(0.0, 0, True, 0)
