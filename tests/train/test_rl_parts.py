@@ -374,3 +374,213 @@ def test_the_first_token_of_the_vocabulary_is_learnt_like_any_other(monkeypatch)
     )
     assert (float(loss), float(grads["a"])) == (2.0, -2.0)
     assert (int(sums["tokens"]), float(sums["entropy"])) == (2, 2.0)
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+def test_settings_of_reinforcement_at_their_ends():
+    least = dict(num_steps=1, questions=1, max_tokens=1, updates=1)
+    settings = rl.Reinforcing("spelling", samples=2, lr=1e-9, preset="dr_grpo", **least)
+    assert settings.policy.norm == 1 and settings.policy.reduce == "constant"
+    for name in least:
+        with pytest.raises(rl.UserError, match=f"{name} must be at least 1, got 0"):
+            rl.Reinforcing("spelling", **{name: 0})
+    with pytest.raises(rl.UserError, match="1 sample of a question"):
+        rl.Reinforcing("spelling", samples=1)
+    for lr in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(rl.UserError, match="lr must be above 0 and finite"):
+            rl.Reinforcing("spelling", lr=lr)
+
+
+def test_settings_of_a_policy_at_their_ends():
+    ends = dict(clip_low=0.0, clip_high=0.0, kl=0.0, eps=0.0, sampler_min=0.0, sampler_max=0.0)
+    assert Policy(**ends).sampler_max == 0 and Policy(clip_low=0.999, dual_clip=1.001)
+    for bad, match in (
+        (dict(clip_low=1.0), "clip_low below 1"),
+        (dict(clip_low=-0.1), "must not be negative"),
+        (dict(clip_high=-0.1), "must not be negative"),
+        (dict(kl=-0.1), "must not be negative"),
+        (dict(eps=-0.1), "must not be negative"),
+        (dict(dual_clip=1.0), "dual_clip must be above 1"),
+        (dict(dual_clip=-1.0), "dual_clip must be above 1"),
+        (dict(sampler_min=-0.1), "between 0 and sampler_max"),
+        (dict(sampler_min=2.1), "between 0 and sampler_max"),
+    ):
+        with pytest.raises(rl.UserError, match=match):
+            Policy(**bad)
+
+
+def test_the_config_and_the_first_state_of_a_run(monkeypatch):
+    base = rl.Config(num_steps=900, warmup_steps=9, warmdown_ratio=0.5, weight_decay=0.2, seed=1)
+    settings = rl.Reinforcing("spelling", num_steps=40, lr=0.5, optimizer="adamw", seed=6, updates=3)
+    config = rl.rl_config(base, settings)
+    assert (config.num_steps, config.optimizer, config.seed) == (40, "adamw", 6)
+    assert (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac) == (0, 1.0, 0.0)
+    assert config.weight_decay == 0.0 and config.matrix_lr == 0.5 * base.matrix_lr
+    # smear has no field in the config, and a step makes several updates
+    hyper = dict(lr=dict(smear=0.2, head=0.4), num_steps=40.0, warmup_steps=0.0)
+    opt_state = policy_state(hyper=hyper)
+    begun = rl.TrainState("params", opt_state, 0)
+    monkeypatch.setattr(rl.finetune, "start", lambda *given: begun if given == (1, 2) else None)
+    state = rl.first_state(1, 2, settings)
+    assert state.params == "params" and state.opt_state.hyper == dict(
+        lr=dict(smear=0.1, head=0.4), num_steps=120.0, warmup_steps=0.0
+    )
+    assert hyper["lr"]["smear"] == 0.2 and hyper["num_steps"] == 40.0
+
+
+def policy_state(hyper):
+    """An optimizer's state that has nothing but its rates."""
+    from lib.train.optim import OptState
+
+    return OptState(0, hyper, {}, {})
+
+
+# ---- a step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_step_adds_up_its_parts_and_counts_once(monkeypatch, updates):
+    calls = []
+    monkeypatch.setattr(rl, "compile_key", lambda config: "key")
+    monkeypatch.setattr(rl, "_logprobs", lambda params, key, part, layout: f"{part} by {params}")
+
+    def part_gradients(params, key, *part):
+        calls.append((params, *part))
+        value = 1.0 if part[0] == "a" else 2.0
+        return (value, dict(tokens=10 * value)), dict(g=100 * value)
+
+    def apply_gradients(state, key, grads, layout):
+        assert (key, layout, grads) == ("key", "layout", dict(g=300.0))
+        return state._replace(params=state.params + "'"), 7.0
+
+    monkeypatch.setattr(rl, "part_gradients", part_gradients)
+    monkeypatch.setattr(rl, "apply_gradients", apply_gradients)
+    state = rl.TrainState("p", None, 4)
+    state, sums = rl.learn(state, "ab", "AB", "ref", None, "policy", updates, "layout")
+    assert state == rl.TrainState("p" + "'" * updates, None, 5)
+    assert sums == dict(loss=3.0, grad_norm=7.0, tokens=30.0)
+    # the old opinion is that of the parameters that wrote the answers, where it differs at all
+    old = ("a by p", "b by p") if updates > 1 else (None, None)
+    for n in range(updates):
+        params = "p" + "'" * n
+        assert calls[2 * n : 2 * n + 2] == [
+            (params, "a", "A", old[0], "a by ref", "policy", "layout"),
+            (params, "b", "B", old[1], "b by ref", "policy", "layout"),
+        ]
+    assert rl._on_devices(None, None, "share", None) == "share"
+
+
+def test_a_task_is_given_up_after_twenty_steps_that_teach_nothing(monkeypatch):
+    monkeypatch.setattr(rl, "whole", lambda layout, params, dtype: params)
+    monkeypatch.setattr(rl, "put_batch", lambda layout, parts, whole: parts)
+    part = (["rows"], ["signals"])
+    training = training_of([None] * 19 + [part] + [None] * 20)
+    feed = training.feed(None)
+    assert next(feed)[2] == dict(asked=60, skipped=19)
+    with pytest.raises(rl.UserError, match="in 20 steps all answers"):
+        next(feed)
+
+
+def test_each_process_asks_its_own_questions(monkeypatch):
+    given = []
+    monkeypatch.setattr(rl, "compile_key", lambda config: f"key of {config}")
+    monkeypatch.setattr(
+        rl, "roll_out", lambda *what, **more: given.append((what, more)) or ["own groups"]
+    )
+    monkeypatch.setattr(rl, "from_all", lambda groups, questions: [f"of {q.item}" for q in questions])
+    training = object.__new__(rl.Reinforcement)
+    training.settings = types.SimpleNamespace(questions=3, samples=2, seed=5, max_tokens=9)
+    training.config, training.reward = "config", "reward"
+    training.base = types.SimpleNamespace(tokenizer="tokenizer")
+    training.question = lambda number: Question(number, [number])
+    answers = training.ask("params", 10, "seconds")
+    assert answers == [(10, "of 10"), (11, "of 11"), (12, "of 12")]
+    [(what, more)] = given
+    questions = [Question(n, [n]) for n in (10, 11, 12)]
+    seeds = [[rl.seed_of(5, n, sample) for sample in (0, 1)] for n in (10, 11, 12)]
+    assert what == ("params", "key of config", "tokenizer", questions, seeds, 9, "reward")
+    assert more == dict(seconds="seconds")
+    # of two processes the second one asks every second of them
+    monkeypatch.setattr(rl.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(rl.jax, "process_index", lambda: 1)
+    assert training.ask("params", 10, "seconds") == answers
+    assert given[1][0][3:5] == (questions[1::2], seeds[1::2])
+
+
+def test_what_a_reinforcement_is_opened_with(monkeypatch):
+    given = {}
+    monkeypatch.setattr(rl, "find_questions", lambda *_: ("questions", "reward"))
+    monkeypatch.setattr(rl, "rl_config", lambda config, settings: f"rl {config}")
+    monkeypatch.setattr(rl.finetune, "fingerprint", lambda params: f"print of {params}")
+    monkeypatch.setattr(rl, "find_past", lambda *what: given.update(asked=what) or "past")
+    monkeypatch.setattr(rl, "TrainingRun", lambda *what, **more: given.update(what=what, **more))
+    tokenizer = types.SimpleNamespace(fingerprint="words")
+    base = types.SimpleNamespace(config="config", params="params", tokenizer=tokenizer, source="x")
+    settings = rl.Reinforcing("spelling", seed=4)
+    training = rl.Reinforcement(settings, base, "store", "fresh", "afresh")
+    identity = given["identity"]
+    assert identity["task"] == "spelling" and identity["tokenizer"] == "words"
+    assert (identity["source"], identity["start"]) == ("x", "print of params")
+    assert not {"num_steps", "optimizer", "seed"} & set(identity) and identity["samples"] == 8
+    assert given["asked"] == ("store", "fresh", "rl config", identity, "store", "afresh")
+    assert given["what"] == ("rl config", training.feed) and given["past"] == "past"
+    assert (str(given["folder"]), given["store"]) == ("store", "store") and given["watch_state"]
+    assert given["begin"] == training.begin and given["make_step"](1, 2) == training.step
+    assert training.ref_params == "params" and (training.groups, training.sums) == ([], {})
+    assert training.measurement.every == 1 and given["layout"] is None
+    # each of several processes must have something to ask
+    monkeypatch.setattr(rl.jax, "process_count", lambda: 9)
+    with pytest.raises(rl.UserError, match="8 questions are too few for 9 processes"):
+        rl.Reinforcement(settings, base, "store", layout="layout")
+
+
+def test_a_reward_of_its_own_or_the_tasks(monkeypatch):
+    task = types.SimpleNamespace(grade="grade", items=lambda split: [split])
+    monkeypatch.setattr(rl, "to_reinforce", lambda name: task)
+    monkeypatch.setattr(rl, "reward_of", lambda *which: which)
+    monkeypatch.setattr(rl, "questions_of", lambda *what: what)
+    config = types.SimpleNamespace(sequence_len=64)
+    base = types.SimpleNamespace(config=config, tokenizer="tokenizer")
+    for reward in ("", "own.py:f"):
+        settings = rl.Reinforcing("spelling", reward=reward, max_tokens=9)
+        questions, worth = rl.find_questions(settings, base)
+        assert questions == (["train"], "tokenizer", 9, 64)
+        assert worth == (reward or "spelling", "grade")
+
+
+def test_a_prompt_may_fill_what_its_answer_leaves():
+    tokenizer = types.SimpleNamespace(render_for_completion=lambda messages: [1] * messages)
+    items = [dict(id="a", messages=7), dict(id="b", messages=1)]
+    made = rollouts.questions_of(items, tokenizer, 3, 10)
+    assert made == [Question(items[0], [1] * 7), Question(items[1], [1])]
+    with pytest.raises(rl.UserError, match="item a has a prompt of 7 tokens"):
+        rollouts.questions_of(items, tokenizer, 4, 10)
+
+
+def test_rollouts_are_drawn_to_the_end_of_a_turn_and_timed(monkeypatch):
+    clock = iter([10.0, 14.0, 20.0, 21.0])
+    monkeypatch.setattr(rollouts, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr(rollouts, "Engines", lambda *given: given)
+    monkeypatch.setattr(rollouts, "_judged", lambda question, answer, end, *_: (question, answer, end))
+    given = []
+
+    def write(engine, questions, seeds, sampling):
+        given.append((questions, seeds, sampling))
+        return [["a", "b"], ["c"]], [["stop", "length"], ["stop"]]
+
+    monkeypatch.setattr(rollouts, "_write_groups", write)
+    tokenizer = types.SimpleNamespace(special={"<|assistant_end|>": 7}, bos=3)
+    one, two = Question({}, [1]), Question({}, [2])
+    seconds, seeds = Seconds(), [[5, 6], [7]]
+    groups = rollouts.roll_out(
+        None, None, tokenizer, [one, two], seeds, 9, None, seconds=seconds
+    )
+    assert groups == [[(one, "a", "stop"), (one, "b", "length")], [(two, "c", "stop")]]
+    [(questions, own, sampling)] = given
+    assert (questions, own, sampling.max_tokens) == ([one, two], seeds, 9)
+    assert sampling.stop == (7, 3) and sampling.keep_stop and sampling.temperature == 1.0
+    assert seconds.rollout == 4.0
+    rollouts.roll_out(None, None, tokenizer, [one, two], seeds, 9, None, seconds=seconds)
+    assert seconds.rollout == 5.0

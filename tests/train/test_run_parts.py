@@ -2,6 +2,7 @@
 Nothing is computed.
 """
 
+import contextlib
 import math
 import types
 
@@ -325,3 +326,242 @@ def test_a_steps_numbers_and_what_is_measured_of_its_state():
     assert passed.metrics["double"] == 6 and "mfu" not in passed.metrics
     assert run.cursor == "after" and run._state is passed.state
     assert run.measured == {"old": 1, "double": 6} and run.seconds == 5.5
+
+
+# ---- beginning -----------------------------------------------------------------------------------
+
+
+def test_what_a_checkpoint_must_tell_to_be_gone_on_with():
+    config = runs.Config(num_steps=9).to_dict()
+    for meta in ({}, {"config": config}, {"settings": {}}, {"config": "x", "settings": {}}):
+        with pytest.raises(UserError, match="tells no config and settings"):
+            runs._described(meta)
+    described = runs._described({"config": config, "settings": {"source": "x"}})
+    assert described == config | {"source": "x", "tokenizer": ""}
+    told = {"config": config, "settings": {}, "tokenizer": "print"}
+    assert runs._described(told)["tokenizer"] == "print"
+
+
+@pytest.fixture
+def past(monkeypatch):
+    """What `find_past` finds and asks, to be set."""
+    past = types.SimpleNamespace(newest=(True, "path"), changes=[], begun=False, asked=[])
+    past.meta = dict(step=5, config={}, settings={}, changes=[[2, "before"]])
+    monkeypatch.setattr(runs, "check_free", past.asked.append)
+    monkeypatch.setattr(runs, "from_first", lambda name, function: function())
+    monkeypatch.setattr(runs, "_newest", lambda store, if_exists: past.newest)
+    monkeypatch.setattr(runs, "_begun_here", lambda *_: past.begun)
+    monkeypatch.setattr(runs, "_described", lambda meta: dict(described=meta["step"]))
+    monkeypatch.setattr(runs.checkpoint, "read_meta", lambda path: past.meta)
+    monkeypatch.setattr(runs, "BEGUN_AFRESH", set())
+
+    def allowed_changes(before, now, where, step):
+        past.asked.append((before, now["mine"], where, step))
+        return types.SimpleNamespace(rates=past.changes)
+
+    monkeypatch.setattr(runs, "allowed_changes", allowed_changes)
+    return past
+
+
+def find(if_exists, begun=None):
+    started = [] if begun is None else begun
+    config, identity = runs.Config(num_steps=9), dict(mine=1)
+    return runs.find_past(
+        "store", if_exists, config, identity, "folder", lambda: started.append("afresh")
+    )
+
+
+def test_a_run_goes_on_with_what_has_changed(past, capsys):
+    found = find("continue")
+    assert found == Past("path", past.meta, [[2, "before"]], False)
+    assert past.asked == ["folder", (dict(described=5), 1, "folder", 5)]
+    past.changes = ["lr was 1 and is 2"]
+    found = find("continue")
+    assert found.changes == [[2, "before"], [5, "lr was 1 and is 2"]] and found.new_rates
+    assert past.meta["changes"] == [[2, "before"]], "what was read is left as it was"
+    assert capsys.readouterr().out == "from step 5 on, lr was 1 and is 2\n"
+    past.newest = False, None
+    assert find("continue") is find("stop") is find("fresh") is None
+
+
+def test_a_run_begins_afresh_once(past):
+    with pytest.raises(UserError, match="folder was trained before: pass if_exists"):
+        find("stop")
+    begun = []
+    assert find("fresh", begun) is None and begun == ["afresh"]
+    assert runs.BEGUN_AFRESH == {"store"}
+    past.begun = True
+    assert find("fresh", begun).path == "path" and begun == ["afresh"]
+    with pytest.raises(UserError, match="unknown if_exists 'maybe'"):
+        find("maybe")
+
+
+def test_whether_this_process_has_begun_it(past, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "BEGUN_AFRESH", {"store"})
+    monkeypatch.setattr(runs.checkpoint, "read_meta", lambda path: dict(step=5))
+    monkeypatch.setattr(runs, "_described", lambda meta: {})
+    monkeypatch.setattr(runs, "allowed_changes", lambda *given: None)
+    config = runs.Config(num_steps=9)
+    assert runs._begun_here("store", "path", config, {}) is True
+    assert runs._begun_here("store", None, config, {}) is False
+    assert runs._begun_here("other", "path", config, {}) is False
+
+    def refuse(*given):
+        raise UserError("other settings")
+
+    monkeypatch.setattr(runs, "allowed_changes", refuse)
+    assert runs._begun_here("store", "path", config, {}) is False
+
+
+def test_damaged_checkpoints_stop_no_fresh_start(monkeypatch):
+    def latest(store):
+        raise UserError("damaged")
+
+    monkeypatch.setattr(runs.checkpoint, "latest", latest)
+    assert runs._newest("store", "fresh") == (True, None)
+    for if_exists in ("continue", "stop"):
+        with pytest.raises(UserError, match="damaged"):
+            runs._newest("store", if_exists)
+    for path, newest in ((None, (False, None)), ("path", (True, "path"))):
+        monkeypatch.setattr(runs.checkpoint, "latest", lambda store, path=path: path)
+        assert runs._newest("store", "continue") == newest
+
+
+# ---- a run's own parts ---------------------------------------------------------------------------
+
+
+def test_where_a_run_writes_nobody_else_does(tmp_path, monkeypatch):
+    locked = []
+    monkeypatch.setattr(
+        runs, "working_in", lambda place: locked.append(place) or contextlib.nullcontext()
+    )
+    monkeypatch.setattr(runs, "_names", lambda store: {"step_00000001"})
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for store, writers, places in (
+        (folder / "checkpoints", ["console"], [folder]),
+        (folder / "checkpoints", None, []),
+        (folder / "checkpoints", (), [folder]),
+        (elsewhere, ["console"], [folder, elsewhere]),
+        (elsewhere, None, [elsewhere]),
+        (None, ["console"], [folder]),
+        ("memory://bucket", ["console"], [folder]),
+    ):
+        run = types.SimpleNamespace(folder=folder, store=store, _there={"step_00000001"})
+        with contextlib.ExitStack() as stack:
+            TrainingRun._lock(run, stack, writers)
+        assert locked == places
+        locked.clear()
+    # another has written there meanwhile; and afterwards it knows what it wrote itself
+    run = types.SimpleNamespace(folder=folder, store=elsewhere, _there=set())
+    with contextlib.ExitStack() as stack:
+        with pytest.raises(UserError, match="was written by another training since"):
+            TrainingRun._lock(run, stack, None)
+    run._there = {"step_00000001"}
+    with contextlib.ExitStack() as stack:
+        TrainingRun._lock(run, stack, None)
+        monkeypatch.setattr(runs, "_names", lambda store: {"step_00000002"})
+    assert run._there == {"step_00000002"}
+    # of several processes the first one
+    monkeypatch.setattr(runs.jax, "process_index", lambda: 1)
+    TrainingRun._lock(run, None, ["console"])
+
+
+def test_minutes_at_risk_are_those_since_the_last_save(tmp_path, clock, monkeypatch):
+    given = {}
+
+    class Metrics:
+        def __init__(self, *folder, **more):
+            given.update(more, folder=folder)
+            self.log = "log"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+    monkeypatch.setattr(runs, "Metrics", Metrics)
+    run = types.SimpleNamespace(folder=tmp_path, saved_at=880.0, done=0)
+    run.config = runs.Config(num_steps=9)
+    with contextlib.ExitStack() as stack:
+        assert TrainingRun._log(run, stack, ["console"], Saving(every=1)) == "log"
+        assert given["folder"] == (tmp_path, 9, ["console"]) and given["resumed"] is None
+        assert given["config"] == run.config.to_dict() and given["at_risk"]() == 2.0
+        run.done = 4
+        TrainingRun._log(run, stack, [], Saving(every=1, sent_at=lambda: 700.0))
+        assert given["resumed"] == 4 and given["at_risk"]() == 5.0
+        nothing = TrainingRun._log(run, stack, None, None)
+        assert nothing(1, {}) is None
+
+
+def test_a_training_that_went_bad_says_from_where_to_go_on():
+    def stepping():
+        yield "step"
+        raise UserError("it diverged")
+
+    waited = []
+    saver = types.SimpleNamespace(wait=lambda: waited.append(1))
+    for past, match in (
+        (Past("there", {}, [], False), r"^it diverged \(the last good one is there\)$"),
+        (None, r"^it diverged \(none was saved yet, so start again\)$"),
+    ):
+        watched = TrainingRun._watched(types.SimpleNamespace(past=past), stepping(), saver)
+        assert next(watched) == "step"
+        with pytest.raises(UserError, match=match):
+            next(watched)
+    assert waited == [1, 1]
+
+
+def test_what_a_checkpoint_says_of_its_run():
+    run = types.SimpleNamespace(config=runs.Config(num_steps=9, microbatch=4), cursor={"at": 1})
+    run.identity = dict(tokenizer="print", source="x")
+    run.seconds, run.measured, run.notes, run.past = 2.5, {"val_bpb": 1.0}, {"seen": [1]}, None
+    run.layout = types.SimpleNamespace(size=lambda *axes: 2)
+    meta = TrainingRun.meta(run, dict(loss=3.0))
+    assert meta.pop("config") == run.config.replace(microbatch=2).to_dict()
+    told = dict(ways=2, cursor={"at": 1}, settings=dict(source="x"), tokenizer="print", loss=3.0)
+    told |= dict(seconds=2.5, measured={"val_bpb": 1.0}, notes={"seen": [1]}, changes=[])
+    assert meta == told
+    # copies, for the run goes on
+    run.notes["seen"].append(2)
+    run.measured["val_bpb"] = 0.5
+    assert meta["notes"] == {"seen": [1]} and meta["measured"] == {"val_bpb": 1.0}
+    run.layout, run.past, run.identity = None, Past("path", {}, ["one"], False), {}
+    meta = TrainingRun.meta(run, dict(loss=3.0))
+    assert (meta["ways"], meta["changes"], meta["tokenizer"]) == (1, ["one"], "")
+
+
+def test_checkpoints_of_a_store_by_name(tmp_path, monkeypatch):
+    store = tmp_path / "checkpoints"
+    assert runs._names(None) == runs._names(store) == set()
+    for name in ("step_00000001", "step_00000002", ".step_00000003.tmp", "best", "step_1x"):
+        (store / name).mkdir(parents=True)
+    assert runs._names(store) == {"step_00000001", "step_00000002"}
+    monkeypatch.setattr(runs.jax, "process_index", lambda: 1)
+    assert runs._names(store) == set()
+
+
+def test_a_state_is_gone_where_one_of_its_arrays_is():
+    leaf = lambda gone: types.SimpleNamespace(is_deleted=lambda: gone)
+    states = [leaf(False), leaf(True)], [leaf(False)] * 2, [leaf(True)] * 2
+    assert [runs._is_gone(state) for state in states] == [True, False, True]
+
+
+def test_a_step_is_compiled_for_whole_batches(monkeypatch):
+    clock = types.SimpleNamespace(perf_counter=iter([10.0, 12.5]).__next__)
+    monkeypatch.setattr(runs, "time", clock)
+    lowered = []
+
+    class Jitted:
+        def lower(self, *given):
+            lowered.append(given)
+            return types.SimpleNamespace(compile=lambda: "program")
+
+    config = runs.Config(sequence_len=128, total_batch_size=512, microbatch=1)
+    run = types.SimpleNamespace(config=config, layout="layout", template="template")
+    run.make_step = lambda *given: Jitted() if given == (config, "layout") else None
+    assert TrainingRun.compile(run) == run.step_fn == "program" and run.compile_seconds == 2.5
+    [(template, inputs, targets)] = lowered
+    assert template == "template" and inputs.shape == targets.shape == (4, 128)
+    assert inputs.dtype == targets.dtype == "int32"
