@@ -139,7 +139,11 @@ def test_a_string_of_several_tokens_is_one_however_deep(monkeypatch):
         for kind, a, b in parts
     ]
     monkeypatch.setattr(bits, "_tokens", lambda text: tokens)
-    assert list(bits.python_kinds(text)) == [(0, 9, "string"), (10, 11, "operator"), (12, 13, "number")]
+    assert list(bits.python_kinds(text)) == [
+        (0, 9, "string"),
+        (10, 11, "operator"),
+        (12, 13, "number"),
+    ]
 
 
 @pytest.mark.parametrize(

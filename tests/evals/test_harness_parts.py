@@ -173,7 +173,9 @@ def test_continuations_of_one_context_are_asked_together(monkeypatch):
 
     def score(params, config, tokenizer, requests):
         asked.append(requests)
-        scores = iter([Score(-1.0, 1, True, 0), Score(-2.0, 1, False, cut), Score(-3.0, 1, True, 0)])
+        scores = iter(
+            [Score(-1.0, 1, True, 0), Score(-2.0, 1, False, cut), Score(-3.0, 1, True, 0)]
+        )
         return [[next(scores) for _ in after] for _, after in requests]
 
     monkeypatch.setattr(harness.likelihood, "score", score)
@@ -237,13 +239,15 @@ def test_how_a_checkpoint_calls_itself(monkeypatch):
     assert checkpoint.apply_chat_template(chat) == harness.CHAT + json.dumps(chat)
 
 
-# ---- lm_eval, which only notes what it is asked ---------------------------------------------------
+# ---- lm_eval, which only notes what it is asked --------------------------------------------------
 
 
 @pytest.fixture
 def lm_eval(monkeypatch):
     """A stand-in for lm_eval; `given` is what it was asked."""
-    package, tasks, utils = (types.ModuleType(f"lm_eval{part}") for part in ("", ".tasks", ".utils"))
+    package, tasks, utils = (
+        types.ModuleType(f"lm_eval{part}") for part in ("", ".tasks", ".utils")
+    )
     package.given, package.error = {}, None
 
     def simple_evaluate(**options):

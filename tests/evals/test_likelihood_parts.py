@@ -1,4 +1,4 @@
-"""Batches of a measurement by likelihood, by hand: which shapes, which rows share what, what order."""
+"""Batches of a measurement by likelihood, by hand: which shapes, what rows share, in what order."""
 
 import types
 
@@ -155,6 +155,8 @@ def test_windows_and_their_pieces():
     assert windows([1, 2], [3, 4, 5], 2, 1) == pieces
     assert windows([1, 2], [3, 4, 5], 4, 1) == [([1, 2], [3, 4, 5], 0)]
     assert windows([1, 2], [], 2, 1) == []
-    logprobs, greedy = likelihood._joined([(np.float32([-1.0]), [True]), (np.float32([-2]), [False])])
+    logprobs, greedy = likelihood._joined(
+        [(np.float32([-1.0]), [True]), (np.float32([-2]), [False])]
+    )
     assert likelihood._score(logprobs, greedy, 3) == Score(-3.0, 2, False, 3)
     assert likelihood._score(*likelihood._joined([]), 0) == Score(0.0, 0, True, 0)

@@ -1,4 +1,4 @@
-"""Questions put to a model, part by part and by hand: no model is there, and nothing is computed."""
+"""Questions put to a model, part by part, by hand: no model is there, and nothing is computed."""
 
 import math
 import types

@@ -411,7 +411,11 @@ def test_only_what_both_have_is_compared():
 
 
 def test_items_without_a_figure_in_common_are_not_compared():
-    outcome, nats, bare = {"id": "0", "correct": 1}, {"id": "0", "nats": 1.0, "bytes": 2}, {"id": "0"}
+    outcome, nats, bare = (
+        {"id": "0", "correct": 1},
+        {"id": "0", "nats": 1.0, "bytes": 2},
+        {"id": "0"},
+    )
     for one, two in ((bare, bare), (outcome, nats), (nats, outcome), (outcome, bare), (bare, nats)):
         assert stats._compare_task("x", dict(items=[one]), dict(items=[two])) is None
     assert stats._compare_task("x", {}, dict(items=[outcome])) is None
@@ -456,8 +460,12 @@ def test_a_difference_of_means_by_hand():
     def entry(*correct, baseline=0.0, **more):
         return dict(baseline=baseline, items=items(*correct), **more)
 
-    a = dict(x=entry(0, 1, baseline=0.5, source="s"), y=entry(0, 1, source="s"), z=entry(1, 1, 0, 0))
-    b = dict(x=entry(1, 1, baseline=0.5, source="s"), y=entry(1, 0, source="s"), z=entry(1, 1, 1, 0))
+    a = dict(
+        x=entry(0, 1, baseline=0.5, source="s"), y=entry(0, 1, source="s"), z=entry(1, 1, 0, 0)
+    )
+    b = dict(
+        x=entry(1, 1, baseline=0.5, source="s"), y=entry(1, 0, source="s"), z=entry(1, 1, 1, 0)
+    )
     found = stats._compare_means("core", a, b)
     # x and y ask the same: 1/3 + 1/6 of the first question and -1/6 of the second; z 1/12 of one
     assert found.delta == pytest.approx(5 / 12) and (found.n, found.tasks) == (6, 3)

@@ -609,3 +609,51 @@ def test_packing_in_words():
     line = sft.packing_line(cursor)
     assert "1,234 conversations, 2 cut" in line and "3 left out" in line
     assert "25% of the tokens learnt, 4.2% padding" in line
+
+
+def test_what_a_task_teaches(monkeypatch):
+    learnt = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+    items = [dict(messages=learnt), dict(text="words")]
+    monkeypatch.setattr(sft, "items_of", lambda name, split: items if split == "train" else None)
+    assert sft._source("task", "refuse") == [learnt, "words"]
+    for bad in (dict(messages=learnt[:1]), dict(text=""), dict(question="a")):
+        monkeypatch.setattr(sft, "items_of", lambda name, split, bad=bad: [*items, bad])
+        with pytest.raises(UserError, match="task task holds neither conversations nor text"):
+            sft._source("task", "refuse")
+    read = []
+    monkeypatch.setattr(sft, "read_chats", lambda *name, **more: read.append((name, more)))
+    for name, lines in (("a.jsonl", "skip"), ("a.jsonl.gz", "refuse")):
+        sft._source(name, lines)
+    assert read == [(("a.jsonl",), dict(skip_bad=True)), (("a.jsonl.gz",), dict(skip_bad=False))]
+
+
+def test_a_part_of_an_epoch_by_hand(monkeypatch):
+    """Ten conversations, none marked by its hash: the one with the least hash validates."""
+    texts = [f"text {n}" for n in range(10)]
+    monkeypatch.setattr(sft, "_source", lambda name, bad_lines: texts)
+    monkeypatch.setattr(sft, "VAL_EVERY", 2**40)
+    held_out = sft.open_mixture({"a": 3.0}, "val")
+    assert len(held_out) == 1 and held_out.source == ["a"]
+    for epochs, count in ((1.0, 9), (2.0, 18), (0.5, 4), (2.4, 18 + 4), (0.01, 0)):
+        some = sft.open_mixture({"a": epochs}, "train")
+        assert len(some.messages) == len(some.source) == count
+        assert held_out.messages[0] not in some.messages
+    assert len(set(sft.open_mixture({"a": 1.0}, "train").messages)) == 9
+    # all are marked, and of those so many validate
+    monkeypatch.setattr(sft, "VAL_EVERY", 1)
+    monkeypatch.setattr(sft, "VAL_MOST", 3)
+    assert len(sft.open_mixture({"a": 1.0}, "val")) == 3
+    assert len(sft.open_mixture({"a": 1.0}, "train")) == 7
+    one, two = (sft.open_mixture({"a": 1.0}, split).identity for split in ("train", "val"))
+    assert one != two and one == sft.open_mixture({"a": 1.0}, "train").identity
+    monkeypatch.setattr(sft, "_source", lambda name, bad_lines: ["alone"])
+    with pytest.raises(UserError, match="a holds a single conversation"):
+        sft.open_mixture({"a": 1.0}, "train")
+
+
+def test_when_a_phase_was_sent_away_is_handed_on():
+    run = types.SimpleNamespace(config=types.SimpleNamespace(num_steps=2))
+    then, sent_at = (lambda step, path: None), (lambda: 3.0)
+    saving = sft.saving(run, then, sent_at)
+    assert (saving.every, saving.then, saving.sent_at) == (1, then, sent_at)
+    assert sft.saving(run).sent_at() == float("inf") and sft.saving(run).then(1, "path") is None

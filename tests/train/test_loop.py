@@ -87,3 +87,31 @@ def test_the_rate_of_a_step():
     assert [lr_at(CONFIG, n) for n in (1, 3, 5)] == [0.2, 0.6, 1.0]
     left = 1 / 8  # of 0.65 * 12 steps, rounded
     assert lr_at(CONFIG, 12) == pytest.approx(left + (1 - left) * CONFIG.final_lr_frac)
+
+
+def test_a_loop_goes_on_from_the_step_of_its_state():
+    batches = ((n, -n, {"n": n}) for n in itertools.count(1))
+    state, given = TrainState({}, {}, np.int32(9)), []
+
+    def step_fn(state, inputs, targets):
+        given.append((inputs, targets))
+        return state, dict(loss=2.0, grad_norm=1.0)
+
+    seen = list(steps(step_fn, state, batches, CONFIG, pause=lambda n: n == 10))
+    assert [step.step for step in seen] == [10, 11, 12] and given == [(1, -1), (2, -2), (3, -3)]
+    assert [step.cursor for step in seen] == [{"n": 1}, None, {"n": 3}]
+    assert [step.state is state for step in seen] == [True, False, True]
+    assert [step.metrics["lr"] for step in seen] == [lr_at(CONFIG, n) for n in (10, 11, 12)]
+    done = TrainState({}, {}, np.int32(12))
+    assert list(steps(step_fn, done, batches, CONFIG)) == []
+
+
+def test_a_watch_by_hand():
+    watch = LossWatch(CONFIG)
+    assert np.isnan(watch.mean) and watch.lowest == np.inf and watch.explode == 3.0
+    assert watch.complaint(1, 4.0, 1.0) == "" and (watch.mean, watch.lowest) == (4.0, 4.0)
+    assert watch.complaint(2, 2.0, 1.0) == "" and watch.mean == watch.lowest == pytest.approx(3.8)
+    assert watch.complaint(3, 9.0, 1.0) == "" and watch.lowest == pytest.approx(3.8)
+    for loss, norm in ((np.inf, 1.0), (np.nan, 1.0), (1.0, np.inf)):
+        assert watch.complaint(4, loss, norm).startswith("training diverged")
+    assert watch.mean == pytest.approx(0.9 * 3.8 + 0.9), "a number that is none moves nothing"

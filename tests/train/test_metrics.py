@@ -391,3 +391,63 @@ def test_console_says_what_a_lost_machine_would_cost(tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert "since the last save" not in first
     assert "3 min since the last save" in second
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+
+
+def test_what_a_run_is_called(tmp_path):
+    stage = tmp_path / "nest" / "sft"
+    stage.mkdir(parents=True)
+    about = lambda folder: metrics.RunInfo(folder, 1, None, {})
+    assert about(stage).names == ("sft", "base") and about(stage).title == "sft"
+    (tmp_path / "nest" / "config.json").write_text("{}")
+    assert about(stage).names == ("nest", "sft") and about(stage).title == "nest/sft"
+    assert about(stage).at_risk() == 0
+
+
+def test_of_several_processes_the_first_one_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    with Metrics(tmp_path / "run", 1, ["console", "nonsense"]) as log:
+        assert log.log(1, {"loss": jnp.float32(2.0), "none": None}) == {"loss": 2.0}
+    assert not (tmp_path / "run").exists()
+
+
+def lines_of(capsys, run, steps, **values):
+    """What the console shows of these steps."""
+    write, close = metrics._console(run)
+    for step in steps:
+        write(step, {"loss": 2.0} | values)
+    close()
+    return [line.split("  ETA")[0] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_lines_on_the_console(tmp_path, capsys):
+    about = lambda total, risk=0.0: metrics.RunInfo(tmp_path, total, None, {}, lambda: risk)
+    assert lines_of(capsys, about(49), range(1, 50)) == [
+        f"step {n}/49  loss 2.0000" for n in range(1, 50)
+    ]
+    # every second one, the first and the last
+    shown = [1, *range(2, 101, 2), 101]
+    assert lines_of(capsys, about(101), range(1, 102)) == [
+        f"step {n}/101  loss 2.0000" for n in shown
+    ]
+    for minutes, words in ((0.99, ""), (1.0, "  1 min since the last save")):
+        assert lines_of(capsys, about(9, minutes), [1]) == [f"step 1/9  loss 2.0000{words}"]
+
+
+def test_what_a_collector_is_told_of_where_numbers_come_from(tmp_path, monkeypatch):
+    from lib.train import otlp
+
+    given, checked = [], []
+    monkeypatch.setattr(otlp, "open_sender", lambda *what: given.append(what) or "sender")
+    monkeypatch.setattr(otlp, "check_collector", checked.append)
+    about = metrics.RunInfo(tmp_path / "nest", 1, None, {})
+    assert metrics._find_writer("otlp")(about) == "sender"
+    metrics._find_writer("otlp:grpc")(about)
+    assert [address for address, _ in given] == ["http", "grpc"]
+    attributes = dict(run="nest", stage="base", devices=len(jax.devices()))
+    attributes |= dict(device=jax.devices()[0].device_kind, host=metrics.socket.gethostname())
+    assert given[0][1] == attributes
+    parse_writers("console, wandb:off, otlp, otlp:grpc")
+    assert checked == ["http", "grpc"]

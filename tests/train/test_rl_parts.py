@@ -413,7 +413,9 @@ def test_settings_of_a_policy_at_their_ends():
 
 def test_the_config_and_the_first_state_of_a_run(monkeypatch):
     base = rl.Config(num_steps=900, warmup_steps=9, warmdown_ratio=0.5, weight_decay=0.2, seed=1)
-    settings = rl.Reinforcing("spelling", num_steps=40, lr=0.5, optimizer="adamw", seed=6, updates=3)
+    settings = rl.Reinforcing(
+        "spelling", num_steps=40, lr=0.5, optimizer="adamw", seed=6, updates=3
+    )
     config = rl.rl_config(base, settings)
     assert (config.num_steps, config.optimizer, config.seed) == (40, "adamw", 6)
     assert (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac) == (0, 1.0, 0.0)
@@ -489,7 +491,9 @@ def test_each_process_asks_its_own_questions(monkeypatch):
     monkeypatch.setattr(
         rl, "roll_out", lambda *what, **more: given.append((what, more)) or ["own groups"]
     )
-    monkeypatch.setattr(rl, "from_all", lambda groups, questions: [f"of {q.item}" for q in questions])
+    monkeypatch.setattr(
+        rl, "from_all", lambda groups, questions: [f"of {q.item}" for q in questions]
+    )
     training = object.__new__(rl.Reinforcement)
     training.settings = types.SimpleNamespace(questions=3, samples=2, seed=5, max_tokens=9)
     training.config, training.reward = "config", "reward"
@@ -563,7 +567,9 @@ def test_rollouts_are_drawn_to_the_end_of_a_turn_and_timed(monkeypatch):
     clock = iter([10.0, 14.0, 20.0, 21.0])
     monkeypatch.setattr(rollouts, "time", types.SimpleNamespace(perf_counter=clock.__next__))
     monkeypatch.setattr(rollouts, "Engines", lambda *given: given)
-    monkeypatch.setattr(rollouts, "_judged", lambda question, answer, end, *_: (question, answer, end))
+    monkeypatch.setattr(
+        rollouts, "_judged", lambda question, answer, end, *_: (question, answer, end)
+    )
     given = []
 
     def write(engine, questions, seeds, sampling):
@@ -574,9 +580,7 @@ def test_rollouts_are_drawn_to_the_end_of_a_turn_and_timed(monkeypatch):
     tokenizer = types.SimpleNamespace(special={"<|assistant_end|>": 7}, bos=3)
     one, two = Question({}, [1]), Question({}, [2])
     seconds, seeds = Seconds(), [[5, 6], [7]]
-    groups = rollouts.roll_out(
-        None, None, tokenizer, [one, two], seeds, 9, None, seconds=seconds
-    )
+    groups = rollouts.roll_out(None, None, tokenizer, [one, two], seeds, 9, None, seconds=seconds)
     assert groups == [[(one, "a", "stop"), (one, "b", "length")], [(two, "c", "stop")]]
     [(questions, own, sampling)] = given
     assert (questions, own, sampling.max_tokens) == ([one, two], seeds, 9)

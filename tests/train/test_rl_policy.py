@@ -85,6 +85,11 @@ def test_presets_are_those_of_their_papers():
     assert dr_grpo == policy_of(CASES["dr_grpo"]["settings"])
     cispo = dataclasses.replace(PRESETS["cispo"], drop_uniform=False)
     assert cispo == policy_of(CASES["cispo_max5"]["settings"])
+    # whose groups without a difference leave the mean
+    drop = {name: preset.drop_uniform for name, preset in PRESETS.items()}
+    assert drop == dict(
+        reinforce=True, grpo=False, dr_grpo=False, dapo=True, gspo=False, cispo=True
+    )
 
 
 def test_on_policy_the_clipped_objective_is_reinforce():

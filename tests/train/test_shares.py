@@ -1,7 +1,9 @@
 """Checkpoints that several processes write together: two threads stand for them here."""
 
+import math
 import threading
 import types
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -157,3 +159,128 @@ def test_moments_never_go_back_and_a_lower_step_is_another_training(monkeypatch,
     with pytest.raises(UserError, match="keep=0 checkpoints would keep none"):
         saving.Saver(tmp_path, keep=0)
     saving.Saver(tmp_path, keep=1)
+
+
+def test_which_training_began_last_in_a_folder(tmp_path, monkeypatch):
+    newest = types.SimpleNamespace(began=30.0, step=7, time=35.0)
+    older = types.SimpleNamespace(began=10.0, step=9, time=50.0)
+    monkeypatch.setattr(saving, "sound_ones", lambda folder: [("b", newest), ("a", older)])
+    saver = saving.Saver(tmp_path)
+    assert (saver._began, saver._step, saver._time) == (30.0, 7, 50.0)
+    newest.began = 60.0
+    assert saving.Saver(tmp_path)._time == 60.0
+    monkeypatch.setattr(saving, "sound_ones", lambda folder: [])
+    empty = saving.Saver(tmp_path)
+    assert (empty._began, empty._step, empty._time) == (-math.inf, 0, -math.inf)
+    # of several processes only the first looks, and tells the others
+    monkeypatch.setattr(saving, "sound_ones", lambda folder: [("b", newest)])
+    monkeypatch.setattr(saving.jax, "process_index", lambda: 1)
+    assert saving.Saver(tmp_path)._began == -math.inf
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What a Saver hands to the thread that writes, which writes nothing."""
+    written = []
+
+    def write(name):
+        return lambda *given: written.append((name, *given)) or name
+
+    for name in ("_write", "_write_share"):
+        monkeypatch.setattr(saving, name, write(name))
+    return written
+
+
+def test_what_is_handed_to_the_background(tmp_path, monkeypatch, written):
+    monkeypatch.setattr(saving.Saver, "_moments", lambda self, step: (20.0 + step, 10.0))
+    saver, cursor = saving.Saver(tmp_path, keep=4), {"at": [1]}
+    saver.save(np.int64(5), {"a": np.ones(2)}, {"cursor": cursor}, np.float32(2.5))
+    cursor["at"].append(2)
+    assert saver.wait() == "_write" and saver.wait() is None
+    [(_, folder, record, arrays, keep)] = written
+    assert (folder, keep, list(arrays)) == (tmp_path, 4, ["a"])
+    assert record == dict(
+        kind=KIND,
+        format=saving.FORMAT,
+        step=5,
+        metric=2.5,
+        time=25.0,
+        began=10.0,
+        meta={"cursor": {"at": [1]}},
+    )
+    saver.save(6, {"a": np.ones(2)})
+    saver.wait()
+    assert written[1][2]["metric"] is None and written[1][2]["meta"] == {}
+    # each of several processes writes its share, and says how the whole is made of them
+    monkeypatch.setattr(saving.jax, "process_count", lambda: 2)
+    saver.save(7, {"a": np.ones(2)})
+    assert saver.wait() == "_write_share" and "split" in written[2][2]
+
+
+def test_how_a_save_has_ended_is_told_once(tmp_path):
+    saver = saving.Saver(tmp_path)
+    assert saver.failure() is saver.written() is saver.wait() is None
+    saver._job = job = Future()
+    assert saver.failure() is saver.written() is None and saver._job is job
+    job.set_result("path")
+    assert saver.failure() is None and saver.written() == "path" and saver.written() is None
+    saver._job = job = Future()
+    error = OSError("full")
+    job.set_exception(error)
+    assert saver.written() is None and saver.failure() is error
+    assert saver.failure() is saver.wait() is None
+
+
+def test_processes_take_over_the_times_of_the_first(monkeypatch):
+    monkeypatch.setattr(saving.multihost_utils, "broadcast_one_to_all", lambda numbers: numbers)
+    moments = [1764183600.123456, -math.inf]
+    assert saving._from_first(moments) == moments
+
+
+def test_what_is_kept(tmp_path, monkeypatch):
+    checkpoints = [(tmp_path / name, None) for name in ("d", "c", "b", "a")]
+    monkeypatch.setattr(saving, "sound_ones", lambda folder: checkpoints)
+    monkeypatch.setattr(saving, "lowest", lambda checkpoints: tmp_path / "b")
+    gone = []
+    monkeypatch.setattr(saving, "_remove", lambda path: gone.append(path.name))
+    for written, keep, removed in (("d", 1, "ca"), ("a", 1, "c"), ("d", 2, "a"), ("d", 4, "")):
+        saving._prune(tmp_path, tmp_path / written, keep)
+        assert "".join(gone) == removed
+        gone.clear()
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path):
+    kept, link, plain = tmp_path / "kept", tmp_path / "step_1", tmp_path / "step_2"
+    for folder in (kept, plain):
+        folder.mkdir()
+        (folder / "meta.json").write_text("{}")
+    link.symlink_to(kept)
+    saving._remove(link)
+    saving._remove(plain)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (kept / "meta.json").exists()
+
+
+class Remote:
+    """A remote folder that only notes what is done in it."""
+
+    def __init__(self, there=()):
+        self.there, self.done = there, []
+
+    def exists(self, path):
+        return path in self.there
+
+    def __getattr__(self, name):
+        return lambda *paths, **options: self.done.append((name, *paths))
+
+
+def test_a_remote_checkpoint_is_none_until_its_record_has_arrived(monkeypatch):
+    for there, first in ((("root/meta.json",), [("rm_file", "root/meta.json")]), ((), [])):
+        fs = Remote(there)
+        monkeypatch.setattr(saving, "filesystem", lambda path, fs=fs: (fs, "root"))
+        saving._upload("here", "s3://there", {"a": 1, "b": 2})
+        sent = [("put_file", f"here/{name}", f"root/{name}") for name in ("a", "b", "meta.json")]
+        assert fs.done == [*first, ("makedirs", "root"), *sent]
+    fs.done.clear()
+    saving._remove("s3://there")
+    assert fs.done == [("rm_file", "root/meta.json"), ("rm", "root")]

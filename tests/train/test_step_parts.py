@@ -1,0 +1,33 @@
+"""The step's small parts, by hand: what is refused, and whose compiled program is whose."""
+
+import jax
+import pytest
+
+from lib.config import Config
+from lib.files import UserError
+from lib.train import step
+
+CONFIG = Config(sequence_len=128, num_steps=9)
+
+
+def test_the_mixed_mode_needs_a_jax_that_can_multiply_so(monkeypatch):
+    step.check_mixed()
+    asked = []
+    monkeypatch.setattr(step, "check_mixed", lambda: asked.append(1))
+    for dtype, checked in (("float32", []), ("bfloat16", []), ("mixed", [1])):
+        step.make_train_step(CONFIG.replace(compute_dtype=dtype))
+        assert asked == checked
+    monkeypatch.undo()
+
+    def matmul(*given, **more):
+        raise jax.errors.JaxRuntimeError("not here")
+
+    monkeypatch.setattr(step.jnp, "matmul", matmul)
+    with pytest.raises(UserError, match="which jax .* cannot do here: take float32"):
+        step.check_mixed()
+
+
+def test_who_shares_a_compiled_step():
+    one = step.make_train_step(CONFIG)
+    assert one is step.make_train_step(CONFIG.replace(num_steps=5, matrix_lr=1.0, seed=4))
+    assert one is not step.make_train_step(CONFIG.replace(n_layer=CONFIG.n_layer + 1))
