@@ -160,3 +160,98 @@ def test_windows_and_their_pieces():
     )
     assert likelihood._score(logprobs, greedy, 3) == Score(-3.0, 2, False, 3)
     assert likelihood._score(*likelihood._joined([]), 0) == Score(0.0, 0, True, 0)
+
+
+# ---- what is read, and behind what ---------------------------------------------------------------
+
+
+def passes_of(batch_tokens=64, sequence_len=30):
+    config = types.SimpleNamespace(sequence_len=sequence_len, attention_name="xla")
+    return likelihood.ForwardPasses("weights", config, batch_tokens)
+
+
+def test_sets_are_read_behind_their_beginning(monkeypatch):
+    Passes, Group = likelihood.ForwardPasses, likelihood.Group
+    one, two, three, long = (row(range(n)) for n in (9, 17, 20, 31))
+    apart, pair, alone = Group([one]), Group([two, one], shared=8), Group([three])
+    monkeypatch.setattr(Passes, "begin", lambda self, group, prefix, slots: (group, prefix, slots))
+    monkeypatch.setattr(Passes, "read_behind", lambda self, *given: [("behind", *given)])
+    monkeypatch.setattr(Passes, "read_whole", lambda self, rows: [("whole", rows)])
+    monkeypatch.setattr(Passes, "read_groups", lambda self, *given: [("groups", *given)])
+    plan = [(5, [apart, pair]), (0, [alone])]
+    monkeypatch.setattr(likelihood, "_plan", lambda rows, batch_tokens: plan)
+    passes = passes_of()
+    start = apart, 5, 24
+    nothing = ("groups", None, 0, [], 24)
+    assert list(passes.read(None, True)) == [
+        ("behind", start, 5, [one], 24),
+        ("groups", start, 5, [pair], 24),
+        ("whole", [three]),
+        nothing,
+    ]
+    assert list(passes.read([one, three], False)) == [("whole", [one, three]), nothing]
+    # what is longer than the context needs a cache
+    behind = ("behind", None, 0, [long], 32)
+    assert list(passes.read([long], False)) == [behind, ("groups", None, 0, [], 32)]
+    assert list(passes_of(sequence_len=31).read([long], False))[0] == ("whole", [long])
+    assert list(passes.read([], False)) == []
+
+
+def test_ends_go_on_from_their_row_of_the_cache(monkeypatch):
+    given = []
+    monkeypatch.setattr(likelihood, "_ends", lambda *what: given.append(what) or "answers")
+    monkeypatch.setattr(likelihood, "LEAST_ANSWERS", 2)
+    one, two = row([1, 2, 3, 4], first=3), row([5, 6, 7], first=2)
+    tails = [likelihood.Tail(2, one, 3), likelihood.Tail(1, two, 1)]
+    passes = passes_of()
+    assert passes.read_tails("cache", tails, 4, 3) == ([one, two], "answers")
+    [(weights, config, cache, cached, ids, places, _)] = given
+    assert (weights, config, cache) == ("weights", passes.config, "cache")
+    assert cached.tolist() == [2, 1, 0, 0]
+    assert ids.tolist() == [[4, -1, -1], [6, 7, -1], [-1] * 3, [-1] * 3]
+    assert places.tolist() == [[0, 1], [0, 1]]
+
+
+def test_rows_one_by_one_behind_a_beginning_or_in_an_empty_cache(monkeypatch):
+    Passes = likelihood.ForwardPasses
+    monkeypatch.setattr(Passes, "read_tails", lambda self, *given: given)
+    monkeypatch.setattr(likelihood, "init_cache", lambda config, rows, slots: (rows, slots))
+    rows = [row(range(20)), row(range(22))]
+    tails = lambda prefix: [likelihood.Tail(0, one, prefix) for one in rows]
+    passes = passes_of()
+    # two widths, of which the first fills no batch
+    assert list(passes.read_behind("start", 12, rows, 32)) == [("start", tails(12), 4, 12)]
+    assert list(passes.read_behind(None, 0, rows, 32)) == [((1, 32), tails(0), 2, 24)]
+    begun = []
+    monkeypatch.setattr(likelihood, "_begin", lambda *given, **more: begun.append((given, more)))
+    passes.begin(likelihood.Group([row(range(20))]), 9, 32)
+    [((_, _, ids), more)] = begun
+    assert ids.tolist() == [[*range(9), -1, -1, -1]] and more == dict(slots=32)
+
+
+def test_groups_are_read_once_and_then_their_ends(monkeypatch):
+    Passes, log = likelihood.ForwardPasses, []
+    monkeypatch.setattr(Passes, "read_tails", lambda self, *given: given)
+
+    def begin(params, config, ids, slots):
+        log.append(("begin", ids.tolist(), slots))
+        return "begun"
+
+    def extend(params, config, start, copies, ids):
+        log.append(("extend", start, copies.tolist(), ids.tolist()))
+        return "extended"
+
+    monkeypatch.setattr(likelihood, "_begin", begin)
+    monkeypatch.setattr(likelihood, "_extend", extend)
+    rows = [row([*range(10), n, *range(count)]) for n, count in ((50, 2), (60, 3))]
+    group = likelihood.Group(rows, shared=10)
+    tails = [likelihood.Tail(0, one, 10) for one in rows]
+    passes = passes_of(batch_tokens=64)
+    assert list(passes.read_groups("start", 0, [group], 32)) == [("begun", tails, 2, 8)]
+    assert log.pop() == ("begin", [[*range(10), -1, -1]], 12 + 8)
+    assert list(passes.read_groups("start", 4, [group], 32)) == [("extended", tails, 2, 8)]
+    assert log.pop() == ("extend", "start", [0], [[*range(4, 10), -1, -1]])
+    # as many ends at a time as there is room for
+    narrow = passes_of(batch_tokens=8)
+    ends = [("begun", [tail], 1, 8) for tail in tails]
+    assert list(narrow.read_groups("start", 0, [group], 32)) == ends

@@ -588,3 +588,35 @@ def test_rollouts_are_drawn_to_the_end_of_a_turn_and_timed(monkeypatch):
     assert seconds.rollout == 4.0
     rollouts.roll_out(None, None, tokenizer, [one, two], seeds, 9, None, seconds=seconds)
     assert seconds.rollout == 5.0
+
+
+def test_a_reinforcements_state_and_step(monkeypatch):
+    training = object.__new__(rl.Reinforcement)
+    training.settings = rl.Reinforcing("spelling", updates=2, max_tokens=9)
+    training.base, training.config = types.SimpleNamespace(params="params"), "config"
+    training.layout, training.ref_params = None, "ref"
+    monkeypatch.setattr(rl, "first_state", lambda *given: given)
+    assert training.begin() == ("params", "config", training.settings)
+    given = []
+    monkeypatch.setattr(rl, "learn", lambda *what: given.append(what) or ("after", {"loss": 1}))
+    assert training.step("state", "rows", "signals") == ("after", {"loss": 1})
+    assert training.sums == {"loss": 1}
+    policy_ = training.settings.policy
+    assert given == [("state", "rows", "signals", "ref", "config", policy_, 2, None)]
+
+
+def test_kernels_want_wide_rows(monkeypatch):
+    training = types.SimpleNamespace(settings=types.SimpleNamespace(policy=Policy()))
+    training.config = types.SimpleNamespace(microbatch=2, sequence_len=64)
+    mixed = [[rollout([1], [3, 4, 5], reward=1.0), rollout([1], [6], reward=0.0)]]
+    monkeypatch.setattr(rl, "parts_of", lambda *given: given[4])
+    assert rl.Reinforcement.parts(training, mixed) == 16
+    monkeypatch.setattr(rl.jax, "default_backend", lambda: "tpu")
+    assert rl.Reinforcement.parts(training, mixed) == 128
+    # rows that were cut count for nothing where that is said
+    training.settings.policy = Policy(drop_truncated=True)
+    monkeypatch.setattr(rl, "parts_of", lambda *given: [len(one) for one in given[:3]])
+    cut = [[*mixed[0], rollout([1], [7, 8], "length", reward=1.0)]]
+    assert rl.Reinforcement.parts(training, cut) == [2, 2, 2]
+    training.settings.policy = Policy()
+    assert rl.Reinforcement.parts(training, cut) == [3, 3, 3]
