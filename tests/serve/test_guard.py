@@ -153,6 +153,25 @@ def test_who_is_gone_before_the_answer_is_counted_so():
     assert asyncio.run(asgi({"type": "lifespan"}, None, None)) == "lifespan"
 
 
+def test_a_fault_of_ours_is_counted_and_passed_on():
+    async def broken(scope, receive, send):
+        if scope["path"] == "/health":
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ZeroDivisionError
+
+    async def send(message):
+        pass
+
+    metrics = Counters()
+    asgi = guarded(broken, ServeSettings(), None, metrics, {"/", "/health"})
+    # what was begun keeps the status that it was begun with
+    for path, status in (("/", 500), ("/health", 200)):
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(asgi({"type": "http", "path": path, "headers": []}, None, send))
+        line = f'rawchat_requests_total{{path="{path}",status="{status}"}} 1'
+        assert line in metrics.text({})
+
+
 def test_responses_are_strict_json():
     plain = guard.json_response({"a": [1, None]})
     assert (plain.status_code, plain.body) == (200, b'{"a": [1, null]}')

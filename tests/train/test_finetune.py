@@ -657,3 +657,11 @@ def test_when_a_phase_was_sent_away_is_handed_on():
     saving = sft.saving(run, then, sent_at)
     assert (saving.every, saving.then, saving.sent_at) == (1, then, sent_at)
     assert sft.saving(run).sent_at() == float("inf") and sft.saving(run).then(1, "path") is None
+
+
+def test_what_a_task_says_twice_counts_once_however_it_is_written(monkeypatch):
+    asked, said = (dict(role=role, content=role) for role in ("user", "assistant"))
+    turned = [dict(reversed(message.items())) for message in (asked, said)]
+    talks = [[asked, said], turned, *(chat(f"q{i}", "a") for i in range(9))]
+    monkeypatch.setattr(sft, "_source", lambda name, bad_lines: talks)
+    assert sum(len(sft.open_mixture({"a": 1.0}, side)) for side in ("train", "val")) == 10
