@@ -68,7 +68,7 @@ def test_only_what_was_asked_is_handed_back(monkeypatch):
     assert last.tolist() == [1, 2, 0, 0] and tokens.shape == (4, 64)
     assert tokens[:, :3].tolist() == [[1, 2, 0], [3, 4, 5], [0] * 3, [0] * 3]
     rows = answers.losses([([1, 2], [2, 0]), ([3], [4])])
-    assert [row.tolist() for row in rows] == [[0, 1], [64]]
+    assert [row.tolist() for row in rows] == [[0, 1], [64]] and rows[0].dtype == np.float64
     inputs, targets = given.pop()
     assert inputs[:2, :2].tolist() == [[1, 2], [3, 0]]
     assert targets[:2, :3].tolist() == [[2, 0, -1], [4, -1, -1]] and (targets[2:] == -1).all()
@@ -151,6 +151,13 @@ def test_perplexities_and_accuracies_at_their_ends():
         entry = questions._accuracy(job, [1.0, 0.0], options, extra=3)
         assert entry["score"] == 0.5 and entry["extra"] == 3
         assert entry["baseline"] is entry["majority"] is entry["centered"] is None
+
+
+def test_one_score_that_is_no_number_is_enough():
+    for scores in ([math.nan, -1.0], [-1.0, math.inf], [-math.inf, -1.0], [math.nan]):
+        with pytest.raises(ValueError, match="scores that are no numbers"):
+            questions._credit(scores, 0)
+    assert questions._credit([-1.0, -1.0, -3.0], 1) == 0.5
 
 
 def test_a_continuation_alone_is_greedy_or_not():

@@ -343,6 +343,10 @@ def test_the_oldest_messages_make_room_only_where_that_is_asked_for():
     assert api.chat({"messages": USER, "truncation": "auto"}).dropped == 0
     assert api.chat({"messages": USER, "truncation": "disabled"}).dropped == 0
     refused("disabled or auto", api.chat, {"messages": USER, "truncation": "yes"})
+    # what is left out may be as long as it likes
+    longest = [{"role": "user", "content": "a" * (64 * api.longest + 1)}, pair[1], *USER]
+    assert api.chat({"messages": longest, "truncation": "auto"}).dropped == 2
+    refused("more than 64", api.chat, {"messages": longest})
     # what cannot be left out is too long by itself
     long = [{"role": "user", "content": "word " * 40}]
     told = refused("context", api.chat, {"messages": long, "truncation": "auto"})

@@ -226,6 +226,13 @@ def test_several_may_look_at_once_whether_a_folder_is_free(tmp_path):
         locks.check_free(tmp_path)
 
 
+def test_who_only_looks_leaves_no_lock_behind(tmp_path):
+    locks.check_free(tmp_path)
+    locks.check_free(tmp_path / "none")
+    locks.check_free("memory://nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_is_no_way_out_of_the_folder(tmp_path):
     (tmp_path / "elsewhere").write_text("mine")
     (tmp_path / "run").mkdir()

@@ -5,6 +5,8 @@ import pytest
 
 from lib.config import Config
 from lib.files import UserError
+from lib.parallel import make_layout
+from lib.parallel.layout import state_shardings
 from lib.train import step
 
 CONFIG = Config(sequence_len=128, num_steps=9)
@@ -31,3 +33,13 @@ def test_who_shares_a_compiled_step():
     one = step.make_train_step(CONFIG)
     assert one is step.make_train_step(CONFIG.replace(num_steps=5, matrix_lr=1.0, seed=4))
     assert one is not step.make_train_step(CONFIG.replace(n_layer=CONFIG.n_layer + 1))
+
+
+def test_a_states_shapes_come_with_the_places_of_its_parts():
+    layout = make_layout("dp", CONFIG, jax.devices()[:1])
+    plain, placed = step.state_template(CONFIG), step.state_template(CONFIG, layout)
+    places = jax.tree.leaves(state_shardings(layout, CONFIG, plain))
+    leaves = jax.tree.leaves(plain), jax.tree.leaves(placed), places
+    for one, other, place in zip(*leaves, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert one.sharding is None and other.sharding == place
