@@ -228,6 +228,19 @@ def test_what_is_written_comes_in_the_order_it_was_asked_in():
     assert len(asked[1][0]) == 16
 
 
+def test_which_model_a_checkpoint_loads(monkeypatch, tmp_path):
+    loaded, asked = [], []
+    model = types.SimpleNamespace(params="weights", config="config", tokenizer=TOKENIZER)
+    monkeypatch.setattr(harness, "load_model", lambda *which: loaded.append(which) or model)
+    monkeypatch.setattr(harness.questions, "model_answers", lambda *given: asked.append(given))
+    plain = harness.Checkpoint("nest", runs_dir=str(tmp_path))
+    full = harness.Checkpoint("nest", "sft", "best", str(tmp_path), "4", "7")
+    assert loaded == [(tmp_path / "nest", "", ""), (tmp_path / "nest", "best", "sft")]
+    assert asked == [("weights", "config", TOKENIZER, rows) for rows in (32, 4)]
+    assert (plain.seed, full.seed) == (0, 7)
+    assert plain.stop == harness.questions.stop_ids(TOKENIZER)
+
+
 def test_how_a_checkpoint_calls_itself(monkeypatch):
     monkeypatch.setattr(harness, "count_params", lambda config: dict(total=9))
     checkpoint = checkpoint_of(path="runs/a", stage="sft", meta=dict(step=7))
