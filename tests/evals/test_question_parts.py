@@ -1,5 +1,6 @@
 """Questions put to a model, part by part, by hand: no model is there, and nothing is computed."""
 
+import contextlib
 import math
 import types
 
@@ -323,6 +324,30 @@ def test_an_entry_says_how_fast_it_was_and_of_what(monkeypatch):
     rate = dict(n=2, seconds=4.0, per_second=0.5)
     assert questions._measured(job) == dict(kind="choice", seed=3, limit=9, score=1.0, **rate)
     assert questions._mixed(dict(id="a"), 0) == dict(id="a")
+
+
+def test_a_bar_and_lines_are_shown_only_where_that_is_wanted(monkeypatch):
+    bars, lines = [], []
+
+    def bar(**options):
+        bars.append(options)
+        return contextlib.nullcontext("bar")
+
+    monkeypatch.setattr(questions, "progress_bar", bar)
+    monkeypatch.setattr(questions, "tqdm", types.SimpleNamespace(write=lines.append))
+    monkeypatch.setattr(questions, "_measured", lambda job: dict(kind="choice", bar=job.bar))
+    monkeypatch.setattr(questions, "summary", lambda name, entry: f"{name} in a line")
+    known = {name: Task("choice", lambda split: [1, 2]) for name in "ab"}
+    known["c"] = Task("choice", lambda split: [])
+    for progress, hidden in ((True, None), (False, True)):
+        record = questions.evaluate(
+            None, None, TOKENIZER, known=known, answers="ask", progress=progress
+        )
+        assert bars == [dict(total=2, desc=n, leave=False, disable=hidden) for n in "ab"]
+        told = [f"{'c':20} skipped: it has no test split", "a in a line", "b in a line"]
+        assert lines == (told if progress else []) and record["tasks"]["a"]["bar"] == "bar"
+        bars.clear()
+        lines.clear()
 
 
 def test_the_words_of_every_kind_of_item():
