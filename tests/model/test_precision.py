@@ -134,6 +134,17 @@ def test_int8_weights_are_the_nearest_ones():
     assert small["int8"].tolist() == [[127, 3, 0], [-127, -1, 2]]
 
 
+def test_no_sum_of_exponentials_overflows_whatever_the_soft_cap():
+    """exp(200) is beyond float32, so a wide soft-cap needs the maximum taken off first."""
+    logits = jnp.array([[200.0, 200.0], [-200.0, -200.0]])
+    for softcap in (0.0, 300.0):
+        found = head._log_sum_exp(logits, CONFIG.replace(softcap=softcap))
+        np.testing.assert_allclose(found, np.array([200, -200]) + np.log(2), rtol=1e-6)
+    narrow = CONFIG.replace(softcap=15.0)
+    found = head._log_sum_exp(jnp.array([[15.0, 15.0], [-15.0, -15.0]]), narrow)
+    np.testing.assert_allclose(found, np.array([15, -15]) + np.log(2), rtol=1e-6)
+
+
 def test_an_int8_row_is_summed_in_float32():
     x = jnp.ones((1, 4096), jnp.bfloat16)
     w = {"int8": jnp.ones((3, 4096), jnp.int8), "scale": jnp.ones(3)}
