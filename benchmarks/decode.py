@@ -137,6 +137,8 @@ def main(args: Args):
     prompts += [rng.integers(0, config.vocab_size, args.prompt).tolist()]
     ready = model.decoding_params(params, config)
     small = model.decoding_params(model.quantized(params, config), config)
+    mixed = config.replace(compute_dtype="mixed")
+    halves = model.decoding_params(params, mixed)
     read = lambda p: sum(
         a.nbytes for a in jax.tree.leaves([p["blocks"], p.get("head", p["embed"])])
     )
@@ -148,7 +150,7 @@ def main(args: Args):
 
     engines = {}
 
-    def decode(name, rows, params=ready, **options):
+    def decode(name, rows, params=ready, config=config, **options):
         """(tokens a second with prefill, milliseconds per step without) of greedy decoding."""
         if name not in engines:
             engines[name] = Engines(params, config, rows, args.prompt + args.new, **options)
@@ -192,7 +194,9 @@ def main(args: Args):
         for b in args.batches
         if sides_for(ready, b) > 1
     }
-    lines["int8, batch 1"] = dict(rows=1, params=small)
+    for b in sorted({1, *args.batches} & {1, 8}):
+        lines[f"bfloat16, batch {b}"] = dict(rows=b, params=halves, config=mixed)
+        lines[f"int8, batch {b}"] = dict(rows=b, params=small)
     lines[f"look-up {args.speculate}, batch 1"] = dict(rows=1, speculate=args.speculate)
     if draft:
         lines[f"draft {args.speculate}, batch 1"] = dict(

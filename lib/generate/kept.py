@@ -18,11 +18,13 @@ from jax import export
 from lib.files import write_atomic
 from lib.generate.decode import Chunk, decode, prefill
 from lib.generate.engine import Engine
+from lib.model import few_rows
 
 LIBRARY = Path(__file__).resolve().parents[1]
 
 # files and rooms of lib that a decoding program depends on
 CODE = ("config.py", "params.py", "generate", "model", "parallel")
+SOURCES = (".py", ".cc")
 
 
 def keep_programs(engine: Engine, folder: Path | None):
@@ -81,7 +83,9 @@ def _exported(path: Path, function: Callable, leaves: list) -> export.Exported:
     """What tracing `function` makes, from disk where it is there and sound."""
     with contextlib.suppress(Exception):
         return export.deserialize(bytearray(path.read_bytes()))
-    exported = export.export(jax.jit(function))(*leaves)
+    # our own products: the code is part of the key
+    ours = [export.DisabledSafetyCheck.custom_call(target) for target in few_rows.TARGETS]
+    exported = export.export(jax.jit(function), disabled_checks=ours)(*leaves)
     # where nothing can be written, nothing is kept
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     for name in CODE:
         path = LIBRARY / name
-        for file in [path] if path.is_file() else sorted(path.glob("*.py")):
-            digest.update(file.read_bytes())
+        for file in [path] if path.is_file() else sorted(path.glob("*.*")):
+            if file.suffix in SOURCES:
+                digest.update(file.read_bytes())
     return digest.hexdigest()

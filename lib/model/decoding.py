@@ -1,5 +1,5 @@
 """Parameters as decoding reads them: a dict per layer, in the compute dtype or in int8, on a GPU
-with the outputs of each matrix first.
+and on a CPU with the outputs of each matrix first.
 """
 
 import math
@@ -7,8 +7,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from lib.config import Config
+from lib.model import few_rows
 from lib.model.head import head_matrix
 from lib.params import unstack
 
@@ -23,25 +25,52 @@ INPUTS = {
     "w_out": 1,
 }
 
+# bytes of weights that a CPU's caches are taken to hold: of 5 MB XLA's products were faster, of
+# 17 MB slower (LOG.md)
+CACHED = 8 * 2**20
+
 
 def cast_matrices(tree, dtype):
-    """The tree with every matrix in `dtype`; scalars, scales and int8 stay as they are."""
+    """The tree with every matrix in `dtype`; scalars, scales, int8 and what is for few rows stay
+    as they are.
+    """
 
     def cast(a):
+        if is_for_few_rows(a):
+            return a
         is_wide = a.ndim > 1 and a.dtype != jnp.int8
         return a.astype(dtype) if is_wide else a
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast, tree, is_leaf=is_for_few_rows)
 
 
 def decoding_params(params, config: Config):
     """The parameters as decoding reads them, to be made once: unstacked, matrices in the compute
-    dtype, on a GPU those of the blocks with their outputs first.
+    dtype; on a GPU those of the blocks with their outputs first, on a CPU that pays for it all of
+    them as `for_few_rows` has them.
 
     What is so already comes back as it is, not as a copy.
     """
+    if is_for_few_rows(params.get("head")):
+        return params
     params = _in_compute_dtype(params, config)
-    return by_outputs(params) if jax.default_backend() == "gpu" else params
+    if jax.default_backend() == "gpu":
+        return by_outputs(params)
+    return for_few_rows(params, config) if _pays_for_few_rows(params, config) else params
+
+
+def _pays_for_few_rows(params, config: Config) -> bool:
+    """Whether these are arrays on one CPU, narrow ones or too many for its caches, and
+    `lib.model.few_rows` is built.
+    """
+    matrices = jax.tree.leaves([params["blocks"], head_matrix(params, config)])
+    # while a program is traced, nobody knows for which device
+    is_traced = any(isinstance(a, Tracer) for a in matrices)
+    if is_traced or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False
+    is_narrow = any(a.dtype == jnp.int8 for a in matrices) or config.compute_dtype == "mixed"
+    is_large = sum(a.nbytes for a in matrices) > CACHED
+    return (is_narrow or is_large) and few_rows.is_built()
 
 
 def _in_compute_dtype(params, config):
@@ -85,6 +114,32 @@ def _turned(w, n_in: int):
     inputs, outputs = range(n_in), range(n_in, w.ndim)
     turned = jnp.transpose(w, (*outputs, *inputs))
     return {"by_output": turned.reshape(*turned.shape[: len(outputs)], -1)}
+
+
+def for_few_rows(params, config: Config):
+    """Unstacked parameters whose blocks and head have their matrices, in floats or int8, as
+    {"few_rows": (outputs..., inputs)}, int8 with its "scale" beside it (`lib.model.few_rows`).
+
+    In the mixed mode those in floats become bfloat16: what is multiplied, as in training.
+    """
+    blocks = []
+    for w in params["blocks"]:
+        matrices = {name: w[name] for name in INPUTS if name in w}
+        read = {name: _for_few_rows(a, INPUTS[name], config) for name, a in matrices.items()}
+        blocks.append(w | read)
+    head = _for_few_rows(head_matrix(params, config), 1, config)
+    return params | {"blocks": blocks, "head": head}
+
+
+def _for_few_rows(w, n_in: int, config: Config) -> dict:
+    if isinstance(w, dict):
+        return {"few_rows": w["int8"], "scale": w["scale"]}
+    return {"few_rows": _turned(w, n_in)["by_output"].astype(config.operand_dtype)}
+
+
+def is_for_few_rows(w) -> bool:
+    """Whether a weight is one that `for_few_rows` made."""
+    return isinstance(w, dict) and "few_rows" in w
 
 
 def is_unstacked(params) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lib.model import few_rows
+
 
 def linear(spec: str, x, w) -> Any:
     """`jnp.einsum(spec, x, w)` for a weight in floats, or in int8 with a scale per output.
@@ -17,12 +19,15 @@ def linear(spec: str, x, w) -> Any:
 
     An int8 weight is {"int8": (outputs..., inputs), "scale": (outputs...)}, as `decoding.quantized`
     makes it; one in floats may be {"by_output": (outputs..., inputs)}, as `decoding.by_outputs`
-    makes it.
+    makes it; and {"few_rows": (outputs..., inputs)} is any of them for a CPU, with its "scale" if
+    it has one, as `decoding.for_few_rows` makes it.
     """
     if not isinstance(w, dict):
         return _float_linear(spec, x, w)
     if "by_output" in w:
         return _by_output_linear(spec, x, w["by_output"])
+    if "few_rows" in w:
+        return _few_rows_linear(spec, x, w)
     return _int8_linear(spec, x, w)
 
 
@@ -153,6 +158,20 @@ def _by_output_linear(spec: str, x, w):
     w_OI = w.reshape(-1, inputs)
     y_MO = jnp.einsum("MI,OI->MO", x_MI, w_OI, preferred_element_type=x.dtype)
     return _in_shape(y_MO, spec, x, outputs)
+
+
+def _few_rows_linear(spec: str, x, w):
+    """The product with a weight as narrow as it is stored, in float32 whatever `x` is."""
+    *outputs, inputs = w["few_rows"].shape
+    x_MI = x.reshape(-1, inputs).astype(jnp.float32)
+    w_OI = w["few_rows"].reshape(-1, inputs)
+    if len(x_MI) <= few_rows.MOST_ROWS:
+        y_MO = few_rows.product(x_MI, w_OI)
+    else:
+        y_MO = x_MI @ w_OI.astype(jnp.float32).T
+    if "scale" in w:
+        y_MO = y_MO * w["scale"].reshape(-1)
+    return _in_shape(y_MO.astype(x.dtype), spec, x, outputs)
 
 
 def _int8_linear(spec: str, x, w):

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 from lib.model.attention import ATTENTION
 from lib.model.cache import Cache, advance, cached_attention
-from lib.model.decoding import cast_matrices, is_unstacked
+from lib.model.decoding import cast_matrices, is_for_few_rows, is_unstacked
 from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_token, summed_loss
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
 from lib.model.linear import grad_barrier, linear, merge_heads, scaled
@@ -373,7 +373,9 @@ def continued(params, config: Config, tokens_BT, cache: Cache):
         if not isinstance(w["wo"], dict):
             w = w | {"wo": w["wo"].reshape(-1, w["wo"].shape[-1])}
         ring = cache.k[i], cache.v[i]
-        attend = cached_attention(*ring, position_BT, cache.length, config.windows[i])
+        attend = cached_attention(
+            *ring, position_BT, cache.length, config.windows[i], is_for_few_rows(w["wo"])
+        )
         x_BTD, (k, v) = block(x_BTD, x0_BTD, w, ve.get(i), config, rope, attend)
         keys.append(k)
         values.append(v)

@@ -11,6 +11,7 @@ from lib.config import Config
 from lib.generate import Engine, Sampling
 from lib.generate import kept as kept_module
 from lib.generate.kept import keep_programs
+from lib.model import decoding
 
 CONFIG = Config(
     vocab_size=50,
@@ -40,7 +41,9 @@ def written(folder) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.slow
-def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cached", [decoding.CACHED, 0], ids=["xla", "few_rows"])
+def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeypatch, cached):
+    monkeypatch.setattr(decoding, "CACHED", cached)
     plain = written(None)
     assert len(plain[0]) == 12 and len(set(plain[0])) > 3
     assert written(tmp_path) == plain
@@ -51,9 +54,9 @@ def test_kept_programs_write_the_same_and_are_not_traced_again(tmp_path, monkeyp
     def no_more(*_):
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(kept_module.KeptProgram, "_flat", no_more)
-    assert written(tmp_path) == plain
-    monkeypatch.undo()
+    with monkeypatch.context() as m:
+        m.setattr(kept_module.KeptProgram, "_flat", no_more)
+        assert written(tmp_path) == plain
 
     # a damaged file is made again
     whole = files[0].read_bytes()
