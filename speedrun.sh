@@ -47,8 +47,7 @@ case $run in '' | [.-]* | *[!A-Za-z0-9._-]*)
 esac
 
 setup
-# a step allocates half a gigabyte anew: in huge pages that saves a tenth of its time
-[ "$device" = cpu ] && export JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+[ "$device" = cpu ] && export JAX_PLATFORMS=cpu
 python=.venv/bin/python folder=runs/$run
 read -r preset vocab_size why < <($python -c '
 import contextlib, sys

@@ -115,10 +115,15 @@ def test_chips_are_found_by_jax_names(kind, name):
     assert notebook.chip(kind).name == name
 
 
-def test_device_report(capsys):
+def test_device_report(capsys, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
     device = notebook.device_report()
     assert device["platform"] == "cpu" and device["flops"] is None and device["memory"] > 2**28
-    assert "no MFU" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no MFU" in said and "huge pages" not in said
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    notebook.device_report()
+    assert " GiB in huge pages, " in capsys.readouterr().out
 
 
 def test_secret(monkeypatch, capsys):

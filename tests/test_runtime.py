@@ -15,6 +15,60 @@ from lib.files import UserError
 ROOT = Path(__file__).parents[1]
 
 
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from lib import runtime
+
+runtime._huge_pages_on_request = lambda: True
+runtime.tpu_attached = lambda: False
+runtime.use_huge_pages(Path(sys.argv[1]).resolve())
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.dont_write_bytecode)
+"""
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_a_script_starts_anew_with_huge_pages(tmp_path):
+    """With its own arguments and those of Python; once, and only a script of the folder."""
+    script = tmp_path / "page.py"
+    script.write_text(SCRIPT)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def said(folder, **variables):
+        env = {"PYTHONPATH": str(ROOT), "PATH": "", **variables}
+        command = [sys.executable, "-B", str(script), str(folder), "a b"]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    arguments = f"{[str(tmp_path), 'a b']} True\n"
+    assert said(tmp_path) == f"glibc.malloc.hugetlb=1 {arguments}"
+    chosen = "glibc.malloc.check=0"
+    assert said(tmp_path, GLIBC_TUNABLES=chosen) == f"{chosen} {arguments}"
+    assert said(elsewhere).startswith("None ")
+
+
+def test_nothing_starts_anew_where_huge_pages_bring_nothing(monkeypatch):
+    started = []
+    monkeypatch.setattr(runtime.os, "execv", lambda *_: started.append(1))
+    monkeypatch.setattr(
+        sys.modules["__main__"], "__file__", str(ROOT / "02_train.py"), raising=False
+    )
+    monkeypatch.setenv(runtime.TUNABLES, "")
+    monkeypatch.setattr(runtime.sys, "gettrace", lambda: None)
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: True)
+    runtime.use_huge_pages(ROOT)
+    # all memory is in huge pages anyway, or none may be
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: False)
+    runtime.use_huge_pages(ROOT)
+    # under a debugger
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
+    monkeypatch.setattr(runtime.sys, "gettrace", lambda: print)
+    runtime.use_huge_pages(ROOT)
+    assert not started
+
+
 @pytest.mark.parametrize(
     "version, good, bad",
     [
