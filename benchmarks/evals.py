@@ -1,6 +1,8 @@
-"""CORE by batches against an item-at-a-time loop: items per second, and whether they agree.
+"""CORE by batches against an item-at-a-time loop: items per second, and whether they agree. With
+--run the tasks of a trained model: tokens per second beside those of a plain forward.
 
 python -m benchmarks.evals --items 40 --json out.json
+python -m benchmarks.evals --run speedrun
 """
 
 import json
@@ -20,10 +22,14 @@ import yaml
 from lib import data
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
-from lib.evals import core
+from lib.evals import core, questions
+from lib.evals.bits import token_losses
 from lib.evals.likelihood import Score
 from lib.files import write_json
+from lib.generate import engine
 from lib.model import forward, init_params
+from lib.runs import load_model
+from lib.tasks import embedded
 
 
 class Mix(NamedTuple):
@@ -240,6 +246,89 @@ def total(n: int, batched: list[Timing], loop: list[Timing]) -> dict:
     )
 
 
+# ---- the tasks of a trained model
+
+
+class Counted:
+    """A model's answers (`questions.ModelAnswers`), with the tokens that went through it."""
+
+    def __init__(self, answers: questions.ModelAnswers):
+        self.tokens = 0
+
+        def texts(prompts, samplings):
+            self.tokens += sum(map(len, prompts))
+            for i, ids in answers.texts(prompts, samplings):
+                self.tokens += len(ids or [])
+                yield i, ids
+
+        def next_logprobs(prompts):
+            self.tokens += sum(map(len, prompts))
+            return answers.next_logprobs(prompts)
+
+        def continuations(requests, **options):
+            requests = list(requests)
+            for context, choices in requests:
+                self.tokens += sum(len(context) + len(choice) for choice in choices)
+            return answers.continuations(requests, **options)
+
+        def losses(rows):
+            self.tokens += sum(len(inputs) for inputs, _ in rows)
+            return answers.losses(rows)
+
+        self.answers = questions.ModelAnswers(next_logprobs, continuations, losses, texts)
+
+
+def forward_speed(params, config: Config, rows: int) -> float:
+    """Tokens a second of losses alone, the best of five."""
+    shape = rows, config.sequence_len
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
+    times = []
+    for _ in range(6):
+        clock = time.perf_counter()
+        token_losses(params, config, tokens, tokens).block_until_ready()
+        times.append(time.perf_counter() - clock)
+    return tokens.size / min(times)
+
+
+def of_run(run: str, items: int, repeats: int = 3) -> dict:
+    """Each embedded task's tokens a second beside a forward's; what is written, by one engine and
+    by as many as the device takes, in turns.
+    """
+    loaded = load_model(Path(run) if "/" in run else Path("runs") / run)
+    params, config, tokenizer = loaded.params, loaded.config, loaded.tokenizer
+    settings = questions.Questions(limit=items, batch=64, max_tokens=config.sequence_len // 2)
+    plain = forward_speed(params, config, 64)
+    print(f"{'a forward of 64 rows':24} {plain:10,.0f} tokens/s")
+
+    ways = {"": engine.SIDES, ", one engine": 1}
+    rows = {}
+    for name, task in embedded.TASKS.items():
+        asked = ways if task.kind == "generate" else {"": engine.SIDES}
+        best = {}
+        # the first round compiles
+        for _ in range(repeats + 1):
+            for way, sides in asked.items():
+                engine.SIDES = sides
+                counted = Counted(questions.model_answers(params, config, tokenizer, 64))
+                entry = questions.evaluate(
+                    params,
+                    config,
+                    tokenizer,
+                    [name],
+                    settings,
+                    answers=counted.answers,
+                    progress=False,
+                )["tasks"][name]
+                speed = counted.tokens / entry["seconds"]
+                best.setdefault(way, []).append(speed)
+        engine.SIDES = ways[""]
+        for way, speeds in best.items():
+            speed = max(speeds[1:])
+            rows[name + way] = dict(tokens_per_s=speed, of_forward=speed / plain)
+            print(f"{name + way:24} {speed:10,.0f} tokens/s  {speed / plain:6.1%} of a forward's")
+    return dict(device=jax.devices()[0].device_kind, forward_tokens_per_s=plain, tasks=rows)
+
+
 def main(
     items: int = 40,
     sequence_len: int = 1024,
@@ -247,9 +336,10 @@ def main(
     n_embd: int = 128,
     vocab_size: int = 4096,
     only: tuple[str, ...] = (),
+    run: str = "",
     json: str = "",
 ) -> dict:
-    """Evaluate a random model on a made-up bundle of CORE's mix both ways.
+    """Evaluate a random model on a made-up bundle of CORE's mix both ways, or a run's on its tasks.
 
     Each runs twice and the second run counts.
 
@@ -260,8 +350,14 @@ def main(
         n_embd: of the model
         vocab_size: of the tokenizer, trained on the standard library
         only: tasks to run, all of them when empty
+        run: the newest model of this run, put the embedded tasks
         json: file to write the figures to
     """
+    if run:
+        figures = of_run(run, items)
+        if json:
+            write_json(json, figures)
+        return figures
     config, params = random_model(sequence_len, n_layer, n_embd, vocab_size)
     texts = data.head(data.documents("stdlib", "val"), 500_000)
     tokenizer = Tokenizer.train(texts, vocab_size)
