@@ -60,7 +60,7 @@ def decoding_params(params, config: Config):
 
 
 def _pays_for_few_rows(params, config: Config) -> bool:
-    """Whether these are arrays on one CPU, narrow ones or too many for its caches, and
+    """Whether these are arrays on one CPU, in int8 or too many for its caches, and
     `lib.model.few_rows` is built.
     """
     matrices = jax.tree.leaves([params["blocks"], head_matrix(params, config)])
@@ -68,9 +68,9 @@ def _pays_for_few_rows(params, config: Config) -> bool:
     is_traced = any(isinstance(a, Tracer) for a in matrices)
     if is_traced or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False
-    is_narrow = any(a.dtype == jnp.int8 for a in matrices) or config.compute_dtype == "mixed"
+    is_int8 = any(a.dtype == jnp.int8 for a in matrices)
     is_large = sum(a.nbytes for a in matrices) > CACHED
-    return (is_narrow or is_large) and few_rows.is_built()
+    return (is_int8 or is_large) and few_rows.is_built()
 
 
 def _in_compute_dtype(params, config):
@@ -116,6 +116,7 @@ def _turned(w, n_in: int):
     return {"by_output": turned.reshape(*turned.shape[: len(outputs)], -1)}
 
 
+@partial(jax.jit, static_argnums=1)
 def for_few_rows(params, config: Config):
     """Unstacked parameters whose blocks and head have their matrices, in floats or int8, as
     {"few_rows": (outputs..., inputs)}, int8 with its "scale" beside it (`lib.model.few_rows`).

@@ -158,9 +158,10 @@ def test_the_mixed_mode_reads_bfloat16_and_rounds_nothing_else(everywhere):
 def test_small_models_in_floats_stay_xlas(monkeypatch):
     built = []
     monkeypatch.setattr(few_rows, "is_built", lambda: built.append(1) or True)
-    ready = model.decoding_params(tiny_params(), FLOAT32)
-    assert not decoding.is_for_few_rows(ready["blocks"][0]["wo"]) and not built
-    # narrow ones are faster however small
+    for config in (FLOAT32, TINY.replace(compute_dtype="mixed")):
+        ready = model.decoding_params(tiny_params(), config)
+        assert not decoding.is_for_few_rows(ready["blocks"][0]["wo"]) and not built
+    # in int8 they are faster however small
     small = model.decoding_params(model.quantized(tiny_params(), FLOAT32), FLOAT32)
     assert set(small["blocks"][0]["wo"]) == {"few_rows", "scale"}
     assert small["head"]["few_rows"].dtype == jnp.int8
