@@ -23,7 +23,7 @@ from lib import data
 from lib.config import Config
 from lib.data.tokenizer import Tokenizer
 from lib.evals import core, questions
-from lib.evals.bits import token_losses
+from lib.evals.bits import bits_by_kind, token_losses
 from lib.evals.likelihood import Score
 from lib.files import write_json
 from lib.generate import engine
@@ -299,6 +299,16 @@ def of_run(run: str, items: int, repeats: int = 3) -> dict:
     settings = questions.Questions(limit=items, batch=64, max_tokens=config.sequence_len // 2)
     plain = forward_speed(params, config, 64)
     print(f"{'a forward of 64 rows':24} {plain:10,.0f} tokens/s")
+
+    texts = list(data.head(data.documents("stdlib", "val"), 500_000))
+    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    for _ in range(2):
+        clock = time.perf_counter()
+        bits_by_kind(params, config, tokenizer, texts)
+        speed = tokens / (time.perf_counter() - clock)
+    print(
+        f"{'bits per byte by kind':24} {speed:10,.0f} tokens/s  {speed / plain:6.1%} of a forward's"
+    )
 
     ways = {"": engine.SIDES, ", one engine": 1}
     rows = {}

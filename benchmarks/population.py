@@ -3,7 +3,7 @@
 
 Speed-up is trials per second together over trials per second apart, medians of whole optimizer
 steps, both measured in one process by turns, so that other work on the machine hits both alike.
-Losses are compared too.
+Losses of the third step are compared too: later ones of a batch learnt by heart go their own ways.
 """
 
 import statistics
@@ -15,7 +15,7 @@ import tyro
 
 @dataclass
 class Args:
-    depths: str = "1 2 3"
+    depths: str = "2 3 4"
     """Depths of the model family"""
     sizes: str = "2 4 8"
     """Trials at once"""
@@ -66,6 +66,7 @@ def main(args: Args):
             states = [train.init_state(c) for c in configs]
             whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
             times = {"apart": [], "together": []}
+            differences = []
             for _ in range(args.steps + 2):
                 begun = time.perf_counter()
                 losses = []
@@ -78,6 +79,8 @@ def main(args: Args):
                 whole, metrics = together(whole, inputs, targets)
                 jax.block_until_ready(metrics)
                 times["together"].append(time.perf_counter() - begun)
+                difference = jnp.abs(metrics["loss"] - jnp.stack(losses))
+                differences.append(float(difference.max()))
             apart, at_once = (statistics.median(times[k][2:]) for k in ("apart", "together"))
             rows.append(
                 dict(
@@ -88,9 +91,7 @@ def main(args: Args):
                     apart_ms=1e3 * apart,
                     together_ms=1e3 * at_once,
                     speedup=apart / at_once,
-                    worst_loss_difference=float(
-                        jnp.max(jnp.abs(metrics["loss"] - jnp.stack(losses)))
-                    ),
+                    worst_loss_difference=differences[2],
                 )
             )
             print(
