@@ -31,7 +31,7 @@ from lib.model.tables import token_embedding, value_embeddings
 from lib.parallel.collectives import enter, gather, leave, own_part
 from lib.params import unstack
 
-# what remat="dots" keeps beside each layer's input: backward recomputes norms, rotations,
+# what remat="dots" keeps beside each layer's input (q and k are turned): backward recomputes norms,
 # activations and the attention's output projection (3 % of a step for a tenth of the memory), but
 # no wide matrix product and no attention
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
@@ -68,42 +68,43 @@ def rotate(x_BTNH, cos, sin):
     return x_BTNH * cos + jnp.concatenate([second, first], axis=-1) * sin
 
 
-def turned(x_BTNH, rope, config: Config):
-    """Queries or keys, rotated to their positions, normalised (`qk_norm`), sharpened (`qk_scale`).
+def turned(x_BTNH, rope, config: Config, name: str):
+    """Queries or keys, rotated to their positions, normalised (`qk_norm`), sharpened (`qk_scale`);
+    remat="dots" keeps them under `name`.
 
     Rotation leaves lengths as they are, so the norm is taken of what comes in: the two are one pass
     over memory then, and not two.
     """
     if not config.qk_norm:
-        return rotate(x_BTNH, *rope) * config.qk_scale
-    return normed_rotation(x_BTNH, *rope, config.qk_scale, config.norm_eps)
+        return checkpoint_name(rotate(x_BTNH, *rope) * config.qk_scale, name)
+    return normed_rotation(x_BTNH, *rope, config.qk_scale, config.norm_eps, name)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float, name: str) -> Any:
     """Heads rotated, then divided by their root mean square and multiplied by `scale`.
 
-    Its gradient is written out, from what came in and nothing else: autodiff keeps the rotated
-    heads as well, and a TPU writes and reads them again for every layer.
+    Its gradient is written out, from what goes out, which attention's own gradient needs as well:
+    nothing that came in is kept, and backward turns nothing again.
     """
+    return _normed_rotation_forward(x_BTNH, cos, sin, scale, eps, name)[0]
+
+
+def _normed_rotation_forward(x_BTNH, cos, sin, scale, eps, name):
     x32 = x_BTNH.astype(jnp.float32)
     factor = scale * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (rotate(x_BTNH, cos, sin).astype(jnp.float32) * factor).astype(x_BTNH.dtype)
+    y_BTNH = (rotate(x_BTNH, cos, sin).astype(jnp.float32) * factor).astype(x_BTNH.dtype)
+    y_BTNH, factor = checkpoint_name((y_BTNH, factor), name)
+    return y_BTNH, (y_BTNH, factor, cos, sin)
 
 
-def _normed_rotation_forward(x_BTNH, cos, sin, scale, eps):
-    return normed_rotation(x_BTNH, cos, sin, scale, eps), (x_BTNH, cos, sin)
-
-
-def _normed_rotation_backward(scale, eps, kept, dy_BTNH):
-    x_BTNH, cos, sin = kept
-    x32 = x_BTNH.astype(jnp.float32)
-    # the gradient rotated back, and what of it would only change a head's length taken away
-    g32 = rotate(dy_BTNH, cos, -sin).astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    along = jnp.mean(g32 * x32, axis=-1, keepdims=True)
-    dx32 = scale * inverse * (g32 - x32 * (inverse * inverse * along))
-    return dx32.astype(x_BTNH.dtype), None, None
+def _normed_rotation_backward(scale, eps, name, kept, dy_BTNH):
+    y_BTNH, factor, cos, sin = kept
+    y32, dy32 = y_BTNH.astype(jnp.float32), dy_BTNH.astype(jnp.float32)
+    # what of the gradient would only change a head's length is taken away, the rest rotated back
+    along = jnp.mean(y32 * dy32, axis=-1, keepdims=True) / (scale * scale)
+    dx32 = factor * (dy32 - y32 * along)
+    return rotate(dx32.astype(y_BTNH.dtype), cos, -sin), None, None
 
 
 normed_rotation.defvjp(_normed_rotation_forward, _normed_rotation_backward)
@@ -162,8 +163,8 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
     what was kept).
     """
     with jax.named_scope("qkv"):
-        q_BTNH = checkpoint_name(linear("BTD,DNH->BTNH", h_BTD, w["wq"]), "q")
-        k_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, w["wk"]), "k")
+        q_BTNH = linear("BTD,DNH->BTNH", h_BTD, w["wq"])
+        k_BTKH = linear("BTD,DKH->BTKH", h_BTD, w["wk"])
         v_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
 
     # every other layer: the token's own embedding, let in by a gate per head between 0 and 3
@@ -174,8 +175,8 @@ def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
             v_BTKH = v_BTKH + scaled(gate_BTK[..., None], ve_BTKH)
 
     with jax.named_scope("rope"):
-        q_BTNH = turned(q_BTNH, rope, config)
-        k_BTKH = turned(k_BTKH, rope, config)
+        q_BTNH = turned(q_BTNH, rope, config, "q")
+        k_BTKH = turned(k_BTKH, rope, config, "k")
 
     with jax.named_scope("attention"):
         o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)

@@ -157,6 +157,21 @@ def test_scanned_layers_equal_unrolled_ones(unrolled, remat):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_recomputing_products_turns_no_heads_again(qk_norm):
+    """A rotation joins two halves: of queries and keys, on the way there and on the way back."""
+    x = tokens(1, 64)
+    c = TINY.replace(n_layer=1, remat="dots", smear=False, qk_norm=qk_norm, value_embeds=False)
+
+    def loss(params):
+        return model.loss_fn(params, c, x, x)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(tiny_params(c))
+    shape = f"f32[1,64,{{}},{c.head_dim}] = concatenate"
+    joined = [str(jaxpr).count(shape.format(heads)) for heads in (c.n_head, c.n_kv_head)]
+    assert joined == [2, 2]
+
+
 @pytest.mark.parametrize(
     "pattern,layers,groups",
     [

@@ -106,7 +106,8 @@ def test_the_written_gradient_of_turned_heads_is_that_of_the_formula(dtype, most
         return rotate(rms_norm(x), *exact_rope) * config.qk_scale
 
     _, exact = jax.vjp(formula, x.astype(jnp.float32))
-    _, written = jax.vjp(lambda x: turned(x, rope_tables(jnp.arange(8), config), config), x)
+    rope = rope_tables(jnp.arange(8), config)
+    _, written = jax.vjp(lambda x: turned(x, rope, config, "q"), x)
     (expected,) = exact(dy.astype(jnp.float32))
     (gradient,) = written(dy)
     assert gradient.dtype == dtype
