@@ -8,7 +8,8 @@ gradients to its sums where they belong (`add_gradients`).
 
 For that it turns the stacked value embeddings token by token: (V, Lv K H), of each token what all
 layers add. One line is then a row in one piece. As they are stacked, a TPU would pad ten heads to
-the sixteen of a register, in a copy of all tables.
+the sixteen of a register, in a copy of all tables. Those of layers taken apart are (V, K H) each:
+lines and sums of one layer are small enough to be turned on the chip.
 """
 
 from typing import Any, NamedTuple
@@ -52,6 +53,8 @@ def value_embeddings(params, ids_BT, config: Config) -> Any:
         return tables.lines
 
     def look_up(table_VKH):
+        if isinstance(table_VKH, Lines):
+            return table_VKH.lines
         return gather(VALUES, table_VKH, stacked=True)[ids_BT].astype(config.dtype)
 
     if isinstance(tables, dict):
@@ -66,12 +69,16 @@ def value_embeddings(params, ids_BT, config: Config) -> Any:
 
 
 def by_token(params):
-    """The parameters, or sums like them, with value embeddings turned to (V, Lv K H).
+    """The parameters, or sums like them, with value embeddings turned to (V, Lv K H); where layers
+    were taken apart, to (V, K H) each.
 
     Not where each device holds a part of every table.
     """
     if VALUES not in params or is_gathered(VALUES):
         return params
+    if isinstance(params[VALUES], dict):
+        rows = jax.tree.map(lambda table_VKH: table_VKH.reshape(len(table_VKH), -1), params[VALUES])
+        return params | {VALUES: rows}
     tables_VLKH = jnp.moveaxis(params[VALUES], 1, 0)
     return params | {VALUES: tables_VLKH.reshape(len(tables_VLKH), -1)}
 
@@ -80,6 +87,9 @@ def by_layer(sums, params):
     """`by_token` undone: sums in the shapes of the parameters."""
     if VALUES not in params or is_gathered(VALUES):
         return sums
+    if isinstance(params[VALUES], dict):
+        shaped = jax.tree.map(lambda a, table: a.reshape(table.shape), sums[VALUES], params[VALUES])
+        return sums | {VALUES: shaped}
     Lv, V, K, H = params[VALUES].shape
     tables_VLKH = sums[VALUES].reshape(V, Lv, K, H)
     return sums | {VALUES: jnp.moveaxis(tables_VLKH, 1, 0)}
@@ -94,9 +104,20 @@ def looked_up(params, turned, ids_BT, config: Config):
     # a tied table is the head as well, and has a gradient everywhere
     if "embed" in params and not config.tied_head:
         lines["embed"] = Lines(token_embedding(params, ids_BT, config))
-    if VALUES in params:
+    if isinstance(params.get(VALUES), dict):
+        lines[VALUES] = _lines_by_layer(params[VALUES], turned[VALUES], ids_BT, config)
+    elif VALUES in params:
         lines[VALUES] = Lines(_value_lines(params[VALUES], turned[VALUES], ids_BT, config))
     return params | lines
+
+
+def _lines_by_layer(tables, turned, ids_BT, config: Config) -> dict[int, Lines]:
+    """The lines (B, T, K, H) of each layer's own table."""
+    found = {}
+    for layer, table_VKH in tables.items():
+        lines_BTX = turned[layer][ids_BT].astype(config.dtype)
+        found[layer] = Lines(lines_BTX.reshape(*ids_BT.shape, *table_VKH.shape[1:]))
+    return found
 
 
 def _value_lines(tables, turned_VX, ids_BT, config: Config):
@@ -114,7 +135,13 @@ def add_gradients(sums, grads, ids_BT):
     Those of lines are added in place, where the lines came from.
     """
 
+    def add_layer(total_VX, grad):
+        lines_BTX = grad.lines.reshape(*ids_BT.shape, -1)
+        return total_VX.at[ids_BT].add(lines_BTX.astype(jnp.float32))
+
     def add(name, total, grad):
+        if name == VALUES and isinstance(grad, dict):
+            return {layer: add_layer(total[layer], grad[layer]) for layer in total}
         if not isinstance(grad, Lines):
             return jax.tree.map(jnp.add, total, grad)
         lines = grad.lines

@@ -14,9 +14,10 @@ from lib.config import Config
 from lib.files import UserError
 from lib.model import tables
 from lib.model.decoding import cast_matrices
-from lib.parallel.collectives import optimizer_on, reduce_gradients, share_of
+from lib.model.transformer import group_size
+from lib.parallel.collectives import is_gathered, optimizer_on, reduce_gradients, share_of
 from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
-from lib.params import is_spec, param_specs
+from lib.params import is_spec, param_specs, unstack
 from lib.train.optim import compile_key, hyper, make_optimizer
 
 
@@ -81,23 +82,39 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
         (loss, count), grads = grad(params, config, inputs_ABT[0], targets_ABT[0])
         return loss, count, grads
 
-    # what all microbatches look their lines up in, once for all in the compute dtype
-    turned = cast_matrices(tables.by_token(params), config.dtype)
+    # what all microbatches read, made once for all in the compute dtype
+    blocks = cast_matrices(params["blocks"], config.operand_dtype)
+    weights = _apart(params | {"blocks": blocks}, config)
+    turned = cast_matrices(tables.by_token(weights), config.dtype)
 
     def microbatch(total, batch):
         inputs_BT, targets_BT = batch
         loss_sum, count_sum, sums = total
         # tables that are only looked up give lines, and so their gradients are lines too
-        with_lines = tables.looked_up(params, turned, inputs_BT, config)
+        with_lines = tables.looked_up(weights, turned, inputs_BT, config)
         (loss, count), grads = grad(with_lines, config, inputs_BT, targets_BT)
         sums = tables.add_gradients(sums, grads, inputs_BT)
         return (loss_sum + loss, count_sum + count, sums), None
 
     # the loop carries one sum of each in float32, as the parameters are
-    zeros = tables.by_token(jax.tree.map(jnp.zeros_like, params))
+    whole, put_together = jax.vjp(lambda params: _apart(params, config), params)
+    zeros = tables.by_token(jax.tree.map(jnp.zeros_like, whole))
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
     loss, count, sums = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
-    return loss, count, tables.by_layer(sums, params)
+    # the gradient of what was taken apart is put together
+    (grads,) = put_together(tables.by_layer(sums, whole))
+    return loss, count, grads
+
+
+def _apart(params, config: Config):
+    """The parameters, those of layers that are not scanned taken apart: out of the stacks each
+    microbatch would copy its weights, and its gradients into such.
+
+    Not where each device holds a part of every weight.
+    """
+    if group_size(config)[1] or is_gathered("blocks.wq"):
+        return params
+    return unstack(params, config)
 
 
 def _shared_gradients(layout: Layout, params, inputs_BT, targets_BT, config: Config):

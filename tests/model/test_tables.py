@@ -88,6 +88,25 @@ def test_gradients_of_lines_are_added_where_they_came_from():
     assert {a.dtype.name for a in added.values()} == {"float32"}
 
 
+def test_layers_taken_apart_have_tables_of_their_own():
+    stacked = numbers(2, 3, 1, 2)
+    params = {"embed": numbers(3, 2), VALUES: {0: stacked[0], 2: stacked[1]}}
+    turned = tables.by_token(params)
+    assert {layer: rows.shape for layer, rows in turned[VALUES].items()} == {0: (3, 2), 2: (3, 2)}
+    found = tables.value_embeddings(tables.looked_up(params, turned, IDS, CONFIG), IDS, CONFIG)
+    whole = tables.value_embeddings(params, IDS, CONFIG)
+    for layer in (0, 2):
+        assert found[layer].shape == (1, 3, 1, 2) and found[layer].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found[layer], whole[layer])
+
+    ones = {"embed": jnp.ones((3, 2)), VALUES: {0: jnp.ones((3, 1, 2)), 2: jnp.ones((3, 1, 2))}}
+    lines = {layer: Lines(LINES[VALUES][nth]) for nth, layer in enumerate((0, 2))}
+    grads = {"embed": Lines(LINES["embed"]), VALUES: lines}
+    added = tables.by_layer(tables.add_gradients(tables.by_token(ones), grads, IDS), ones)
+    assert added["embed"].tolist() == EMBED
+    assert [added[VALUES][layer][:, 0].tolist() for layer in (0, 2)] == VALUE
+
+
 def test_so_are_those_of_tables_in_parts(in_parts):
     params = {"embed": jnp.ones((3, 2)), VALUES: jnp.ones((2, 3, 1, 2))}
     grads = {name: Lines(lines) for name, lines in LINES.items()}

@@ -54,8 +54,9 @@ def test_accumulated_gradients_and_losses(monkeypatch):
     monkeypatch.setattr(model, "loss_sums", loss_sums)
     inputs = np.ones((256, 1, 1), np.int32)
     inputs[0] = 256
-    params = {"w": jnp.ones((), jnp.float32)}
-    loss, count, grads = steps.summed_gradients(params, inputs, inputs, CONFIG)
+    params = {"w": jnp.ones((), jnp.float32), "blocks": {}}
+    config = CONFIG.replace(value_embeds=False)
+    loss, count, grads = steps.summed_gradients(params, inputs, inputs, config)
     assert (float(loss), int(count), float(grads["w"])) == (511, 256, 511)
     assert loss.dtype == grads["w"].dtype == jnp.float32
 

@@ -105,6 +105,25 @@ def test_accumulation_equals_one_big_batch(optimizer):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("value_embeds", [True, False])
+def test_layers_taken_apart_give_the_gradients_of_scanned_ones(value_embeds):
+    """Summed over two microbatches, in the shapes of the parameters."""
+    x, y, _ = next(batches(structure=False))
+    results = []
+    for scan in (True, False):
+        config = TINY.replace(
+            n_layer=4, window_pattern="SL", scan_layers=scan, value_embeds=value_embeds
+        )
+        params = step.init_state(config).params
+        rows = x.reshape(2, 2, -1), y.reshape(2, 2, -1)
+        results.append(jax.jit(step.summed_gradients, static_argnums=3)(params, *rows, config))
+    (loss, count, grads), (wanted_loss, wanted_count, wanted) = results
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6) and count == wanted_count
+    assert jax.tree.structure(grads) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_one_compilation_serves_all_rates_and_steps():
     step._jitted_step.cache_clear()
     for lr in (0.01, 0.02):
