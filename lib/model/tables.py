@@ -135,24 +135,25 @@ def add_gradients(sums, grads, ids_BT):
     Those of lines are added in place, where the lines came from.
     """
 
-    def add_layer(total_VX, grad):
-        lines_BTX = grad.lines.reshape(*ids_BT.shape, -1)
-        return total_VX.at[ids_BT].add(lines_BTX.astype(jnp.float32))
+    def add_lines(total, lines):
+        return total.at[ids_BT].add(lines.astype(jnp.float32))
+
+    def add_values(total, lines):
+        # turned while they are narrow: XLA would widen them first
+        rows_BTX = lines.reshape(*ids_BT.shape, -1)
+        return add_lines(total, jax.lax.optimization_barrier(rows_BTX))
 
     def add(name, total, grad):
         if name == VALUES and isinstance(grad, dict):
-            return {layer: add_layer(total[layer], grad[layer]) for layer in total}
+            return {layer: add_values(total[layer], grad[layer].lines) for layer in total}
         if not isinstance(grad, Lines):
             return jax.tree.map(jnp.add, total, grad)
-        lines = grad.lines
         if is_gathered(name):
             each = _add_to_each_part if name == VALUES else _add_to_part
-            return each(name, total, lines.astype(jnp.float32), ids_BT)
+            return each(name, total, grad.lines.astype(jnp.float32), ids_BT)
         if name == VALUES:
-            # turned while they are narrow: XLA would widen them first
-            turned = jnp.moveaxis(lines, 0, 2).reshape(*ids_BT.shape, -1)
-            lines = jax.lax.optimization_barrier(turned)
-        return total.at[ids_BT].add(lines.astype(jnp.float32))
+            return add_values(total, jnp.moveaxis(grad.lines, 0, 2))
+        return add_lines(total, grad.lines)
 
     return {name: add(name, sums[name], grads[name]) for name in sums}
 

@@ -357,14 +357,9 @@ def _fusion_traffic(op: Op, types: dict[str, str], program: Program) -> float:
     # written: an array that is updated in place counts with what is changed
     total, updated = 0.0, set()
     for name, leaf in zip(outputs, leaves(op.type)):
-        last = _source(name, inside)
-        written = leaf.bytes
-        if last.code == "scatter":
-            updated.add(_source(last.operands[0], inside).name)
-            # what is added to is read and written
-            written = 2 * size(inside[last.operands[2]].type)
-        elif last.code == "dynamic-update-slice":
-            written = size(inside[last.operands[1]].type)
+        in_place = _update(name, inside, program)
+        written, changed = in_place or (leaf.bytes, "")
+        updated.add(changed)
         total += written * leaf.in_hbm
 
     # read
@@ -374,6 +369,30 @@ def _fusion_traffic(op: Op, types: dict[str, str], program: Program) -> float:
         if whole and i in parameters and parameters[i] not in updated:
             total += min(whole, _read(parameters[i], inside, program))
     return total
+
+
+def _update(name: str, inside: dict[str, Op], program: Program) -> tuple[float, str] | None:
+    """(bytes of what is changed of an array, the array before, if it need not be read whole) where
+    `name` is an array updated in place, however deep in fusions; else None.
+    """
+    last = _source(name, inside)
+    if last.code == "scatter":
+        # what is added to is read and written
+        return 2 * size(inside[last.operands[2]].type), _source(last.operands[0], inside).name
+    if last.code == "dynamic-update-slice":
+        # that no more is read, `_read` sees
+        return size(inside[last.operands[1]].type), ""
+    if last.code != "fusion":
+        return None
+    deeper, root = program.computations[called(last)], program.roots[called(last)]
+    update = _update(root.name, deeper, program)
+    if update is None:
+        return None
+    # a parameter there is an operand here
+    written, before = update
+    if before and deeper[before].code == "parameter":
+        before = _source(last.operands[int(deeper[before].inside)], inside).name
+    return written, before
 
 
 def _source(name: str, inside: dict[str, Op]) -> Op:

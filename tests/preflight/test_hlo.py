@@ -186,7 +186,9 @@ def test_what_is_changed_in_place_counts_with_what_is_changed():
     assert program(lines).components["mlp"].bytes == 2 * 4 * 8 * 4
 
 
-def test_a_scatter_reads_and_writes_what_it_adds_to():
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_scatter_reads_and_writes_what_it_adds_to(nested):
+    """Also as the last of a fusion in a fusion, as libtpu writes it with what sorts its lines."""
     fused = """%added (p: f32[1000,8], i: s32[4], u: f32[4,8]) -> f32[1000,8] {
   %p = f32[1000,8]{1,0} parameter(0)
   %i = s32[4]{0} parameter(1)
@@ -194,10 +196,19 @@ def test_a_scatter_reads_and_writes_what_it_adds_to():
   ROOT %s = f32[1000,8]{1,0} scatter(%p, %i, %u), to_apply=%sum
 }
 """
-    lines = """  %a = f32[1000,8]{1,0} parameter(0)
-  %b = s32[4]{0} parameter(1)
-  %c = f32[4,8]{1,0} parameter(2)
-  ROOT %f = f32[1000,8]{1,0} fusion(%a, %b, %c), kind=kLoop, calls=%added, metadata={op_name="jit(f)/embed/add"}"""
+    if nested:
+        fused += """%outer (p: f32[1000,8], i: s32[4], u: f32[4,8]) -> f32[1000,8] {
+  %p = f32[1000,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %u = f32[4,8]{1,0} parameter(2)
+  ROOT %inner = f32[1000,8]{1,0} fusion(%p, %i, %u), kind=kCustom, calls=%added
+}
+"""
+    calls = "outer" if nested else "added"
+    lines = f"""  %a = f32[1000,8]{{1,0}} parameter(0)
+  %b = s32[4]{{0}} parameter(1)
+  %c = f32[4,8]{{1,0}} parameter(2)
+  ROOT %f = f32[1000,8]{{1,0}} fusion(%a, %b, %c), kind=kLoop, calls=%{calls}, metadata={{op_name="jit(f)/embed/add"}}"""
     # four rows there and back, the rows that are added, and where
     expected = 2 * 4 * 8 * 4 + 4 * 8 * 4 + 4 * 4
     assert program(lines, fused).components["embedding"].bytes == expected
