@@ -157,6 +157,11 @@ function optimizer_bytes(c) {
   return 4 * numbers;
 }
 
+// What devices that each hold a part have whole at a time: the head's gradient and one table.
+function gathered_bytes(c, fsdp) {
+  return fsdp > 1 ? 8 * padded_vocab(c) * c.n_embd : 0;
+}
+
 // Numbers that backward keeps of each token of a microbatch.
 function kept_per_token(c) {
   const heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim;
@@ -374,7 +379,7 @@ function memory_of_share(c, split, strategy) {
   const replicas = strategy === "dp" ? 1 : split.data;
   const memory = {
     parameters: floor_div(one.parameters, parts),
-    gradients: floor_div(one.gradients, parts),
+    gradients: floor_div(one.gradients, parts) + gathered_bytes(c, split.fsdp),
     optimizer: floor_div(one.optimizer, parts * replicas),
     activations: floor_div(one.activations, split.tensor) + floor_div(one.logits, split.tensor),
   };

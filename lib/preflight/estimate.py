@@ -8,7 +8,7 @@ from lib.config import Config
 from lib.files import choose
 from lib.parallel.layout import MESH_AXIS
 from lib.preflight import roofline
-from lib.preflight.memory import estimate_memory
+from lib.preflight.memory import estimate_memory, gathered_bytes
 from lib.preflight.roofline import Bound, Split
 
 GIB = 2**30
@@ -88,9 +88,8 @@ def estimate(
 ) -> Report:
     """The report of a step on a slice from shapes alone, compiling nothing.
 
-    In memory -6 to +2 % off from seven compiled steps of depths 4 to 24, and -10 % from two of
-    earlier code (LOG.md); in time -19 to +23 % (benchmarks/preflight.py). No step of tp was
-    compiled.
+    In memory -9 to +10 % off from fourteen compiled steps of depths 4 to 32 (LOG.md); in time -21
+    to +23 % (benchmarks/preflight.py). No step of tp was compiled.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
     # memory, then work
@@ -127,7 +126,7 @@ def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, i
     replicas = 1 if strategy == "dp" else split.data
     memory = dict(
         parameters=one["parameters"] // parts,
-        gradients=one["gradients"] // parts,
+        gradients=one["gradients"] // parts + gathered_bytes(config, split.fsdp),
         optimizer=one["optimizer"] // (parts * replicas),
         activations=one["activations"] // split.tensor + one["logits"] // split.tensor,
     )

@@ -52,7 +52,7 @@ def _estimate_share(config: Config, layout: Layout) -> dict[str, int]:
     return dict(
         parameters=parameters,
         optimizer=held_bytes(state.opt_state),
-        gradients=_gradient_bytes(config, parameters),
+        gradients=_gradient_bytes(config, parameters) + gathered_bytes(config, layout.size("fsdp")),
         activations=one["activations"] // tensor,
         logits=one["logits"] // tensor,
     )
@@ -70,6 +70,13 @@ def held_bytes(tree) -> int:
 def _gradient_bytes(config: Config, parameters: int) -> int:
     """Those of a microbatch, and where there are several of them their sum as well."""
     return parameters * (2 if config.accumulate > 1 else 1)
+
+
+def gathered_bytes(config: Config, fsdp: int) -> int:
+    """Those of what devices that each hold a part have whole at a time: the head's gradient and one
+    table, in float32.
+    """
+    return 8 * config.padded_vocab * config.n_embd if fsdp > 1 else 0
 
 
 def _kept_per_token(config: Config) -> int:

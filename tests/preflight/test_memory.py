@@ -68,7 +68,7 @@ def test_what_is_given_back_is_held_once():
     assert memory.peak_bytes(types.SimpleNamespace(memory_analysis=lambda: sizes)) == 160
 
 
-# GiB at the peak of each device as libtpu 0.0.52 compiled the step (v6e, bfloat16, Muon, T 2048):
+# GiB at the peak of each device as libtpu 0.0.52 compiled the step (bfloat16, Muon, T 2048):
 # depth, chip, strategy, what differs from Config.from_depth, GiB
 COMPILED = [
     (4, "v6e-1", "dp", {}, 1.489),
@@ -77,8 +77,24 @@ COMPILED = [
     (8, "v6e-4", "fsdp", dict(remat="dots", microbatch=16), 1.719),
     (12, "v6e-1", "dp", dict(value_embeds=False), 6.976),
     (12, "v6e-1", "dp", dict(remat="dots"), 7.333),
+    (20, "v5e-1", "dp", dict(remat="layer", microbatch=1), 14.86),
+    (20, "v5e-1", "dp", dict(remat="layer", microbatch=2), 15.57),
+    (20, "v5e-1", "dp", dict(remat="dots", microbatch=1), 15.49),
+    (20, "v6e-1", "dp", dict(remat="dots"), 20.89),
+    (20, "v6e-1", "dp", dict(remat="dots", scan_layers=False, loss_chunk=8192), 21.61),
     (24, "v6e-1", "dp", dict(remat="dots"), 28.79),
+    (24, "v6e-1", "dp", dict(remat="dots", scan_layers=False, loss_chunk=4096), 28.86),
+    (32, "v6e-8", "fsdp", dict(remat="dots", microbatch=32), 17.72),
+    (32, "v6e-8", "fsdp", dict(remat="layer", microbatch=32), 9.493),
 ]
+
+
+def test_what_is_brought_together_is_counted_where_parts_are_held():
+    fsdp, zero = (estimate(TINY, rented("v6e-4"), strategy).memory for strategy in ("fsdp", "zero"))
+    whole = estimate_memory(TINY.replace(microbatch=1, total_batch_size=128))["gradients"]
+    # 128 tokens of 32 numbers, a gradient and a table
+    assert fsdp["gradients"] == whole // 4 + 2 * 4 * 128 * 32
+    assert zero["gradients"] >= whole
 
 
 @pytest.mark.parametrize(("depth", "chip", "strategy", "fields", "gib"), COMPILED)
