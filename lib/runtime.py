@@ -120,10 +120,14 @@ def use_huge_pages(folder: Path):
     A step's temporary arrays are allocated anew each time; as pages of 4 KB they cost a fifth of
     it (LOG.md). glibc reads this setting when a process starts, so a kernel can't be helped.
     """
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    is_ours = script is not None and Path(script).resolve().parent == folder
+    # what Python was started with; another program that runs a page, as tests do, is left alone
+    started = next((Path(word) for word in sys.orig_argv if word.endswith(".py")), Path())
+    running = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    is_started = running.is_file() and running.resolve() == started.resolve()
+    if not is_started or running.resolve().parent != folder:
+        return
     # where a setting was chosen already, by this function or by a person, it stays
-    if not is_ours or environment(TUNABLES) or sys.gettrace():
+    if environment(TUNABLES) or sys.gettrace():
         return
     if tpu_attached() or Path("/dev/nvidiactl").exists() or not _huge_pages_on_request():
         return

@@ -35,10 +35,12 @@ def test_a_script_starts_anew_with_huge_pages(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    def said(folder, **variables):
+    def said(folder, options=("-B", "page.py"), **variables):
         env = {"PYTHONPATH": str(ROOT), "PATH": "", **variables}
-        command = [sys.executable, "-B", str(script), str(folder), "a b"]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        command = [sys.executable, *options, str(folder), "a b"]
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        ).stdout
 
     arguments = f"{[str(tmp_path), 'a b']} True\n"
     assert said(tmp_path) == f"glibc.malloc.hugetlb=1 {arguments}"
@@ -46,16 +48,25 @@ def test_a_script_starts_anew_with_huge_pages(tmp_path):
     assert said(tmp_path, GLIBC_TUNABLES=chosen) == f"{chosen} {arguments}"
     assert said(elsewhere).startswith("None ")
 
+    # another program that runs the page does not become the page
+    run = "import runpy, sys; print('begun'); runpy.run_path('page.py', run_name='__main__')"
+    assert said(tmp_path, ("-B", "-c", run)) == f"begun\nNone {arguments}"
+    (tmp_path / "other.py").write_text(run)
+    assert said(tmp_path, ("-B", "other.py")) == f"begun\nNone {arguments}"
+
 
 def test_nothing_starts_anew_where_huge_pages_bring_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(runtime.os, "execv", lambda *_: started.append(1))
-    monkeypatch.setattr(
-        sys.modules["__main__"], "__file__", str(ROOT / "02_train.py"), raising=False
-    )
+    script = str(ROOT / "02_train.py")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
     monkeypatch.setenv(runtime.TUNABLES, "")
     monkeypatch.setattr(runtime.sys, "gettrace", lambda: None)
     monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    # run by another program, as here by the tests
+    runtime.use_huge_pages(ROOT)
+    monkeypatch.setattr(runtime.sys, "orig_argv", [sys.executable, script])
     monkeypatch.setattr(runtime, "tpu_attached", lambda: True)
     runtime.use_huge_pages(ROOT)
     # all memory is in huge pages anyway, or none may be

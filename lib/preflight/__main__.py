@@ -319,11 +319,20 @@ def compare_with_published(args: Args):
     """Print how far a published measurement is from its bound."""
     from lib.chips import tpu_slice
     from lib.config import Config
+    from lib.files import UserError
+    from lib.notebook import parse_overrides
     from lib.preflight import roofline
     from lib.preflight.compile import inspect
     from lib.preflight.estimate import estimate, report_text
 
-    config, where = Config(**PUBLISHED), tpu_slice(PUBLISHED_CHIP)
+    which = args.which
+    if which.depth or which.preset or which.run or args.where != Where():
+        raise UserError(
+            "--published is of one shape on one chip: leave out what names others "
+            "(--overrides may change the shape's settings)"
+        )
+    changes = parse_overrides(which.overrides, Config)
+    config, where = Config(**PUBLISHED | changes), tpu_slice(PUBLISHED_CHIP)
     if args.ask.estimate:
         report = estimate(config, where)
     else:

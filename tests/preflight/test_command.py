@@ -85,6 +85,13 @@ def test_a_published_measurement_stays_below_its_bound(capsys):
     share = float(line.partition("measured: ")[2].partition("%")[0])
     assert "477,000 tokens/s" in line and 30 < share < 100
 
+    # by other settings it has another bound, but it is of no other shape or chip
+    ask("--published", "--estimate", "--overrides", "microbatch=1")
+    assert capsys.readouterr().out.splitlines()[-1] != line
+    for other in (["--depth", "4"], ["--preset", "gpu"], ["--chip", "v5e-1"]):
+        with pytest.raises(UserError, match="one shape on one chip"):
+            ask("--published", "--estimate", *other)
+
 
 def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
     """At half of both, twice the time; MFU is of the data sheet all the same."""
