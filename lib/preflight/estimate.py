@@ -88,8 +88,8 @@ def estimate(
 ) -> Report:
     """The report of a step on a slice from shapes alone, compiling nothing.
 
-    In memory -9 to +10 % off from fourteen compiled steps of depths 4 to 32 (LOG.md); in time -21
-    to +23 % (benchmarks/preflight.py). No step of tp was compiled.
+    In memory -9 to +9 % off from fifteen compiled steps of depths 4 to 32 (a test); in time -21 to
+    +23 %. No step of tp was compiled.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
     # memory, then work
