@@ -14,6 +14,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
 from lib.chat import fit, messages, terminal
@@ -421,7 +422,8 @@ def test_an_answer_that_is_interrupted_at_once_is_kept_and_the_talk_goes_on(monk
 
 def test_int8_weights_say_the_same(capsys):
     talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, int8=True))
-    assert talk.engine.params[0]["head"]["int8"].dtype == "int8"
+    # in the form for a CPU, where a compiler built it, or in XLA's
+    assert any(a.dtype == "int8" for a in jax.tree.leaves(talk.engine.params[0]["head"]))
     talk.ask("hello")
     assert capsys.readouterr().out == parrot.CHATS["hello"] + "\n"
 
