@@ -61,7 +61,8 @@ def gather(name: str, w, stacked: bool = False) -> jax.Array:
 def is_gathered(name: str) -> bool:
     """Whether this device holds only a part of a weight, which `gather` would complete."""
     share = _share.get()
-    return share is not None and "fsdp" in tuple(share[1][name])
+    # a weight that this model does not have is nowhere
+    return share is not None and "fsdp" in tuple(share[1].get(name, ()))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -22,6 +22,7 @@ from lib.parallel import collectives, hosts
 from lib.parallel import layout as layouts
 from lib.parallel.layout import AXES
 from lib.params import is_spec, param_specs
+from lib.train import step
 from tests.helpers import programs
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,19 @@ def test_the_noise_is_small_beside_a_mistake(on_one, noise):
     """What is allowed is far from what two forgotten rows of sixteen do."""
     single, forgotten, *_ = on_one
     assert 0 < FACTOR * noise < 0.1 * distance(forgotten, single)
+
+
+@pytest.mark.parametrize("value_embeds", [True, False])
+@pytest.mark.parametrize("strategy", ["dp", "zero", "fsdp", "tp"])
+def test_a_model_may_lack_value_embeddings(strategy, value_embeds):
+    """Layers apart, several microbatches: the step is traced as a part of a mesh."""
+    config = Config(**CONFIG).replace(value_embeds=value_embeds)
+    layout = layouts.make_layout(strategy, config, jax.devices()[:1])
+    template = step.state_template(config)
+    rows = jax.ShapeDtypeStruct((16, config.sequence_len), "int32")
+    state, _ = jax.eval_shape(step.make_train_step(config, layout), template, rows, rows)
+    assert jax.tree.structure(state) == jax.tree.structure(template)
+    assert ("value_embeds" in state.params) == value_embeds
 
 
 # ---- eight devices -------------------------------------------------------------------------------
