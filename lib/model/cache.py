@@ -124,7 +124,6 @@ def cached_attention(k_ring, v_ring, position_BT, length_B, window: int, for_few
     position_BT: of the queries, negative for padding. length_B: tokens in the rings before.
     for_few_rows: whether `lib.model.few_rows` may multiply.
     """
-    products = RowProducts if for_few_rows and k_ring.dtype == jnp.float32 else Products
 
     def attend(q_BTNH, k_BTKH, v_BTKH):
         S = k_ring.shape[1]
@@ -144,7 +143,7 @@ def cached_attention(k_ring, v_ring, position_BT, length_B, window: int, for_few
             before_BS = held_positions(length_B, S)
             held_BS = jnp.concatenate([before_BS, position_BT], axis=1)
 
-        o_BTNH = attend_held(q_BTNH, keys, values, position_BT, held_BS, window, products)
+        o_BTNH = attend_held(q_BTNH, keys, values, position_BT, held_BS, window, for_few_rows)
         return o_BTNH, (new_k, new_v)
 
     return attend
@@ -192,37 +191,7 @@ def held_positions(length_B, S: int):
     return last_B1 - age_BS
 
 
-class Products:
-    """The two products of attention, by XLA."""
-
-    @staticmethod
-    def scores(q_XMH, k_XSH):
-        """Queries times keys, in float32."""
-        return jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32)
-
-    @staticmethod
-    def weighed(p_XMS, v_XSH):
-        """Probabilities times values."""
-        return jnp.einsum("XMS,XSH->XMH", p_XMS, v_XSH)
-
-
-class RowProducts(Products):
-    """The same where queries are few, in float32 on a CPU."""
-
-    @staticmethod
-    def scores(q_XMH, k_XSH):
-        if q_XMH.shape[1] > few_rows.MOST_ROWS:
-            return Products.scores(q_XMH, k_XSH)
-        return few_rows.products(q_XMH, k_XSH)
-
-    @staticmethod
-    def weighed(p_XMS, v_XSH):
-        if p_XMS.shape[1] > few_rows.MOST_ROWS:
-            return Products.weighed(p_XMS, v_XSH)
-        return few_rows.products_by_input(p_XMS, v_XSH)
-
-
-def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int, products=Products):
+def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int, for_few_rows=False):
     """Attention of queries over keys at positions held_BS (negative: none), `window` back at most.
 
     keys and values are lists of (B K, S, H), one behind the other in held_BS; they are not joined,
@@ -238,7 +207,7 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int, product
     q_XMH = q_BKGTH.reshape(B * K, -1, H)
 
     # scores, the parts joined
-    parts = [products.scores(q_XMH, k_XSH) for k_XSH in keys]
+    parts = [_scores(q_XMH, k_XSH, for_few_rows) for k_XSH in keys]
     s_XMS = jnp.concatenate(parts, axis=-1)
     s_BKGTS = s_XMS.reshape(B, K, G, T, -1) / math.sqrt(H)
 
@@ -254,7 +223,7 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int, product
     parts = jnp.split(p_XMS, [values[0].shape[1]], axis=-1)
     weighed = []
     for p, v_XSH in zip(parts, values):
-        weighed.append(products.weighed(p, v_XSH))
+        weighed.append(_weighed(p, v_XSH, for_few_rows))
     o_XMH = weighed[0]
     for more in weighed[1:]:
         o_XMH = jnp.add(o_XMH, more)
@@ -263,3 +232,22 @@ def attend_held(q_BTNH, keys, values, position_BT, held_BS, window: int, product
     o_BKGTH = o_XMH.reshape(B, K, G, T, H)
     o_BTKGH = o_BKGTH.transpose(0, 3, 1, 2, 4)
     return o_BTKGH.reshape(B, T, N, H)
+
+
+def _scores(q_XMH, k_XSH, for_few_rows: bool):
+    """Products of queries and keys, in float32."""
+    if for_few_rows and _are_few(q_XMH, k_XSH):
+        return few_rows.products(q_XMH, k_XSH)
+    return jnp.einsum("XMH,XSH->XMS", q_XMH, k_XSH, preferred_element_type=jnp.float32)
+
+
+def _weighed(p_XMS, v_XSH, for_few_rows: bool):
+    """Values weighed by probabilities."""
+    if for_few_rows and _are_few(p_XMS, v_XSH):
+        return few_rows.products_by_input(p_XMS, v_XSH)
+    return jnp.einsum("XMS,XSH->XMH", p_XMS, v_XSH)
+
+
+def _are_few(x_XMI, ring_XSH) -> bool:
+    """Whether these are for `lib.model.few_rows`: few rows, and a ring in float32."""
+    return x_XMI.shape[1] <= few_rows.MOST_ROWS and ring_XSH.dtype == jnp.float32

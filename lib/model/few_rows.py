@@ -106,6 +106,7 @@ def _key(compiler: str) -> str:
     parts = [
         SOURCE.read_text(),
         FLAGS,
+        NATIVE,
         compiler,
         importlib.metadata.version("jaxlib"),
         _processor(),
