@@ -144,6 +144,23 @@ function estimate_memory(c) {
   };
 }
 
+// The step of one device, as if it were alone: its rows, its heads, its part of the mlp and of the
+// positions that the loss reads.
+function config_of_share(c, rows, tensor) {
+  const microbatch = Math.max(1, floor_div(c.microbatch, rows));
+  const kv_heads = Math.max(1, floor_div(c.n_kv_head, tensor));
+  const tokens = microbatch * c.sequence_len;
+  return {
+    ...c,
+    microbatch,
+    total_batch_size: tokens * accumulate(c),
+    n_kv_head: kv_heads,
+    n_head: kv_heads * floor_div(c.n_head, c.n_kv_head),
+    mlp_dim: Math.max(1, floor_div(c.mlp_dim, tensor)),
+    loss_chunk: Math.min(c.loss_chunk, Math.max(1, floor_div(tokens, tensor))),
+  };
+}
+
 // Momenta as large as the weights; second moments too, but for Muon's matrices; and the schedule's
 // scalars.
 function optimizer_bytes(c) {
@@ -372,16 +389,13 @@ function make_split(chips, strategy) {
 }
 
 function memory_of_share(c, split, strategy) {
-  const rows = Math.max(1, floor_div(c.microbatch, rows_of(split)));
-  const batch = rows * c.sequence_len * accumulate(c);
-  const one = estimate_memory({ ...c, microbatch: rows, total_batch_size: batch });
-  const parts = split.fsdp * split.tensor;
+  const one = estimate_memory(config_of_share(c, rows_of(split), split.tensor));
   const replicas = strategy === "dp" ? 1 : split.data;
   const memory = {
-    parameters: floor_div(one.parameters, parts),
-    gradients: floor_div(one.gradients, parts) + gathered_bytes(c, split.fsdp),
-    optimizer: floor_div(one.optimizer, parts * replicas),
-    activations: floor_div(one.activations, split.tensor) + floor_div(one.logits, split.tensor),
+    parameters: floor_div(one.parameters, split.fsdp),
+    gradients: floor_div(one.gradients, split.fsdp) + gathered_bytes(c, split.fsdp),
+    optimizer: floor_div(one.optimizer, split.fsdp * replicas),
+    activations: one.activations + one.logits,
   };
   // zero gathers the new parameters when activations and whole gradients are gone
   if (strategy === "zero") {

@@ -8,7 +8,7 @@ from lib.config import Config
 from lib.files import choose
 from lib.parallel.layout import MESH_AXIS
 from lib.preflight import roofline
-from lib.preflight.memory import estimate_memory, gathered_bytes
+from lib.preflight.memory import config_of_share, estimate_memory, gathered_bytes
 from lib.preflight.roofline import Bound, Split
 
 GIB = 2**30
@@ -88,8 +88,8 @@ def estimate(
 ) -> Report:
     """The report of a step on a slice from shapes alone, compiling nothing.
 
-    In memory -9 to +9 % off from fifteen compiled steps of depths 4 to 32 (a test); in time -21 to
-    +23 %. No step of tp was compiled.
+    In memory -9 to +9 % off from twenty compiled steps of depths 4 to 32 in every strategy (a
+    test); in time -21 to +23 %.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
     # memory, then work
@@ -116,19 +116,14 @@ def available_bytes(chip: Chip) -> int:
 
 def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, int]:
     """Bytes by part on one device."""
-    # the step of one device, as if it were alone
-    rows = max(1, config.microbatch // split.rows)
-    batch = rows * config.sequence_len * config.accumulate
-    one = estimate_memory(config.replace(microbatch=rows, total_batch_size=batch))
-
-    # which then holds only its share of the state
-    parts = split.fsdp * split.tensor
+    # the step of one device, which then holds only its share of the state
+    one = estimate_memory(config_of_share(config, split.rows, split.tensor))
     replicas = 1 if strategy == "dp" else split.data
     memory = dict(
-        parameters=one["parameters"] // parts,
-        gradients=one["gradients"] // parts + gathered_bytes(config, split.fsdp),
-        optimizer=one["optimizer"] // (parts * replicas),
-        activations=one["activations"] // split.tensor + one["logits"] // split.tensor,
+        parameters=one["parameters"] // split.fsdp,
+        gradients=one["gradients"] // split.fsdp + gathered_bytes(config, split.fsdp),
+        optimizer=one["optimizer"] // (split.fsdp * replicas),
+        activations=one["activations"] + one["logits"],
     )
 
     # zero gathers the new parameters beside its share of their gradients, but only when activations

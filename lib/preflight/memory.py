@@ -42,19 +42,34 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
 
 def _estimate_share(config: Config, layout: Layout) -> dict[str, int]:
     """`estimate_memory` of one device of a layout."""
-    rows, tensor = layout.size(*BATCH), layout.size("tensor")
-    share = config.replace(
-        microbatch=config.microbatch // rows, total_batch_size=config.total_batch_size // rows
-    )
-    one = estimate_memory(share)
+    one = estimate_memory(config_of_share(config, layout.size(*BATCH), layout.size("tensor")))
     state = state_template(config, layout)
     parameters = held_bytes(state.params)
     return dict(
         parameters=parameters,
         optimizer=held_bytes(state.opt_state),
         gradients=_gradient_bytes(config, parameters) + gathered_bytes(config, layout.size("fsdp")),
-        activations=one["activations"] // tensor,
-        logits=one["logits"] // tensor,
+        activations=one["activations"],
+        logits=one["logits"],
+    )
+
+
+def config_of_share(config: Config, rows: int, tensor: int) -> Config:
+    """The step of one device, as if it were alone.
+
+    rows: devices that share the rows. tensor: those that share each layer, so that one has a model
+    as wide as the whole, but with fewer heads and a narrower mlp; the loss they share by positions.
+    """
+    microbatch = max(1, config.microbatch // rows)
+    kv_heads = max(1, config.n_kv_head // tensor)
+    tokens = microbatch * config.sequence_len
+    return config.replace(
+        microbatch=microbatch,
+        total_batch_size=tokens * config.accumulate,
+        n_kv_head=kv_heads,
+        n_head=kv_heads * (config.n_head // config.n_kv_head),
+        mlp_dim=max(1, config.mlp_dim // tensor),
+        loss_chunk=min(config.loss_chunk, max(1, tokens // tensor)),
     )
 
 

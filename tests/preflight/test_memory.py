@@ -7,6 +7,7 @@ import pytest
 
 from lib.chips import rented
 from lib.config import Config
+from lib.params import count_params
 from lib.preflight import memory
 from lib.preflight.compile import for_tpu
 from lib.preflight.estimate import estimate
@@ -68,24 +69,32 @@ def test_what_is_given_back_is_held_once():
     assert memory.peak_bytes(types.SimpleNamespace(memory_analysis=lambda: sizes)) == 160
 
 
+# rows over two pairs of devices, each layer over the two of a pair
+BOTH = "data=2 tensor=2"
+
 # GiB at the peak of each device as libtpu 0.0.52 compiled the step (bfloat16, Muon, T 2048):
-# depth, chip, strategy, what differs from Config.from_depth, GiB
+# depth, chip, strategy, mesh, what differs from Config.from_depth, GiB
 COMPILED = [
-    (4, "v6e-1", "dp", {}, 1.489),
-    (8, "v6e-1", "dp", dict(remat="dots"), 3.399),
-    (8, "v6e-4", "zero", dict(remat="dots", microbatch=16), 2.763),
-    (8, "v6e-4", "fsdp", dict(remat="dots", microbatch=16), 1.719),
-    (12, "v6e-1", "dp", dict(value_embeds=False), 6.976),
-    (12, "v6e-1", "dp", dict(remat="dots"), 7.333),
-    (20, "v5e-1", "dp", dict(remat="layer", microbatch=1), 14.86),
-    (20, "v5e-1", "dp", dict(remat="layer", microbatch=2), 15.57),
-    (20, "v5e-1", "dp", dict(remat="dots", microbatch=1), 15.49),
-    (20, "v6e-1", "dp", dict(remat="dots"), 20.89),
-    (20, "v6e-1", "dp", dict(remat="dots", scan_layers=False, loss_chunk=8192), 21.61),
-    (24, "v6e-1", "dp", dict(remat="dots"), 28.79),
-    (24, "v6e-1", "dp", dict(remat="dots", scan_layers=False, loss_chunk=4096), 28.86),
-    (32, "v6e-8", "fsdp", dict(remat="dots", microbatch=32), 17.72),
-    (32, "v6e-8", "fsdp", dict(remat="layer", microbatch=32), 9.493),
+    (4, "v6e-1", "dp", "", {}, 1.489),
+    (8, "v6e-1", "dp", "", dict(remat="dots"), 3.399),
+    (8, "v6e-4", "zero", "", dict(remat="dots", microbatch=16), 2.763),
+    (8, "v6e-4", "fsdp", "", dict(remat="dots", microbatch=16), 1.719),
+    (12, "v6e-1", "dp", "", dict(value_embeds=False), 6.976),
+    (12, "v6e-1", "dp", "", dict(remat="dots"), 7.333),
+    (20, "v5e-1", "dp", "", dict(remat="layer", microbatch=1), 14.86),
+    (20, "v5e-1", "dp", "", dict(remat="layer", microbatch=2), 15.57),
+    (20, "v5e-1", "dp", "", dict(remat="dots", microbatch=1), 15.49),
+    (20, "v6e-1", "dp", "", dict(remat="dots"), 20.89),
+    (20, "v6e-1", "dp", "", dict(remat="dots", scan_layers=False, loss_chunk=8192), 21.61),
+    (24, "v6e-1", "dp", "", dict(remat="dots"), 28.79),
+    (24, "v6e-1", "dp", "", dict(remat="dots", scan_layers=False, loss_chunk=4096), 28.86),
+    (32, "v6e-8", "fsdp", "", dict(remat="dots", microbatch=32), 17.72),
+    (32, "v6e-8", "fsdp", "", dict(remat="layer", microbatch=32), 9.493),
+    (4, "v6e-4", "tp", BOTH, dict(microbatch=4, total_batch_size=2**15), 0.919),
+    (8, "v6e-4", "tp", "", dict(total_batch_size=2**15), 2.137),
+    (8, "v6e-4", "tp", "", dict(remat="dots", microbatch=16, total_batch_size=2**16), 2.592),
+    (8, "v6e-4", "tp", BOTH, dict(remat="layer", microbatch=8, total_batch_size=2**15), 1.861),
+    (12, "v6e-4", "tp", BOTH, dict(remat="dots", microbatch=8, total_batch_size=2**15), 3.917),
 ]
 
 
@@ -97,10 +106,27 @@ def test_what_is_brought_together_is_counted_where_parts_are_held():
     assert zero["gradients"] >= whole
 
 
-@pytest.mark.parametrize(("depth", "chip", "strategy", "fields", "gib"), COMPILED)
-def test_the_estimate_is_within_a_tenth_of_what_was_compiled(depth, chip, strategy, fields, gib):
+def test_a_share_of_a_tensor_axis_is_a_model_with_fewer_heads_and_a_narrower_mlp():
+    """What is split is halved; the embedding, the head and the stream stay whole."""
+    wide = TINY.replace(n_kv_head=2)
+    share = memory.config_of_share(wide, rows=2, tensor=2)
+    assert (share.n_head, share.n_kv_head, share.mlp_dim, share.n_embd) == (1, 1, 32, 32)
+    assert (share.microbatch, share.accumulate) == (1, wide.accumulate)
+    # 64 tokens, of which the loss reads half on each device
+    assert share.loss_chunk == 32
+
+    held = estimate(wide, rented("v6e-4"), "tp", dict(data=2, tensor=2)).memory
+    counts = count_params(wide)
+    whole, split = counts["embed"] + counts["head"], counts["value_embeds"] + counts["blocks"]
+    assert held["parameters"] == 4 * (whole + counts["scalars"] + split // 2)
+
+
+@pytest.mark.parametrize(("depth", "chip", "strategy", "mesh", "fields", "gib"), COMPILED)
+def test_the_estimate_is_within_a_tenth_of_what_was_compiled(
+    depth, chip, strategy, mesh, fields, gib
+):
     config = for_tpu(Config.from_depth(depth, **fields))
-    report = estimate(config, rented(chip), strategy)
+    report = estimate(config, rented(chip), strategy, memory.parse_mesh(mesh))
     assert abs(report.peak / 2**30 / gib - 1) < 0.10
     assert report.peak == sum(report.memory.values())
 
