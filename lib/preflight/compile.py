@@ -23,6 +23,7 @@ from lib import chips, runtime
 from lib.chips import Chip, Slice, rented
 from lib.config import Config
 from lib.files import UserError, first_line
+from lib.generate.engine import LONG_CHUNK
 from lib.model.kernels import compiled_kernels
 from lib.parallel.layout import Layout, make_layout
 from lib.preflight import hlo, roofline
@@ -249,11 +250,16 @@ def compile_step(config: Config, where) -> Compiled:
     return compiled
 
 
-def compile_decode(config: Config, device, rows: int, length: int, int8: bool = False) -> dict:
-    """Compile the decoding of one token for each of `rows` rows with caches of `length` tokens.
+# tokens of a row that decoding is compiled for: as many as the engine writes in one dispatch
+TURNS = LONG_CHUNK
 
-    int8: weights as `model.quantized` makes them. Returns its memory and least time, as JSON, with
-    the bytes that it moves by component beside those that it cannot do without.
+
+def compile_decode(config: Config, device, rows: int, length: int, int8: bool = False) -> dict:
+    """Compile the decoding of TURNS tokens for each of `rows` rows with caches of `length` tokens.
+
+    int8: weights as `model.quantized` makes them. Returns its memory and its least time for one
+    token of each row, as JSON, with the bytes that it moves by component beside those that it
+    cannot do without where all of it lies in HBM: in a loop, what fits on the chip stays there.
     """
     from lib import model
 
@@ -266,8 +272,16 @@ def compile_decode(config: Config, device, rows: int, length: int, int8: bool = 
     cache = jax.eval_shape(lambda: model.init_cache(config, rows, length))
     tokens = jax.ShapeDtypeStruct((rows, 1), "int32")
 
+    # A loop, as the engine's: of a program with one step the compiler thinks that what it brought
+    # on the chip must be written back at once, and brings a table there for the next run.
     def decode(params, tokens, cache):
-        return model.forward(params, config, tokens, cache)
+        def turn(carry, _):
+            tokens, cache = carry
+            logits_BTV, cache = model.forward(params, config, tokens, cache)
+            tokens = logits_BTV.argmax(axis=-1).astype(tokens.dtype)
+            return (tokens, cache), tokens
+
+        return jax.lax.scan(turn, (tokens, cache), length=TURNS)
 
     arguments = [_on(device, tree) for tree in (params, tokens, cache)]
     compiled = compile_lowered(jax.jit(decode, donate_argnums=2).lower(*arguments))
@@ -275,21 +289,22 @@ def compile_decode(config: Config, device, rows: int, length: int, int8: bool = 
     if compiled.needed is not None:
         return dict(**asked, fits=False, needed=compiled.needed)
 
-    # the least time of what was compiled
+    # the least time of what was compiled, and a turn's share of it
     chip = chips.chip(device.device_kind)
     assert chip is not None, "every TPU that libtpu describes is in the table"
     work = hlo.analyse(compiled.text, chip.matrix_unit).components
     step = roofline.bound(work, chip)["step"]
+    seconds = step.seconds / TURNS
     return dict(
         **asked,
         fits=True,
         peak=compiled.peak,
         compile_seconds=compiled.seconds,
-        seconds=step.seconds,
-        tokens_per_s=rows / step.seconds,
-        bytes=step.bytes,
-        flops=step.flops,
-        moved={name: part.bytes for name, part in work.items() if part.bytes},
+        seconds=seconds,
+        tokens_per_s=rows / seconds,
+        bytes=step.bytes / TURNS,
+        flops=step.flops / TURNS,
+        moved={name: part.bytes / TURNS for name, part in work.items() if part.bytes},
         needs=roofline.decode_bytes(config, rows, length, int8),
     )
 

@@ -272,7 +272,8 @@ def _sent(config: Config, split: Split, strategy: str) -> float:
 
 def decode_bytes(config: Config, rows: int, length: int, int8: bool = False) -> dict[str, int]:
     """Bytes that one token for each of `rows` rows cannot do without, by part: weights are read
-    once for all rows, lines of tables and caches for each.
+    once for all rows, lines of tables and caches for each. What stays on a chip from one token to
+    the next counts as well.
 
     length: tokens that a cache holds, of which a layer reads as many as its ring has.
     """

@@ -116,9 +116,11 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
     text = report_text(Report.from_dict(too_big))
     assert "NO, over by" in text and what in text
 
-    # bytes of blocks and head, each read once for both rows
+    # bytes of blocks and head, each read once for both rows; two operations a number and row: of
+    # one token, though many are compiled as a loop
     weights = 2 * (2 * (4 * D * 128 + 2 * D * F) + D * V)
     assert decode["fits"] and weights < decode["bytes"] < 4 * weights
+    assert decode["flops"] == 2 * weights
     assert decode["tokens_per_s"] == pytest.approx(2 / decode["seconds"])
     # new keys of several rows are written where they belong: the ring is neither copied nor turned
     moved, ring = write

@@ -95,6 +95,7 @@ COMPILED = [
     (8, "v6e-4", "tp", "", dict(remat="dots", microbatch=16, total_batch_size=2**16), 2.592),
     (8, "v6e-4", "tp", BOTH, dict(remat="layer", microbatch=8, total_batch_size=2**15), 1.861),
     (12, "v6e-4", "tp", BOTH, dict(remat="dots", microbatch=8, total_batch_size=2**15), 3.917),
+    (16, "v6e-8", "tp", "", dict(remat="dots", microbatch=8, total_batch_size=2**15), 4.107),
 ]
 
 
