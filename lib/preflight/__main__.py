@@ -293,7 +293,8 @@ def search_first(args: Args, config, where, mesh):
     from lib.pictures import check_format, show
     from lib.preflight.cache import has_libtpu
     from lib.preflight.compile import inspect
-    from lib.preflight.search import search, search_text
+    from lib.preflight.estimate import available_bytes
+    from lib.preflight.search import search, search_text, undecided, undecided_text
     from lib.preflight.table import heat_map
 
     # told before minutes are spent
@@ -306,6 +307,10 @@ def search_first(args: Args, config, where, mesh):
     compiling = has_libtpu() and where.chip.is_tpu and not args.ask.estimate
     result = search(config, where, args.where.strategy, mesh, verify if compiling else None)
     print(json.dumps(result.to_dict()) if args.json else search_text(result))
+    available = available_bytes(where.chip)
+    if where.chip.is_tpu and not args.json:
+        for row in undecided(result, available):
+            print(undecided_text(row, available, compile_command(args, row.fields)))
     if args.ask.map:
         show(heat_map(result), local_path(args.ask.map))
     if result.best is None:
@@ -313,6 +318,24 @@ def search_first(args: Args, config, where, mesh):
             f"nothing that was searched fits on {where.name}: take fewer parameters, or more chips"
         )
     return config.replace(**result.best)
+
+
+def compile_command(args: Args, fields: dict) -> str:
+    """The command that compiles what was asked about, with other values of some fields."""
+    which, where = args.which, args.where
+    kept = [word for word in which.overrides.split() if word.partition("=")[0] not in fields]
+    overrides = [*kept, *(f"{name}={value}" for name, value in fields.items())]
+    options = dict(
+        depth=which.depth,
+        preset=which.preset,
+        run=which.run,
+        overrides=" ".join(overrides),
+        chip=where.chip,
+        strategy=where.strategy if where.strategy != Where.strategy else "",
+        mesh=where.mesh,
+    )
+    words = [("--" + name, str(value)) for name, value in options.items() if value]
+    return shlex.join(["python", "-m", "lib.preflight", *(w for pair in words for w in pair)])
 
 
 def compare_with_published(args: Args):

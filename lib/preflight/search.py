@@ -29,6 +29,9 @@ REMATS = ("none", "dots", "layer")
 # of those that fit by estimate, how many are compiled until one does
 VERIFIED = 4
 
+# how far above a compiled step's memory the estimate may be (a test compares them)
+ERROR = 0.1
+
 
 class Candidate(NamedTuple):
     """One way to compute the step, its memory in bytes and its least time."""
@@ -182,6 +185,18 @@ def _checked(config: Config, rows: list[Candidate], verify: Callable) -> list[Ca
     return checked
 
 
+def undecided(result: Search, available: int) -> list[Candidate]:
+    """Candidates that may fit for all that the estimate knows, and are faster than the best: over
+    the memory, or its margin, by less than the estimate's error. Of each remat the fastest.
+    """
+    best = next((row.seconds for row in result.rows if row.fits), float("inf"))
+    fastest: dict[str, Candidate] = {}
+    for row in result.rows:
+        if not row.fits and row.peak <= (1 + ERROR) * available and row.seconds < best:
+            fastest.setdefault(row.remat, row)
+    return list(fastest.values())
+
+
 # ---- on the device at hand -----------------------------------------------------------------------
 
 
@@ -263,6 +278,14 @@ def search_text(search: Search, show: int = 15) -> str:
     best = "none fits: take fewer parameters, or more chips"
     lines.append(f"best: {_words(search.best) if search.best else best}")
     return "\n".join(lines)
+
+
+def undecided_text(row: Candidate, available: int, command: str) -> str:
+    """What to ask the compiler about a candidate that the estimate cannot decide on."""
+    return (
+        f"undecided: {_words(row.fields)}: {row.peak / GIB:.2f} GiB estimated, of "
+        f"{available / GIB:.2f}; the estimate errs by a tenth, so ask the compiler:\n  {command}"
+    )
 
 
 def _words(fields: dict) -> str:

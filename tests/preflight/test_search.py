@@ -8,8 +8,16 @@ from lib import chips
 from lib.config import Config
 from lib.files import UserError
 from lib.preflight import search as searching
-from lib.preflight.estimate import estimate
-from lib.preflight.search import SEARCHED, search, search_text, with_microbatch
+from lib.preflight.__main__ import compile_command, parse
+from lib.preflight.estimate import available_bytes, estimate
+from lib.preflight.search import (
+    SEARCHED,
+    search,
+    search_text,
+    undecided,
+    undecided_text,
+    with_microbatch,
+)
 from lib.preflight.table import heat_map
 
 MODEL = Config(
@@ -121,3 +129,25 @@ def test_microbatch_as_asked(capsys):
     assert {name: getattr(changed, name) for name in SEARCHED} == {n: before[n] for n in SEARCHED}
     with pytest.raises(UserError, match="preset, auto or a number"):
         with_microbatch(MODEL, "many", cpu)
+
+
+def test_what_the_estimate_cannot_decide_is_named_with_the_command(tmp_path):
+    """Depth 20 on one v5e: nothing fits by estimate, yet the compiler fits dots with one row."""
+    where = chips.tpu_slice("v5e-1")
+    config = Config.from_depth(20)
+    result = search(config, where, vary=("microbatch", "remat", "loss_chunk"), cache=tmp_path)
+    available = available_bytes(where.chip)
+    rows = undecided(result, available)
+    assert result.best is None and {row.remat for row in rows} == {"dots", "layer"}
+    assert all(0.9 * available < row.peak <= 1.1 * available for row in rows)
+    row = rows[0]
+    args = parse(["--depth", "20", "--chip", "v5e-1", "--overrides", "microbatch=8 softcap=20"])
+    command = compile_command(args, row.fields)
+    assert command.startswith("python -m lib.preflight --depth 20 --overrides 'softcap=20 microb")
+    assert command.endswith("--chip v5e-1") and f"remat={row.remat}" in command
+    assert command in undecided_text(row, available, command)
+
+    # nor is anything said where the best is the fastest of all
+    fastest = min(result.rows, key=lambda row: row.seconds)
+    better = fastest._replace(fits=True, seconds=0.0)
+    assert undecided(result._replace(rows=[better, *result.rows]), available) == []
