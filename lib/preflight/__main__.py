@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -424,6 +425,8 @@ def command():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from lib.files import UserError
 
+        # what jax's cache on disk holds for a TPU can only be loaded where there is one
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
         try:
             main(args)
         except UserError as e:
