@@ -37,6 +37,9 @@ NEAR, FAR = 0.85, 0.5
 # tokens and answers of a batch are padded to `bucket`s of at least these
 LEAST_LENGTH = 8
 LEAST_ANSWERS = 64
+# input tokens, of all sequences together, below which a program more costs more than padding does,
+# and what is padded to then
+FEW, LEAST_LENGTH_OF_FEW, LEAST_ANSWERS_OF_FEW = 2**18, 64, 256
 
 
 class Score(NamedTuple):
@@ -195,11 +198,6 @@ def _ends(params, config: Config, cache, rows_B, tokens_BT, places_2M, targets_M
 # ---- shapes: few of them, each compiled once
 
 
-def _length(tokens: int, least: int = LEAST_LENGTH) -> int:
-    """The length that so many tokens are padded to."""
-    return bucket(tokens, least)
-
-
 def _power(n: int, base: int = 2) -> int:
     """The next power of a base."""
     p = 1
@@ -247,15 +245,15 @@ def _pad(rows, B: int, width: int, fill: int = -1) -> np.ndarray:
     return padded
 
 
-def _asked(rows: Sequence[Row], skips: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _asked(rows: Sequence[Row], skips: Sequence[int], least: int) -> tuple[np.ndarray, np.ndarray]:
     """(places (2, M), targets (M, A)) of all that rows want to know, row by row.
 
-    skips: how many first tokens of each row are not in the batch.
+    skips: how many first tokens of each row are not in the batch. least: of M.
     """
     # M answers, each for up to A alternatives
     scored = sum(row.scored for row in rows)
     alternatives = max(len(row.targets) for row in rows)
-    M = max(LEAST_ANSWERS, _power(scored))
+    M = max(least, _power(scored))
     A = _power(alternatives)
     places = np.zeros((2, M), np.int32)
     targets = np.full((M, A), -1, np.int32)
@@ -352,12 +350,24 @@ def _plan(rows, batch_tokens: int) -> list[tuple[int, list[Group]]]:
 class ForwardPasses(NamedTuple):
     """The model at work; its methods yield (rows, what `_read` gives for them).
 
-    Answers are still being computed when they are yielded.
+    Answers are still being computed when they are yielded. few: little is to be read, so that few
+    shapes matter more than little padding.
     """
 
     params: object
     config: Config
     batch_tokens: int
+    few: bool = False
+
+    def length(self, tokens: int, least: int = LEAST_LENGTH) -> int:
+        """The length that so many tokens are padded to."""
+        if self.few:
+            return max(LEAST_LENGTH_OF_FEW, _power(tokens))
+        return bucket(tokens, least)
+
+    def asked(self, rows: list[Row], skips: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`_asked`, in few shapes where little is to be read."""
+        return _asked(rows, skips, LEAST_ANSWERS_OF_FEW if self.few else LEAST_ANSWERS)
 
     def read(self, rows: list[Row], share: bool) -> Iterator[tuple]:
         """All rows in batches, in no particular order."""
@@ -371,7 +381,7 @@ class ForwardPasses(NamedTuple):
         for prefix, groups in plan:
             # the beginning of a set is read once, into a cache of one row
             longest = max(row.length for group in groups for row in group.rows)
-            slots = _length(longest, 16)
+            slots = self.length(longest, 16)
             start = self.begin(groups[0], prefix, slots) if prefix else None
 
             # rows that share nothing but that beginning; those longer than the context need a
@@ -387,7 +397,7 @@ class ForwardPasses(NamedTuple):
 
     def begin(self, group: Group, prefix: int, slots: int):
         """A cache of one row that has read the beginning of a set."""
-        ids = _pad([group.key_ids[:prefix]], 1, _length(prefix))
+        ids = _pad([group.key_ids[:prefix]], 1, self.length(prefix))
         return _begin(self.params, self.config, ids, slots=slots)
 
     def most(self, slots: int) -> int:
@@ -401,20 +411,20 @@ class ForwardPasses(NamedTuple):
         tile = KERNEL_TILE if has_tiles else 1
 
         def width(row):
-            tiles = -(-_length(row.length, 16) // tile)
+            tiles = -(-self.length(row.length, 16) // tile)
             return min(tiles * tile, self.config.sequence_len)
 
         for B, part in _batches(rows, width, self.batch_tokens):
             widest = max(map(width, part))
             ids = _pad([row.ids for row in part], B, widest, fill=0)
-            asked = _asked(part, [0] * len(part))
+            asked = self.asked(part, [0] * len(part))
             yield part, _whole(self.params, self.config, ids, *asked)
 
     def read_behind(self, start, prefix: int, rows: list[Row], slots: int) -> Iterator[tuple]:
         """Rows one by one behind the beginning of their set, or in an empty cache without one."""
 
         def width(row):
-            return _length(row.length - prefix)
+            return self.length(row.length - prefix)
 
         for B, part in _batches(rows, width, self.batch_tokens, self.most(slots)):
             cache = start if prefix else init_cache(self.config, 1, slots)
@@ -425,7 +435,7 @@ class ForwardPasses(NamedTuple):
         """Groups, each one's shared tokens once, and then its rows behind them."""
 
         def width(group):
-            return _length(group.shared - prefix)
+            return self.length(group.shared - prefix)
 
         for B, part in _batches(groups, width, self.batch_tokens, self.most(slots)):
             # what the rows of each group share goes into the cache
@@ -435,13 +445,13 @@ class ForwardPasses(NamedTuple):
             for i, group in enumerate(part):
                 tails += [Tail(i, row, group.shared) for row in group.rows]
             longest = max(tail.row.length - tail.skip for tail in tails)
-            end = _length(longest)
+            end = self.length(longest)
             if prefix:
                 room = slots
                 copies = np.zeros(B, np.int32)
                 cache = _extend(self.params, self.config, start, copies, ids)
             else:
-                room = widest + end
+                room = slots if self.few else widest + end
                 cache = _begin(self.params, self.config, ids, slots=room)
 
             # and then their ends, as many at a time as there is room for
@@ -457,7 +467,7 @@ class ForwardPasses(NamedTuple):
         cached = np.zeros(B, np.int32)
         cached[: len(tails)] = [tail.cached for tail in tails]
         ids = _pad([tail.row.ids[tail.skip :] for tail in tails], B, width)
-        asked = _asked(rows, skips)
+        asked = self.asked(rows, skips)
         return rows, _ends(self.params, self.config, cache, cached, ids, *asked)
 
 
@@ -558,7 +568,8 @@ def _logprobs(params, config: Config, pairs: Iterable, reading: Reading) -> list
             row.owners.append((n, i))
 
     # answers come in any order, and know where they belong
-    passes = ForwardPasses(params, config, reading.batch_tokens)
+    few = sum(row.length for row in rows.values()) < FEW
+    passes = ForwardPasses(params, config, reading.batch_tokens, few)
     batches = passes.read(list(rows.values()), reading.share)
     total = sum(map(len, pieces))
     for (n, i), logprob, greedy in _answers(batches, total, reading.progress):

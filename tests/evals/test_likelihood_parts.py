@@ -22,9 +22,12 @@ def test_powers_and_how_many_fit():
     assert [likelihood._power(n, 4) for n in (1, 2, 4, 5, 16, 17)] == [1, 4, 4, 16, 16, 64]
     tokens = (0, 7, 8, 15, 16, 31, 32, 48)
     assert [likelihood._fit(n, 8) for n in tokens] == [1, 1, 1, 1, 2, 2, 4, 4]
-    assert [likelihood._length(n) for n in (3, 8, 9, 13)] == [8, 8, 12, 16]
-    assert likelihood._length(3, 16) == 16
     passes = likelihood.ForwardPasses(None, None, 16)
+    assert [passes.length(n) for n in (3, 8, 9, 13, 65)] == [8, 8, 12, 16, 96]
+    assert passes.length(3, 16) == 16
+    # where little is to be read, few lengths
+    few = passes._replace(few=True)
+    assert [few.length(n) for n in (3, 64, 65, 129)] == [64, 64, 128, 256]
     assert passes.most(32) == 4
     padded = likelihood._pad([[1, 2], [3]], 3, 3)
     assert padded.tolist() == [[1, 2, -1], [3, -1, -1], [-1, -1, -1]]
@@ -42,14 +45,12 @@ def test_what_fills_no_batch_joins_the_next_longer_one():
     assert batches([1, 2, 3, 9], 32) == [(2, [1, 2]), (2, [3, 9])] and batches([], 8) == []
 
 
-def test_what_is_asked_of_rows_that_lie_behind_one_another(monkeypatch):
-    monkeypatch.setattr(likelihood, "LEAST_ANSWERS", 4)
+def test_what_is_asked_of_rows_that_lie_behind_one_another():
     one = row([], 2, [(5, 6), (7, 8)], "ab")
-    places, targets = likelihood._asked([one, row([], 0, [(9,)])], [1, 0])
+    places, targets = likelihood._asked([one, row([], 0, [(9,)])], [1, 0], 4)
     assert places.tolist() == [[0, 0, 1, 0], [1, 2, 0, 0]]
     assert targets.tolist() == [[5, 7], [6, 8], [9, -1], [-1, -1]]
-    monkeypatch.setattr(likelihood, "LEAST_ANSWERS", 1)
-    assert likelihood._asked([one, one, one], [0] * 3)[1].shape == (8, 2)
+    assert likelihood._asked([one, one, one], [0] * 3, 1)[1].shape == (8, 2)
 
 
 def test_kernels_read_whole_tiles_and_no_row_is_longer_than_the_context(monkeypatch):
@@ -251,6 +252,10 @@ def test_groups_are_read_once_and_then_their_ends(monkeypatch):
     assert log.pop() == ("begin", [[*range(10), -1, -1]], 12 + 8)
     assert list(passes.read_groups("start", 4, [group], 32)) == [("extended", tails, 2, 8)]
     assert log.pop() == ("extend", "start", [0], [[*range(4, 10), -1, -1]])
+    # where little is to be read all groups have caches of one length
+    few = passes_of(batch_tokens=128)._replace(few=True)
+    assert list(few.read_groups("start", 0, [group], 32)) == [("begun", tails, 2, 64)]
+    assert log.pop() == ("begin", [[*range(10)] + [-1] * 54], 32)
     # as many ends at a time as there is room for
     narrow = passes_of(batch_tokens=8)
     ends = [("begun", [tail], 1, 8) for tail in tails]

@@ -76,18 +76,24 @@ def test_only_what_was_asked_is_handed_back(monkeypatch):
 
 
 def test_an_engine_has_room_for_the_longest_prompt_and_its_answer(monkeypatch):
-    monkeypatch.setattr(questions, "Engines", lambda *given: given)
+    def engines(*given):
+        return types.SimpleNamespace(given=given, parts=[types.SimpleNamespace() for _ in range(2)])
+
+    monkeypatch.setattr(questions, "Engines", engines)
     monkeypatch.setattr(questions, "_written", lambda engine, prompts, samplings: engine)
     answers = questions.model_answers("params", "config", "tokenizer", 4)
-    for lengths, most, slots, width in (
-        ((100,), (28,), 1, 128),
-        ((100, 3), (28, 200), 2, 256),
-        ((1,) * 6, (1,) * 6, 4, 128),
+    for lengths, most, slots, width, narrowest in (
+        ((100,), (28,), 1, 128, 128),
+        ((50, 3), (78, 200), 2, 256, 64),
+        ((1,) * 6, (1,) * 6, 4, 128, 16),
+        ((300,), (1,), 1, 512, 128),
     ):
         samplings = [Sampling(tokens) for tokens in most]
         engine = answers.texts([[1] * length for length in lengths], samplings)
         wanted = ("params", "config", slots, width, "tokenizer", questions.calculator)
-        assert engine == wanted
+        assert engine.given == wanted
+        # all prompts of a task in one shape
+        assert [part.narrowest for part in engine.parts] == [narrowest] * 2
 
 
 class Paper:
