@@ -31,7 +31,7 @@ from lib.evals import likelihood, stats
 from lib.evals.bits import token_losses
 from lib.evals.errors import evaluating, named
 from lib.files import UserError, choose
-from lib.generate.engine import LONG_CHUNK, NARROWEST, PREFILL, Engines, Sampling, bucket
+from lib.generate.engine import LONG_CHUNK, NARROWEST, PREFILL, Engines, Sampling, bucket, pad_to
 from lib.model import hidden, logits
 from lib.runtime import progress as progress_bar
 from lib.sandbox import calculator
@@ -153,8 +153,7 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> ModelAnswers
         engine = Engines(params, config, slots, _width(longest), tokenizer, calculator)
         # prompts of one width: a program more costs more than padding does
         widest = max(map(len, prompts)) - 1
-        for part in engine.parts:
-            part.narrowest = min(PREFILL, bucket(widest, NARROWEST))
+        pad_to(engine, min(PREFILL, bucket(widest, NARROWEST)))
         return _written(engine, prompts, samplings)
 
     continuations = partial(likelihood.score, params, config, tokenizer)

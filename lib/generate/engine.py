@@ -486,6 +486,12 @@ def sides_for(params, slots: int) -> int:
     return SIDES if is_small and has_cores and divides else 1
 
 
+def pad_to(engine: Engines, length: int):
+    """Let no prompt be prefilled in a shape that is shorter."""
+    for part in engine.parts:
+        part.narrowest = length
+
+
 def bucket(n: int, least: int = 1) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: one compilation serves many sizes, and at most
     a third is padding.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lib.files import UserError
 from lib.generate import Engines, Sampling
-from lib.generate.engine import NARROWEST, PREFILL, bucket
+from lib.generate.engine import NARROWEST, PREFILL, bucket, pad_to
 from lib.serve.api import ApiError
 from lib.serve.counters import Counters
 
@@ -56,12 +56,6 @@ def shapes(engine: Engines) -> list[Shape]:
 def widest(engine: Engines) -> int:
     """The length of one row's prefill that serves all prompts."""
     return max((length for rows, length in shapes(engine) if rows == 1), default=NARROWEST)
-
-
-def pad_to(engine: Engines, length: int):
-    """Let no prompt be prefilled in a shape that is shorter."""
-    for part in engine.parts:
-        part.narrowest = length
 
 
 def warm_up(engine: Engines, shape: Shape | None = None):
