@@ -124,10 +124,10 @@ num_samples = 2  # @param {type:"integer"}
 mid_epochs = 1.0  # @param {type:"number"}
 # @markdown Passes over the second mixture
 sft_epochs = 1.0  # @param {type:"number"}
-# @markdown Learning rates of the first phase, as a share of pretraining's
-mid_lr = 1.0  # @param {type:"number"}
+# @markdown Learning rates of the first phase, as a share of pretraining's (0: what suits the size of its batches)
+mid_lr = 0.0  # @param {type:"number"}
 # @markdown Learning rates of the second phase, likewise
-sft_lr = 0.3  # @param {type:"number"}
+sft_lr = 0.0  # @param {type:"number"}
 # @markdown Lines of a .jsonl file that hold no chat: refuse the file, or skip and count them
 bad_lines = "refuse"  # @param ["refuse", "skip"]
 # @markdown Optimizer state of a phase: fresh, or warm, which goes on with the moments of the stage before
@@ -167,7 +167,11 @@ print(f"{count_params(config)['total']:,} parameters, {config.n_layer} layers x 
 
 # %%
 phases = teach.open_phases(
-    trained_on, bad_lines, mid=(mid, mid_epochs, mid_lr), sft=(sft_mixture, sft_epochs, sft_lr)
+    trained_on,
+    config,
+    bad_lines,
+    mid=(mid, mid_epochs, mid_lr),
+    sft=(sft_mixture, sft_epochs, sft_lr),
 )
 teach.check_stages(folder, phases, if_exists)
 
@@ -321,7 +325,8 @@ examiner.examine("base", base.path, params)
 # *Mid* teaches what a conversation is, and tools; *sft* (supervised fine-tuning), smaller and
 # cleaner, how an answer should be. Each starts from what the stage before has learnt, packs whole
 # conversations into rows, and uses 02's training with its own schedule: it can be stopped and
-# resumed.
+# resumed. Its learning rates are a share of pretraining's: with higher ones it would learn facts a
+# little sooner and forget more of the text.
 
 
 # %%

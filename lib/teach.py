@@ -29,6 +29,12 @@ from lib.train.finetune import Phase, parse_mixture
 
 # sources of web text: their models learn nanochat's mixtures, all others the embedded ones
 WEB = ("climbmix", "fineweb_edu", "tinystories")
+# A phase's rates as a share of pretraining's. In small batches, of up to so many tokens, the
+# rates of pretraining would undo much of what it taught (searched, LOG.md); in large ones a phase
+# has few steps.
+SMALL_BATCH = 2**14
+SMALL_BATCH_SHARES = {"mid": 0.25, "sft": 0.08}
+SHARES = {"mid": 1.0, "sft": 0.3}
 
 # what stands before a piece of an answer where its kind changes
 BEFORE = {"python": " [", "python_output": " = ", "text": "] "}
@@ -36,19 +42,23 @@ BEFORE = {"python": " [", "python_output": " = ", "text": "] "}
 # ---- the phases ----------------------------------------------------------------------------------
 
 
-def open_phases(source: str, bad_lines: str, **asked: tuple[str, float, float]) -> list[Phase]:
-    """The phases that are to be run, in their order.
+def open_phases(
+    source: str, config: Config, bad_lines: str, **asked: tuple[str, float, float]
+) -> list[Phase]:
+    """The phases that are to be run, in their order, of a model of `source`.
 
     asked: stage=(mixture, epochs, share of the rates); the mixture is "none", "auto" for the one
-    that goes with a model of `source`, or words as `parse_mixture` reads them.
+    that goes with `source`, or words as `parse_mixture` reads them. A share of 0 stands for the one
+    that goes with the batches of `config`.
     """
     kind = "nanochat" if source in WEB else "embedded"
+    shares = SMALL_BATCH_SHARES if config.total_batch_size <= SMALL_BATCH else SHARES
     phases = []
     for stage, (name, epochs, lr) in asked.items():
         if name == "none":
             continue
         words = f"{kind}_{stage}" if name == "auto" else name
-        phases.append(Phase(stage, parse_mixture(words), epochs, lr, bad_lines))
+        phases.append(Phase(stage, parse_mixture(words), epochs, lr or shares[stage], bad_lines))
     return phases
 
 
