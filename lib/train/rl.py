@@ -77,7 +77,7 @@ class Reinforcing:
     task: as of lib.tasks.to_reinforce; its training items are asked. reward: another one's
     name, or FILE.py:FUNCTION; empty for the task's own. preset: one of lib.train.policy.PRESETS.
     questions, samples: of a step, answers to each. updates: of the optimizer for each step's
-    rollouts. lr: share of pretraining's rates; it falls linearly to 0.
+    rollouts. lr: share of the rates of the stage that it begins with; it falls linearly to 0.
     """
 
     task: str
