@@ -41,7 +41,8 @@ class Args:
     contestants: tuple[str, ...] = ("torch", "plain")
     """torch; plain (the same shape, ours); whole (nanochat's whole model with Muon, ours). After a
     colon Config fields for ours alone, such as plain:loss_chunk=8192,scan_layers=false, and options
-    of the compiler, whose names begin with xla_
+    of the compiler, whose names begin with xla_. Before an @ the folder of another checkout, to see
+    what a change brings: ../before@plain
     """
     rounds: int = 5
     """Rounds; each gives every contestant its steps once, in turns"""
@@ -127,6 +128,18 @@ def kernel_seconds(step) -> list[tuple[float, str]]:
     return [(seconds, name) for name, seconds in total.most_common()]
 
 
+def torch_kernel_seconds(step) -> list[tuple[float, str]]:
+    """The same of PyTorch."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        step()
+        torch.cuda.synchronize()
+    spent = [(e.self_device_time_total / 1e6, e.key) for e in traced.key_averages()]
+    return sorted(spent, reverse=True)
+
+
 def serve(args: Args):
     """One contestant: says when it is ready, then takes steps for each line of its input."""
     config, options = config_of(args, args.serve)
@@ -157,14 +170,15 @@ def serve(args: Args):
     print(json.dumps(about), flush=True)
 
     for _ in sys.stdin:
-        seconds = []
+        # as in training, nobody waits for a step before the next is asked for
+        clock = time.perf_counter()
         for _ in range(args.steps):
-            clock = time.perf_counter()
-            step(), wait()
-            seconds.append(time.perf_counter() - clock)
-        print(json.dumps(dict(seconds=seconds, peak=peak())), flush=True)
-    if args.profile and args.serve != "torch":
-        kernels = kernel_seconds(take)
+            step()
+        wait()
+        each = (time.perf_counter() - clock) / args.steps
+        print(json.dumps(dict(seconds=each, peak=peak())), flush=True)
+    if args.profile:
+        kernels = kernel_seconds(take) if args.serve != "torch" else torch_kernel_seconds(step)
         print(f"\n{args.serve}: {1e3 * sum(s for s, _ in kernels):.1f} ms of kernels in a step")
         for spent, name in kernels[:30]:
             print(f"{1e3 * spent:9.2f} ms  {name[:110]}")
@@ -178,12 +192,15 @@ class Contestant:
         self.times: list[float] = []
         self.peak = 0
         mine = dict(depth=args.depth, rows=args.rows, accumulate=args.accumulate, steps=args.steps)
-        command = [sys.executable, "-m", "benchmarks.gpu", "--serve", name]
+        folder, _, kind = name.rpartition("@")
+        command = [sys.executable, "-m", "benchmarks.gpu", "--serve", kind]
         command += [part for key, value in mine.items() for part in (f"--{key}", str(value))]
         command += ["--profile"] if args.profile else []
         env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=env, cwd=folder or None
+        )
         self.about: dict = {}
 
     def wait(self):
@@ -200,7 +217,7 @@ class Contestant:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         done = self.read()
-        self.times += done["seconds"]
+        self.times.append(done["seconds"])
         self.peak = done["peak"]
 
     def end(self) -> str:
@@ -229,7 +246,7 @@ def main(args: Args):
     result = dict(device=device, batch=f"{args.accumulate}x{args.rows}x2048", lines=[])
     print(f"{device}, depth {args.depth}, {result['batch']} tokens a step; medians and extremes")
     for contestant in contestants:
-        config, _ = config_of(args, contestant.name)
+        config, _ = config_of(args, contestant.name.rpartition("@")[2])
         median = statistics.median(contestant.times)
         tokens = config.total_batch_size / median
         line = dict(

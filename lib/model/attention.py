@@ -192,11 +192,15 @@ def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
 
 
 def _has_cudnn_flash(dtype) -> bool:
-    """16-bit inputs on an NVIDIA GPU of compute capability 8.0 or more."""
+    """16-bit inputs on a GPU that has it."""
+    return dtype in (jnp.bfloat16, jnp.float16) and is_ampere()
+
+
+def is_ampere() -> bool:
+    """Whether this is an NVIDIA GPU of compute capability 8.0 or more."""
     device = jax.devices()[0]
     return (
-        dtype in (jnp.bfloat16, jnp.float16)
-        and device.platform == "gpu"
+        device.platform == "gpu"
         and "cuda" in device.client.platform_version
         and float(device.compute_capability) >= 8
     )

@@ -32,12 +32,22 @@ def _logits(x, head, config: Config):
     """Float32 logits over the true vocabulary, soft-capped."""
     if isinstance(head, dict):
         x_CD = x.reshape(-1, x.shape[-1])
-        logits = linear("CD,DV->CV", x_CD, head).astype(jnp.float32)
-        logits = logits.reshape(*x.shape[:-1], -1)
+        scores = linear("CD,DV->CV", x_CD, head)
+        scores = scores.reshape(*x.shape[:-1], -1)
     else:
-        operands = x.astype(config.operand_dtype), head.astype(config.operand_dtype)
-        logits = jnp.matmul(*operands, preferred_element_type=jnp.float32)
-    logits = logits[..., : config.vocab_size]
+        scores = _scores(x, head, config, jnp.float32)
+    return _capped(scores, config)
+
+
+def _scores(x, head, config: Config, dtype):
+    """The head's product, written in `dtype`."""
+    operands = x.astype(config.operand_dtype), head.astype(config.operand_dtype)
+    return jnp.matmul(*operands, preferred_element_type=dtype)
+
+
+def _capped(scores, config: Config):
+    """Logits from what the head's product wrote."""
+    logits = scores[..., : config.vocab_size].astype(jnp.float32)
     if config.softcap:
         logits = config.softcap * jnp.tanh(logits / config.softcap)
     return logits
@@ -52,7 +62,12 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
-    losses = jax.lax.map(lambda xt: _chunk_loss(xt[0], xt[1], head, config)[0], (x_MCD, t_MC))
+
+    def chunk(xt):
+        x_CD, t_C = xt
+        return _loss_of(_logits(x_CD, head, config), t_C, config)[0]
+
+    losses = jax.lax.map(chunk, (x_MCD, t_MC))
     return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
 
 
@@ -67,7 +82,8 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
 
     @jax.checkpoint
     def chunk(x_CD, t_C):
-        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, t_C, head_DV, config)
+        logits_CV = _logits(x_CD, head_DV, config)
+        loss_C, lse_C = _loss_of(logits_CV, t_C, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
         return -loss_C, jnp.where(t_C >= 0, entropy_C, 0.0)
@@ -88,7 +104,8 @@ def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     head = head_DV.astype(config.operand_dtype)
 
     def chunk(xt):
-        return _chunk_loss(xt[0], xt[1], head, config)[0].sum()
+        x_CD, t_C = xt
+        return _loss_of(_logits(x_CD, head, config), t_C, config)[0].sum()
 
     return jax.lax.map(chunk, (x_MCD, t_MC)).sum()
 
@@ -104,15 +121,14 @@ def _chunks(x_BTD, targets_BT, chunk: int):
     return x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
 
 
-def _chunk_loss(x_CD, t_C, head, config: Config):
-    """Loss of each token of a chunk (C,), with what its gradient needs: logits and their
-    log-sum-exp.
+def _loss_of(logits_CV, t_C, config: Config):
+    """Loss of each token of a chunk (C,), 0 where the target is negative, and the log-sum-exp of
+    its logits.
     """
-    logits_CV = _logits(x_CD, head, config)
     lse_C = _log_sum_exp(logits_CV, config)
     target_C1 = jnp.maximum(t_C, 0)[:, None]
     picked_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
-    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), logits_CV, lse_C
+    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), lse_C
 
 
 def _log_sum_exp(logits_CV, config: Config):
@@ -130,11 +146,17 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     """
     x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head_DV.astype(config.operand_dtype)
+    # float32, but on a GPU the compute dtype, as nanochat has it: no array of a step is larger
+    on_gpu = jax.default_backend() == "gpu"
+    written = head.dtype if on_gpu else jnp.float32
 
     def chunk(head_grad, xt):
         x_CD, t_C = xt
-        loss_C, logits_CV, lse_C = _chunk_loss(x_CD, t_C, head, config)
+        scores_CV = _scores(x_CD, head, config, written)
+        loss_C, lse_C = _loss_of(_capped(scores_CV, config), t_C, config)
+
         # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
+        logits_CV = _capped(_read_again(scores_CV), config)
         hit_CV = jnp.arange(config.vocab_size) == t_C[:, None]
         d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
         # through the softcap's tanh
@@ -155,6 +177,15 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     # without the tokens that filled up the last chunk
     x_grad = x_grad.reshape(-1, x_MCD.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
     return losses.sum(), (x_grad, head_grad)
+
+
+def _read_again(scores_CV):
+    """The same, but on a GPU hidden from XLA: rather than cap twice what it reads twice, it would
+    write all of it down capped, in float32.
+    """
+    if jax.default_backend() == "gpu":
+        return jax.lax.optimization_barrier(scores_CV)
+    return scores_CV
 
 
 def _head_gradient(x_CD, d_CV):

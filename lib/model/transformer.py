@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
+from lib.model import rotary_gpu
 from lib.model.attention import ATTENTION
 from lib.model.cache import Cache, advance, cached_attention
 from lib.model.decoding import cast_matrices, is_for_few_rows, is_unstacked
@@ -91,15 +92,20 @@ def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float, name: str) -> An
 
 
 def _normed_rotation_forward(x_BTNH, cos, sin, scale, eps, name):
-    x32 = x_BTNH.astype(jnp.float32)
-    factor = scale * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    y_BTNH = (rotate(x_BTNH, cos, sin).astype(jnp.float32) * factor).astype(x_BTNH.dtype)
+    if rotary_gpu.fits(x_BTNH, cos):
+        y_BTNH, factor = rotary_gpu.forward(x_BTNH, cos, sin, scale, eps)
+    else:
+        x32 = x_BTNH.astype(jnp.float32)
+        factor = scale * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+        y_BTNH = (rotate(x_BTNH, cos, sin).astype(jnp.float32) * factor).astype(x_BTNH.dtype)
     y_BTNH, factor = checkpoint_name((y_BTNH, factor), name)
     return y_BTNH, (y_BTNH, factor, cos, sin)
 
 
 def _normed_rotation_backward(scale, eps, name, kept, dy_BTNH):
     y_BTNH, factor, cos, sin = kept
+    if rotary_gpu.fits(y_BTNH, cos):
+        return rotary_gpu.backward(y_BTNH, dy_BTNH, factor, cos, sin, scale), None, None
     y32, dy32 = y_BTNH.astype(jnp.float32), dy_BTNH.astype(jnp.float32)
     # what of the gradient would only change a head's length is taken away, the rest rotated back
     along = jnp.mean(y32 * dy32, axis=-1, keepdims=True) / (scale * scale)

@@ -72,6 +72,34 @@ def test_a_chunked_gradient_does_not_lose_the_small_parts():
     np.testing.assert_allclose(w_grad[:, 1 : CONFIG.vocab_size], 257 * part, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 15.0])
+def test_a_gpus_step_writes_its_logits_in_the_compute_dtype(monkeypatch, softcap):
+    """As nanochat does; all that is computed from them is float32."""
+    x, targets = rounded(0, 2, 64, 32), tokens(2, 64)
+    w = rounded(1, 32, CONFIG.padded_vocab)
+    config = CONFIG.replace(softcap=softcap)
+
+    def run():
+        summed = jax.value_and_grad(lambda x, w: head.summed_loss(x, w, targets, config), (0, 1))
+        logits = f"bf16[64,{CONFIG.padded_vocab}] = dot_general"
+        return summed(x, w), logits in str(jax.make_jaxpr(summed)(x, w))
+
+    (total, grads), is_narrow = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (total_gpu, grads_gpu), is_narrow_gpu = run()
+    assert (is_narrow, is_narrow_gpu) == (False, True) and total_gpu.dtype == jnp.float32
+    assert 0 < abs(float(total_gpu / total) - 1) < 1e-3
+    for a, b in zip(grads_gpu, grads):
+        assert relative(a.astype(jnp.float32), b.astype(jnp.float32)) < 1e-2
+
+    # in float32 it is the same
+    x, config = x.astype(jnp.float32), config.replace(compute_dtype="float32")
+    here = run()
+    monkeypatch.undo()
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(run())):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_are_float32_before_they_are_capped():
     x, w = rounded(0, 4, 512), rounded(1, 512, 128)
     logits = head._logits(x, w, CONFIG.replace(vocab_size=128))

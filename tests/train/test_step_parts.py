@@ -29,6 +29,18 @@ def test_the_mixed_mode_needs_a_jax_that_can_multiply_so(monkeypatch):
         step.check_mixed()
 
 
+def test_a_gpus_step_keeps_products_apart(monkeypatch):
+    assert step._compiler_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = step._compiler_options()
+    monkeypatch.undo()
+    # this compiler knows the option, and refuses what it does not know
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    (name,) = options
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={f"{name}s": "0"})(1)
+
+
 def test_who_shares_a_compiled_step():
     one = step.make_train_step(CONFIG)
     assert one is step.make_train_step(CONFIG.replace(num_steps=5, matrix_lr=1.0, seed=4))
