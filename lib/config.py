@@ -177,7 +177,7 @@ class Config:
     # queries and keys per block of splash and pallas, at most; 0: their own default
     attention_block: int = 0
     # auto: float32 on CPU, bfloat16 elsewhere; masters are always float32. mixed: float32, but
-    # what large products multiply is bfloat16, for CPUs that have it
+    # what large products multiply is bfloat16; auto trains so on CPUs that have such products
     compute_dtype: str = "auto"
     # what backward recomputes: none | dots (cheap work and one projection per layer) | layer (all
     # of it)

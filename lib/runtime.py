@@ -114,6 +114,15 @@ def _is_tpu(device: Path) -> bool:
     return vendor.strip() == "0x1ae0" and kind[:4] not in ("0x01", "0x02")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself, twice as fast as float32 or faster."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return "avx512_bf16" in words or "amx_bf16" in words
+
+
 def use_huge_pages(folder: Path):
     """Start a script of `folder` anew with its memory in huge pages, where a CPU trains.
 

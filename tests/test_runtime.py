@@ -326,3 +326,20 @@ def test_what_runs_before_anything_is_installed_needs_the_standard_library_alone
     command = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {code}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, fast",
+    [("avx512f avx512_bf16", True), ("amx_bf16 amx_tile", True), ("avx512f avx2", False)],
+)
+def test_which_cpus_multiply_bfloat16(monkeypatch, flags, fast):
+    monkeypatch.setattr(
+        runtime.Path, "read_text", lambda self: f"model name\t: x\nflags\t\t: {flags}\n"
+    )
+    assert runtime.multiplies_bfloat16() is fast
+
+    def missing(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(runtime.Path, "read_text", missing)
+    assert runtime.multiplies_bfloat16() is False

@@ -7,6 +7,7 @@ from lib.params import count_params
 from lib.preflight.estimate import GIB, estimate, report_text
 from lib.preflight.memory import estimate_memory
 from lib.preflight.plan import Payment, Plan, plan, plan_text
+from lib.train.step import for_training
 
 
 def print_overview(
@@ -39,7 +40,7 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
     counts = [f"{name} {n:,}" for name, n in count_params(config).items() if n]
     tokens = config.num_steps * config.total_batch_size
     dtype = str(config.dtype)
-    if config.compute_dtype == "mixed":
+    if for_training(config).compute_dtype == "mixed":
         dtype += " with products of bfloat16"
     rows = f"{config.accumulate} x {config.microbatch} rows"
     if layout:

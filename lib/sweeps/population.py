@@ -105,7 +105,7 @@ def train_population(
     interval, last = every(configs[0], settings), configs[0].num_steps
     seeds = {config.seed for config in configs}
     shared = len(seeds) == 1
-    step_fn = population_step(compile_key(configs[0]), shared)
+    step_fn = population_step(compile_key(train.for_training(configs[0])), shared)
 
     # one state of all members' leaves; the single ones make room
     states = [train.init_state(config) for config in configs]

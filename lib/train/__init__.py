@@ -12,6 +12,7 @@ from lib.train.loop import LossWatch, Step, lr_at, steps
 from lib.train.run import Measurement, Past, Saving, TrainingRun, find_past, portable
 from lib.train.step import (
     TrainState,
+    for_training,
     init_state,
     make_train_step,
     state_template,
@@ -29,6 +30,7 @@ __all__ = [
     "TrainingRun",
     "LossWatch",
     "find_past",
+    "for_training",
     "init_state",
     "lr_at",
     "make_train_step",

@@ -7,6 +7,7 @@ from lib.config import Config
 from lib.files import UserError
 from lib.parallel import make_layout
 from lib.parallel.layout import state_shardings
+from lib.preflight.overview import shape_lines
 from lib.train import step
 
 CONFIG = Config(sequence_len=128, num_steps=9)
@@ -27,6 +28,39 @@ def test_the_mixed_mode_needs_a_jax_that_can_multiply_so(monkeypatch):
     monkeypatch.setattr(step.jnp, "matmul", matmul)
     with pytest.raises(UserError, match="which jax .* cannot do here: take float32"):
         step.check_mixed()
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A CPU that multiplies bfloat16, and a jax that optimizes."""
+    monkeypatch.setattr(step.runtime, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(type(jax.config), "read", lambda self, name: False)
+
+
+def test_auto_trains_in_the_mixed_mode_on_such_a_cpu(monkeypatch, fast_bfloat16):
+    assert step.for_training(CONFIG) == CONFIG.replace(compute_dtype="mixed")
+    mixed = step.make_train_step(CONFIG.replace(compute_dtype="mixed"))
+    assert step.make_train_step(CONFIG) is mixed
+    assert "float32 with products of bfloat16 on float32" in "\n".join(shape_lines(CONFIG, None))
+    # only training does: what is measured and written stays float32
+    assert CONFIG.operand_dtype == CONFIG.dtype == "float32"
+
+    for asked in ("float32", "bfloat16"):
+        config = CONFIG.replace(compute_dtype=asked)
+        assert step.for_training(config) == config
+
+
+@pytest.mark.parametrize("lack", ["a CPU", "such products", "such a jax", "optimizations"])
+def test_auto_is_float32_without(lack, monkeypatch, fast_bfloat16):
+    if lack == "a CPU":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elif lack == "such products":
+        monkeypatch.setattr(step.runtime, "multiplies_bfloat16", lambda: False)
+    elif lack == "such a jax":
+        monkeypatch.setattr(step, "_refusal_of_mixed", lambda: ValueError("no"))
+    else:
+        monkeypatch.setattr(type(jax.config), "read", lambda self, name: True)
+    assert step.for_training(CONFIG) == CONFIG
 
 
 def test_a_gpus_step_keeps_products_apart(monkeypatch):
