@@ -3,8 +3,8 @@ for decoding.
 
 `transformer.py` is the model, to be read in one sitting; beside it stand its attention
 (`attention.py`, and TPU kernels in `kernels.py`), its linear layer, its head with the loss, the
-cache that decoding reads, int8 (`decoding.py`), and a CPU's products of a few rows
-(`few_rows.py`).
+cache that decoding reads, int8 (`decoding.py`), a CPU's products of a few rows (`few_rows.py`)
+and a GPU's turning of heads (`rotary_gpu.py`).
 """
 
 from lib.model.cache import Cache, init_cache
