@@ -45,6 +45,15 @@ def test_they_are_the_formulas_and_their_gradient(shape):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def test_members_of_a_population_are_turned_alike():
+    """As lib.sweeps.population has them: a leading axis over heads, one table for all."""
+    x, dy, cos, sin = drawn(6, 32, 3, 32)
+    members = [a.reshape(3, 2, *a.shape[1:]) for a in (x, dy)]
+    together = jax.vmap(lambda x, dy: by_kernels(x, dy, cos, sin))(*members)
+    for got, want in zip(together, by_kernels(x, dy, cos, sin)):
+        np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-6)
+
+
 def test_bfloat16_is_rounded_once():
     """Every result is within half a unit of the last place of what float32 gives."""
     x, dy, cos, sin = drawn(2, 64, 2, 64, dtype="bfloat16")
