@@ -172,6 +172,10 @@ def _add_blocks(parts: list, new_BKSH, start: int, block: int):
 _blocked.defvjp(_blocked_forward, _blocked_backward)
 
 
+# the forward pass of cuDNN's attention, as jax calls it
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+
+
 def jax_sdpa(q_BTNH, k_BSKH, v_BSKH, window: int | None = None):
     """`jax.nn.dot_product_attention`: cuDNN flash attention where it can do this, XLA elsewhere."""
     # so many keys to the left of each query, none to the right

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
 from lib.model import rotary_gpu
-from lib.model.attention import ATTENTION
+from lib.model.attention import ATTENTION, CUDNN_FORWARD
 from lib.model.cache import Cache, advance, cached_attention
 from lib.model.decoding import cast_matrices, is_for_few_rows, is_unstacked
 from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_token, summed_loss
@@ -36,6 +36,15 @@ from lib.params import unstack
 # activations and the attention's output projection (3 % of a step for a tenth of the memory), but
 # no wide matrix product and no attention
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
+
+
+def kept_by_dots(primitive, *args, **params) -> bool:
+    """What remat="dots" keeps, as `jax.checkpoint` asks: what has a name in SAVED, and what cuDNN's
+    attention gives, which only jax could name.
+    """
+    if primitive.name == CUDNN_FORWARD:
+        return True
+    return jax.checkpoint_policies.save_only_these_names(*SAVED)(primitive, *args, **params)
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -276,8 +285,7 @@ def layers(x_BTD, params, tokens_BT, config: Config, rope):
         if config.remat == "layer":
             run = jax.checkpoint(run, prevent_cse=prevent_cse)
         elif config.remat == "dots":
-            policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
-            run = jax.checkpoint(run, policy=policy, prevent_cse=prevent_cse)
+            run = jax.checkpoint(run, policy=kept_by_dots, prevent_cse=prevent_cse)
         return run(x_BTD, x0_BTD, w, ve_BTKH)
 
     middle_BTD = jnp.zeros_like(x_BTD) if config.backout else None

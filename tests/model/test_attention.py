@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 from types import SimpleNamespace
 
@@ -8,9 +9,12 @@ import pytest
 
 from lib.config import check_attention
 from lib.files import UserError
+from lib.model import attention
 from lib.model.attention import ATTENTION
 from lib.model.kernels import RESIDUAL_NAME, compiled_kernels
+from lib.model.transformer import loss_fn
 from tests.helpers import programs
+from tests.model.test_model import TINY, tiny_params
 
 BLOCKS = {
     "einsum": dict(block=128),
@@ -110,6 +114,26 @@ def test_residuals_can_be_saved_by_name(name):
         {(1, 1, 512, 16), (1, 1, 512, 1)} if name == "einsum" else {(1, 2, 256, 16), (1, 2, 256)}
     )
     assert set(saved) - set(without) == o_and_lse
+
+
+@pytest.mark.parametrize("remat, times", [("none", 1), ("dots", 1), ("layer", 2)])
+def test_cudnns_attention_runs_once_unless_all_is_recomputed(monkeypatch, remat, times):
+    """Traced as on a GPU that has it, with what jax would ask the card answered by hand."""
+    cudnn = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda *_: False)
+    monkeypatch.setattr(attention, "_has_cudnn_flash", lambda dtype: True)
+    changes = dict(attention="jax", compute_dtype="bfloat16", head_dim=64, n_layer=1)
+    config = TINY.replace(**changes, remat=remat)
+    x = np.zeros((2, 128), np.int32)
+
+    def loss(params):
+        return loss_fn(params, config, x, x)[0]
+
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(tiny_params(config)))
+    assert jaxpr.count(f"= {attention.CUDNN_FORWARD}[") == times
+    assert jaxpr.count("= dot_product_attention_bwd_wrapper[") == 1
 
 
 @pytest.mark.parametrize("name", KERNELS)
