@@ -211,10 +211,15 @@ def check_mixed():
 
 
 def _refusal_of_mixed() -> Exception | None:
-    """What this jax says to such a product, None where it has it."""
-    a = jnp.ones((8, 8), jnp.bfloat16)
+    """What this jax says to such products, None where it has them.
+
+    It is asked for that of rows and a turned matrix, as a layer's gradient is: older ones have all
+    others.
+    """
+    rows, matrix = jnp.ones((2, 8, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
     try:
-        jax.block_until_ready(jnp.matmul(a, a, preferred_element_type=jnp.float32))
+        product = jnp.einsum("BTF,DF->BTD", rows, matrix, preferred_element_type=jnp.float32)
+        jax.block_until_ready(product)
     except jax.errors.JaxRuntimeError as e:
         return e
     return None

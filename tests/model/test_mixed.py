@@ -115,7 +115,7 @@ def test_a_jax_without_such_products_is_told_before_anything_is_compiled(monkeyp
     def refuse(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: BF16 x BF16 = F32")
 
-    monkeypatch.setattr(step.jnp, "matmul", refuse)
+    monkeypatch.setattr(step.jnp, "einsum", refuse)
     with pytest.raises(UserError, match="compute_dtype=mixed.*take float32, or a newer jax"):
         step.make_train_step(MIXED)
     step.make_train_step(PLAIN)

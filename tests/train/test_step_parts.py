@@ -22,10 +22,10 @@ def test_the_mixed_mode_needs_a_jax_that_can_multiply_so(monkeypatch):
         assert asked == checked
     monkeypatch.undo()
 
-    def matmul(*given, **more):
+    def einsum(*given, **more):
         raise jax.errors.JaxRuntimeError("not here")
 
-    monkeypatch.setattr(step.jnp, "matmul", matmul)
+    monkeypatch.setattr(step.jnp, "einsum", einsum)
     with pytest.raises(UserError, match="which jax .* cannot do here: take float32"):
         step.check_mixed()
 
