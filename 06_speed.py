@@ -137,7 +137,8 @@ for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
 # time that its FLOPs and bytes need under the two ceilings above, as preflight counts them from
 # shapes. More than 100 % means that it was counted dearer than it is: bytes came from a cache,
 # attention left out what the mask hides, or `remat` recomputes in the step (then "other" has it).
-# *Last* is what was measured on this kind of chip before, where the repository has it.
+# *Last* is what was measured on this kind of chip before, where the repository has it. On a CPU all
+# is measured in float32, also where training would multiply bfloat16 by itself.
 
 # %%
 reached = speed.components(config, ceiling, seconds)

@@ -61,7 +61,7 @@ def main(args: Args):
             configs = [base.replace(matrix_lr=base.matrix_lr * 0.8**i) for i in range(size)]
             alone, together = (
                 train.make_train_step(base),
-                population_step(compile_key(base), True),
+                population_step(compile_key(train.for_training(base)), True),
             )
             states = [train.init_state(c) for c in configs]
             whole = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

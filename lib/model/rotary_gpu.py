@@ -24,33 +24,37 @@ ROWS = 32
 
 def fits(x_BTNH, cos) -> bool:
     """Whether the kernels can turn these heads, here: a whole number of programs, halves a power of
-    two wide, all rows at the positions of one `cos` (T, 1, H).
+    two wide, 16 at least, all rows at the positions of one `cos` (T, 1, H).
     """
-    half = x_BTNH.shape[-1] // 2
+    H = x_BTNH.shape[-1]
+    half = H // 2
     is_power = half >= 16 and half & (half - 1) == 0
     heads = math.prod(x_BTNH.shape[:-1])
-    return cos.ndim == 3 and is_power and heads % ROWS == 0 and is_ampere() and not fault()
+    return cos.ndim == 3 and is_power and heads % ROWS == 0 and is_ampere() and not fault(H)
 
 
 @cache
-def fault() -> str:
-    """Why this GPU does without the kernels, which is told once; "" where they compile and agree
-    with the formulas they stand for.
+def fault(H: int) -> str:
+    """Why this GPU does without the kernels for heads of this width, which is told once; "" where
+    they compile and agree with the formulas they stand for.
     """
     from lib.model.transformer import rms_norm, rope_tables, rotate
 
     rng = np.random.default_rng(0)
-    numbers = rng.normal(size=(2, 1, 64, 2, Config.head_dim)).astype(np.float32)
+    numbers = rng.normal(size=(2, 1, 64, 2, H)).astype(np.float32)
     scale, eps = Config.qk_scale, Config.norm_eps
-    tables = partial(rope_tables, config=Config(compute_dtype="float32"))
+
+    def tables(x):
+        config = Config(head_dim=H, compute_dtype=str(x.dtype))
+        return rope_tables(jnp.arange(64), config)
 
     def by_kernels(x, dy):
-        cos, sin = tables(jnp.arange(64))
+        cos, sin = tables(x)
         y, factor = forward(x, cos, sin, scale, eps)
         return y, backward(y, dy, factor, cos, sin, scale)
 
     def by_formulas(x, dy):
-        cos, sin = tables(jnp.arange(64))
+        cos, sin = tables(x)
         y, pull = jax.vjp(lambda x: scale * rms_norm(rotate(x, cos, sin), eps), x)
         return y, *pull(dy)
 
@@ -105,7 +109,7 @@ def _call(kernel, arrays: list, tables: list, results, interpret: bool):
         blocks = ROWS, *a.shape[1:]
         return pl.BlockSpec(blocks, lambda i: (i, *[0] * (a.ndim - 1)))
 
-    # the tables' second half repeats the first: (T, H / 2)
+    # (T, H / 2): the second half is the first again, that of sin with the other sign
     tables = [t.reshape(len(t), -1)[:, : t.shape[-1] // 2] for t in tables]
     whole = [pl.BlockSpec(t.shape, lambda i: (0, 0)) for t in tables]
     call = pl.pallas_call(
@@ -133,7 +137,7 @@ def _write_halves(ref, first, second):
 
 
 def _angles(cos_ref, sin_ref, shape: tuple[int, int]):
-    """cos and sin of this program's rows. shape: (N, T), as rows lie in memory, heads first."""
+    """cos and sin of this program's rows. shape: (N, T); row (b T + t) N + n is head n of t."""
     from jax.experimental import pallas as pl
 
     row = pl.program_id(0) * ROWS + jnp.arange(ROWS)

@@ -34,7 +34,7 @@ from lib.params import unstack
 
 # what remat="dots" keeps beside each layer's input (q and k are turned): backward recomputes norms,
 # activations and the attention's output projection (3 % of a step for a tenth of the memory), but
-# no wide matrix product and no attention
+# no wide matrix product and no attention, but where XLA does jax's on a GPU without cuDNN's
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
@@ -82,8 +82,8 @@ def turned(x_BTNH, rope, config: Config, name: str):
     """Queries or keys, rotated to their positions, normalised (`qk_norm`), sharpened (`qk_scale`);
     remat="dots" keeps them under `name`.
 
-    Rotation leaves lengths as they are, so the norm is taken of what comes in: the two are one pass
-    over memory then, and not two.
+    Rotation leaves lengths as they are, so the norm is taken of what comes in: nothing turned is
+    read again for it.
     """
     if not config.qk_norm:
         return checkpoint_name(rotate(x_BTNH, *rope) * config.qk_scale, name)
@@ -94,8 +94,8 @@ def turned(x_BTNH, rope, config: Config, name: str):
 def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float, name: str) -> Any:
     """Heads rotated, then divided by their root mean square and multiplied by `scale`.
 
-    Its gradient is written out, from what goes out, which attention's own gradient needs as well:
-    nothing that came in is kept, and backward turns nothing again.
+    Its gradient is written out, from what goes out, which attention's own gradient needs as well,
+    and a factor a head: nothing that came in is kept, and backward only rotates the gradient back.
     """
     return _normed_rotation_forward(x_BTNH, cos, sin, scale, eps, name)[0]
 

@@ -181,18 +181,17 @@ def make_train_step(config: Config, layout: Layout | None = None) -> Callable:
     Configs that differ only in rates and horizon get the same function, so that they compile once.
     layout: the devices to share the work.
     """
-    config = for_training(config)
-    if config.compute_dtype == "mixed":
-        check_mixed()
-    return _jitted_step(compile_key(config), layout)
+    return _jitted_step(compile_key(for_training(config)), layout)
 
 
 def for_training(config: Config) -> Config:
     """What a step computes with: auto is mixed on a CPU that multiplies bfloat16 (LOG.md).
 
     Not where jax is asked to leave optimizations out, as the tests do: what they compare should not
-    hang on the processor.
+    hang on the processor. UserError where mixed is asked for and this jax lacks it.
     """
+    if config.compute_dtype == "mixed":
+        check_mixed()
     on_cpu = config.compute_dtype == "auto" and jax.default_backend() == "cpu"
     if not on_cpu or jax.config.read("jax_disable_most_optimizations"):
         return config
@@ -211,10 +210,8 @@ def check_mixed():
 
 
 def _refusal_of_mixed() -> Exception | None:
-    """What this jax says to such products, None where it has them.
-
-    It is asked for that of rows and a turned matrix, as a layer's gradient is: older ones have all
-    others.
+    """The error for (B, T, F) times (D, F) summed over F, None where it is computed: a layer's
+    gradient needs it, and of all of mixed's products it is the one that older jaxes lack.
     """
     rows, matrix = jnp.ones((2, 8, 8), jnp.bfloat16), jnp.ones((8, 8), jnp.bfloat16)
     try:
