@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import tyro
 
@@ -193,14 +194,16 @@ class Contestant:
         self.peak = 0
         mine = dict(depth=args.depth, rows=args.rows, accumulate=args.accumulate, steps=args.steps)
         folder, _, kind = name.rpartition("@")
-        command = [sys.executable, "-m", "benchmarks.gpu", "--serve", kind]
+        # this file in any case, so that all are timed alike; lib is the other checkout's
+        command = [sys.executable, "-P", __file__, "--serve", kind]
         command += [part for key, value in mine.items() for part in (f"--{key}", str(value))]
         command += ["--profile"] if args.profile else []
-        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        here = Path(__file__).resolve().parents[1]
+        places = [Path(folder or here).resolve(), here, os.environ.get("PYTHONPATH", "")]
+        path = os.pathsep.join(str(place) for place in places if place)
+        env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": path}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env=env, cwd=folder or None
-        )
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
         self.about: dict = {}
 
     def wait(self):

@@ -34,7 +34,7 @@ from lib.params import unstack
 
 # what remat="dots" keeps beside each layer's input (q and k are turned): backward recomputes norms,
 # activations and the attention's output projection (3 % of a step for a tenth of the memory), but
-# no wide matrix product and no attention, but where XLA does jax's on a GPU without cuDNN's
+# no wide matrix product and no attention (but attention=jax where cuDNN cannot do it)
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
