@@ -33,13 +33,13 @@ def setup(*extras: str):
     """Make this kernel, or this script, ready. Once, first of all, before anything imports jax.
 
     In a notebook: install what is missing (extras: with these optional dependencies) and the libtpu
-    that the installed jax names. In a script of ours, for a CPU: memory in huge pages. Everywhere:
+    that the installed jax names. In a script of ours, for a CPU: memory that is kept. Everywhere:
     keep compiled programs in .cache/jax, where the next run finds them, and show of a UserError
     only its sentence (a script then exits with code 2), of Ctrl-C in a script one line (code 130).
     What is ready already takes no time.
     """
     _show_sentences()
-    runtime.use_huge_pages(ROOT)
+    runtime.keep_memory(ROOT)
     if in_notebook():
         runtime.install_missing(ROOT / "pyproject.toml", extras)
         if runtime.host() or runtime.tpu_attached():

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import operator
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -24,7 +25,15 @@ from typing import Any, NamedTuple
 
 from lib.files import UserError, first_line
 
-TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+# where glibc finds settings for its memory when a process starts
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# what is freed stays for the next step, in one heap of all threads; not what is larger than this
+LARGEST_KEPT = 2**31
+KEPT_MEMORY = (
+    f"glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold={LARGEST_KEPT}"
+    f":glibc.malloc.trim_threshold={2 * LARGEST_KEPT}"
+)
 
 # Hours that sessions last: free Colab and Pro 12, Pro+ 24; Kaggle's TPUs 9, its other machines 12.
 HOURS = {"colab": (12.0, 24.0), "kaggle": (9.0, 12.0)}
@@ -123,11 +132,13 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in words or "amx_bf16" in words
 
 
-def use_huge_pages(folder: Path):
-    """Start a script of `folder` anew with its memory in huge pages, where a CPU trains.
+def keep_memory(folder: Path):
+    """Start a script of `folder` anew so that it keeps its memory, in huge pages, where a CPU
+    trains.
 
-    A step's temporary arrays are allocated anew each time; as pages of 4 KB they cost a fifth of
-    it (LOG.md). glibc reads this setting when a process starts, so a kernel can't be helped.
+    A step's temporary arrays are allocated anew each time: that the system clears them for it, in
+    pages of 4 KB, costs a fifth of it and more (LOG.md). glibc reads these settings when a process
+    starts, so a kernel can't be helped.
     """
     # what Python was started with; another program that runs a page, as tests do, is left alone
     started = next((Path(word) for word in sys.orig_argv if word.endswith(".py")), Path())
@@ -138,10 +149,15 @@ def use_huge_pages(folder: Path):
     # where a setting was chosen already, by this function or by a person, it stays
     if environment(TUNABLES) or sys.gettrace():
         return
-    if tpu_attached() or Path("/dev/nvidiactl").exists() or not _huge_pages_on_request():
+    if tpu_attached() or Path("/dev/nvidiactl").exists() or platform.libc_ver()[0] != "glibc":
         return
-    os.environ[TUNABLES] = HUGE_PAGES
+    os.environ[TUNABLES] = memory_settings()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def memory_settings() -> str:
+    """What GLIBC_TUNABLES is to say where a CPU trains."""
+    return f"{KEPT_MEMORY}:{HUGE_PAGES}" if _huge_pages_on_request() else KEPT_MEMORY
 
 
 def _huge_pages_on_request() -> bool:

@@ -1,6 +1,8 @@
 """Set-up before jax is there: missing packages, the libtpu that jax names, devices, sessions."""
 
 import importlib.metadata
+import os
+import platform
 import subprocess
 import sys
 import types
@@ -22,13 +24,13 @@ from lib import runtime
 
 runtime._huge_pages_on_request = lambda: True
 runtime.tpu_attached = lambda: False
-runtime.use_huge_pages(Path(sys.argv[1]).resolve())
+runtime.keep_memory(Path(sys.argv[1]).resolve())
 print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.dont_write_bytecode)
 """
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_a_script_starts_anew_with_huge_pages(tmp_path):
+def test_a_script_starts_anew_to_keep_its_memory(tmp_path):
     """With its own arguments and those of Python; once, and only a script of the folder."""
     script = tmp_path / "page.py"
     script.write_text(SCRIPT)
@@ -43,7 +45,7 @@ def test_a_script_starts_anew_with_huge_pages(tmp_path):
         ).stdout
 
     arguments = f"{[str(tmp_path), 'a b']} True\n"
-    assert said(tmp_path) == f"glibc.malloc.hugetlb=1 {arguments}"
+    assert said(tmp_path) == f"{runtime.KEPT_MEMORY}:{runtime.HUGE_PAGES} {arguments}"
     chosen = "glibc.malloc.check=0"
     assert said(tmp_path, GLIBC_TUNABLES=chosen) == f"{chosen} {arguments}"
     assert said(elsewhere).startswith("None ")
@@ -55,29 +57,73 @@ def test_a_script_starts_anew_with_huge_pages(tmp_path):
     assert said(tmp_path, ("-B", "other.py")) == f"begun\nNone {arguments}"
 
 
-def test_nothing_starts_anew_where_huge_pages_bring_nothing(monkeypatch):
+def test_nothing_starts_anew_where_that_brings_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(runtime.os, "execv", lambda *_: started.append(1))
     script = str(ROOT / "02_train.py")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
     monkeypatch.setenv(runtime.TUNABLES, "")
     monkeypatch.setattr(runtime.sys, "gettrace", lambda: None)
-    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
     monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
     # run by another program, as here by the tests
-    runtime.use_huge_pages(ROOT)
+    runtime.keep_memory(ROOT)
     monkeypatch.setattr(runtime.sys, "orig_argv", [sys.executable, script])
-    monkeypatch.setattr(runtime, "tpu_attached", lambda: True)
-    runtime.use_huge_pages(ROOT)
-    # all memory is in huge pages anyway, or none may be
-    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
-    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: False)
-    runtime.use_huge_pages(ROOT)
-    # under a debugger
-    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
-    monkeypatch.setattr(runtime.sys, "gettrace", lambda: print)
-    runtime.use_huge_pages(ROOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "tpu_attached", lambda: True)
+        runtime.keep_memory(ROOT)
+    with monkeypatch.context() as patch:
+        # a Mac, or another C library
+        patch.setattr(runtime.platform, "libc_ver", lambda: ("", ""))
+        runtime.keep_memory(ROOT)
+    with monkeypatch.context() as patch:
+        # under a debugger
+        patch.setattr(runtime.sys, "gettrace", lambda: print)
+        runtime.keep_memory(ROOT)
     assert not started
+
+
+def test_huge_pages_are_asked_for_where_the_system_waits_for_that(monkeypatch):
+    # where all memory is in huge pages anyway, or none may be, they are left out
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: False)
+    assert "hugetlb" not in runtime.memory_settings()
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
+    assert "hugetlb" in runtime.memory_settings()
+
+
+# frees a block larger than those that glibc gives back by itself, and counts what stays
+KEPT = """
+import ctypes
+import threading
+
+malloc = ctypes.CDLL(None)
+malloc.malloc.restype = ctypes.c_void_p
+malloc.free.argtypes = [ctypes.c_void_p]
+
+def allocate():
+    block = malloc.malloc(2**28)
+    ctypes.memset(block, 1, 2**28)
+    malloc.free(block)
+
+thread = threading.Thread(target=allocate)
+thread.start()
+thread.join()
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_stays():
+    """Of 256 MiB that a thread freed: all of it with our settings, nothing without."""
+
+    def resident(settings):
+        env = {**os.environ, runtime.TUNABLES: settings}
+        told = subprocess.run(
+            [sys.executable, "-c", KEPT], env=env, capture_output=True, text=True, check=True
+        )
+        return int(told.stdout) * 1024
+
+    assert resident(runtime.memory_settings()) > 2**28 > resident("")
 
 
 @pytest.mark.parametrize(
