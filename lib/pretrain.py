@@ -289,14 +289,17 @@ def open_run(
 
 
 def validation(run: train.TrainingRun, text: TrainingText, every: int) -> train.Measurement:
-    """Bits per byte and loss of the held-out text, every so many steps and by the clock."""
+    """Bits per byte and loss of the held-out text, every so many steps and by the clock, computed
+    as steps are.
+    """
     losses_of = train.token_losses_on(run.layout) if run.layout else evals.token_losses
+    config = train.for_training(run.config)
 
     def measure(params) -> dict:
         score = evals.bits_per_byte(
             params,
-            run.config,
-            text.held_out_rows(run.config),
+            config,
+            text.held_out_rows(config),
             text.tokenizer.token_bytes,
             losses_of=losses_of,
         )

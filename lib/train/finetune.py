@@ -28,7 +28,7 @@ from lib.files import UserError, choose
 from lib.tasks import items_of, tasks
 from lib.train.optim import make_optimizer
 from lib.train.run import Measurement, Saving, TrainingRun, find_past
-from lib.train.step import TrainState, with_rates
+from lib.train.step import TrainState, for_training, with_rates
 
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
 VAL_EVERY, VAL_MOST = 50, 200
@@ -266,8 +266,8 @@ def open_phase(
 
 
 def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurement:
-    """The loss on a phase's held-out conversations, ten times in its run."""
-    config = run.config
+    """The loss on a phase's held-out conversations, ten times in its run, computed as steps are."""
+    config = for_training(run.config)
     rows = list(
         chat_batches(phase.held_out, tokenizer, config.microbatch, config.sequence_len, loop=False)
     )
