@@ -444,6 +444,7 @@ def write_results(
         device=device["kind"],
         devices=device["count"],
         sharding=run.layout.strategy if run.layout else "none",
+        computed_in=train.computed_in(config),
         plan=plan.to_dict(),
         began=rows[0]["time"],
         jax=jax.__version__,

@@ -67,6 +67,7 @@ RESULTS = {
     "device": ("device", "s"),
     "devices": ("devices", ",d"),
     "sharding": ("shared by", "s"),
+    "computed_in": ("steps computed in", "s"),
     "jax": ("jax", "s"),
     "python": ("python", "s"),
     "commit": ("commit of the code", "s"),

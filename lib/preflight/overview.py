@@ -7,7 +7,7 @@ from lib.params import count_params
 from lib.preflight.estimate import GIB, estimate, report_text
 from lib.preflight.memory import estimate_memory
 from lib.preflight.plan import Payment, Plan, plan, plan_text
-from lib.train.step import for_training
+from lib.train.step import computed_in
 
 
 def print_overview(
@@ -39,9 +39,6 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
     """The model, its batch and its horizon."""
     counts = [f"{name} {n:,}" for name, n in count_params(config).items() if n]
     tokens = config.num_steps * config.total_batch_size
-    dtype = str(config.dtype)
-    if for_training(config).compute_dtype == "mixed":
-        dtype += " with products of bfloat16"
     rows = f"{config.accumulate} x {config.microbatch} rows"
     if layout:
         rows += f", {config.microbatch // layout.size(*BATCH)} a device"
@@ -49,7 +46,7 @@ def shape_lines(config: Config, layout: Layout | None) -> list[str]:
         f"parameters  {'  '.join(counts)}",
         f"shape       {config.n_layer} layers x {config.n_embd} wide, {config.n_head} heads "
         f"({config.n_kv_head} kv) of {config.head_dim}, windows {config.window_pattern}, "
-        f"rows of {config.sequence_len} tokens, {dtype} on float32 masters",
+        f"rows of {config.sequence_len} tokens, {computed_in(config)} on float32 masters",
         f"attention   {config.attention_name}",
         f"horizon     {config.num_steps:,} steps x {config.total_batch_size:,} tokens ({rows}) "
         f"= {tokens:,} tokens, {tokens / config.scaling_params:.1f} per parameter",

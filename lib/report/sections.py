@@ -619,7 +619,6 @@ LABELS = {
     "optimizer": "optimizer",
     "matrix_lr": "rate of matrices",
     "embedding_lr": "rate of embeddings",
-    "compute_dtype": "computed in",
     "attention": "attention by",
     "remat": "recomputed in backward",
     "seed": "seed",
@@ -631,6 +630,7 @@ RESULT_LABELS = {
     "bytes_per_token": "bytes per token",
     "devices": "devices",
     "sharding": "shared by",
+    "computed_in": "steps computed in",
     "compile_seconds": "seconds to compile",
 }
 

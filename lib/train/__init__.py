@@ -12,6 +12,7 @@ from lib.train.loop import LossWatch, Step, lr_at, steps
 from lib.train.run import Measurement, Past, Saving, TrainingRun, find_past, portable
 from lib.train.step import (
     TrainState,
+    computed_in,
     for_training,
     init_state,
     make_train_step,
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingRun",
     "LossWatch",
     "find_past",
+    "computed_in",
     "for_training",
     "init_state",
     "lr_at",

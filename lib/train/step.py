@@ -200,6 +200,13 @@ def for_training(config: Config) -> Config:
     return config
 
 
+def computed_in(config: Config) -> str:
+    """What the steps of a training compute with, in words."""
+    dtype = str(config.dtype)
+    is_mixed = for_training(config).compute_dtype == "mixed"
+    return f"{dtype} with products of bfloat16" if is_mixed else dtype
+
+
 def check_mixed():
     """Refuse the mixed mode where this jax has no products of bfloat16 with float32 results."""
     if refusal := _refusal_of_mixed():

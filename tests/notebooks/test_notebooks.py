@@ -126,7 +126,8 @@ def workdir(tmp_path_factory):
 def figures(run) -> dict:
     """What a run has come to, as far as it is the same each time."""
     results = json.loads((run / "results.json").read_text())
-    return {name: results[name] for name in ("vocab_size", "val_bpb", "params") if name in results}
+    kept = "vocab_size", "val_bpb", "params", "computed_in"
+    return {name: results[name] for name in kept if name in results}
 
 
 @each_notebook
@@ -142,7 +143,7 @@ def test_each_run_again_as_script_continues_what_is_finished(workdir):
     """Same figures, nothing lost: all of them in one process, which is none that ran them first."""
     run = workdir / "runs" / "smoke"
     before = figures(run)
-    assert set(before) == {"vocab_size", "val_bpb", "params"}
+    assert set(before) == {"vocab_size", "val_bpb", "params", "computed_in"}
     again = [(source, *words_of(SMOKE[source.stem])) for source in NOTEBOOKS]
     for source, done in zip(NOTEBOOKS, programs.run_scripts(*again, cwd=workdir, timeout=900)):
         assert done.returncode == 0, source.stem + done.stdout + done.stderr

@@ -90,6 +90,7 @@ FILES = {
             step_memory_bytes=2**29,
             samples=["def f():\n    pass"],
             device="cpu",
+            computed_in="float32 with products of bfloat16",
             jax="0.10.2",
         )
     ),
@@ -592,9 +593,10 @@ def test_every_table_has_headings_and_settings_have_labels(tmp_path):
                 assert all(block.heads), section.title
     labels = dict(sections.configuration_section(run).blocks[0].pairs)
     assert labels["layers"] == str(CONFIG["n_layer"]) and labels["parameters"] == "1,830,000"
+    assert labels["steps computed in"] == "float32 with products of bfloat16"
     # nothing is lost: the rest stands by its own name
     rest = dict(sections.configuration_section(run).blocks[2].pairs)
-    assert len(labels) - 4 + len(rest) >= len(CONFIG) - len(sections.LABELS)
+    assert len(labels) - 5 + len(rest) >= len(CONFIG) - len(sections.LABELS)
     assert "n_layer" not in rest and "rope_base" in rest
 
 

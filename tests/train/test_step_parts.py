@@ -41,13 +41,16 @@ def test_auto_trains_in_the_mixed_mode_on_such_a_cpu(monkeypatch, fast_bfloat16)
     assert step.for_training(CONFIG) == CONFIG.replace(compute_dtype="mixed")
     mixed = step.make_train_step(CONFIG.replace(compute_dtype="mixed"))
     assert step.make_train_step(CONFIG) is mixed
-    assert "float32 with products of bfloat16 on float32" in "\n".join(shape_lines(CONFIG, None))
+    # the plan and the record say so
+    assert step.computed_in(CONFIG) == "float32 with products of bfloat16"
+    assert f"{step.computed_in(CONFIG)} on float32" in "\n".join(shape_lines(CONFIG, None))
     # only training does: what is measured and written stays float32
     assert CONFIG.operand_dtype == CONFIG.dtype == "float32"
 
     for asked in ("float32", "bfloat16"):
         config = CONFIG.replace(compute_dtype=asked)
         assert step.for_training(config) == config
+        assert step.computed_in(config) == asked
 
 
 @pytest.mark.parametrize("lack", ["a CPU", "such products", "such a jax", "optimizations"])
