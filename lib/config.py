@@ -183,6 +183,9 @@ class Config:
     # of it)
     remat: str = "none"
     loss_chunk: int = 2048  # tokens whose logits exist at one time
+    # in a step, no logits of tokens that teach nothing, in so far as they fill chunks; phases of
+    # fine-tuning do so
+    skip_ignored: bool = False
     # one compiled body per group of equal layers; False unrolls: slower to compile
     scan_layers: bool = True
     # rows per forward pass, of all devices together; gradients accumulate to total_batch_size

@@ -60,15 +60,13 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     """Cross-entropy in nats of each token (B, T), 0 where the target is negative; not meant for
     gradients.
     """
-    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
 
-    def chunk(xt):
-        x_CD, t_C = xt
-        return _loss_of(_logits(x_CD, head, config), t_C, config)[0]
+    def chunk(_, x_CD, t_C):
+        return None, _loss_of(_logits(x_CD, head, config), t_C, config)[0]
 
-    losses = jax.lax.map(chunk, (x_MCD, t_MC))
-    return losses.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+    skip = config.skip_ignored
+    return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk, skip)[1]
 
 
 def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, Any]:
@@ -77,22 +75,17 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
 
     For gradients too: the logits of one chunk of tokens at a time are made again on the way back.
     """
-    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head_DV = head_DV.astype(config.operand_dtype)
 
     @jax.checkpoint
-    def chunk(x_CD, t_C):
+    def chunk(_, x_CD, t_C):
         logits_CV = _logits(x_CD, head_DV, config)
         loss_C, lse_C = _loss_of(logits_CV, t_C, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
-        return -loss_C, jnp.where(t_C >= 0, entropy_C, 0.0)
+        return None, (-loss_C, jnp.where(t_C >= 0, entropy_C, 0.0))
 
-    results = jax.lax.map(lambda xt: chunk(*xt), (x_MCD, t_MC))
-    logp_BT, entropy_BT = (
-        a.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape) for a in results
-    )
-    return logp_BT, entropy_BT
+    return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk)[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -100,25 +93,58 @@ def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a
     time.
     """
-    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
-    head = head_DV.astype(config.operand_dtype)
-
-    def chunk(xt):
-        x_CD, t_C = xt
-        return _loss_of(_logits(x_CD, head, config), t_C, config)[0].sum()
-
-    return jax.lax.map(chunk, (x_MCD, t_MC)).sum()
+    return losses_by_token(x_BTD, head_DV, targets_BT, config).sum()
 
 
-def _chunks(x_BTD, targets_BT, chunk: int):
-    """Tokens as M chunks (M, C, D) and (M, C), the last one filled up with ignored targets."""
+def _over_chunks(body, carry, x_BTD, targets_BT, chunk: int, skip: bool = False) -> tuple[Any, Any]:
+    """`body` on M chunks of C tokens, one after another: (carry, x_CD, t_C) -> (carry, results).
+
+    Gives the last carry, and the results, arrays (C, ...), by token: (B, T, ...). The last chunk is
+    filled up with ignored targets. skip: tokens with a target come first, and chunks without any
+    are left out, their results being 0; not for gradients through it.
+    """
     x, t = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-    chunk = min(chunk, len(t))
-    short = -len(t) % chunk
+    tokens = len(t)
+    chunk = min(chunk, tokens)
+    skip = skip and chunk < tokens
+    if skip:
+        order = jnp.argsort(t < 0, stable=True)
+        x, t = x[order], t[order]
+    short = -tokens % chunk
     if short:
         x = jnp.pad(x, ((0, short), (0, 0)))
         t = jnp.pad(t, (0, short), constant_values=-1)
-    return x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
+    x_MCD, t_MC = x.reshape(-1, chunk, x.shape[-1]), t.reshape(-1, chunk)
+
+    if len(t_MC) == 1:
+        carry, results = body(carry, x_MCD[0], t_MC[0])
+        results = jax.tree.map(lambda a: a[None], results)
+    elif skip:
+        chunks = (t_MC >= 0).any(axis=1).sum()
+        carry, results = _scan_first(chunks, body, carry, x_MCD, t_MC)
+    else:
+        carry, results = jax.lax.scan(lambda c, xt: body(c, *xt), carry, (x_MCD, t_MC))
+
+    def by_token(a):
+        a = a.reshape(-1, *a.shape[2:])[:tokens]
+        if skip:
+            a = a[jnp.argsort(order)]
+        return a.reshape(*targets_BT.shape, *a.shape[1:])
+
+    return carry, jax.tree.map(by_token, results)
+
+
+def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the first `count` chunks; the other results are 0."""
+    shapes = jax.eval_shape(body, carry, x_MCD[0], t_MC[0])[1]
+    zeros = jax.tree.map(lambda a: jnp.zeros((len(t_MC), *a.shape), a.dtype), shapes)
+
+    def step(m, state):
+        carry, results = state
+        carry, result = body(carry, x_MCD[m], t_MC[m])
+        return carry, jax.tree.map(lambda all, one: all.at[m].set(one), results, result)
+
+    return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
 
 def _loss_of(logits_CV, t_C, config: Config):
@@ -144,14 +170,12 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale
     them.
     """
-    x_MCD, t_MC = _chunks(x_BTD, targets_BT, config.loss_chunk)
     head = head_DV.astype(config.operand_dtype)
     # float32, but on a GPU the compute dtype, as nanochat has it: no array of a step is larger
     on_gpu = jax.default_backend() == "gpu"
     written = config.dtype if on_gpu else jnp.float32
 
-    def chunk(head_grad, xt):
-        x_CD, t_C = xt
+    def chunk(head_grad, x_CD, t_C):
         scores_CV = _scores(x_CD, head, config, written)
         loss_C, lse_C = _loss_of(_capped(scores_CV, config), t_C, config)
 
@@ -167,15 +191,13 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
         # summed over chunks in float32, whatever the compute dtype
         head_grad += _head_gradient(x_CD, d_CV)
         x_grad = jnp.einsum("CV,DV->CD", d_CV, head, preferred_element_type=x_CD.dtype)
-        return head_grad, (loss_C.sum(), x_grad)
+        return head_grad, (loss_C, x_grad)
 
     zero = jnp.zeros(head_DV.shape, jnp.float32)
-    if len(t_MC) == 1:
-        head_grad, (losses, x_grad) = chunk(zero, (x_MCD[0], t_MC[0]))
-    else:
-        head_grad, (losses, x_grad) = jax.lax.scan(chunk, zero, (x_MCD, t_MC))
-    # without the tokens that filled up the last chunk
-    x_grad = x_grad.reshape(-1, x_MCD.shape[-1])[: targets_BT.size].reshape(x_BTD.shape)
+    skip = config.skip_ignored
+    head_grad, (losses, x_grad) = _over_chunks(
+        chunk, zero, x_BTD, targets_BT, config.loss_chunk, skip
+    )
     return losses.sum(), (x_grad, head_grad)
 
 

@@ -7,7 +7,8 @@ from lib.files import UserError
 # How something is computed: the same numbers up to rounding, so nobody is asked. And a source,
 # which is known by its content (lib.data.check_text), however its path is spelt.
 HOW = frozenset(
-    "microbatch remat attention attention_block loss_chunk scan_layers compute_dtype source".split()
+    "microbatch remat attention attention_block loss_chunk skip_ignored scan_layers compute_dtype "
+    "source".split()
 )
 
 # Rates, schedule and horizon: they may change, and the run's record says so.

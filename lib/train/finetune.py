@@ -314,6 +314,7 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
     return config.replace(
         num_steps=num_steps,
         warmup_steps=0 if warm else min(config.warmup_steps, num_steps // 10),
+        skip_ignored=True,
         **rates,
     )
 

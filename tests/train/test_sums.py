@@ -4,6 +4,7 @@ A bfloat16 has eight bits: added to 256, a 1 vanishes. Sums over devices are in 
 """
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from lib import model, parallel, train
 from lib.config import Config
-from lib.model import tables
+from lib.model import head, tables
 from lib.model.linear import scaled
 from lib.model.tables import Lines, add_gradients
 from lib.params import named_specs
@@ -78,6 +79,39 @@ def test_the_summed_loss_is_the_sum_of_the_tokens_losses(batch):
     assert losses.dtype == total.dtype == jnp.float32 and count == targets.size
     np.testing.assert_allclose(losses, wanted, rtol=2e-6)
     np.testing.assert_allclose(total, wanted.sum(), rtol=2e-6)
+
+
+@pytest.mark.parametrize("learnt", [0, 1, 64, 65, 128, 256])
+def test_the_loss_without_the_logits_of_what_teaches_nothing(learnt):
+    """The same sum and gradients, wherever the targets stand, and chunks without one not read."""
+    rng = np.random.default_rng(learnt)
+    x = rng.normal(size=(4, 64, 32)).astype(np.float32)
+    w = rng.normal(size=(32, 128)).astype(np.float32)
+    targets = np.full(256, -1, np.int32)
+    places = rng.permutation(256)[:learnt]
+    targets[places] = rng.integers(0, 128, learnt)
+    targets = jnp.asarray(targets.reshape(4, 64))
+
+    @partial(jax.jit, static_argnums=0)
+    def sums(config, x):
+        total, pull = jax.vjp(lambda x, w: head.summed_loss(x, w, targets, config), x, w)
+        losses = head.losses_by_token(x, w, targets, config)
+        return total, *pull(jnp.float32(2)), losses, head.summed_loss(x, w, targets, config)
+
+    whole = CONFIG.replace(compute_dtype="float32")
+    wanted = sums(whole, x)
+    skipping = whole.replace(skip_ignored=True)
+    for got, want in zip(sums(skipping, x), wanted):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    # ignored tokens behind the last chunk with a target are not read: they may be anything
+    filled_up = -(-learnt // 64) * 64
+    unread = np.argsort(np.ravel(targets) < 0, kind="stable")[filled_up:]
+    broken = x.copy()
+    broken.reshape(256, 32)[unread] = np.nan
+    for got, want in zip(sums(skipping, broken), wanted):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert np.isnan(sums(whole, broken)[2]).any() == (unread.size > 0)
 
 
 def test_the_norm_of_the_gradient(batch):
