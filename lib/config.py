@@ -183,8 +183,7 @@ class Config:
     # of it)
     remat: str = "none"
     loss_chunk: int = 2048  # tokens whose logits exist at one time
-    # in a step, no logits of tokens that teach nothing, in so far as they fill chunks; phases of
-    # fine-tuning do so
+    # tokens with a target come first, and chunks without any get no logits; fine-tuning sets it
     skip_ignored: bool = False
     # one compiled body per group of equal layers; False unrolls: slower to compile
     scan_layers: bool = True
