@@ -117,7 +117,7 @@ packing = "bestfit"  # @param ["bestfit", "reference", "stream"]
 eval_every = 0  # @param {type:"integer"}
 # @markdown Steps between samples, beside steps 1, 10, 100 and 1,000 (0: two of them in all)
 sample_every = 0  # @param {type:"integer"}
-# @markdown Steps between checkpoints (0: four of them in all, and one every ten minutes)
+# @markdown Steps between checkpoints (0: four or five in all, and one every ten minutes)
 save_every = 0  # @param {type:"integer"}
 # @markdown Steps between measurements of CORE, DCLM's 22 tasks (0: none); the bundle is downloaded, about 160 MB, unless given
 core_every = 0  # @param {type:"integer"}
@@ -453,13 +453,17 @@ training = pretrain.open_run(config, layout, text, folder, store, past, device)
 
 # %%
 last = config.num_steps
+validated = eval_every or max(1, last // 10)
 measurements = [
-    pretrain.validation(training, text, eval_every or max(1, last // 10)),
+    pretrain.validation(training, text, validated),
     pretrain.sampling(training, text, sample_every or max(1, last // 2)),
     *cores,
 ]
 saving = train.Saving(
-    save_every or max(1, last // 4), keep=keep, then=sender, sent_at=sender.sent_at
+    save_every or train.saved_every(4, validated, last),
+    keep=keep,
+    then=sender,
+    sent_at=sender.sent_at,
 )
 
 # %%

@@ -286,6 +286,7 @@ def training_curves(rows: list[dict]):
     # what it is judged by
     figure, axes = subplots(1, 3, size=(4.6, 3.2))
     _loss_curves(axes[0], rows, "validation (per token of text)")
+    axes[0].legend(loc="upper right")
     axes[0].set(title="loss", xlabel="step", ylabel="nats per token")
 
     # what it was driven by
@@ -310,7 +311,6 @@ def _loss_curves(axis, rows, validation: str):
 
     style = dict(color="C1", markersize=3, label=validation)
     axis.plot(*column(rows, "val_loss"), "o-", **style)
-    axis.legend(loc="upper right")
 
 
 # ---- 04: what a model finds hard, and what it learnt ---------------------------------------------
@@ -409,17 +409,22 @@ def bits_by_kind(by_stage: dict[str, dict]):
 @styled
 def fine_tuning(curves: dict[str, list[dict]]):
     """Training and validation loss of each phase: {phase: rows of its metrics}."""
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure, axes = subplots(1, len(curves), size=(4.6, 3), squeeze=False)
     for axis, (phase, rows) in zip(axes[0], curves.items()):
         _loss_curves(axis, rows, "validation")
         axis.set(title=phase, xlabel="step", ylabel="nats per token of the assistant", yscale="log")
 
-        # 0.5 and 6 instead of powers of ten, and between them where there is room
-        axis.yaxis.set_major_formatter(LogFormatter())
-        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        # 0.2, 0.5 and 1 instead of powers of ten
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
         whole_ticks(axis.xaxis)
+
+    # above, where no curve is
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside upper right", ncols=2)
     return figure
 
 

@@ -9,7 +9,15 @@ logged, `finetune` what the stages after pretraining add. `rl` lets a model lear
 """
 
 from lib.train.loop import LossWatch, Step, lr_at, steps
-from lib.train.run import Measurement, Past, Saving, TrainingRun, find_past, portable
+from lib.train.run import (
+    Measurement,
+    Past,
+    Saving,
+    TrainingRun,
+    find_past,
+    portable,
+    saved_every,
+)
 from lib.train.step import (
     TrainState,
     computed_in,
@@ -37,6 +45,7 @@ __all__ = [
     "lr_at",
     "make_train_step",
     "portable",
+    "saved_every",
     "state_template",
     "steps",
     "token_losses_on",

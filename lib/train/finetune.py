@@ -27,7 +27,7 @@ from lib.data import Chats, Tokenizer, chat_batches, prefetch, read_chats, rende
 from lib.files import UserError, choose
 from lib.tasks import items_of, tasks
 from lib.train.optim import make_optimizer
-from lib.train.run import Measurement, Saving, TrainingRun, find_past
+from lib.train.run import Measurement, Saving, TrainingRun, find_past, saved_every
 from lib.train.step import TrainState, for_training, with_rates
 
 # of a source's conversations, one in so many validates, chosen by hash, and at most so many
@@ -266,14 +266,16 @@ def open_phase(
 
 
 def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurement:
-    """The loss on a phase's held-out conversations, ten times in its run, computed as steps are."""
+    """The loss on a phase's held-out conversations, at most ten times in its run, computed as steps
+    are.
+    """
     config = for_training(run.config)
     rows = list(
         chat_batches(phase.held_out, tokenizer, config.microbatch, config.sequence_len, loop=False)
     )
     return Measurement(
         lambda params: {"val_loss": validation_loss(params, config, rows)},
-        every=max(1, config.num_steps // VALIDATIONS),
+        every=_validated_every(config),
         gives="val_loss",
     )
 
@@ -284,8 +286,13 @@ def saving(
     sent_at: Callable[[], float] = lambda: math.inf,
 ) -> Saving:
     """When a phase is saved: three times, the last one kept; `then`, `sent_at` as in Saving."""
-    every = max(1, run.config.num_steps // SAVES)
+    config = run.config
+    every = saved_every(SAVES, _validated_every(config), config.num_steps)
     return Saving(every, keep=1, metric="val_loss", then=then, sent_at=sent_at)
+
+
+def _validated_every(config: Config) -> int:
+    return math.ceil(config.num_steps / VALIDATIONS)
 
 
 def packing_line(cursor: dict) -> str:

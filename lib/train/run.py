@@ -189,6 +189,15 @@ class Saving:
     sent_at: Callable[[], float] = lambda: math.inf
 
 
+def saved_every(times: int, measured_every: int, last: int) -> int:
+    """Steps between saves, about `times` of them in `last` steps, each where the measurement is due
+    that a save comes with: at another step it would be taken for the save alone.
+    """
+    if measured_every * times > last:
+        return max(1, last // times)
+    return round(last / times / measured_every) * measured_every
+
+
 def _clock(wanted: bool | float) -> float:
     """Seconds after which something is due by the clock: hosts' clocks differ, so never on
     several.

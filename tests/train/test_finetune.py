@@ -495,7 +495,8 @@ def test_validation_weighs_targets_alike_however_they_are_spread():
 def test_a_phase_is_saved_three_times_and_keeps_the_last():
     run = types.SimpleNamespace(config=types.SimpleNamespace(num_steps=31))
     saving = sft.saving(run)
-    assert (saving.every, saving.keep, saving.metric) == (10, 1, "val_loss")
+    # with every third validation, and at the end
+    assert (saving.every, saving.keep, saving.metric) == (12, 1, "val_loss")
 
 
 # ---- a phase by hand -----------------------------------------------------------------------------
@@ -587,7 +588,7 @@ def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
     phase.__dict__["held_out"] = MANY
     read = []
     monkeypatch.setattr(sft, "validation_loss", lambda *given: read.append(given) or 2.5)
-    for steps, every in ((31, 3), (9, 1), (20, 2)):
+    for steps, every in ((31, 4), (9, 1), (20, 2)):
         run = types.SimpleNamespace(config=TINY.replace(num_steps=steps))
         measurement = sft.validation(phase, run, tokenizer)
         assert (measurement.every, measurement.gives, measurement.by_clock) == (

@@ -565,3 +565,22 @@ def test_a_step_is_compiled_for_whole_batches(monkeypatch):
     [(template, inputs, targets)] = lowered
     assert template == "template" and inputs.shape == targets.shape == (4, 128)
     assert inputs.dtype == targets.dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    "times, measured_every, last, wanted",
+    [
+        (4, 80, 800, 160),  # with every other measurement
+        (3, 74, 733, 222),
+        (4, 1, 800, 200),
+        (4, 1, 3, 1),
+        # measured too seldom for that: saved apart
+        (4, 10**6, 800, 200),
+        (4, 300, 800, 200),
+    ],
+)
+def test_saves_come_where_a_measurement_is_due(times, measured_every, last, wanted):
+    every = runs.saved_every(times, measured_every, last)
+    assert every == wanted
+    if measured_every * times <= last:
+        assert every % measured_every == 0
