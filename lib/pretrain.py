@@ -272,6 +272,8 @@ def open_run(
     compiled = run.compile()
     # a finished run that is only looked at keeps what it took
     run.notes.setdefault("compile_seconds", run.compile_seconds)
+    if run.done < config.num_steps:
+        run.notes["computed_in"] = train.computed_in(config)
     temporary = compiled.memory_analysis().temp_size_in_bytes
     each = " a device" if layout else ""
     print(
@@ -444,7 +446,7 @@ def write_results(
         device=device["kind"],
         devices=device["count"],
         sharding=run.layout.strategy if run.layout else "none",
-        computed_in=train.computed_in(config),
+        computed_in=run.notes.get("computed_in"),
         plan=plan.to_dict(),
         began=rows[0]["time"],
         jax=jax.__version__,

@@ -142,7 +142,7 @@ def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
     def step(m, state):
         carry, results = state
         carry, result = body(carry, x_MCD[m], t_MC[m])
-        return carry, jax.tree.map(lambda all, one: all.at[m].set(one), results, result)
+        return carry, jax.tree.map(lambda a, part: a.at[m].set(part), results, result)
 
     return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
