@@ -17,6 +17,7 @@ from lib.files import UserError
 from lib.tasks import items_of
 from lib.train import checkpoint
 from lib.train import finetune as sft
+from lib.train.optim import compile_key
 from tests.helpers.golden import load
 
 TINY = Config(
@@ -497,6 +498,15 @@ def test_a_phase_is_saved_three_times_and_keeps_the_last():
     saving = sft.saving(run)
     # with every third validation, and at the end
     assert (saving.every, saving.keep, saving.metric) == (12, 1, "val_loss")
+
+
+def test_a_phase_has_a_program_of_its_own_on_a_cpu_alone(monkeypatch):
+    assert sft.phase_config(TINY, 4, 0.5).skip_ignored
+    monkeypatch.setattr(sft.jax, "default_backend", lambda: "tpu")
+    assert compile_key(sft.phase_config(TINY, 4, 0.5)) == compile_key(TINY)
+    # one that began on a CPU goes on as it did
+    begun = TINY.replace(skip_ignored=True)
+    assert sft.phase_config(begun, 4, 0.5).skip_ignored
 
 
 # ---- a phase by hand -----------------------------------------------------------------------------
