@@ -136,9 +136,9 @@ def keep_memory(folder: Path):
     """Start a script of `folder` anew so that it keeps its memory, in huge pages, where a CPU
     trains.
 
-    A step's temporary arrays are allocated anew each time: that the system clears them for it, in
-    pages of 4 KB, costs a fifth of it and more (LOG.md). glibc reads these settings when a process
-    starts, so a kernel can't be helped.
+    A step's temporary arrays are allocated anew each time. Memory that went back to the system in
+    between comes in cleared pages of 4 KB, and clearing them takes a fifth of a step and more
+    (LOG.md). glibc reads these settings when a process starts, so a kernel can't be helped.
     """
     # what Python was started with; another program that runs a page, as tests do, is left alone
     started = next((Path(word) for word in sys.orig_argv if word.endswith(".py")), Path())
