@@ -60,6 +60,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lib import model, parallel, pictures, pretrain, train
 from lib.config import Config
@@ -68,7 +69,7 @@ from lib.data.vocabulary import read_by
 from lib.files import path_or_address
 from lib.model.products import products_table
 from lib.notebook import device_report, flags, join_hosts, parse_steps, secret, show_source
-from lib.params import init_params, named_specs
+from lib.params import init_params, named_specs, templates
 from lib.pictures import show
 from lib.preflight.overview import print_overview
 from lib.preflight.plan import Payment, count_tokens, epochs_text
@@ -259,11 +260,11 @@ plain = Config.from_depth(
     window_pattern="L", qk_scale=1.0, resid_scales=False, x0_scales=False, value_embeds=False,
     smear=False, backout=False, compute_dtype="float32", attention="einsum",
 )  # fmt: skip
-leaves, structure = jax.tree.flatten(init_params(0, plain))
-keys = jax.random.split(jax.random.key(0), len(leaves))
-drawn = [0.1 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves)]
-plain_params = jax.tree.unflatten(structure, drawn)
-tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+rng = np.random.default_rng(0)
+plain_params = jax.tree.map(
+    lambda leaf: 0.1 * rng.standard_normal(leaf.shape, np.float32), templates(plain)
+)
+tokens = rng.integers(64, size=(2, 32))
 # compiled whole: without `jit` each operation would be compiled alone
 ours, _ = jax.jit(model.forward, static_argnums=1)(plain_params, plain, tokens)
 difference = jnp.abs(jax.jit(small_model)(plain_params, tokens) - ours).max()

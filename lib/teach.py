@@ -21,6 +21,7 @@ from lib.data.tokenizer import Tokenizer
 from lib.evals import contamination, core, questions, records, stats
 from lib.files import UserError, update_json
 from lib.generate import Engine, Sampling
+from lib.generate.engine import PREFILL
 from lib.runs import STAGES, Model
 from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
@@ -98,8 +99,9 @@ def token_bits(model: Model, text: str, most: int = 240) -> tuple[list[int], np.
     """(ids, bits of each) of the beginning of a text: what its tokens cost the model."""
     config = model.config
     ids = model.tokenizer.encode(text, bos=True)[: min(config.sequence_len, most) + 1]
-    inputs = np.zeros((1, config.sequence_len), np.int32)
-    targets = np.full((1, config.sequence_len), -1, np.int32)
+    # one row of a batch in the shape of bits_per_byte's, which is compiled already
+    inputs = np.zeros((config.microbatch, config.sequence_len), np.int32)
+    targets = np.full_like(inputs, -1)
     inputs[0, : len(ids) - 1] = ids[:-1]
     targets[0, : len(ids) - 1] = ids[1:]
     nats = evals.token_losses(model.params, config, inputs, targets)
@@ -291,6 +293,8 @@ class Conversation:
 
     def __init__(self, params, config: Config, tokenizer: Tokenizer, sampling: Sampling):
         self.engine = Engine(params, config, 1, config.sequence_len, tokenizer, calculator)
+        # prompts grow from turn to turn: one program for all of them
+        self.engine.narrowest = min(PREFILL, config.sequence_len)
         self.tokenizer, self.config, self.sampling = tokenizer, config, sampling
         self.messages: list[dict] = []
 

@@ -214,19 +214,14 @@ def kinds_of(text: str, sizes, spans: Iterable[Span]) -> list[str]:
         if kind not in names:
             names.append(kind)
         number_of_byte[place[start] : place[end]] = names.index(kind)
-    inked = np.array([c not in b" \t\r\n\f\v" for c in raw] + [False])
+    is_blank = np.isin(np.frombuffer(raw, np.uint8), list(b" \t\r\n\f\v"))
+    inked = np.append(np.flatnonzero(~is_blank), len(raw))
 
     # a token is of the kind of its first byte that is no white space
     ends = np.cumsum(sizes)
-    kinds = []
-    for begin, end in zip(ends - sizes, ends):
-        inked_places = np.flatnonzero(inked[begin:end])
-        if not inked_places.size:
-            kinds.append(BLANK)
-            continue
-        number = number_of_byte[begin + inked_places[0]]
-        kinds.append(names[number])
-    return kinds
+    first_inked = inked[np.searchsorted(inked, ends - sizes)]
+    numbers = np.where(first_inked < ends, number_of_byte[first_inked], 0)
+    return [names[number] for number in numbers]
 
 
 # ---- of documents, by kind

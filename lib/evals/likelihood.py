@@ -39,7 +39,7 @@ LEAST_LENGTH = 8
 LEAST_ANSWERS = 64
 # input tokens, of all sequences together, below which a program more costs more than padding does,
 # and what is padded to then
-FEW, LEAST_LENGTH_OF_FEW, LEAST_ANSWERS_OF_FEW = 2**18, 64, 256
+FEW, LEAST_LENGTH_OF_FEW, LEAST_ANSWERS_OF_FEW = 2**18, 64, 512
 
 
 class Score(NamedTuple):
@@ -359,11 +359,18 @@ class ForwardPasses(NamedTuple):
     batch_tokens: int
     few: bool = False
 
-    def length(self, tokens: int, least: int = LEAST_LENGTH) -> int:
-        """The length that so many tokens are padded to."""
+    def slots(self, tokens: int) -> int:
+        """The slots of a cache for so many tokens."""
         if self.few:
             return max(LEAST_LENGTH_OF_FEW, _power(tokens))
-        return bucket(tokens, least)
+        return bucket(tokens, 16)
+
+    def length(self, tokens: int, most: int) -> int:
+        """The length that so many tokens are padded to; `most` is enough for them."""
+        if self.few:
+            # in fourfold steps: 64, 256, 1024, ...
+            return min(most, max(LEAST_LENGTH_OF_FEW, _power(tokens, 4)))
+        return bucket(tokens, LEAST_LENGTH)
 
     def asked(self, rows: list[Row], skips: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """`_asked`, in few shapes where little is to be read."""
@@ -381,7 +388,7 @@ class ForwardPasses(NamedTuple):
         for prefix, groups in plan:
             # the beginning of a set is read once, into a cache of one row
             longest = max(row.length for group in groups for row in group.rows)
-            slots = self.length(longest, 16)
+            slots = self.slots(longest)
             start = self.begin(groups[0], prefix, slots) if prefix else None
 
             # rows that share nothing but that beginning; those longer than the context need a
@@ -397,7 +404,7 @@ class ForwardPasses(NamedTuple):
 
     def begin(self, group: Group, prefix: int, slots: int):
         """A cache of one row that has read the beginning of a set."""
-        ids = _pad([group.key_ids[:prefix]], 1, self.length(prefix))
+        ids = _pad([group.key_ids[:prefix]], 1, self.length(prefix, slots))
         return _begin(self.params, self.config, ids, slots=slots)
 
     def most(self, slots: int) -> int:
@@ -411,7 +418,7 @@ class ForwardPasses(NamedTuple):
         tile = KERNEL_TILE if has_tiles else 1
 
         def width(row):
-            tiles = -(-self.length(row.length, 16) // tile)
+            tiles = -(-self.slots(row.length) // tile)
             return min(tiles * tile, self.config.sequence_len)
 
         for B, part in _batches(rows, width, self.batch_tokens):
@@ -424,7 +431,7 @@ class ForwardPasses(NamedTuple):
         """Rows one by one behind the beginning of their set, or in an empty cache without one."""
 
         def width(row):
-            return self.length(row.length - prefix)
+            return self.length(row.length - prefix, slots)
 
         for B, part in _batches(rows, width, self.batch_tokens, self.most(slots)):
             cache = start if prefix else init_cache(self.config, 1, slots)
@@ -435,7 +442,7 @@ class ForwardPasses(NamedTuple):
         """Groups, each one's shared tokens once, and then its rows behind them."""
 
         def width(group):
-            return self.length(group.shared - prefix)
+            return self.length(group.shared - prefix, slots)
 
         for B, part in _batches(groups, width, self.batch_tokens, self.most(slots)):
             # what the rows of each group share goes into the cache
@@ -445,7 +452,7 @@ class ForwardPasses(NamedTuple):
             for i, group in enumerate(part):
                 tails += [Tail(i, row, group.shared) for row in group.rows]
             longest = max(tail.row.length - tail.skip for tail in tails)
-            end = self.length(longest)
+            end = self.length(longest, slots)
             if prefix:
                 room = slots
                 copies = np.zeros(B, np.int32)

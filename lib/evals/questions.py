@@ -41,6 +41,8 @@ from lib.tasks.own import jsonl
 # tokens of the narrowest batch: kernels of attention want multiples of it, and fewer widths compile
 # faster
 LEAST_WIDTH = 128
+# rows join an engine when this part of its slots is free
+GROUPS = 4
 # nats: scores closer than this are equal, for rounding alone can move them so far
 TIE = 1e-5
 # characters of a written answer that the record keeps
@@ -126,6 +128,22 @@ def _padded(rows: Sequence[Sequence[int]], config: Config, batch: int, fill: int
     return padded
 
 
+class Shapes:
+    """Sizes that programs were compiled for: a task takes one that is there already, if it is at
+    most twice what the task needs.
+    """
+
+    def __init__(self):
+        self.known: set[int] = set()
+
+    def holding(self, size: int) -> int:
+        """The size to compute in: the least known from `size` to twice that, else `size` itself."""
+        fitting = [known for known in self.known if size <= known <= 2 * size]
+        chosen = min(fitting, default=size)
+        self.known.add(chosen)
+        return chosen
+
+
 def model_answers(params, config: Config, tokenizer, batch: int) -> ModelAnswers:
     """How a model of ours answers. batch: rows at once."""
 
@@ -146,14 +164,19 @@ def model_answers(params, config: Config, tokenizer, batch: int) -> ModelAnswers
         # without the padding
         return [row[: len(target)] for row, target in zip(losses_BT, targets)]
 
+    # of caches and of prompts, over all tasks
+    lengths, widths = Shapes(), Shapes()
+
     def texts(prompts, samplings):
         # one engine for the whole task, with room for its longest answer
         longest = max(len(p) + s.max_tokens for p, s in zip(prompts, samplings))
         slots = min(batch, bucket(len(prompts)))
-        engine = Engines(params, config, slots, _width(longest), tokenizer, calculator)
-        # prompts of one width: a program more costs more than padding does
+        length = lengths.holding(_width(longest))
+        engine = Engines(params, config, slots, length, tokenizer, calculator)
+        # prompts of one width, in groups of one size: a program more costs more than padding does
         widest = max(map(len, prompts)) - 1
-        pad_to(engine, min(PREFILL, bucket(widest, NARROWEST)))
+        width = widths.holding(min(PREFILL, bucket(widest, NARROWEST)))
+        pad_to(engine, width, together=max(1, engine.parts[0].slots // GROUPS))
         return _written(engine, prompts, samplings)
 
     continuations = partial(likelihood.score, params, config, tokenizer)
@@ -167,8 +190,8 @@ def _written(engine: Engines, prompts: list, samplings: list) -> Iterator[tuple]
     busy = {}
     written = [[] for _ in prompts]
 
-    # rows join in groups of one size: a prefill serves several, and is compiled once
-    group = max(1, engine.slots // 4)
+    # few prefills, each of many rows
+    group = max(1, engine.slots // GROUPS)
     while waiting or busy:
         while waiting and engine.free >= group:
             new = [waiting.popleft() for _ in range(min(group, len(waiting)))]

@@ -34,6 +34,8 @@ WHOLE_CHUNK = 128
 PREFILL = 128
 # and this many at least, however short the prompts
 NARROWEST = 16
+# slots of a cache, however little is to be written: one program serves all that is short
+SHORTEST = 128
 # engines side by side on a CPU, if it has the cores; more were not measured
 SIDES = 2
 # bytes of weights up to which that pays: each side reads them all
@@ -82,8 +84,10 @@ class Engine:
         self.tokenizer = tokenizer
         self.tool = tool
         self.speculate = speculate
-        # a server that has not compiled all shapes yet makes do with one
+        # who wants few shapes of prefill has prompts padded to a width, and rows to a number that
+        # is prefilled together (`pad_to`)
         self.narrowest = NARROWEST
+        self.together: int | None = None
 
         # the model, and behind it the draft model if there is one
         models = [(params, config)]
@@ -132,17 +136,20 @@ class Engine:
             self.check(prompt, sampling)
         check_room(len(prompts), self.free)
 
-        # the prompts go into the caches of the first free slots
-        free = [slot for slot in range(self.slots) if slot not in self.writers]
-        slots = free[: len(prompts)]
-        self._fill_distinct(slots, prompts)
-
         # a row ends at the latest when its slot is full
         cut = []
         for prompt, sampling in zip(prompts, samplings):
             room = self.length - len(prompt)
             cut.append(replace(sampling, max_tokens=min(sampling.max_tokens, room)))
-        self._set_new(slots, prompts, cut)
+
+        # the prompts go into the caches of the first free slots
+        free = [slot for slot in range(self.slots) if slot not in self.writers]
+        slots = free[: len(prompts)]
+        together = self.together or len(prompts)
+        for start in range(0, len(prompts), together):
+            part = slice(start, start + together)
+            self._fill_distinct(slots[part], prompts[part])
+            self._set_new(slots[part], prompts[part], cut[part])
         for slot, sampling in zip(slots, cut):
             self.writers[slot] = Writer(sampling, self.tokenizer, self.tool)
         self.fresh = True
@@ -193,12 +200,12 @@ class Engine:
         passes = max(1, -(-longest // width))
 
         # the prompts as one array, -1 behind the end of each
-        tokens = np.full((bucket(len(slots)), passes * width), -1, np.int32)
+        padded = self._padded(slots)
+        tokens = np.full((len(padded), passes * width), -1, np.int32)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
 
         # a width at a time, into the cache of every model
-        padded = self._padded(slots)
         for start in range(0, passes * width, width):
             part = tokens[:, start : start + width]
             fresh = start == 0
@@ -225,8 +232,10 @@ class Engine:
         self.rows = set_rows(self.rows, padded, stacked)
 
     def _padded(self, slots: list[int]) -> np.ndarray:
-        """Slots up to a bucketed number of them; those behind are outside, and ignored."""
-        padded = np.full(bucket(len(slots)), self.slots)
+        """Slots up to a number that programs are made for; those behind are outside, and
+        ignored.
+        """
+        padded = np.full(self.together or bucket(len(slots)), self.slots)
         padded[: len(slots)] = slots
         return padded
 
@@ -486,10 +495,13 @@ def sides_for(params, slots: int) -> int:
     return SIDES if is_small and has_cores and divides else 1
 
 
-def pad_to(engine: Engines, length: int):
-    """Let no prompt be prefilled in a shape that is shorter."""
+def pad_to(engine: Engines, length: int, together: int | None = None):
+    """Let no prompt be prefilled in a shape that is shorter, and each part prefill so many rows at
+    a time, None for as many as there are: one program each way serves them all.
+    """
     for part in engine.parts:
         part.narrowest = length
+        part.together = together
 
 
 def bucket(n: int, least: int = 1) -> int:
@@ -551,7 +563,7 @@ def _start(params, config, prompts, sampling, tokenizer, tool, speculate, draft)
     if not prompts:
         return None, []
     longest = max(map(len, prompts))
-    length = bucket(longest + sampling.max_tokens, 64)
+    length = bucket(longest + sampling.max_tokens, SHORTEST)
     engines = Engines(
         params,
         config,

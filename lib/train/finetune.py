@@ -174,7 +174,7 @@ def plan(
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "adamw_lr")
 
 # validations and checkpoints of a phase, in all
-VALIDATIONS, SAVES = 10, 3
+VALIDATIONS, SAVES = 6, 3
 
 
 class Base(NamedTuple):
@@ -266,10 +266,11 @@ def open_phase(
 
 
 def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurement:
-    """The loss on a phase's held-out conversations, at most ten times in its run, computed as steps
-    are.
+    """The loss on a phase's held-out conversations, at most VALIDATIONS times in its run, computed
+    as steps are.
     """
-    config = for_training(run.config)
+    # the program of pretraining's validations, which is compiled already
+    config = for_training(run.config).replace(skip_ignored=False)
     rows = list(
         chat_batches(phase.held_out, tokenizer, config.microbatch, config.sequence_len, loop=False)
     )
@@ -344,7 +345,7 @@ def start(params, config: Config, opt_state=None) -> TrainState:
     return with_rates(TrainState(params, opt_state, step), config)
 
 
-_loss_sums = jax.jit(model.loss_sums, static_argnames="config")
+_token_losses = jax.jit(model.token_losses, static_argnames="config")
 
 
 def validation_loss(params, config: Config, batches) -> float:
@@ -353,8 +354,9 @@ def validation_loss(params, config: Config, batches) -> float:
     """
     total = count = 0
     for inputs_BT, targets_BT, *_ in batches:
-        loss, n = _loss_sums(params, config, inputs_BT, targets_BT)
-        total, count = total + float(loss), count + int(n)
+        losses_BT = _token_losses(params, config, inputs_BT, targets_BT)
+        total += float(np.asarray(losses_BT, np.float64).sum())
+        count += int((targets_BT >= 0).sum())
     return total / count if count else float("nan")
 
 

@@ -23,11 +23,12 @@ def test_powers_and_how_many_fit():
     tokens = (0, 7, 8, 15, 16, 31, 32, 48)
     assert [likelihood._fit(n, 8) for n in tokens] == [1, 1, 1, 1, 2, 2, 4, 4]
     passes = likelihood.ForwardPasses(None, None, 16)
-    assert [passes.length(n) for n in (3, 8, 9, 13, 65)] == [8, 8, 12, 16, 96]
-    assert passes.length(3, 16) == 16
+    assert [passes.length(n, 64) for n in (3, 8, 9, 13, 65)] == [8, 8, 12, 16, 96]
+    assert [passes.slots(n) for n in (3, 16, 17, 65)] == [16, 16, 24, 96]
     # where little is to be read, few lengths
     few = passes._replace(few=True)
-    assert [few.length(n) for n in (3, 64, 65, 129)] == [64, 64, 128, 256]
+    assert [few.slots(n) for n in (3, 64, 65, 129)] == [64, 64, 128, 256]
+    assert [few.length(n, 512) for n in (3, 64, 65, 256, 257)] == [64, 64, 256, 256, 512]
     assert passes.most(32) == 4
     padded = likelihood._pad([[1, 2], [3]], 3, 3)
     assert padded.tolist() == [[1, 2, -1], [3, -1, -1], [-1, -1, -1]]
@@ -254,8 +255,8 @@ def test_groups_are_read_once_and_then_their_ends(monkeypatch):
     assert log.pop() == ("extend", "start", [0], [[*range(4, 10), -1, -1]])
     # where little is to be read all groups have caches of one length
     few = passes_of(batch_tokens=128)._replace(few=True)
-    assert list(few.read_groups("start", 0, [group], 32)) == [("begun", tails, 2, 64)]
-    assert log.pop() == ("begin", [[*range(10)] + [-1] * 54], 32)
+    assert list(few.read_groups("start", 0, [group], 64)) == [("begun", tails, 2, 64)]
+    assert log.pop() == ("begin", [[*range(10)] + [-1] * 54], 64)
     # as many ends at a time as there is room for
     narrow = passes_of(batch_tokens=8)
     ends = [("begun", [tail], 1, 8) for tail in tails]

@@ -50,6 +50,12 @@ def test_widths_double_from_128_on():
     assert questions._padded([[1]], config_of(200), 1, 0).shape == (1, 128)
 
 
+def test_a_size_that_is_there_serves_what_is_half_as_large():
+    shapes = questions.Shapes()
+    needed = (256, 128, 96, 512, 300, 200, 48, 95)
+    assert [shapes.holding(n) for n in needed] == [256, 256, 96, 512, 512, 256, 96, 96]
+
+
 def test_only_what_was_asked_is_handed_back(monkeypatch):
     given = []
 
@@ -77,16 +83,19 @@ def test_only_what_was_asked_is_handed_back(monkeypatch):
 
 def test_an_engine_has_room_for_the_longest_prompt_and_its_answer(monkeypatch):
     def engines(*given):
-        return types.SimpleNamespace(given=given, parts=[types.SimpleNamespace() for _ in range(2)])
+        parts = [types.SimpleNamespace(slots=given[2] / 2) for _ in range(2)]
+        return types.SimpleNamespace(given=given, parts=parts)
 
     monkeypatch.setattr(questions, "Engines", engines)
     monkeypatch.setattr(questions, "_written", lambda engine, prompts, samplings: engine)
     answers = questions.model_answers("params", "config", "tokenizer", 4)
     for lengths, most, slots, width, narrowest in (
-        ((100,), (28,), 1, 128, 128),
         ((50, 3), (78, 200), 2, 256, 64),
-        ((1,) * 6, (1,) * 6, 4, 128, 16),
+        ((100,), (28,), 1, 256, 128),
+        ((1,) * 6, (1,) * 6, 4, 256, 16),
         ((300,), (1,), 1, 512, 128),
+        # with the program of the first, which is at most twice as wide
+        ((33,), (1,), 1, 256, 64),
     ):
         samplings = [Sampling(tokens) for tokens in most]
         engine = answers.texts([[1] * length for length in lengths], samplings)
@@ -94,6 +103,7 @@ def test_an_engine_has_room_for_the_longest_prompt_and_its_answer(monkeypatch):
         assert engine.given == wanted
         # all prompts of a task in one shape
         assert [part.narrowest for part in engine.parts] == [narrowest] * 2
+        assert [part.together for part in engine.parts] == [1] * 2
 
 
 class Paper:

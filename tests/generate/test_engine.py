@@ -157,6 +157,17 @@ def test_slots_are_filled_up_with_ones_that_are_not_there():
     assert slots == [0, 1, 2, 3, 4, 7] and [row[0] for row in tokens] == [0, 1, 2, 3, 4, -1]
 
 
+def test_rows_are_read_in_groups_of_one_size_where_that_is_asked():
+    paper = Paper(slots=5)
+    paper.together = 2
+    prompts = [[n, n] for n in range(5)]
+    assert paper.add_many(prompts, [Sampling(n + 1) for n in range(5)]) == [0, 1, 2, 3, 4]
+    read = [(slots, [row[0] for row in tokens]) for slots, tokens, _ in paper.filled]
+    # the last group is filled up with a slot that is not there
+    assert read == [([0, 1], [0, 1]), ([2, 3], [2, 3]), ([4, 5], [4, -1])]
+    assert paper.rows["left"].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_equal_prompts_are_read_once_and_copied():
     paper = Paper(slots=5)
     paper.add([9], Sampling(1))
@@ -400,10 +411,10 @@ def test_engines_are_just_large_enough(monkeypatch):
     monkeypatch.setattr(engine, "Engines", Noted)
     prompts = [[1] * 3, [2], [3], [4], [5]]
     texts = engine.generate({}, CONFIG, prompts, Sampling(2, seed=7))
-    assert texts == [[1, 1]] * 5 and made == [(6, 64, dict(speculate=0, draft=None))]
+    assert texts == [[1, 1]] * 5 and made == [(6, 128, dict(speculate=0, draft=None))]
     # prompt and answer together have room
-    engine.generate({}, CONFIG, [[1] * 60], Sampling(5), speculate=2, draft="d")
-    assert made[1] == (1, 96, dict(speculate=2, draft="d"))
+    engine.generate({}, CONFIG, [[1] * 120], Sampling(9), speculate=2, draft="d")
+    assert made[1] == (1, 192, dict(speculate=2, draft="d"))
     # who waits for a tool or may end any time is looked at more often
     counts.clear()
     engine.generate({}, CONFIG, [[1]], Sampling(1))

@@ -496,7 +496,7 @@ def test_validation_weighs_targets_alike_however_they_are_spread():
 def test_a_phase_is_saved_three_times_and_keeps_the_last():
     run = types.SimpleNamespace(config=types.SimpleNamespace(num_steps=31))
     saving = sft.saving(run)
-    # with every third validation, and at the end
+    # with every second validation, and at the end
     assert (saving.every, saving.keep, saving.metric) == (12, 1, "val_loss")
 
 
@@ -598,8 +598,9 @@ def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
     phase.__dict__["held_out"] = MANY
     read = []
     monkeypatch.setattr(sft, "validation_loss", lambda *given: read.append(given) or 2.5)
-    for steps, every in ((31, 4), (9, 1), (20, 2)):
-        run = types.SimpleNamespace(config=TINY.replace(num_steps=steps))
+    for steps, every in ((31, 6), (6, 1), (20, 4)):
+        config = TINY.replace(num_steps=steps, skip_ignored=True)
+        run = types.SimpleNamespace(config=config)
         measurement = sft.validation(phase, run, tokenizer)
         assert (measurement.every, measurement.gives, measurement.by_clock) == (
             every,
@@ -608,7 +609,8 @@ def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
         )
     assert measurement.measure("params") == {"val_loss": 2.5}
     [(params, config, rows)] = read
-    assert (params, config) == ("params", run.config)
+    # by pretraining's program, which skips nothing
+    assert (params, config) == ("params", run.config.replace(skip_ignored=False))
     own = list(data.chat_batches(MANY, tokenizer, 2, 64, loop=False))
     assert len(rows) == len(own)
     for (inputs, targets, *_), (want, want_targets, *_) in zip(rows, own):
