@@ -16,7 +16,14 @@ from lib.model import tables
 from lib.model.decoding import cast_matrices
 from lib.model.transformer import group_size
 from lib.parallel.collectives import is_gathered, optimizer_on, reduce_gradients, share_of
-from lib.parallel.layout import AXES, BATCH, Layout, put_batch, state_shardings
+from lib.parallel.layout import (
+    AXES,
+    BATCH,
+    Layout,
+    param_shardings,
+    put_batch,
+    state_shardings,
+)
 from lib.params import is_spec, param_specs, unstack
 from lib.train.optim import compile_key, hyper, make_optimizer
 
@@ -168,6 +175,11 @@ def train_step(
         updates, opt_state = make_optimizer(config, config.num_steps).update(
             grads, state.opt_state, state.params
         )
+        if layout is not None:
+            # what devices that share the optimizer's work send each other are updates: new
+            # parameters would be sent into copies of the old ones, and these kept until then
+            whole = param_shardings(layout, config)
+            updates = jax.tree.map(jax.lax.with_sharding_constraint, updates, whole)
         params = optax.apply_updates(state.params, updates)
     squares = [jnp.vdot(g, g) for g in jax.tree.leaves(grads)]
     metrics = {"loss": loss / n, "grad_norm": jnp.sqrt(sum(squares)), "count": count}
