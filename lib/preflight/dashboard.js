@@ -174,6 +174,14 @@ function optimizer_bytes(c) {
   return 4 * numbers;
 }
 
+// What replicas that share the optimizer's work do without: a microbatch's gradients of the
+// embedding and the head.
+function spared_bytes(share, replicas) {
+  if (replicas === 1 || accumulate(share) === 1) return 0;
+  const counts = count_params(share);
+  return 4 * (counts.embed + counts.head);
+}
+
 // What devices that each hold a part have whole at a time: the head's gradient and one table.
 function gathered_bytes(c, fsdp) {
   return fsdp > 1 ? 8 * padded_vocab(c) * c.n_embd : 0;
@@ -389,15 +397,17 @@ function make_split(chips, strategy) {
 }
 
 function memory_of_share(c, split, strategy) {
-  const one = estimate_memory(config_of_share(c, rows_of(split), split.tensor));
+  const share = config_of_share(c, rows_of(split), split.tensor);
+  const one = estimate_memory(share);
   const replicas = strategy === "dp" ? 1 : split.data;
+  const gradients = one.gradients - spared_bytes(share, replicas);
   const memory = {
     parameters: floor_div(one.parameters, split.fsdp),
-    gradients: floor_div(one.gradients, split.fsdp) + gathered_bytes(c, split.fsdp),
+    gradients: floor_div(gradients, split.fsdp) + gathered_bytes(c, split.fsdp),
     optimizer: floor_div(one.optimizer, split.fsdp * replicas),
     activations: one.activations + one.logits,
   };
-  // zero gathers the new parameters when activations and whole gradients are gone
+  // zero gathers the updates when activations and whole gradients are gone
   if (strategy === "zero") {
     const update = one.parameters + floor_div(one.parameters, replicas);
     memory.gradients += Math.max(0, update - memory.gradients - memory.activations);

@@ -42,13 +42,17 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
 
 def _estimate_share(config: Config, layout: Layout) -> dict[str, int]:
     """`estimate_memory` of one device of a layout."""
-    one = estimate_memory(config_of_share(config, layout.size(*BATCH), layout.size("tensor")))
+    share = config_of_share(config, layout.size(*BATCH), layout.size("tensor"))
+    one = estimate_memory(share)
     state = state_template(config, layout)
     parameters = held_bytes(state.params)
+    fsdp = layout.size("fsdp")
+    replicas = 1 if layout.strategy == "dp" else layout.size("data")
+    gradients = _gradient_bytes(config, parameters) - spared_bytes(share, replicas) // fsdp
     return dict(
         parameters=parameters,
         optimizer=held_bytes(state.opt_state),
-        gradients=_gradient_bytes(config, parameters) + gathered_bytes(config, layout.size("fsdp")),
+        gradients=gradients + gathered_bytes(config, fsdp),
         activations=one["activations"],
         logits=one["logits"],
     )
@@ -85,6 +89,16 @@ def held_bytes(tree) -> int:
 def _gradient_bytes(config: Config, parameters: int) -> int:
     """Those of a microbatch, and where there are several of them their sum as well."""
     return parameters * (2 if config.accumulate > 1 else 1)
+
+
+def spared_bytes(share: Config, replicas: int) -> int:
+    """Those of a microbatch's gradients that replicas which share the optimizer's work do without:
+    the embedding's, which are lines, and the head's, which go into the sum at once.
+    """
+    if replicas == 1 or share.accumulate == 1:
+        return 0
+    counts = count_params(share)
+    return 4 * (counts["embed"] + counts["head"])
 
 
 def gathered_bytes(config: Config, fsdp: int) -> int:

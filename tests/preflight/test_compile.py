@@ -129,6 +129,15 @@ def test_the_real_step_compiles_for_four_chips_and_too_much_is_named():
 
 @pytest.mark.tpu
 @needs_libtpu
+def test_a_step_keeps_no_copies_of_its_parameters():
+    """Devices that share the optimizer's work send updates, which are added in place."""
+    [largest] = ask(SMALL, ("copied", "v6e:2x2", "zero"))
+    # a scalar; sent as new parameters they were copied, the head for one
+    assert largest == 1
+
+
+@pytest.mark.tpu
+@needs_libtpu
 def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
     dp, fsdp = ask(MESHED, ("step", "v6e-4", "dp", 0), ("step", "v6e-8", "fsdp", 0))
     one = estimate_memory(Config(**MESHED))

@@ -9,6 +9,7 @@ import pytest
 from lib import chips
 from lib.config import Config
 from lib.files import UserError
+from lib.params import count_params
 from lib.preflight import cache, roofline
 from lib.preflight.compile import for_tpu, question
 from lib.preflight.estimate import Report, estimate, make_split, report_text
@@ -190,9 +191,14 @@ def test_splitting_shares_memory_and_talks():
     assert dp.memory["optimizer"] == pytest.approx(8 * zero.memory["optimizer"], rel=1e-4)
     assert dp.memory["activations"] < one.memory["activations"] / 2
 
-    # zero gathers the new parameters beside its share of their gradients when the rest is gone
-    assert zero.memory == dp.memory | {"optimizer": zero.memory["optimizer"]}
-    # which is the peak only of large tables and next to no tokens
+    # replicas that share the optimizer's work hold no gradients of embedding and head beside sums
+    counts = count_params(config)
+    spared = 4 * (counts["embed"] + counts["head"])
+    gradients = dp.memory["gradients"] - spared
+    shared = {"optimizer": zero.memory["optimizer"], "gradients": gradients}
+    assert zero.memory == dp.memory | shared
+    # zero gathers updates beside its share of the gradients when the rest is gone
+    # that is the peak only of large tables and next to no tokens
     few = dict(
         vocab_size=2**16, sequence_len=8, loss_chunk=8, total_batch_size=64, attention="einsum"
     )

@@ -5,6 +5,8 @@ own because libtpu's topologies must be the first thing that JAX meets.
 """
 
 import json
+import math
+import re
 import sys
 
 import jax
@@ -14,10 +16,12 @@ from lib.chips import tpu_slice
 from lib.config import Config
 from lib.files import UserError
 from lib.model.cache import write_ring
+from lib.parallel.layout import make_layout
 from lib.preflight.compile import (
     compile_decode,
     compile_lowered,
     inspect,
+    lower_step,
     tpu_device,
     tpu_devices,
 )
@@ -38,6 +42,14 @@ def step(config, name, strategy, microbatch):
     batch = max(rows * config.sequence_len, config.total_batch_size if microbatch else 0)
     changed = config.replace(microbatch=rows, total_batch_size=batch)
     return inspect(changed, name, strategy, cache=None).to_dict()
+
+
+def copied(config, topology, strategy):
+    """Numbers of the largest array that a step copies as it comes."""
+    layout = make_layout(strategy, config, tpu_devices(topology))
+    text = compile_lowered(lower_step(config, layout)).text
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* copy\(%param", text)
+    return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
 def decode(config, rows, length):
@@ -66,7 +78,7 @@ def cores(config, topology):
     return [getattr(devices[0], "num_cores", 1), len(devices)]
 
 
-KINDS = dict(refused=refused, step=step, decode=decode, cores=cores, write=write)
+KINDS = dict(refused=refused, step=step, copied=copied, decode=decode, cores=cores, write=write)
 request = json.loads(sys.argv[1])
 for kind, *arguments in request["ask"]:
     print(json.dumps(KINDS[kind](Config(**request["config"]), *arguments)), flush=True)
