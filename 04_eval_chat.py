@@ -25,7 +25,7 @@
 # bytes, a model that chats, its marks on held-out questions with their errors, and a report card on
 # one page.
 #
-# **Hardware and time:** whatever trained the model; about nine minutes on two CPU cores for the
+# **Hardware and time:** whatever trained the model; six to nine minutes on two CPU cores for the
 # default.
 #
 # %% [markdown]

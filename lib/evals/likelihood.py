@@ -360,7 +360,7 @@ class ForwardPasses(NamedTuple):
     few: bool = False
 
     def slots(self, tokens: int) -> int:
-        """The slots of a cache for so many tokens."""
+        """The slots of a cache for so many tokens, and what whole rows of them are padded to."""
         if self.few:
             return max(LEAST_LENGTH_OF_FEW, _power(tokens))
         return bucket(tokens, 16)

@@ -128,7 +128,9 @@ class Engine:
         return self.add_many([prompt], [sampling])[0]
 
     def add_many(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[int]:
-        """Let several rows join, prefilled together, and equal prompts only once."""
+        """Let several rows join, prefilled together or in groups (`pad_to`), and equal prompts of a
+        group only once.
+        """
         if not prompts:
             return []
         # all or nothing: nothing changes before all are known to fit

@@ -92,8 +92,8 @@ def _gradient_bytes(config: Config, parameters: int) -> int:
 
 
 def spared_bytes(share: Config, replicas: int) -> int:
-    """Those of a microbatch's gradients that replicas which share the optimizer's work do without:
-    the embedding's, which are lines, and the head's, which go into the sum at once.
+    """Those of a microbatch's gradients, the embedding's and the head's, that are not there where
+    replicas share the optimizer's work: a fit to compiled steps of zero and tp (LOG.md).
     """
     if replicas == 1 or share.accumulate == 1:
         return 0
