@@ -384,7 +384,9 @@ show(pictures.bits_by_kind(examiner.bits), folder / "plots" / "kinds.png")
 # %% [markdown]
 # Which of these differences are more than chance? Each stage against the one before, *paired*: only
 # the questions that one answered and the other did not can tell. p is how often chance alone would
-# do as much, adjusted for the number of comparisons ([Holm](https://www.jstor.org/stable/4615733)).
+# do as much in this one comparison. A difference is called real only where it stays so after p is
+# adjusted for the number of comparisons ([Holm](https://www.jstor.org/stable/4615733)); the report
+# card's table has the adjusted p.
 
 # %%
 teach.print_differences(examiner)
