@@ -30,24 +30,27 @@ def logits(params, config: Config, x_BTD):
 
 def _logits(x, head, config: Config):
     """Float32 logits over the true vocabulary, soft-capped."""
-    if isinstance(head, dict):
-        x_CD = x.reshape(-1, x.shape[-1])
-        scores = linear("CD,DV->CV", x_CD, head)
-        scores = scores.reshape(*x.shape[:-1], -1)
-    else:
-        scores = _scores(x, head, config, jnp.float32)
-    return _capped(scores, config)
+    return _of_scores(_scores(x, head, config, jnp.float32), config)
 
 
 def _scores(x, head, config: Config, dtype):
-    """The head's product, written in `dtype`."""
+    """The head's product over the padded vocabulary, written in `dtype`; of int8 as that gives."""
+    if isinstance(head, dict):
+        x_CD = x.reshape(-1, x.shape[-1])
+        scores_CV = linear("CD,DV->CV", x_CD, head)
+        return scores_CV.reshape(*x.shape[:-1], -1)
     operands = x.astype(config.operand_dtype), head.astype(config.operand_dtype)
     return jnp.matmul(*operands, preferred_element_type=dtype)
 
 
-def _capped(scores, config: Config):
+def _of_scores(scores, config: Config):
     """Logits from what the head's product wrote."""
-    logits = scores[..., : config.vocab_size].astype(jnp.float32)
+    return _capped(scores[..., : config.vocab_size], config)
+
+
+def _capped(scores, config: Config):
+    """Scores in float32, soft-capped."""
+    logits = scores.astype(jnp.float32)
     if config.softcap:
         logits = config.softcap * jnp.tanh(logits / config.softcap)
     return logits
@@ -63,7 +66,7 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
 
     def chunk(_, x_CD, t_C):
-        return None, _loss_of(_logits(x_CD, head, config), t_C, config)[0]
+        return None, _loss_of(_scores(x_CD, head, config, jnp.float32), t_C, config)[0]
 
     skip = config.skip_ignored
     return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk, skip)[1]
@@ -79,8 +82,9 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
 
     @jax.checkpoint
     def chunk(_, x_CD, t_C):
-        logits_CV = _logits(x_CD, head_DV, config)
-        loss_C, lse_C = _loss_of(logits_CV, t_C, config)
+        scores_CV = _scores(x_CD, head_DV, config, jnp.float32)
+        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
+        logits_CV = _of_scores(scores_CV, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
         return None, (-loss_C, jnp.where(t_C >= 0, entropy_C, 0.0))
@@ -147,13 +151,14 @@ def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
     return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
 
-def _loss_of(logits_CV, t_C, config: Config):
+def _loss_of(scores_CV, t_C, config: Config):
     """Loss of each token of a chunk (C,), 0 where the target is negative, and the log-sum-exp of
     its logits.
     """
-    lse_C = _log_sum_exp(logits_CV, config)
+    lse_C = _log_sum_exp(_of_scores(scores_CV, config), config)
+    # picked, then capped: for the other way round XLA would write all capped logits down
     target_C1 = jnp.maximum(t_C, 0)[:, None]
-    picked_C = jnp.take_along_axis(logits_CV, target_C1, axis=-1)[:, 0]
+    picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], config)
     return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), lse_C
 
 
@@ -171,16 +176,15 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     them.
     """
     head = head_DV.astype(config.operand_dtype)
-    # float32, but on a GPU the compute dtype, as nanochat has it: no array of a step is larger
-    on_gpu = jax.default_backend() == "gpu"
-    written = config.dtype if on_gpu else jnp.float32
+    # in the compute dtype, as nanochat has them: no array of a step is larger
+    written = config.dtype
 
     def chunk(head_grad, x_CD, t_C):
         scores_CV = _scores(x_CD, head, config, written)
-        loss_C, lse_C = _loss_of(_capped(scores_CV, config), t_C, config)
+        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
 
         # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
-        logits_CV = _capped(_read_again(scores_CV), config)
+        logits_CV = _of_scores(_read_again(scores_CV), config)
         hit_CV = jnp.arange(config.vocab_size) == t_C[:, None]
         d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
         # through the softcap's tanh
@@ -202,12 +206,11 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
 
 
 def _read_again(scores_CV):
-    """The same; on a GPU behind a barrier, which keeps XLA from sharing one capped float32 copy
+    """The same; narrow ones behind a barrier, which keeps XLA from sharing one capped float32 copy
     between the loss and its gradient: capping twice what is bfloat16 moves less.
     """
-    if jax.default_backend() == "gpu":
-        return jax.lax.optimization_barrier(scores_CV)
-    return scores_CV
+    is_narrow = scores_CV.dtype.itemsize < 4
+    return jax.lax.optimization_barrier(scores_CV) if is_narrow else scores_CV
 
 
 def _head_gradient(x_CD, d_CV):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from lib.config import Config
 from lib.parallel.collectives import gather, is_gathered
@@ -93,6 +94,25 @@ def by_layer(sums, params):
     Lv, V, K, H = params[VALUES].shape
     tables_VLKH = sums[VALUES].reshape(V, Lv, K, H)
     return sums | {VALUES: jnp.moveaxis(tables_VLKH, 1, 0)}
+
+
+def as_held(grads):
+    """Gradients with those of stacked value embeddings lying in memory as a TPU holds the tables.
+
+    Otherwise XLA lets them lie as they were added up, by token, and turns the tables and both
+    moments instead: three copies, which are kept as long as anything is.
+    """
+    if VALUES not in grads or is_gathered(VALUES):
+        return grads
+
+    def place(tables_LVKH):
+        # registers are filled by the last two axes, of which the first comes in eights
+        full = tables_LVKH.shape[2] % 8 == 0
+        order = (0, 1, 2, 3) if full else (0, 2, 1, 3)
+        return with_layout_constraint(tables_LVKH, Layout(order))
+
+    placed = jax.lax.platform_dependent(grads[VALUES], tpu=place, default=lambda a: a)
+    return grads | {VALUES: placed}
 
 
 def looked_up(params, turned, ids_BT, config: Config):

@@ -210,6 +210,8 @@ def mlp(h_BTD, w, config: Config):
         a_BTF = jax.nn.gelu(a_BTF)
     else:
         gate_BTF = checkpoint_name(linear("BTD,DF->BTF", h_BTD, w["w_gate"]), "mlp_gate")
+        # XLA would make the gate's gradient anew, of two arrays, in each product that reads it
+        gate_BTF, a_BTF = grad_barrier((gate_BTF, a_BTF))
         a_BTF = jax.nn.silu(gate_BTF) * a_BTF
     return linear("BTF,FD->BTD", a_BTF, w["w_out"])
 

@@ -110,7 +110,7 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
     loss, count, sums = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
     # the gradient of what was taken apart is put together
     (grads,) = put_together(tables.by_layer(sums, whole))
-    return loss, count, grads
+    return loss, count, tables.as_held(grads)
 
 
 def _apart(params, config: Config):

@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +46,22 @@ def test_turned_by_token_and_back():
 def test_tables_in_parts_are_not_turned(in_parts):
     params = {VALUES: numbers(2, 3, 1, 2)}
     assert tables.by_token(params) is params and tables.by_layer(params, params) is params
+    assert tables.as_held(params) is params
+
+
+@pytest.mark.parametrize(("heads", "order"), [(8, "3, 2, 1, 0"), (10, "3, 1, 2, 0")])
+def test_gradients_lie_as_a_tpu_holds_the_tables(heads, order):
+    """Told to its compiler alone, minor axis first."""
+    grads = {"embed": numbers(3, 2), VALUES: numbers(2, 3, heads, 4)}
+    traced = jax.jit(tables.as_held).trace(grads)
+    on_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert f"result_layouts = [dense<[{order}]>" in on_tpu
+    assert "result_layouts" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    held = tables.as_held(grads)
+    assert held["embed"] is grads["embed"]
+    np.testing.assert_array_equal(held[VALUES], grads[VALUES])
+    plain = {"embed": numbers(3, 2)}
+    assert tables.as_held(plain) is plain
 
 
 def test_lines_are_those_of_the_tokens():

@@ -138,6 +138,30 @@ def test_a_step_keeps_no_copies_of_its_parameters():
 
 @pytest.mark.tpu
 @needs_libtpu
+def test_a_loss_writes_its_logits_once_and_narrow():
+    """Them and their gradient; the capped ones in float32 are never written."""
+    wide = SMALL | dict(vocab_size=8192, loss_chunk=1024)
+    assert ask(wide, ("logits",)) == [["bf16", "bf16"]]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_a_gate_is_computed_in_three_products():
+    """Forward's, its weight's gradient, and once for what all others read."""
+    assert ask(SMALL | dict(mlp="swiglu"), ("activated",)) == [3]
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_a_step_copies_no_table_as_it_comes():
+    """Neither as a place for what the devices send, nor turned, to lie as gradients do."""
+    tables = SMALL | dict(value_embeds=True, n_head=4, n_kv_head=4)
+    [largest] = ask(tables, ("copied", "v6e:2x2", "zero"))
+    assert largest < tables["vocab_size"] * 4 * tables["head_dim"]
+
+
+@pytest.mark.tpu
+@needs_libtpu
 def test_memory_falls_with_chips_and_only_gradients_and_muon_talk():
     dp, fsdp = ask(MESHED, ("step", "v6e-4", "dp", 0), ("step", "v6e-8", "fsdp", 0))
     one = estimate_memory(Config(**MESHED))

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -16,6 +17,8 @@ from lib.chips import tpu_slice
 from lib.config import Config
 from lib.files import UserError
 from lib.model.cache import write_ring
+from lib.model.head import summed_loss
+from lib.model.transformer import mlp
 from lib.parallel.layout import make_layout
 from lib.preflight.compile import (
     compile_decode,
@@ -52,6 +55,37 @@ def copied(config, topology, strategy):
     return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
+def logits(config):
+    """How each array of a chunk's tokens by vocabulary was written that a loss has, by dtype."""
+    device = SingleDeviceSharding(tpu_device("v6e:1x1"))
+    width, vocabulary, rows = config.n_embd, config.padded_vocab, (1, config.loss_chunk)
+    shapes = [
+        jax.ShapeDtypeStruct((*rows, width), config.dtype),
+        jax.ShapeDtypeStruct((width, vocabulary), "float32"),
+        jax.ShapeDtypeStruct(rows, "int32"),
+    ]
+    losses = jax.value_and_grad(partial(summed_loss, config=config), (0, 1))
+    text = compile_lowered(jax.jit(losses, in_shardings=device).lower(*shapes)).text
+    fusions = re.findall(r"= (.*) fusion\(", text[text.index("ENTRY") :])
+    arrays = rf"(\w+)\[{config.loss_chunk},{vocabulary}\]"
+    return sorted(dtype for written in fusions for dtype in re.findall(arrays, written))
+
+
+def activated(config):
+    """How often a gated mlp's activation is computed, forward and backward."""
+    device = SingleDeviceSharding(tpu_device("v6e:1x1"))
+    width, wide = config.n_embd, config.mlp_dim
+    shapes = {"w_in": (width, wide), "w_gate": (width, wide), "w_out": (wide, width)}
+    weights = {name: jax.ShapeDtypeStruct(shape, config.dtype) for name, shape in shapes.items()}
+    rows = jax.ShapeDtypeStruct((1, 1024, width), config.dtype)
+
+    def total(x_BTD, w):
+        return mlp(x_BTD, w, config).astype("float32").sum()
+
+    gradients = jax.jit(jax.value_and_grad(total, (0, 1)), in_shardings=device)
+    return compile_lowered(gradients.lower(rows, weights)).text.count(" exponential(")
+
+
 def decode(config, rows, length):
     """The decoding of a token."""
     return compile_decode(config, tpu_device("v6e:1x1"), rows, length)
@@ -78,7 +112,16 @@ def cores(config, topology):
     return [getattr(devices[0], "num_cores", 1), len(devices)]
 
 
-KINDS = dict(refused=refused, step=step, copied=copied, decode=decode, cores=cores, write=write)
+KINDS = dict(
+    refused=refused,
+    step=step,
+    copied=copied,
+    logits=logits,
+    activated=activated,
+    decode=decode,
+    cores=cores,
+    write=write,
+)
 request = json.loads(sys.argv[1])
 for kind, *arguments in request["ask"]:
     print(json.dumps(KINDS[kind](Config(**request["config"]), *arguments)), flush=True)
