@@ -75,6 +75,16 @@ function windows(c) {
   });
 }
 
+// [layers of a scanned group, groups], as model/transformer.py has it.
+function group_size(c) {
+  const pattern = c.window_pattern.length;
+  const period = c.value_embeds && pattern % 2 ? 2 * pattern : pattern;
+  const seen = windows(c);
+  let groups = floor_div(c.n_layer, period);
+  if (seen.slice(0, groups * period).some((window, i) => window !== seen[i % period])) groups -= 1;
+  return [period, c.scan_layers && groups > 1 ? groups : 0];
+}
+
 // How many layers have value embeddings: every other one, the last included.
 const value_layers = (c) => (c.value_embeds ? Math.ceil((c.n_layer - ((c.n_layer - 1) % 2)) / 2) : 0);
 
@@ -130,20 +140,6 @@ function matrix_shape([shape, , n_in]) {
 
 // ---- memory.py ----------------------------------------------------------------------------------
 
-// Bytes that a step holds at its peak on one device, by part.
-function estimate_memory(c) {
-  const parameters = 4 * count_params(c).total;
-  const tokens = c.microbatch * c.sequence_len;
-  const logit_bytes = padded_vocab(c) * (4 + itemsize(c));
-  return {
-    parameters,
-    optimizer: optimizer_bytes(c),
-    gradients: parameters * (accumulate(c) > 1 ? 2 : 1),
-    activations: tokens * kept_per_token(c) * itemsize(c),
-    logits: Math.min(c.loss_chunk, tokens) * logit_bytes,
-  };
-}
-
 // The step of one device, as if it were alone: its rows, its heads, its part of the mlp and of the
 // positions that the loss reads.
 function config_of_share(c, rows, tensor) {
@@ -174,12 +170,38 @@ function optimizer_bytes(c) {
   return 4 * numbers;
 }
 
-// What replicas that share the optimizer's work do without: a microbatch's gradients of the
-// embedding and the head.
-function spared_bytes(share, replicas) {
-  if (replicas === 1 || accumulate(share) === 1) return 0;
-  const counts = count_params(share);
-  return 4 * (counts.embed + counts.head);
+// Bytes beside the state, by part: gradients, and all that comes and goes at a step's peak.
+function working_bytes(share, split) {
+  const tokens = share.microbatch * share.sequence_len;
+  const kept = tokens * kept_per_token(share, split.tensor) * itemsize(share);
+  const copies = floor_div(copied_bytes(share), split.fsdp) + gathered_bytes(share, split.fsdp);
+  const at_peak = Math.max(loss_bytes(share), layer_bytes(share, split.fsdp));
+  return {
+    gradients: floor_div(4 * count_params(share).total, split.fsdp),
+    activations: kept + copies + at_peak,
+  };
+}
+
+// Numbers that forward keeps of each token of a microbatch.
+function kept_per_token(c, tensor) {
+  const products = products_per_token(c);
+  const unscanned = products + 2 * c.n_embd + heads_per_token(c);
+  const per_layer = {
+    layer: c.n_embd,
+    dots: products,
+    none: group_size(c)[1] ? whole_layer_per_token(c) : unscanned,
+  }[c.remat];
+  const shared = tensor > 1 ? c.n_embd : 0;
+  const lines = value_layers(c) * c.n_kv_head * c.head_dim;
+  return (per_layer + shared) * c.n_layer + 4 * c.n_embd + lines;
+}
+
+// What all microbatches read, made once.
+function copied_bytes(c) {
+  if (accumulate(c) === 1) return 0;
+  const counts = count_params(c);
+  const matrices = itemsize(c) < 4 ? itemsize(c) * (counts.blocks + counts.head) : 0;
+  return matrices + itemsize(c) * counts.value_embeds;
 }
 
 // What devices that each hold a part have whole at a time: the head's gradient and one table.
@@ -187,17 +209,32 @@ function gathered_bytes(c, fsdp) {
   return fsdp > 1 ? 8 * padded_vocab(c) * c.n_embd : 0;
 }
 
-// Numbers that backward keeps of each token of a microbatch.
-function kept_per_token(c) {
-  const heads = (c.n_head + 2 * c.n_kv_head) * c.head_dim;
-  const attended = c.n_head * c.head_dim;
-  const mlp_products = (c.mlp === "swiglu" ? 2 : 1) * c.mlp_dim;
-  const products = c.n_embd + heads + attended + mlp_products;
-  const whole = 2 * (products + c.n_embd + c.mlp_dim);
-  const per_layer = { none: whole, dots: products, layer: c.n_embd }[c.remat];
-  const recomputed = c.remat === "none" ? 0 : whole;
-  return per_layer * c.n_layer + 4 * c.n_embd + recomputed;
+// A chunk of logits and their gradient.
+function loss_bytes(c) {
+  const tokens = Math.min(c.loss_chunk, c.microbatch * c.sequence_len);
+  return tokens * padded_vocab(c) * 2 * itemsize(c);
 }
+
+// The layer that backward computes again, and a microbatch's own gradients.
+function layer_bytes(c, fsdp) {
+  const again = c.remat === "none" ? 0 : whole_layer_per_token(c);
+  const computed = c.microbatch * c.sequence_len * again * itemsize(c);
+  if (accumulate(c) === 1) return computed;
+  const counts = count_params(c);
+  return computed + floor_div(itemsize(c) * counts.blocks, fsdp) + 4 * counts.head;
+}
+
+// Numbers of a layer's input, of what its products make, and of what was attended.
+function products_per_token(c) {
+  const mlp = (c.mlp === "swiglu" ? 2 : 1) * c.mlp_dim;
+  return c.n_embd + heads_per_token(c) + c.n_head * c.head_dim + mlp;
+}
+
+// Numbers of queries, keys and values.
+const heads_per_token = (c) => (c.n_head + 2 * c.n_kv_head) * c.head_dim;
+
+// Numbers of all that a layer makes.
+const whole_layer_per_token = (c) => 2 * (products_per_token(c) + c.n_embd + c.mlp_dim);
 
 // ---- roofline.py --------------------------------------------------------------------------------
 
@@ -260,12 +297,7 @@ function account(c, matrix_unit, split, strategy) {
   add_head(work["head+loss"], c, split);
   add_embedding(work.embedding, c, split);
   add_optimizer(work.optimizer, c, split, strategy);
-
-  // float32 gradients of microbatches are added up
-  if (accumulate(c) > 1) {
-    const held = count_params(c).total / (split.fsdp * split.tensor);
-    add(work.other, 0, 0, accumulate(c) * 3 * 4 * held);
-  }
+  add_between(work.other, c, split);
   return work;
 }
 
@@ -277,7 +309,7 @@ function add_attention(work, c, split, matrix_unit) {
   // projections
   const weights = width * (2 * q + 2 * kv);
   const recomputed = c.remat === "dots" ? 2 * q * width : 2 * weights * again;
-  const arrays = tokens * itemsize(c) * passes(c) * (6 * width * tensor + 6 * (q + kv));
+  const arrays = tokens * itemsize(c) * passes(c) * (5 * width * tensor + 6 * (q + kv));
   const flops = (layers * tokens * (6 * weights + recomputed)) / tensor;
   add(work, flops, flops, (layers * (weight_bytes(c, weights) + arrays)) / tensor);
 
@@ -304,7 +336,7 @@ function add_mlp(work, c, split) {
   const [layers, width, wide] = [c.n_layer, c.n_embd, c.mlp_dim];
   const [tokens, tensor, again] = [step_tokens(c, split), split.tensor, RECOMPUTED[c.remat]];
   const weights = (c.mlp === "swiglu" ? 3 : 2) * width * wide;
-  const narrow_arrays = passes(c) * 5 * width * tensor;
+  const narrow_arrays = passes(c) * width * (tensor > 1 ? 5 * tensor : 2);
   const wide_arrays = (8 + 2 * again) * wide;
   const arrays = tokens * itemsize(c) * (narrow_arrays + wide_arrays);
   const flops = (layers * tokens * (6 + 2 * again) * weights) / tensor;
@@ -313,16 +345,30 @@ function add_mlp(work, c, split) {
 
 function add_head(work, c, split) {
   const [width, vocabulary, tokens] = [c.n_embd, padded_vocab(c), step_tokens(c, split)];
-  const chunks = Math.ceil(tokens / accumulate(c) / c.loss_chunk) * accumulate(c);
-  const weights = chunks * width * vocabulary * (2 * itemsize(c) + 8);
-  const logits = (tokens * vocabulary * (12 + 3 * itemsize(c))) / split.tensor;
+  const chunks = Math.ceil(tokens / accumulate(c) / c.loss_chunk);
+  const weights = accumulate(c) * width * vocabulary * (chunks * 2 * itemsize(c) + 8);
+  const logits = (tokens * vocabulary * 5 * itemsize(c)) / split.tensor;
   const flops = (6 * tokens * width * vocabulary) / split.tensor;
   add(work, flops, flops, weights + logits);
 }
 
 function add_embedding(work, c, split) {
-  const looked_up = step_tokens(c, split) * c.n_embd * (4 + 3 * itemsize(c) + 8);
-  add(work, 0, 0, looked_up + accumulate(c) * padded_vocab(c) * c.n_embd * 8);
+  add(work, 0, 0, step_tokens(c, split) * c.n_embd * (4 + 3 * itemsize(c) + 8));
+}
+
+// Sums of gradients, value embeddings, what a scan stacks.
+function add_between(work, c, split) {
+  const [tokens, counts] = [step_tokens(c, split), count_params(c)];
+  if (accumulate(c) > 1) {
+    const summed = (counts.blocks / split.tensor + counts.head) / split.fsdp;
+    add(work, 0, 0, accumulate(c) * summed * (8 + itemsize(c)));
+  }
+  const lines = (value_layers(c) * c.n_kv_head * c.head_dim) / split.tensor;
+  add(work, 0, 0, tokens * lines * (8 * itemsize(c) + 20));
+  if (group_size(c)[1]) {
+    const share = config_of_share(c, rows_of(split), split.tensor);
+    add(work, 0, 0, tokens * kept_per_token(share, split.tensor) * itemsize(c) * 2);
+  }
 }
 
 function add_optimizer(work, c, split, strategy) {
@@ -366,7 +412,8 @@ function sent(c, split, strategy) {
   const summed = sent_bytes("all-reduce", gradients, split.data);
   if (strategy === "tp") {
     const activations = step_tokens(c, split) * c.n_embd * itemsize(c);
-    return summed + 4 * c.n_layer * sent_bytes("all-reduce", activations, split.tensor);
+    const sums = c.n_layer * (c.remat === "none" ? 4 : 5);
+    return summed + sums * sent_bytes("all-reduce", activations, split.tensor);
   }
   if (strategy === "fsdp") {
     const share = (itemsize(c) * count) / split.fsdp;
@@ -398,18 +445,16 @@ function make_split(chips, strategy) {
 
 function memory_of_share(c, split, strategy) {
   const share = config_of_share(c, rows_of(split), split.tensor);
-  const one = estimate_memory(share);
+  const parameters = 4 * count_params(share).total;
   const replicas = strategy === "dp" ? 1 : split.data;
-  const gradients = one.gradients - spared_bytes(share, replicas);
   const memory = {
-    parameters: floor_div(one.parameters, split.fsdp),
-    gradients: floor_div(gradients, split.fsdp) + gathered_bytes(c, split.fsdp),
-    optimizer: floor_div(one.optimizer, split.fsdp * replicas),
-    activations: one.activations + one.logits,
+    parameters: floor_div(parameters, split.fsdp),
+    optimizer: floor_div(optimizer_bytes(share), split.fsdp * replicas),
+    ...working_bytes(share, split),
   };
   // zero gathers the updates when activations and whole gradients are gone
   if (strategy === "zero") {
-    const update = one.parameters + floor_div(one.parameters, replicas);
+    const update = parameters + floor_div(parameters, replicas);
     memory.gradients += Math.max(0, update - memory.gradients - memory.activations);
   }
   return memory;

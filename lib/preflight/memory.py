@@ -7,6 +7,7 @@ import jax
 
 from lib.config import Config, divisible_batch
 from lib.files import UserError, choose
+from lib.model.transformer import group_size
 from lib.parallel.layout import BATCH, MESH_AXIS, RULES, Layout, make_layout
 from lib.params import count_params
 from lib.train.optim import compile_key
@@ -24,37 +25,19 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
 
     LOG.md has the error against the compiler.
     """
-    if layout is not None:
-        return _estimate_share(config, layout)
-    parameters = 4 * count_params(config)["total"]
-    tokens = config.microbatch * config.sequence_len
-
-    # the loss sees its logits in chunks, each with its gradient
-    logit_bytes = config.padded_vocab * (4 + config.dtype.itemsize)
-    return dict(
-        parameters=parameters,
-        optimizer=_optimizer_bytes(_shape_of_state(config)),
-        gradients=_gradient_bytes(config, parameters),
-        activations=tokens * _kept_per_token(config) * config.dtype.itemsize,
-        logits=min(config.loss_chunk, tokens) * logit_bytes,
-    )
-
-
-def _estimate_share(config: Config, layout: Layout) -> dict[str, int]:
-    """`estimate_memory` of one device of a layout."""
-    share = config_of_share(config, layout.size(*BATCH), layout.size("tensor"))
-    one = estimate_memory(share)
+    if layout is None:
+        return dict(
+            parameters=4 * count_params(config)["total"],
+            optimizer=_optimizer_bytes(_shape_of_state(config)),
+            **working_bytes(config),
+        )
     state = state_template(config, layout)
-    parameters = held_bytes(state.params)
-    fsdp = layout.size("fsdp")
-    replicas = 1 if layout.strategy == "dp" else layout.size("data")
-    gradients = _gradient_bytes(config, parameters) - spared_bytes(share, replicas) // fsdp
+    fsdp, tensor = layout.size("fsdp"), layout.size("tensor")
+    share = config_of_share(config, layout.size(*BATCH), tensor)
     return dict(
-        parameters=parameters,
+        parameters=held_bytes(state.params),
         optimizer=held_bytes(state.opt_state),
-        gradients=gradients + gathered_bytes(config, fsdp),
-        activations=one["activations"],
-        logits=one["logits"],
+        **working_bytes(share, fsdp, tensor),
     )
 
 
@@ -86,43 +69,101 @@ def held_bytes(tree) -> int:
     return total
 
 
-def _gradient_bytes(config: Config, parameters: int) -> int:
-    """Those of a microbatch, and where there are several of them their sum as well."""
-    return parameters * (2 if config.accumulate > 1 else 1)
+def working_bytes(share: Config, fsdp: int = 1, tensor: int = 1) -> dict[str, int]:
+    """Bytes beside the state, by part: float32 gradients, and under activations all that comes and
+    goes at a step's peak.
 
-
-def spared_bytes(share: Config, replicas: int) -> int:
-    """Those of a microbatch's gradients, the embedding's and the head's, that are not there where
-    replicas share the optimizer's work: a fit to compiled steps of zero and tp (LOG.md).
+    share: the step of one device, of `fsdp` that each hold a part of every weight and `tensor` that
+    share each layer.
     """
-    if replicas == 1 or share.accumulate == 1:
+    tokens = share.microbatch * share.sequence_len
+    kept = tokens * kept_per_token(share, tensor) * share.dtype.itemsize
+    copies = _copied_bytes(share) // fsdp + _gathered_bytes(share, fsdp)
+
+    # a microbatch's peak is at its loss, or where backward is in a layer
+    at_peak = max(_loss_bytes(share), _layer_bytes(share, fsdp))
+    return dict(
+        gradients=4 * count_params(share)["total"] // fsdp,
+        activations=kept + copies + at_peak,
+    )
+
+
+def kept_per_token(config: Config, tensor: int) -> int:
+    """Numbers that forward keeps of each token of a microbatch.
+
+    Of each layer everything (none), the products of matrices (dots) or the input (layer). Once for
+    all layers the stream where it begins, is read again and ends, and lines of value embeddings.
+    """
+    products, heads = _products_per_token(config), _heads_per_token(config)
+    if config.remat == "layer":
+        per_layer = config.n_embd
+    elif config.remat == "dots":
+        per_layer = products
+    elif group_size(config)[1]:
+        # a scan over layers stacks whatever backward asks for
+        per_layer = _whole_layer_per_token(config)
+    else:
+        # without it XLA makes activations and norms again, but what goes into products
+        per_layer = products + 2 * config.n_embd + heads
+
+    # devices that share a layer hold one stream more: a fit (LOG.md)
+    if tensor > 1:
+        per_layer += config.n_embd
+    lines = len(config.value_layers) * config.n_kv_head * config.head_dim
+    return per_layer * config.n_layer + 4 * config.n_embd + lines
+
+
+def _copied_bytes(config: Config) -> int:
+    """Those of what all microbatches read, made once: matrices in the dtype that they are
+    multiplied in, where that is not float32, and value embeddings turned token by token.
+    """
+    if config.accumulate == 1:
         return 0
-    counts = count_params(share)
-    return 4 * (counts["embed"] + counts["head"])
+    counts = count_params(config)
+    narrow = config.operand_dtype.itemsize
+    matrices = narrow * (counts["blocks"] + counts["head"]) if narrow < 4 else 0
+    return matrices + config.dtype.itemsize * counts["value_embeds"]
 
 
-def gathered_bytes(config: Config, fsdp: int) -> int:
+def _gathered_bytes(config: Config, fsdp: int) -> int:
     """Those of what devices that each hold a part have whole at a time: the head's gradient and one
     table, in float32.
     """
     return 8 * config.padded_vocab * config.n_embd if fsdp > 1 else 0
 
 
-def _kept_per_token(config: Config) -> int:
-    """Numbers that backward keeps of each token of a microbatch.
+def _loss_bytes(config: Config) -> int:
+    """Those of a chunk of logits and their gradient."""
+    tokens = min(config.loss_chunk, config.microbatch * config.sequence_len)
+    return tokens * config.padded_vocab * 2 * config.dtype.itemsize
 
-    In each layer everything (none), the matrix products (dots) or the input (layer); with the
-    last two also the whole of the one layer that it is recomputing.
-    """
-    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+
+def _layer_bytes(config: Config, fsdp: int) -> int:
+    """Those of the layer that backward computes again, and of a microbatch's own gradients."""
+    again = 0 if config.remat == "none" else _whole_layer_per_token(config)
+    tokens = config.microbatch * config.sequence_len
+    computed = tokens * again * config.dtype.itemsize
+    if config.accumulate == 1:
+        return computed
+    counts = count_params(config)
+    return computed + config.dtype.itemsize * counts["blocks"] // fsdp + 4 * counts["head"]
+
+
+def _products_per_token(config: Config) -> int:
+    """Numbers of a layer's input, of what its products make, and of what was attended."""
+    mlp = (2 if config.mlp == "swiglu" else 1) * config.mlp_dim
     attended = config.n_head * config.head_dim
-    mlp_products = (2 if config.mlp == "swiglu" else 1) * config.mlp_dim
-    products = config.n_embd + heads + attended + mlp_products
-    whole = 2 * (products + config.n_embd + config.mlp_dim)
+    return config.n_embd + _heads_per_token(config) + attended + mlp
 
-    per_layer = {"none": whole, "dots": products, "layer": config.n_embd}[config.remat]
-    recomputed = 0 if config.remat == "none" else whole
-    return per_layer * config.n_layer + 4 * config.n_embd + recomputed
+
+def _heads_per_token(config: Config) -> int:
+    """Numbers of queries, keys and values."""
+    return (config.n_head + 2 * config.n_kv_head) * config.head_dim
+
+
+def _whole_layer_per_token(config: Config) -> int:
+    """Numbers of all that a layer makes, products, norms and activations."""
+    return 2 * (_products_per_token(config) + config.n_embd + config.mlp_dim)
 
 
 def _shape_of_state(config: Config) -> Config:

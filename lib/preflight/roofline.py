@@ -14,8 +14,10 @@ from lib.chips import Chip
 from lib.config import Config, round_up
 from lib.model.cache import RING
 from lib.model.kernels import block_size
+from lib.model.transformer import group_size
 from lib.params import count_params, is_spec, param_specs
 from lib.preflight.hlo import COMPONENTS, Work, sent_bytes
+from lib.preflight.memory import config_of_share, kept_per_token
 
 # attention that keeps its scores on chip
 KERNELS = ("splash", "pallas")
@@ -130,11 +132,7 @@ def account(
     _add_head(components["head+loss"], config, split)
     _add_embedding(components["embedding"], config, split)
     _add_optimizer(components["optimizer"], config, split, strategy)
-
-    # float32 gradients of microbatches are added up
-    if config.accumulate > 1:
-        held = count_params(config)["total"] / (split.fsdp * split.tensor)
-        components["other"].add(bytes=config.accumulate * 3 * 4 * held)
+    _add_between(components["other"], config, split)
     return Account(components, _sent(config, split, strategy))
 
 
@@ -167,7 +165,7 @@ def _add_attention(work: Work, config: Config, split: Split, matrix_unit: int):
     # projections
     weights = width * (2 * q + 2 * kv)
     recomputed = 2 * q * width if config.remat == "dots" else 2 * weights * again
-    arrays = tokens * itemsize * _passes(config) * (6 * width * tensor + 6 * (q + kv))
+    arrays = tokens * itemsize * _passes(config) * (5 * width * tensor + 6 * (q + kv))
     flops = layers * tokens * (6 * weights + recomputed) / tensor
     _product(work, flops, layers * (_weight_bytes(config, weights) + arrays) / tensor)
 
@@ -194,7 +192,8 @@ def _add_mlp(work: Work, config: Config, split: Split):
     tokens, tensor, again = _tokens(config, split), split.tensor, RECOMPUTED[config.remat]
     weights = (3 if config.mlp == "swiglu" else 2) * width * wide
 
-    narrow_arrays = _passes(config) * 5 * width * tensor
+    # what devices that share a layer add up is written and read once more
+    narrow_arrays = _passes(config) * width * (5 * tensor if tensor > 1 else 2)
     wide_arrays = (8 + 2 * again) * wide
     arrays = tokens * config.dtype.itemsize * (narrow_arrays + wide_arrays)
     flops = layers * tokens * (6 + 2 * again) * weights / tensor
@@ -205,19 +204,39 @@ def _add_head(work: Work, config: Config, split: Split):
     """Logits and their loss, in chunks."""
     width, vocabulary, itemsize = config.n_embd, config.padded_vocab, config.dtype.itemsize
     tokens = _tokens(config, split)
-    chunks = math.ceil(tokens / config.accumulate / config.loss_chunk) * config.accumulate
+    chunks = math.ceil(tokens / config.accumulate / config.loss_chunk)
 
-    # each chunk reads the head and adds to its gradient
-    weights = chunks * width * vocabulary * (2 * itemsize + 8)
-    logits = tokens * vocabulary * (12 + 3 * itemsize) / split.tensor
+    # each chunk reads the head twice, and each microbatch adds to the head's gradient
+    weights = config.accumulate * width * vocabulary * (chunks * 2 * itemsize + 8)
+    # written and read, and their gradient written and read twice
+    logits = tokens * vocabulary * 5 * itemsize / split.tensor
     _product(work, 6 * tokens * width * vocabulary / split.tensor, weights + logits)
 
 
 def _add_embedding(work: Work, config: Config, split: Split):
-    """Rows looked up, and the table's gradient."""
-    width, itemsize = config.n_embd, config.dtype.itemsize
-    looked_up = _tokens(config, split) * width * (4 + 3 * itemsize + 8)
-    work.add(bytes=looked_up + config.accumulate * config.padded_vocab * width * 8)
+    """Lines looked up, and their gradients."""
+    looked_up = _tokens(config, split) * config.n_embd
+    work.add(bytes=looked_up * (4 + 3 * config.dtype.itemsize + 8))
+
+
+def _add_between(work: Work, config: Config, split: Split):
+    """What lies between components: sums of gradients, value embeddings, what a scan stacks."""
+    itemsize, tokens = config.dtype.itemsize, _tokens(config, split)
+    counts = count_params(config)
+
+    # float32 sums over microbatches, of all that is not only looked up
+    if config.accumulate > 1:
+        summed = (counts["blocks"] / split.tensor + counts["head"]) / split.fsdp
+        work.add(bytes=config.accumulate * summed * (8 + itemsize))
+
+    # lines turned there and back, their gradients as well, and added to float32 sums
+    lines = len(config.value_layers) * config.n_kv_head * config.head_dim / split.tensor
+    work.add(bytes=tokens * lines * (8 * itemsize + 20))
+
+    # a scan cuts what it kept out of its stacks: each is written once more, and read
+    if group_size(config)[1]:
+        share = config_of_share(config, split.rows, split.tensor)
+        work.add(bytes=tokens * kept_per_token(share, split.tensor) * itemsize * 2)
 
 
 def _add_optimizer(work: Work, config: Config, split: Split, strategy: str):
@@ -254,9 +273,10 @@ def _sent(config: Config, split: Split, strategy: str) -> float:
     summed = sent_bytes("all-reduce", gradients, split.data)
 
     if strategy == "tp":
-        # four sums over activations in each layer, forward and backward
+        # in each layer four sums over activations, there and back, and what is recomputed
+        sums = config.n_layer * (4 if config.remat == "none" else 5)
         activations = _tokens(config, split) * config.n_embd * config.dtype.itemsize
-        return summed + 4 * config.n_layer * sent_bytes("all-reduce", activations, split.tensor)
+        return summed + sums * sent_bytes("all-reduce", activations, split.tensor)
     if strategy == "fsdp":
         # weights are gathered forward and backward, their gradients scattered, each microbatch
         share = config.dtype.itemsize * count / split.fsdp

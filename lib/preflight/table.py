@@ -19,7 +19,7 @@ DEPTHS = (12, 16, 20, 24, 28, 32)
 
 FOOTNOTE = (
     "GiB per chip at a step's peak, of those after the x. **Bold**: compiled by libtpu; "
-    "else estimated from shapes (-9 to +10 % off where compared).\n"
+    "else estimated from shapes (-6 to +7 % off where compared).\n"
     "~~Struck out~~: does not fit. A cell gets compiled by asking for it once, with 4 rows a chip: "
     "python -m lib.preflight --depth 20\n"
     '--chip v6e-8 --strategy zero --overrides "microbatch=32 remat=dots"'

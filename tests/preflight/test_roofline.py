@@ -74,9 +74,26 @@ def test_weights_are_read_anew_for_each_microbatch(remat, passes):
     # and write their gradient, two bytes a number: two layers of 2 x 128 x 512 weights
     assert work[1]["mlp"].bytes - work[0]["mlp"].bytes == 3 * passes * 2 * (2 * 2 * 128 * 512)
     assert work[1]["mlp"].flops == work[0]["mlp"].flops
-    # the sum of float32 gradients: read, read and written by each of the four
-    parameters = 4 * 3 * 4 * roofline.count_params(four)["total"]
-    assert work[1]["other"].bytes == parameters and work[0]["other"].bytes == 0
+    # to the float32 sum each of the four adds its bfloat16 gradients, but of tables
+    counts = count_params(four)
+    summed = 4 * (2 * 4 + 2) * (counts["blocks"] + counts["head"])
+    assert work[1]["other"].bytes - work[0]["other"].bytes == summed
+
+
+def test_between_layers_lie_value_embeddings_and_what_a_scan_stacks():
+    """2,048 tokens in bfloat16."""
+
+    def between(**changes):
+        config = Config(**SMALL | dict(microbatch=8, n_layer=4, value_embeds=False) | changes)
+        return roofline.account(config).components["other"].bytes
+
+    # two layers have lines of 128 numbers: two looks at each in six places, and float32 sums
+    tables = between(value_embeds=True, scan_layers=False)
+    assert tables - between(scan_layers=False) == 2048 * 2 * 128 * (8 * 2 + 20)
+    # four layers' inputs, heads, attended and mlp, and the stream's own, once more there and back
+    a_layer = 128 + 3 * 128 + 128 + 512
+    assert between(remat="dots") == 2048 * (4 * a_layer + 4 * 128) * 2 * 2
+    assert between(remat="dots", scan_layers=False) == 0
 
 
 def test_a_kernel_by_hand():
@@ -97,8 +114,8 @@ def test_the_head_is_read_for_each_chunk():
     work = [roofline.account(config).components["head+loss"] for config in (one, four)]
     assert work[0].flops == work[1].flops == 6 * 2048 * 128 * 512
     # of two microbatches of 1,024 tokens: eight chunks instead of two, each reads the head twice in
-    # bfloat16 and adds to a float32 gradient
-    assert work[1].bytes - work[0].bytes == 6 * 128 * 512 * (2 * 2 + 8)
+    # bfloat16
+    assert work[1].bytes - work[0].bytes == 6 * 128 * 512 * (2 * 2)
 
 
 def test_adam_moves_28_bytes_a_parameter_and_zero_shares_them():
@@ -121,8 +138,8 @@ def test_adam_moves_28_bytes_a_parameter_and_zero_shares_them():
         ("zero", Split(data=4), lambda n, tokens: 4 * n * 1.5),
         # two microbatches: weights of 2 bytes come twice, gradients of 4 leave, three quarters each
         ("fsdp", Split(fsdp=4), lambda n, tokens: 2 * (2 * 2 * n + 4 * n) * 0.75),
-        # two layers, four sums over 128 activations of 2 bytes
-        ("tp", Split(tensor=4), lambda n, tokens: 2 * 4 * tokens * 128 * 2 * 1.5),
+        # two layers, four sums over 128 activations of 2 bytes, and one that is made again
+        ("tp", Split(tensor=4), lambda n, tokens: 2 * 5 * tokens * 128 * 2 * 1.5),
         ("dp", Split(), lambda n, tokens: 0),
     ],
 )
@@ -131,6 +148,14 @@ def test_what_each_strategy_sends(strategy, split, sent):
     n = roofline.count_params(config)["total"]
     work = roofline.account(config, split=split, strategy=strategy)
     assert work.sent == pytest.approx(sent(n, 2048))
+
+
+def test_layers_that_are_kept_whole_are_added_up_four_times():
+    whole, dots = (
+        roofline.account(Config(**SMALL | dict(remat=remat)), split=Split(tensor=4), strategy="tp")
+        for remat in ("none", "dots")
+    )
+    assert 5 * whole.sent == 4 * dots.sent
 
 
 def test_what_a_token_reads_by_hand():
@@ -191,12 +216,7 @@ def test_splitting_shares_memory_and_talks():
     assert dp.memory["optimizer"] == pytest.approx(8 * zero.memory["optimizer"], rel=1e-4)
     assert dp.memory["activations"] < one.memory["activations"] / 2
 
-    # replicas that share the optimizer's work hold no gradients of embedding and head beside sums
-    counts = count_params(config)
-    spared = 4 * (counts["embed"] + counts["head"])
-    gradients = dp.memory["gradients"] - spared
-    shared = {"optimizer": zero.memory["optimizer"], "gradients": gradients}
-    assert zero.memory == dp.memory | shared
+    assert zero.memory == dp.memory | {"optimizer": zero.memory["optimizer"]}
     # zero gathers updates beside its share of the gradients when the rest is gone
     # that is the peak only of large tables and next to no tokens
     few = dict(
