@@ -34,7 +34,7 @@ def _logits(x, head, config: Config):
 
 
 def _scores(x, head, config: Config, dtype):
-    """The head's product over the padded vocabulary, written in `dtype`; of int8 as that gives."""
+    """The head's product over the padded vocabulary, in `dtype`, which an int8 head ignores."""
     if isinstance(head, dict):
         x_CD = x.reshape(-1, x.shape[-1])
         scores_CV = linear("CD,DV->CV", x_CD, head)
@@ -95,7 +95,7 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def summed_loss(x_BTD, head_DV, targets_BT, config: Config) -> Any:
     """Sum of cross-entropies over targets >= 0, holding the logits of one chunk of tokens at a
-    time.
+    time; float32 logits, but in the compute dtype where it is differentiated.
     """
     return losses_by_token(x_BTD, head_DV, targets_BT, config).sum()
 
@@ -156,7 +156,7 @@ def _loss_of(scores_CV, t_C, config: Config):
     its logits.
     """
     lse_C = _log_sum_exp(_of_scores(scores_CV, config), config)
-    # picked, then capped: for the other way round XLA would write all capped logits down
+    # picked, then capped: the other way round XLA writes all capped logits down
     target_C1 = jnp.maximum(t_C, 0)[:, None]
     picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], config)
     return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), lse_C
@@ -176,7 +176,7 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     them.
     """
     head = head_DV.astype(config.operand_dtype)
-    # in the compute dtype, as nanochat has them: no array of a step is larger
+    # in the compute dtype, as nanochat has them: they are most of what the loss moves
     written = config.dtype
 
     def chunk(head_grad, x_CD, t_C):

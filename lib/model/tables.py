@@ -100,13 +100,13 @@ def as_held(grads):
     """Gradients with those of stacked value embeddings lying in memory as a TPU holds the tables.
 
     Otherwise XLA lets them lie as they were added up, by token, and turns the tables and both
-    moments instead: three copies, which are kept as long as anything is.
+    moments instead: up to three copies, where a step holds most.
     """
     if VALUES not in grads or is_gathered(VALUES):
         return grads
 
     def place(tables_LVKH):
-        # registers are filled by the last two axes, of which the first comes in eights
+        # a TPU stores tiles of 8 by 128 over the last two axes: fewer heads would be padded
         full = tables_LVKH.shape[2] % 8 == 0
         order = (0, 1, 2, 3) if full else (0, 2, 1, 3)
         return with_layout_constraint(tables_LVKH, Layout(order))

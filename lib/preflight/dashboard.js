@@ -174,11 +174,11 @@ function optimizer_bytes(c) {
 function working_bytes(share, split) {
   const tokens = share.microbatch * share.sequence_len;
   const kept = tokens * kept_per_token(share, split.tensor) * itemsize(share);
-  const copies = floor_div(copied_bytes(share), split.fsdp) + gathered_bytes(share, split.fsdp);
+  const weights = copied_bytes(share, split.fsdp) + gathered_bytes(share, split.fsdp);
   const at_peak = Math.max(loss_bytes(share), layer_bytes(share, split.fsdp));
   return {
     gradients: floor_div(4 * count_params(share).total, split.fsdp),
-    activations: kept + copies + at_peak,
+    activations: kept + weights + at_peak,
   };
 }
 
@@ -197,22 +197,25 @@ function kept_per_token(c, tensor) {
 }
 
 // What all microbatches read, made once.
-function copied_bytes(c) {
+function copied_bytes(c, fsdp) {
   if (accumulate(c) === 1) return 0;
   const counts = count_params(c);
   const matrices = itemsize(c) < 4 ? itemsize(c) * (counts.blocks + counts.head) : 0;
-  return matrices + itemsize(c) * counts.value_embeds;
+  return floor_div(matrices, fsdp) + (fsdp === 1 ? itemsize(c) * counts.value_embeds : 0);
 }
 
-// What devices that each hold a part have whole at a time: the head's gradient and one table.
+// What devices that each hold a part have whole at a time.
 function gathered_bytes(c, fsdp) {
-  return fsdp > 1 ? 8 * padded_vocab(c) * c.n_embd : 0;
+  if (fsdp === 1) return 0;
+  const [period, groups] = group_size(c);
+  const layers = floor_div(count_params(c).blocks * (groups ? period : 1), c.n_layer);
+  return 4 * padded_vocab(c) * c.n_embd + (4 + itemsize(c)) * layers;
 }
 
-// A chunk of logits and their gradient.
+// A chunk of logits and their gradient, and the head's.
 function loss_bytes(c) {
   const tokens = Math.min(c.loss_chunk, c.microbatch * c.sequence_len);
-  return tokens * padded_vocab(c) * 2 * itemsize(c);
+  return tokens * padded_vocab(c) * 2 * itemsize(c) + head_gradient_bytes(c);
 }
 
 // The layer that backward computes again, and a microbatch's own gradients.
@@ -220,9 +223,11 @@ function layer_bytes(c, fsdp) {
   const again = c.remat === "none" ? 0 : whole_layer_per_token(c);
   const computed = c.microbatch * c.sequence_len * again * itemsize(c);
   if (accumulate(c) === 1) return computed;
-  const counts = count_params(c);
-  return computed + floor_div(itemsize(c) * counts.blocks, fsdp) + 4 * counts.head;
+  const blocks = itemsize(c) * count_params(c).blocks;
+  return computed + floor_div(blocks, fsdp) + head_gradient_bytes(c);
 }
+
+const head_gradient_bytes = (c) => (accumulate(c) > 1 ? 4 * count_params(c).head : 0);
 
 // Numbers of a layer's input, of what its products make, and of what was attended.
 function products_per_token(c) {
@@ -313,7 +318,7 @@ function add_attention(work, c, split, matrix_unit) {
   const flops = (layers * tokens * (6 * weights + recomputed)) / tensor;
   add(work, flops, flops, (layers * (weight_bytes(c, weights) + arrays)) / tensor);
 
-  // scores of all pairs, in float32, there and back four times
+  // scores of all pairs, in float32, written or read four times in all
   if (!KERNELS.includes(c.attention)) {
     const pairs = sum(windows(c).map((w) => Math.min(w, c.sequence_len) + 1));
     const scored = ((12 + 4 * again) * pairs * tokens * q) / tensor;

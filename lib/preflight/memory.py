@@ -78,13 +78,13 @@ def working_bytes(share: Config, fsdp: int = 1, tensor: int = 1) -> dict[str, in
     """
     tokens = share.microbatch * share.sequence_len
     kept = tokens * kept_per_token(share, tensor) * share.dtype.itemsize
-    copies = _copied_bytes(share) // fsdp + _gathered_bytes(share, fsdp)
+    weights = _copied_bytes(share, fsdp) + _gathered_bytes(share, fsdp)
 
     # a microbatch's peak is at its loss, or where backward is in a layer
     at_peak = max(_loss_bytes(share), _layer_bytes(share, fsdp))
     return dict(
         gradients=4 * count_params(share)["total"] // fsdp,
-        activations=kept + copies + at_peak,
+        activations=kept + weights + at_peak,
     )
 
 
@@ -92,7 +92,7 @@ def kept_per_token(config: Config, tensor: int) -> int:
     """Numbers that forward keeps of each token of a microbatch.
 
     Of each layer everything (none), the products of matrices (dots) or the input (layer). Once for
-    all layers the stream where it begins, is read again and ends, and lines of value embeddings.
+    all layers four streams, and the lines of value embeddings.
     """
     products, heads = _products_per_token(config), _heads_per_token(config)
     if config.remat == "layer":
@@ -103,7 +103,8 @@ def kept_per_token(config: Config, tensor: int) -> int:
         # a scan over layers stacks whatever backward asks for
         per_layer = _whole_layer_per_token(config)
     else:
-        # without it XLA makes activations and norms again, but what goes into products
+        # without it XLA computes norms and the mlp's activation again; what stays are products,
+        # the streams that they read, and heads as attention reads them
         per_layer = products + 2 * config.n_embd + heads
 
     # devices that share a layer hold one stream more: a fit (LOG.md)
@@ -113,40 +114,53 @@ def kept_per_token(config: Config, tensor: int) -> int:
     return per_layer * config.n_layer + 4 * config.n_embd + lines
 
 
-def _copied_bytes(config: Config) -> int:
-    """Those of what all microbatches read, made once: matrices in the dtype that they are
-    multiplied in, where that is not float32, and value embeddings turned token by token.
+def _copied_bytes(config: Config, fsdp: int) -> int:
+    """Bytes of what all microbatches read, made once: matrices in the dtype that they are
+    multiplied in, where that is not float32, and value embeddings turned token by token, where a
+    device holds whole ones.
     """
     if config.accumulate == 1:
         return 0
     counts = count_params(config)
     narrow = config.operand_dtype.itemsize
     matrices = narrow * (counts["blocks"] + counts["head"]) if narrow < 4 else 0
-    return matrices + config.dtype.itemsize * counts["value_embeds"]
+    turned = config.dtype.itemsize * counts["value_embeds"]
+    return matrices // fsdp + (turned if fsdp == 1 else 0)
 
 
 def _gathered_bytes(config: Config, fsdp: int) -> int:
-    """Those of what devices that each hold a part have whole at a time: the head's gradient and one
-    table, in float32.
+    """Bytes of what devices that each hold a part have whole at a time: a table in float32, and a
+    layer's weights and their gradients, or those of the layers that a scan takes at once.
     """
-    return 8 * config.padded_vocab * config.n_embd if fsdp > 1 else 0
+    if fsdp == 1:
+        return 0
+    table = config.padded_vocab * config.n_embd
+    period, groups = group_size(config)
+    layers = count_params(config)["blocks"] * (period if groups else 1) // config.n_layer
+    return 4 * table + (4 + config.operand_dtype.itemsize) * layers
 
 
 def _loss_bytes(config: Config) -> int:
-    """Those of a chunk of logits and their gradient."""
+    """Bytes of a chunk of logits and their gradient, and of the head's gradient."""
     tokens = min(config.loss_chunk, config.microbatch * config.sequence_len)
-    return tokens * config.padded_vocab * 2 * config.dtype.itemsize
+    logit_bytes = config.dtype.itemsize + config.operand_dtype.itemsize
+    return tokens * config.padded_vocab * logit_bytes + _head_gradient_bytes(config)
 
 
 def _layer_bytes(config: Config, fsdp: int) -> int:
-    """Those of the layer that backward computes again, and of a microbatch's own gradients."""
+    """Bytes of the layer that backward computes again, and of a microbatch's own gradients."""
     again = 0 if config.remat == "none" else _whole_layer_per_token(config)
     tokens = config.microbatch * config.sequence_len
     computed = tokens * again * config.dtype.itemsize
     if config.accumulate == 1:
         return computed
-    counts = count_params(config)
-    return computed + config.dtype.itemsize * counts["blocks"] // fsdp + 4 * counts["head"]
+    blocks = config.operand_dtype.itemsize * count_params(config)["blocks"]
+    return computed + blocks // fsdp + _head_gradient_bytes(config)
+
+
+def _head_gradient_bytes(config: Config) -> int:
+    """Bytes of a microbatch's gradient of the head, float32, beside the sum of several."""
+    return 4 * count_params(config)["head"] if config.accumulate > 1 else 0
 
 
 def _products_per_token(config: Config) -> int:

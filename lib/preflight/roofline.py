@@ -169,7 +169,7 @@ def _add_attention(work: Work, config: Config, split: Split, matrix_unit: int):
     flops = layers * tokens * (6 * weights + recomputed) / tensor
     _product(work, flops, layers * (_weight_bytes(config, weights) + arrays) / tensor)
 
-    # scores of all pairs, in float32, there and back four times
+    # scores of all pairs, in float32, written or read four times in all
     if config.attention_name not in KERNELS:
         pairs = sum(min(w, config.sequence_len) + 1 for w in config.windows)
         flops = (12 + 4 * again) * pairs * tokens * q / tensor
@@ -192,7 +192,7 @@ def _add_mlp(work: Work, config: Config, split: Split):
     tokens, tensor, again = _tokens(config, split), split.tensor, RECOMPUTED[config.remat]
     weights = (3 if config.mlp == "swiglu" else 2) * width * wide
 
-    # what devices that share a layer add up is written and read once more
+    # most stay on the chip, but not what devices that share a layer send each other
     narrow_arrays = _passes(config) * width * (5 * tensor if tensor > 1 else 2)
     wide_arrays = (8 + 2 * again) * wide
     arrays = tokens * config.dtype.itemsize * (narrow_arrays + wide_arrays)
@@ -206,9 +206,9 @@ def _add_head(work: Work, config: Config, split: Split):
     tokens = _tokens(config, split)
     chunks = math.ceil(tokens / config.accumulate / config.loss_chunk)
 
-    # each chunk reads the head twice, and each microbatch adds to the head's gradient
+    # each chunk reads the head twice; its gradient mostly stays on the chip between chunks
     weights = config.accumulate * width * vocabulary * (chunks * 2 * itemsize + 8)
-    # written and read, and their gradient written and read twice
+    # written (a TPU sums meanwhile) and read, and their gradient written and read twice
     logits = tokens * vocabulary * 5 * itemsize / split.tensor
     _product(work, 6 * tokens * width * vocabulary / split.tensor, weights + logits)
 

@@ -48,7 +48,7 @@ def test_memory_by_hand():
     table, head, blocks = (
         count_params(config)[part] for part in ("value_embeds", "head", "blocks")
     )
-    loss = 128 * 256 * 2  # a chunk of logits, and its gradient
+    logits = 128 * 256 * 2  # a chunk's, and their gradient
     of_a_microbatch = blocks + head
 
     def numbers(**changes):
@@ -58,21 +58,21 @@ def test_memory_by_hand():
 
     # both layers differ, so nothing is scanned: what products read and make
     unscanned = products + 2 * 32 + (2 + 2) * 16
-    assert numbers() == 128 * (2 * unscanned + kept) + table + loss
+    assert numbers() == 128 * (2 * unscanned + kept) + table + logits + head
     assert numbers(remat="dots") == 128 * (2 * products + kept + whole) + table + of_a_microbatch
     assert numbers(remat="layer") == 128 * (2 * 32 + kept + whole) + table + of_a_microbatch
 
     # four equal ones in two groups are scanned, and all of a layer is stacked
     scanned = dict(n_layer=4, window_pattern="L")
     more = count_params(config.replace(**scanned))["value_embeds"]
-    assert numbers(**scanned) == 128 * (4 * whole + kept + lines) + more + loss
+    assert numbers(**scanned) == 128 * (4 * whole + kept + lines) + more + logits + head
 
     # a step of one microbatch needs neither turned tables nor gradients beside their sum
-    assert numbers(microbatch=4) == 256 * (2 * unscanned + kept) + loss
+    assert numbers(microbatch=4) == 256 * (2 * unscanned + kept) + logits
     assert numbers(microbatch=4, remat="dots") == 256 * (2 * products + kept + whole)
 
-    # in bfloat16 half of all that, and matrices once more in it
-    assert 2 * numbers(compute_dtype="bfloat16") == numbers() + of_a_microbatch
+    # in bfloat16 half of all that but the head's gradient, and matrices once more in it
+    assert 2 * numbers(compute_dtype="bfloat16") == numbers() + head + of_a_microbatch
 
 
 def test_what_fills_more_than_nine_tenths_is_split_further(monkeypatch):
@@ -132,14 +132,20 @@ COMPILED = [
 
 
 def test_what_is_brought_together_is_counted_where_parts_are_held():
-    """By four devices with a row each: a part of the copies, and whole a gradient and a table."""
+    """By four devices with a row each: a table, a layer and its gradient, but none turned."""
     many = TINY.replace(vocab_size=1024)
     fsdp, zero = (estimate(many, rented("v6e-4"), strategy).memory for strategy in ("fsdp", "zero"))
     assert fsdp["gradients"] == zero["gradients"] // 4
-    copies = 4 * count_params(many)["value_embeds"]
-    # 1,024 tokens of 32 numbers each
-    together = 2 * 4 * 1024 * 32
-    assert fsdp["activations"] == zero["activations"] - copies + copies // 4 + together
+    turned, blocks = (4 * count_params(many)[part] for part in ("value_embeds", "blocks"))
+    # 1,024 tokens of 32 numbers each, and one of two layers
+    together = 4 * 1024 * 32 + 2 * blocks // 2
+    assert fsdp["activations"] == zero["activations"] - turned + together
+
+    # of four equal layers a scan takes two at once
+    scanned = many.replace(n_layer=4, window_pattern="L")
+    [parts, whole] = (memory.working_bytes(scanned, fsdp=n)["activations"] for n in (2, 1))
+    turned, blocks = (4 * count_params(scanned)[part] for part in ("value_embeds", "blocks"))
+    assert parts == whole - turned + 4 * 1024 * 32 + 2 * blocks // 2
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "layer"])
