@@ -55,6 +55,12 @@ def copied(config, topology, strategy):
     return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
+def turned(config):
+    """Which of the state's value embeddings and their moments a step on one chip copies whole."""
+    text = compile_lowered(lower_step(config, tpu_device("v6e:1x1"))).text
+    return re.findall(r"= f32\[\S+ copy\(%(state_\w*value_embeds)", text)
+
+
 def logits(config):
     """How each array of a chunk's tokens by vocabulary was written that a loss has, by dtype."""
     device = SingleDeviceSharding(tpu_device("v6e:1x1"))
@@ -116,6 +122,7 @@ KINDS = dict(
     refused=refused,
     step=step,
     copied=copied,
+    turned=turned,
     logits=logits,
     activated=activated,
     decode=decode,
