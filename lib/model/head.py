@@ -45,15 +45,13 @@ def _scores(x, head, config: Config, dtype):
 
 def _of_scores(scores, config: Config):
     """Logits from what the head's product wrote."""
-    return _capped(scores[..., : config.vocab_size], config)
+    return _capped(scores[..., : config.vocab_size], config.softcap)
 
 
-def _capped(scores, config: Config):
-    """Scores in float32, soft-capped."""
+def _capped(scores, softcap: float):
+    """Scores in float32, soft-capped unless `softcap` is 0."""
     logits = scores.astype(jnp.float32)
-    if config.softcap:
-        logits = config.softcap * jnp.tanh(logits / config.softcap)
-    return logits
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 # ---- the loss, a chunk of tokens at a time -------------------------------------------------------
@@ -66,7 +64,8 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
 
     def chunk(_, x_CD, t_C):
-        return None, _loss_of(_scores(x_CD, head, config, jnp.float32), t_C, config)[0]
+        scores_CV = _scores(x_CD, head, config, jnp.float32)
+        return None, _loss_of(scores_CV, t_C, _lse_of(scores_CV, config), config.softcap)
 
     skip = config.skip_ignored
     return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk, skip)[1]
@@ -83,7 +82,8 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
     @jax.checkpoint
     def chunk(_, x_CD, t_C):
         scores_CV = _scores(x_CD, head_DV, config, jnp.float32)
-        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
+        lse_C = _lse_of(scores_CV, config)
+        loss_C = _loss_of(scores_CV, t_C, lse_C, config.softcap)
         logits_CV = _of_scores(scores_CV, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
@@ -151,29 +151,50 @@ def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
     return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
 
-def _loss_of(scores_CV, t_C, config: Config):
-    """Loss of each token of a chunk (C,), 0 where the target is negative, and the log-sum-exp of
-    its logits.
-    """
-    lse_C = _log_sum_exp(_of_scores(scores_CV, config), config)
-    # picked, then capped: the other way round XLA writes all capped logits down
-    target_C1 = jnp.maximum(t_C, 0)[:, None]
-    picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], config)
-    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), lse_C
-
-
-def _log_sum_exp(logits_CV, config: Config):
-    """log sum exp of each row. Where a soft-cap bounds the logits no sum can overflow: that saves
-    the pass over all of them that looks for the largest.
-    """
+def _lse_of(scores_CV, config: Config):
+    """Log-sum-exp of each row's logits (C,)."""
+    logits_CV = _filled(_capped(scores_CV, config.softcap), -jnp.inf, config)
+    # where a soft-cap bounds the logits no sum can overflow: that saves the pass over all of them
+    # that looks for the largest
     if 0 < config.softcap <= NO_OVERFLOW:
         return jnp.log(jnp.exp(logits_CV).sum(axis=-1))
     return jax.nn.logsumexp(logits_CV, axis=-1)
 
 
+def _filled(logits_CV, value: float, config: Config):
+    """The same with `value` where the vocabulary is padded.
+
+    Not cut away: what reads all of a product a TPU computes before the product is written down.
+    """
+    if config.padded_vocab == config.vocab_size:
+        return logits_CV
+    return jnp.where(jnp.arange(config.padded_vocab) < config.vocab_size, logits_CV, value)
+
+
+def _loss_of(scores_CV, t_C, lse_C, softcap: float):
+    """Loss of each token of a chunk (C,), 0 where the target is negative."""
+    # picked, then capped: the other way round XLA writes all capped logits down
+    target_C1 = jnp.maximum(t_C, 0)[:, None]
+    picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], softcap)
+    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0)
+
+
 def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     """The loss and, while a chunk's logits are at hand, its gradients: backward has only to scale
     them.
+    """
+    on_tpu, elsewhere = (
+        partial(_loss_and_gradients, config=config, is_tpu=is_tpu) for is_tpu in (True, False)
+    )
+    return jax.lax.platform_dependent(x_BTD, head_DV, targets_BT, tpu=on_tpu, default=elsewhere)
+
+
+def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool):
+    """Summed loss, and its gradients to x (B, T, D) and the head (D, V).
+
+    A TPU computes at the ends of a product what is made of its operands or its result, so there
+    logits are written down soft-capped, and their gradient never: each of the two products that
+    read it makes its own. Elsewhere both would be passes more.
     """
     head = head_DV.astype(config.operand_dtype)
     # in the compute dtype, as nanochat has them: they are most of what the loss moves
@@ -181,19 +202,31 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
 
     def chunk(head_grad, x_CD, t_C):
         scores_CV = _scores(x_CD, head, config, written)
-        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
+        lse_C = _lse_of(scores_CV, config)
 
-        # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
-        logits_CV = _of_scores(_read_again(scores_CV), config)
-        hit_CV = jnp.arange(config.vocab_size) == t_C[:, None]
-        d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
-        # through the softcap's tanh
-        if config.softcap:
-            d_CV = d_CV * (1 - jnp.square(logits_CV / config.softcap))
-        d_CV = jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(head.dtype)
-        d_CV = jnp.pad(d_CV, ((0, 0), (0, config.padded_vocab - config.vocab_size)))
+        if is_tpu:
+            kept_CV, softcap = _capped(scores_CV, config.softcap).astype(written), 0.0
+        else:
+            kept_CV, softcap = scores_CV, config.softcap
+        loss_C = _loss_of(kept_CV, t_C, lse_C, softcap)
+
+        def gradient(kept_CV):
+            logits_CV = _capped(kept_CV, softcap)
+            # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
+            hit_CV = jnp.arange(config.padded_vocab) == t_C[:, None]
+            d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
+            # through the softcap's tanh
+            if config.softcap:
+                d_CV = d_CV * (1 - jnp.square(logits_CV / config.softcap))
+            d_CV = _filled(d_CV, 0.0, config)
+            return jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(head.dtype)
+
         # summed over chunks in float32, whatever the compute dtype
+        d_CV = gradient(_read_again(kept_CV))
         head_grad += _head_gradient(x_CD, d_CV)
+        if is_tpu:
+            # from a barrier of its own, or XLA would share the first
+            d_CV = gradient(jax.lax.optimization_barrier((kept_CV, lse_C))[0])
         x_grad = jnp.einsum("CV,DV->CD", d_CV, head, preferred_element_type=x_CD.dtype)
         return head_grad, (loss_C, x_grad)
 
@@ -205,12 +238,12 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
     return losses.sum(), (x_grad, head_grad)
 
 
-def _read_again(scores_CV):
+def _read_again(kept_CV):
     """The same; narrow ones behind a barrier, which keeps XLA from sharing one capped float32 copy
-    between the loss and its gradient: capping twice what is bfloat16 moves less.
+    between the loss and its gradient: to read twice what is bfloat16 moves less.
     """
-    is_narrow = scores_CV.dtype.itemsize < 4
-    return jax.lax.optimization_barrier(scores_CV) if is_narrow else scores_CV
+    is_narrow = kept_CV.dtype.itemsize < 4
+    return jax.lax.optimization_barrier(kept_CV) if is_narrow else kept_CV
 
 
 def _head_gradient(x_CD, d_CV):

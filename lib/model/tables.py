@@ -100,14 +100,16 @@ def as_held(grads):
     """Gradients with those of stacked value embeddings lying in memory as a TPU holds the tables.
 
     Otherwise XLA lets them lie as they were added up, by token, and turns the tables and both
-    moments instead: up to three copies, where a step holds most.
+    moments instead: up to three copies, where a step holds most. With one head nothing is turned.
     """
-    if VALUES not in grads or is_gathered(VALUES):
+    if VALUES not in grads or is_gathered(VALUES) or grads[VALUES].shape[2] == 1:
         return grads
 
     def place(tables_LVKH):
-        # a TPU stores tiles of 8 by 128 over the last two axes: fewer heads would be padded
-        full = tables_LVKH.shape[2] % 8 == 0
+        # a TPU stores tiles of 2, 4 or 8 by 128 over the last two axes: of other numbers of heads
+        # they would be padded
+        heads = tables_LVKH.shape[2]
+        full = heads in (2, 4) or heads % 8 == 0
         order = (0, 1, 2, 3) if full else (0, 2, 1, 3)
         return with_layout_constraint(tables_LVKH, Layout(order))
 
