@@ -51,6 +51,10 @@ def _of_scores(scores, config: Config):
 def _capped(scores, softcap: float):
     """Scores in float32, soft-capped unless `softcap` is 0."""
     logits = scores.astype(jnp.float32)
+    # XLA may leave rounding out, in one of those that read the same scores and not in another
+    if scores.dtype.itemsize < 4:
+        rounded = jnp.finfo(scores.dtype)
+        logits = jax.lax.reduce_precision(logits, rounded.nexp, rounded.nmant)
     return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
@@ -65,7 +69,8 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
 
     def chunk(_, x_CD, t_C):
         scores_CV = _scores(x_CD, head, config, jnp.float32)
-        return None, _loss_of(scores_CV, t_C, _lse_of(scores_CV, config), config.softcap)
+        lse_C = _lse_of(scores_CV, config.softcap, config)
+        return None, _loss_of(scores_CV, t_C, lse_C, config.softcap)
 
     skip = config.skip_ignored
     return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk, skip)[1]
@@ -82,7 +87,7 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
     @jax.checkpoint
     def chunk(_, x_CD, t_C):
         scores_CV = _scores(x_CD, head_DV, config, jnp.float32)
-        lse_C = _lse_of(scores_CV, config)
+        lse_C = _lse_of(scores_CV, config.softcap, config)
         loss_C = _loss_of(scores_CV, t_C, lse_C, config.softcap)
         logits_CV = _of_scores(scores_CV, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
@@ -151,11 +156,15 @@ def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
     return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
 
-def _lse_of(scores_CV, config: Config):
+def _lse_of(scores_CV, softcap: float, config: Config):
     """Log-sum-exp of each row's logits (C,)."""
-    logits_CV = _filled(_capped(scores_CV, config.softcap), -jnp.inf, config)
-    # where a soft-cap bounds the logits no sum can overflow: that saves the pass over all of them
-    # that looks for the largest
+    return _log_sum_exp(_filled(_capped(scores_CV, softcap), -jnp.inf, config), config)
+
+
+def _log_sum_exp(logits_CV, config: Config):
+    """log sum exp of each row. Where a soft-cap bounds the logits no sum can overflow: that saves
+    the pass over all of them that looks for the largest.
+    """
     if 0 < config.softcap <= NO_OVERFLOW:
         return jnp.log(jnp.exp(logits_CV).sum(axis=-1))
     return jax.nn.logsumexp(logits_CV, axis=-1)
@@ -201,13 +210,12 @@ def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool
     written = config.dtype
 
     def chunk(head_grad, x_CD, t_C):
-        scores_CV = _scores(x_CD, head, config, written)
-        lse_C = _lse_of(scores_CV, config)
-
         if is_tpu:
+            scores_CV = _scores(x_CD, head, config, jnp.float32)
             kept_CV, softcap = _capped(scores_CV, config.softcap).astype(written), 0.0
         else:
-            kept_CV, softcap = scores_CV, config.softcap
+            kept_CV, softcap = _scores(x_CD, head, config, written), config.softcap
+        lse_C = _lse_of(kept_CV, softcap, config)
         loss_C = _loss_of(kept_CV, t_C, lse_C, softcap)
 
         def gradient(kept_CV):
