@@ -36,8 +36,10 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 // inputs that a turn of the innermost loop takes: four registers of x
 constexpr int kTurn = 4 * kLanes;
 
-// weights are asked for so many bytes ahead, for the processor's own guesses end with a page
+// While a tile is multiplied the next one is asked for, and so many bytes beyond it, where tiles are
+// small. Into the second cache: a core waits for a dozen lines of the first at most.
 constexpr int kAhead = 4096;
+constexpr int kSecondCache = 2;
 
 template <class Vector>
 static inline Vector load(const void* from) {
@@ -137,15 +139,20 @@ static inline void tile(const float* x, const float* x_ordered, const typename W
   constexpr int kSums = M * O >= 4 ? 1 : 4 / (M * O);
   Floats sums[M][O][kSums] = {};
 
+  // as many lines as are read, one behind the other, whichever outputs they are of
+  auto next = (const char*)(w + O * I) + kAhead;
   int64_t i = 0;
   for (; i + kTurn <= I; i += kTurn) {
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
       Floats w_wide[O];
       for (int o = 0; o < O; o++) {
-        const auto* from = w + o * I + i + r / W * W * kLanes;
-        if (r % W == 0) __builtin_prefetch((const char*)from + kAhead);
-        w_wide[o] = Weight::widen(load<Words>(from), r % W);
+        if (r % W == 0) {
+          __builtin_prefetch(next, 0, kSecondCache);
+          next += sizeof(Words);
+        }
+        Words stored = load<Words>(w + o * I + i + r / W * W * kLanes);
+        w_wide[o] = Weight::widen(stored, r % W);
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
@@ -191,9 +198,9 @@ static void product(const float* x, const float* x_ordered, const typename Weigh
                     float* y, int64_t M, int64_t I, int64_t O, int64_t from, int64_t to) {
   for (int64_t rows; M; M -= rows, x += rows * I, x_ordered += rows * I, y += rows * O) {
     rows = group_of(M);
-    auto group = rows == 8   ? outputs<Weight, 8, kManyRegisters ? 2 : 1>
+    auto group = rows == 8   ? outputs<Weight, 8, kManyRegisters ? 3 : 1>
                  : rows == 4 ? outputs<Weight, 4, kManyRegisters ? 4 : 2>
-                 : rows == 2 ? outputs<Weight, 2, 1>
+                 : rows == 2 ? outputs<Weight, 2, kManyRegisters ? 4 : 2>
                              : outputs<Weight, 1, 1>;
     group(x, x_ordered, w, y, I, O, from, to);
   }
@@ -267,7 +274,7 @@ static void multiply(ffi::ThreadPool& pool, const float* x, const void* w_stored
   int64_t most = std::clamp<int64_t>(bytes / kLeastBytes, 1, kPartsPerThread * pool.num_threads());
   int64_t parts = (most + X - 1) / X;  // of each x
   int64_t each = (O + parts - 1) / parts;
-  each = (each + 3) / 4 * 4;  // whole tiles
+  each = (each + 11) / 12 * 12;  // whole tiles of any size
   parts = (O + each - 1) / each;
   in_parallel(pool, X * parts, most, [=](int64_t part) {
     int64_t n = part / parts, from = part % parts * each, to = std::min(O, from + each);

@@ -100,9 +100,9 @@ def as_held(grads):
     """Gradients with those of stacked value embeddings lying in memory as a TPU holds the tables.
 
     Otherwise XLA lets them lie as they were added up, by token, and turns the tables and both
-    moments instead: up to three copies, where a step holds most. With one head nothing is turned.
+    moments instead: up to three copies, where a step holds most.
     """
-    if VALUES not in grads or is_gathered(VALUES) or grads[VALUES].shape[2] == 1:
+    if VALUES not in grads or is_gathered(VALUES):
         return grads
 
     def place(tables_LVKH):
