@@ -173,7 +173,7 @@ def _log_sum_exp(logits_CV, config: Config):
 def _filled(logits_CV, value: float, config: Config):
     """The same with `value` where the vocabulary is padded.
 
-    Not cut away: what reads all of a product a TPU computes before the product is written down.
+    It is not cut away: on a TPU that would end the fusion with the product before.
     """
     if config.padded_vocab == config.vocab_size:
         return logits_CV
@@ -201,9 +201,9 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
 def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool):
     """Summed loss, and its gradients to x (B, T, D) and the head (D, V).
 
-    A TPU computes at the ends of a product what is made of its operands or its result, so there
-    logits are written down soft-capped, and their gradient never: each of the two products that
-    read it makes its own. Elsewhere both would be passes more.
+    On a TPU XLA fuses elementwise work into a product, on what goes in as on what comes out. So
+    there logits are written soft-capped, and their gradient never is: each of the two products that
+    need it makes its own as it reads. Elsewhere both would be passes more.
     """
     head = head_DV.astype(config.operand_dtype)
     # in the compute dtype, as nanochat has them: they are most of what the loss moves
@@ -233,7 +233,7 @@ def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool
         d_CV = gradient(_read_again(kept_CV))
         head_grad += _head_gradient(x_CD, d_CV)
         if is_tpu:
-            # from a barrier of its own, or XLA would share the first
+            # behind a barrier of its own, or XLA would write the first for both
             d_CV = gradient(jax.lax.optimization_barrier((kept_CV, lse_C))[0])
         x_grad = jnp.einsum("CV,DV->CD", d_CV, head, preferred_element_type=x_CD.dtype)
         return head_grad, (loss_C, x_grad)

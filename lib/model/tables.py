@@ -106,10 +106,8 @@ def as_held(grads):
         return grads
 
     def place(tables_LVKH):
-        # a TPU stores tiles of 2, 4 or 8 by 128 over the last two axes: of other numbers of heads
-        # they would be padded
-        heads = tables_LVKH.shape[2]
-        full = heads in (2, 4) or heads % 8 == 0
+        # a TPU stores tiles of 8 by 128 over the last two axes: fewer heads would be padded
+        full = tables_LVKH.shape[2] % 8 == 0
         order = (0, 1, 2, 3) if full else (0, 2, 1, 3)
         return with_layout_constraint(tables_LVKH, Layout(order))
 

@@ -212,10 +212,10 @@ function gathered_bytes(c, fsdp) {
   return 4 * padded_vocab(c) * c.n_embd + (4 + itemsize(c)) * layers;
 }
 
-// A chunk of logits and their gradient, and the head's.
+// A chunk of logits, whose gradient a TPU never writes, and the head's gradient.
 function loss_bytes(c) {
   const tokens = Math.min(c.loss_chunk, c.microbatch * c.sequence_len);
-  return tokens * padded_vocab(c) * 2 * itemsize(c) + head_gradient_bytes(c);
+  return tokens * padded_vocab(c) * itemsize(c) + head_gradient_bytes(c);
 }
 
 // The layer that backward computes again, and a microbatch's own gradients.
@@ -352,7 +352,7 @@ function add_head(work, c, split) {
   const [width, vocabulary, tokens] = [c.n_embd, padded_vocab(c), step_tokens(c, split)];
   const chunks = Math.ceil(tokens / accumulate(c) / c.loss_chunk);
   const weights = accumulate(c) * width * vocabulary * (chunks * 2 * itemsize(c) + 8);
-  const logits = (tokens * vocabulary * 5 * itemsize(c)) / split.tensor;
+  const logits = (tokens * vocabulary * 3 * itemsize(c)) / split.tensor;
   const flops = (6 * tokens * width * vocabulary) / split.tensor;
   add(work, flops, flops, weights + logits);
 }

@@ -141,10 +141,9 @@ def _gathered_bytes(config: Config, fsdp: int) -> int:
 
 
 def _loss_bytes(config: Config) -> int:
-    """Bytes of a chunk of logits and their gradient, and of the head's gradient."""
+    """Bytes of a chunk of logits, whose gradient a TPU never writes, and of the head's gradient."""
     tokens = min(config.loss_chunk, config.microbatch * config.sequence_len)
-    logit_bytes = config.dtype.itemsize + config.operand_dtype.itemsize
-    return tokens * config.padded_vocab * logit_bytes + _head_gradient_bytes(config)
+    return tokens * config.padded_vocab * config.dtype.itemsize + _head_gradient_bytes(config)
 
 
 def _layer_bytes(config: Config, fsdp: int) -> int:

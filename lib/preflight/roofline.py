@@ -208,8 +208,8 @@ def _add_head(work: Work, config: Config, split: Split):
 
     # each chunk reads the head twice; its gradient mostly stays on the chip between chunks
     weights = config.accumulate * width * vocabulary * (chunks * 2 * itemsize + 8)
-    # written (a TPU sums meanwhile) and read, and their gradient written and read twice
-    logits = tokens * vocabulary * 5 * itemsize / split.tensor
+    # written, while a TPU adds up, and read by both products of their gradient
+    logits = tokens * vocabulary * 3 * itemsize / split.tensor
     _product(work, 6 * tokens * width * vocabulary / split.tensor, weights + logits)
 
 

@@ -48,7 +48,7 @@ def test_memory_by_hand():
     table, head, blocks = (
         count_params(config)[part] for part in ("value_embeds", "head", "blocks")
     )
-    logits = 128 * 256 * 2  # a chunk's, and their gradient
+    logits = 128 * 256  # a chunk's
     of_a_microbatch = blocks + head
 
     def numbers(**changes):
