@@ -24,9 +24,12 @@ constexpr bool kManyRegisters = true;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr bool kManyRegisters = false;
-#else
+#elif defined(__aarch64__)
 constexpr int kLanes = 4;
 constexpr bool kManyRegisters = true;
+#else
+constexpr int kLanes = 4;
+constexpr bool kManyRegisters = false;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -36,10 +39,10 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 // inputs that a turn of the innermost loop takes: four registers of x
 constexpr int kTurn = 4 * kLanes;
 
-// While a tile is multiplied the next one is asked for, and so many bytes beyond it, where tiles are
-// small. Into the second cache: a core waits for a dozen lines of the first at most.
+// Weights are asked for a tile and so many bytes ahead, and into L2: L1 can wait for a dozen lines
+// at once, too few to hide main memory.
 constexpr int kAhead = 4096;
-constexpr int kSecondCache = 2;
+constexpr int kIntoL2 = 2;
 
 template <class Vector>
 static inline Vector load(const void* from) {
@@ -139,7 +142,7 @@ static inline void tile(const float* x, const float* x_ordered, const typename W
   constexpr int kSums = M * O >= 4 ? 1 : 4 / (M * O);
   Floats sums[M][O][kSums] = {};
 
-  // as many lines as are read, one behind the other, whichever outputs they are of
+  // as many bytes as are read, one after the other, whichever outputs they belong to
   auto next = (const char*)(w + O * I) + kAhead;
   int64_t i = 0;
   for (; i + kTurn <= I; i += kTurn) {
@@ -148,7 +151,7 @@ static inline void tile(const float* x, const float* x_ordered, const typename W
       Floats w_wide[O];
       for (int o = 0; o < O; o++) {
         if (r % W == 0) {
-          __builtin_prefetch(next, 0, kSecondCache);
+          __builtin_prefetch(next, 0, kIntoL2);
           next += sizeof(Words);
         }
         Words stored = load<Words>(w + o * I + i + r / W * W * kLanes);
@@ -183,10 +186,18 @@ static inline void tile(const float* x, const float* x_ordered, const typename W
     }
 }
 
-// a group of rows with outputs [from, to), N of them at a time
-template <class Weight, int M, int N>
+// outputs of a tile, whose sums with so many rows fit in registers
+constexpr int width_of(int rows) {
+  return rows == 8 ? (kManyRegisters ? 3 : 1) : rows == 1 ? 1 : kManyRegisters ? 4 : 2;
+}
+// outputs that are whole tiles of every width
+constexpr int kBlock = 12;
+
+// a group of rows with outputs [from, to), a tile at a time
+template <class Weight, int M>
 static void outputs(const float* x, const float* x_ordered, const typename Weight::Stored* w,
                     float* y, int64_t I, int64_t O, int64_t from, int64_t to) {
+  constexpr int N = width_of(M);
   int64_t o = from;
   for (; o + N <= to; o += N) tile<Weight, M, N>(x, x_ordered, w + o * I, y + o, I, O);
   for (; o < to; o++) tile<Weight, M, 1>(x, x_ordered, w + o * I, y + o, I, O);
@@ -198,10 +209,10 @@ static void product(const float* x, const float* x_ordered, const typename Weigh
                     float* y, int64_t M, int64_t I, int64_t O, int64_t from, int64_t to) {
   for (int64_t rows; M; M -= rows, x += rows * I, x_ordered += rows * I, y += rows * O) {
     rows = group_of(M);
-    auto group = rows == 8   ? outputs<Weight, 8, kManyRegisters ? 3 : 1>
-                 : rows == 4 ? outputs<Weight, 4, kManyRegisters ? 4 : 2>
-                 : rows == 2 ? outputs<Weight, 2, kManyRegisters ? 4 : 2>
-                             : outputs<Weight, 1, 1>;
+    auto group = rows == 8   ? outputs<Weight, 8>
+                 : rows == 4 ? outputs<Weight, 4>
+                 : rows == 2 ? outputs<Weight, 2>
+                             : outputs<Weight, 1>;
     group(x, x_ordered, w, y, I, O, from, to);
   }
 }
@@ -271,10 +282,12 @@ static void multiply(ffi::ThreadPool& pool, const float* x, const void* w_stored
   }
 
   int64_t bytes = X * O * I * sizeof *w;
-  int64_t most = std::clamp<int64_t>(bytes / kLeastBytes, 1, kPartsPerThread * pool.num_threads());
+  int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  int64_t most = std::clamp<int64_t>(bytes / kLeastBytes, 1, kPartsPerThread * threads);
   int64_t parts = (most + X - 1) / X;  // of each x
+  // whole blocks, so that no sum depends on the number of threads
   int64_t each = (O + parts - 1) / parts;
-  each = (each + 11) / 12 * 12;  // whole tiles of any size
+  each = (each + kBlock - 1) / kBlock * kBlock;
   parts = (O + each - 1) / each;
   in_parallel(pool, X * parts, most, [=](int64_t part) {
     int64_t n = part / parts, from = part % parts * each, to = std::min(O, from + each);

@@ -45,17 +45,19 @@ def _scores(x, head, config: Config, dtype):
 
 def _of_scores(scores, config: Config):
     """Logits from what the head's product wrote."""
-    return _capped(scores[..., : config.vocab_size], config.softcap)
+    return _capped(scores[..., : config.vocab_size], config)
 
 
-def _capped(scores, softcap: float):
-    """Scores in float32, soft-capped unless `softcap` is 0."""
+def _capped(scores, config: Config):
+    """Scores in float32, soft-capped."""
     logits = scores.astype(jnp.float32)
-    # XLA may leave rounding out, in one of those that read the same scores and not in another
+    # XLA may drop a rounding inside a fusion: said here, all who read the scores read the same
     if scores.dtype.itemsize < 4:
         rounded = jnp.finfo(scores.dtype)
         logits = jax.lax.reduce_precision(logits, rounded.nexp, rounded.nmant)
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+    if config.softcap:
+        logits = config.softcap * jnp.tanh(logits / config.softcap)
+    return logits
 
 
 # ---- the loss, a chunk of tokens at a time -------------------------------------------------------
@@ -68,9 +70,7 @@ def losses_by_token(x_BTD, head, targets_BT, config: Config):
     head = head if isinstance(head, dict) else head.astype(config.operand_dtype)
 
     def chunk(_, x_CD, t_C):
-        scores_CV = _scores(x_CD, head, config, jnp.float32)
-        lse_C = _lse_of(scores_CV, config.softcap, config)
-        return None, _loss_of(scores_CV, t_C, lse_C, config.softcap)
+        return None, _loss_of(_scores(x_CD, head, config, jnp.float32), t_C, config)[0]
 
     skip = config.skip_ignored
     return _over_chunks(chunk, None, x_BTD, targets_BT, config.loss_chunk, skip)[1]
@@ -87,8 +87,7 @@ def logprobs_by_token(x_BTD, head_DV, targets_BT, config: Config) -> tuple[Any, 
     @jax.checkpoint
     def chunk(_, x_CD, t_C):
         scores_CV = _scores(x_CD, head_DV, config, jnp.float32)
-        lse_C = _lse_of(scores_CV, config.softcap, config)
-        loss_C = _loss_of(scores_CV, t_C, lse_C, config.softcap)
+        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
         logits_CV = _of_scores(scores_CV, config)
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         entropy_C = lse_C - jnp.sum(p_CV * logits_CV, axis=-1)
@@ -156,9 +155,27 @@ def _scan_first(count, body, carry, x_MCD, t_MC) -> tuple[Any, Any]:
     return jax.lax.fori_loop(0, count, step, (carry, zeros))
 
 
-def _lse_of(scores_CV, softcap: float, config: Config):
-    """Log-sum-exp of each row's logits (C,)."""
-    return _log_sum_exp(_filled(_capped(scores_CV, softcap), -jnp.inf, config), config)
+def _loss_of(scores_CV, t_C, config: Config):
+    """Loss of each token of a chunk (C,), 0 where the target is negative, and the log-sum-exp of
+    its logits.
+    """
+    logits_CV = _capped(scores_CV, config)
+    lse_C = _log_sum_exp(_filled(logits_CV, -jnp.inf, config), config)
+    # picked, then capped: the other way round XLA writes all capped logits down
+    target_C1 = jnp.maximum(t_C, 0)[:, None]
+    picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], config)
+    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0), lse_C
+
+
+def _filled(logits_CV, value: float, config: Config):
+    """The same with `value` in the padding of the vocabulary.
+
+    Masked, not cut away: that would end a TPU's fusion with the matmul.
+    """
+    columns = logits_CV.shape[-1]
+    if columns == config.vocab_size:
+        return logits_CV
+    return jnp.where(jnp.arange(columns) < config.vocab_size, logits_CV, value)
 
 
 def _log_sum_exp(logits_CV, config: Config):
@@ -168,24 +185,6 @@ def _log_sum_exp(logits_CV, config: Config):
     if 0 < config.softcap <= NO_OVERFLOW:
         return jnp.log(jnp.exp(logits_CV).sum(axis=-1))
     return jax.nn.logsumexp(logits_CV, axis=-1)
-
-
-def _filled(logits_CV, value: float, config: Config):
-    """The same with `value` where the vocabulary is padded.
-
-    It is not cut away: on a TPU that would end the fusion with the product before.
-    """
-    if config.padded_vocab == config.vocab_size:
-        return logits_CV
-    return jnp.where(jnp.arange(config.padded_vocab) < config.vocab_size, logits_CV, value)
-
-
-def _loss_of(scores_CV, t_C, lse_C, softcap: float):
-    """Loss of each token of a chunk (C,), 0 where the target is negative."""
-    # picked, then capped: the other way round XLA writes all capped logits down
-    target_C1 = jnp.maximum(t_C, 0)[:, None]
-    picked_C = _capped(jnp.take_along_axis(scores_CV, target_C1, axis=-1)[:, 0], softcap)
-    return jnp.where(t_C >= 0, lse_C - picked_C, 0.0)
 
 
 def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
@@ -201,27 +200,20 @@ def _summed_loss_forward(x_BTD, head_DV, targets_BT, config: Config):
 def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool):
     """Summed loss, and its gradients to x (B, T, D) and the head (D, V).
 
-    On a TPU XLA fuses elementwise work into a product, on what goes in as on what comes out. So
-    there logits are written soft-capped, and their gradient never is: each of the two products that
-    need it makes its own as it reads. Elsewhere both would be passes more.
+    On a TPU XLA fuses elementwise work into a matmul's inputs. So there the gradient of logits is
+    never written: both matmuls that need it compute it as they read. Elsewhere it is written once.
     """
     head = head_DV.astype(config.operand_dtype)
-    # in the compute dtype, as nanochat has them: they are most of what the loss moves
-    written = config.dtype
 
     def chunk(head_grad, x_CD, t_C):
-        if is_tpu:
-            scores_CV = _scores(x_CD, head, config, jnp.float32)
-            kept_CV, softcap = _capped(scores_CV, config.softcap).astype(written), 0.0
-        else:
-            kept_CV, softcap = _scores(x_CD, head, config, written), config.softcap
-        lse_C = _lse_of(kept_CV, softcap, config)
-        loss_C = _loss_of(kept_CV, t_C, lse_C, softcap)
+        # in the compute dtype, as nanochat has them: they are most of what the loss moves
+        scores_CV = _scores(x_CD, head, config, config.dtype)
+        loss_C, lse_C = _loss_of(scores_CV, t_C, config)
 
-        def gradient(kept_CV):
-            logits_CV = _capped(kept_CV, softcap)
+        def gradient(scores_CV, lse_C):
+            logits_CV = _capped(scores_CV, config)
             # softmax minus one-hot; compared, not scattered, so that it stays in the fusion
-            hit_CV = jnp.arange(config.padded_vocab) == t_C[:, None]
+            hit_CV = jnp.arange(scores_CV.shape[-1]) == t_C[:, None]
             d_CV = jnp.exp(logits_CV - lse_C[:, None]) - hit_CV
             # through the softcap's tanh
             if config.softcap:
@@ -230,11 +222,11 @@ def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool
             return jnp.where(t_C[:, None] >= 0, d_CV, 0).astype(head.dtype)
 
         # summed over chunks in float32, whatever the compute dtype
-        d_CV = gradient(_read_again(kept_CV))
+        d_CV = gradient(_read_again(scores_CV), lse_C)
         head_grad += _head_gradient(x_CD, d_CV)
         if is_tpu:
-            # behind a barrier of its own, or XLA would write the first for both
-            d_CV = gradient(jax.lax.optimization_barrier((kept_CV, lse_C))[0])
+            # behind a second, distinct barrier, or XLA would write the first and share it
+            d_CV = gradient(*jax.lax.optimization_barrier((scores_CV, lse_C)))
         x_grad = jnp.einsum("CV,DV->CD", d_CV, head, preferred_element_type=x_CD.dtype)
         return head_grad, (loss_C, x_grad)
 
@@ -246,12 +238,12 @@ def _loss_and_gradients(x_BTD, head_DV, targets_BT, config: Config, is_tpu: bool
     return losses.sum(), (x_grad, head_grad)
 
 
-def _read_again(kept_CV):
-    """The same; narrow ones behind a barrier, which keeps XLA from sharing one capped float32 copy
-    between the loss and its gradient: to read twice what is bfloat16 moves less.
+def _read_again(scores_CV):
+    """The same for a second use; narrow ones behind a barrier, or XLA may write one capped float32
+    copy for both: to read what is bfloat16 twice moves less.
     """
-    is_narrow = kept_CV.dtype.itemsize < 4
-    return jax.lax.optimization_barrier(kept_CV) if is_narrow else kept_CV
+    is_narrow = scores_CV.dtype.itemsize < 4
+    return jax.lax.optimization_barrier(scores_CV) if is_narrow else scores_CV
 
 
 def _head_gradient(x_CD, d_CV):
