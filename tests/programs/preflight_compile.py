@@ -76,7 +76,7 @@ def logits(config):
     # what is inside a fusion is not written
     text = re.sub(r"(?ms)^%fused_computation.*?^}", "", text)
     fusions = re.findall(r"= (.*) fusion\(", text)
-    arrays = rf"(\w+)\[{config.loss_chunk},{vocabulary}\]"
+    arrays = rf"(\w+)\[{config.loss_chunk},(?:{vocabulary}|{config.vocab_size})\]"
     return sorted(dtype for written in fusions for dtype in re.findall(arrays, written))
 
 
