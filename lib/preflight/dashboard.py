@@ -35,7 +35,7 @@ from lib.train.optim import NOT_COMPILED, hyper
 HERE = Path(__file__).parent
 
 # how far the estimate was from compiled steps (LOG.md)
-ERROR = "-6 to +7 % in memory and -19 to +22 % in time"
+ERROR = "-6 to +7 % in memory and -20 to +20 % in time"
 
 
 def write_dashboard(path: str | Path, cache: Path | None = CACHE) -> Path:

@@ -89,7 +89,7 @@ def estimate(
     """The report of a step on a slice from shapes alone, compiling nothing.
 
     In memory -6 to +7 % off from 27 compiled steps of depths 4 to 32 in every strategy (a
-    test); in time -19 to +22 %.
+    test); in time -20 to +20 %.
     """
     choose("sharding strategy", strategy, MESH_AXIS)
     # memory, then work

@@ -101,7 +101,7 @@ PLAIN = dict(remat="dots", microbatch=8, total_batch_size=2**15, value_embeds=Fa
 # GiB at the peak of each device as libtpu 0.0.52 compiled the step (bfloat16, Muon, T 2048):
 # depth, chip, strategy, mesh, what differs from Config.from_depth, GiB
 COMPILED = [
-    (4, "v6e-1", "dp", "", {}, 1.088),
+    (4, "v6e-1", "dp", "", {}, 0.994),
     (8, "v6e-1", "dp", "", dict(remat="dots"), 3.007),
     (8, "v6e-4", "zero", "", dict(remat="dots", microbatch=16), 2.371),
     (8, "v6e-4", "fsdp", "", dict(remat="dots", microbatch=16), 1.514),
@@ -111,12 +111,12 @@ COMPILED = [
     (20, "v5e-1", "dp", "", dict(remat="layer", microbatch=2), 15.53),
     (20, "v5e-1", "dp", "", dict(remat="dots", microbatch=1), 15.48),
     (20, "v6e-1", "dp", "", dict(remat="dots"), 19.11),
-    (20, "v6e-1", "dp", "", dict(remat="dots", scan_layers=False, loss_chunk=8192), 19.27),
+    (20, "v6e-1", "dp", "", dict(remat="dots", scan_layers=False, loss_chunk=8192), 19.00),
     (24, "v6e-1", "dp", "", dict(remat="dots"), 28.68),
     (24, "v6e-1", "dp", "", dict(remat="dots", scan_layers=False, loss_chunk=4096), 28.12),
     (32, "v6e-8", "fsdp", "", dict(remat="dots", microbatch=32), 17.31),
     (32, "v6e-8", "fsdp", "", dict(remat="layer", microbatch=32), 9.370),
-    (4, "v6e-4", "tp", BOTH, dict(microbatch=4, total_batch_size=2**15), 0.695),
+    (4, "v6e-4", "tp", BOTH, dict(microbatch=4, total_batch_size=2**15), 0.577),
     (8, "v6e-4", "tp", "", dict(total_batch_size=2**15), 1.885),
     (8, "v6e-4", "tp", "", dict(remat="dots", microbatch=16, total_batch_size=2**16), 2.529),
     (8, "v6e-4", "tp", BOTH, dict(remat="layer", microbatch=8, total_batch_size=2**15), 1.409),
