@@ -39,8 +39,8 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 // inputs that a turn of the innermost loop takes: four registers of x
 constexpr int kTurn = 4 * kLanes;
 
-// Weights are asked for a tile and so many bytes ahead, and into L2: L1 can wait for a dozen lines
-// at once, too few to hide main memory.
+// Weights are asked for a tile and so many bytes ahead, and into L2: L1 waits for too few lines at
+// once to hide main memory (measured, LOG.md).
 constexpr int kAhead = 4096;
 constexpr int kIntoL2 = 2;
 
