@@ -75,14 +75,14 @@ def pretend():
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
     from jax.experimental import topologies
 
-    from lib.model import attention, rotary_gpu
+    from lib.model import attention, norm_gpu, rotary_gpu
 
     where = dict(topology="1x1x1", target_config=H200)
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", **where)
     jax.devices()  # the CPU is there before another is pretended
     jax.default_backend = lambda: "gpu"
-    attention.is_ampere = rotary_gpu.is_ampere = lambda: True
-    rotary_gpu.fault = lambda H: ""
+    attention.is_ampere = rotary_gpu.is_ampere = norm_gpu.is_ampere = lambda: True
+    rotary_gpu.fault = norm_gpu.fault = lambda width: ""
     # what jax would ask the card and its libraries
     cudnn.check_cudnn_version = lambda: 91000
     cudnn.check_compute_capability = lambda *_: True

@@ -287,7 +287,7 @@ def parts_of_step(config: Config) -> list[Component]:
 
     def attention(w, x_BTD, attend):
         h_BTD = transformer.rms_norm(x_BTD, config.norm_eps)
-        return transformer.self_attention(h_BTD, w, None, config, rope, attend)[0]
+        return transformer.self_attention((h_BTD,) * 3, w, None, config, rope, attend)[0]
 
     def mlp(w, x_BTD):
         return transformer.mlp(transformer.rms_norm(x_BTD, config.norm_eps), w, config)

@@ -4,7 +4,7 @@ for decoding.
 `transformer.py` is the model, to be read in one sitting; beside it stand its attention
 (`attention.py`, and TPU kernels in `kernels.py`), its linear layer, its head with the loss, the
 cache that decoding reads, int8 (`decoding.py`), a CPU's products of a few rows (`few_rows.py`)
-and a GPU's turning of heads (`rotary_gpu.py`).
+and a GPU's turning of heads (`rotary_gpu.py`) and norms of the stream (`norm_gpu.py`).
 """
 
 from lib.model.cache import Cache, init_cache

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lib.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, Config
-from lib.model import rotary_gpu
+from lib.model import norm_gpu, rotary_gpu
 from lib.model.attention import ATTENTION, CUDNN_FORWARD
 from lib.model.cache import Cache, advance, cached_attention
 from lib.model.decoding import cast_matrices, is_for_few_rows, is_unstacked
@@ -29,7 +29,7 @@ from lib.model.head import head_matrix, logits, logprobs_by_token, losses_by_tok
 from lib.model.kernels import BLOCKS, RESIDUAL_NAME
 from lib.model.linear import grad_barrier, linear, merge_heads, scaled
 from lib.model.tables import token_embedding, value_embeddings
-from lib.parallel.collectives import enter, gather, leave, own_part
+from lib.parallel.collectives import enter, gather, is_split, leave, own_part
 from lib.params import unstack
 
 # what remat="dots" keeps beside each layer's input (q and k are turned): backward recomputes norms,
@@ -164,28 +164,44 @@ def block(x_BTD, x0_BTD, w, ve_BTKH, config: Config, rope, attend):
         x_BTD = x_BTD + scaled(w["x0_scale"], x0_BTD)
 
     with jax.named_scope("attn"):
-        h_BTD = enter(rms_norm(x_BTD, config.norm_eps))
-        out_BTD, kept = self_attention(h_BTD, w, ve_BTKH, config, rope, attend)
-        x_BTD = x_BTD + leave(out_BTD)
+        # read by queries, keys and values
+        x_BTD, h_BTDs = summed_norm(x_BTD, None, config, readers=3)
+        out_BTD, kept = self_attention(h_BTDs, w, ve_BTKH, config, rope, attend)
+        out_BTD = leave(out_BTD)
     with jax.named_scope("mlp"):
-        h_BTD = enter(rms_norm(x_BTD, config.norm_eps))
+        x_BTD, (h_BTD,) = summed_norm(x_BTD, out_BTD, config, readers=1)
         x_BTD = x_BTD + leave(mlp(h_BTD, w, config))
     return x_BTD, kept
 
 
-def self_attention(h_BTD, w, ve_BTKH, config: Config, rope, attend):
-    """Queries, keys and values of a normed stream, attended and projected back: (out (B, T, D),
-    what was kept).
+def summed_norm(x_BTD, added_BTD, config: Config, readers: int):
+    """(x + added, a tuple with its norm for each of its readers); `added` may be None.
+
+    All of the tuple are one array. Where a GPU's kernels take it, each reader's gradient comes back
+    by itself and is summed in the norm's own pass.
     """
+    # split over a tensor axis, the devices would sum each reader's gradient
+    if not is_split() and norm_gpu.fits(x_BTD):
+        return norm_gpu.summed_norm(x_BTD, added_BTD, config.norm_eps, readers)
+    if added_BTD is not None:
+        x_BTD = x_BTD + added_BTD
+    return x_BTD, (enter(rms_norm(x_BTD, config.norm_eps)),) * readers
+
+
+def self_attention(h_BTDs, w, ve_BTKH, config: Config, rope, attend):
+    """Queries, keys and values of a normed stream, given once for each of them, attended and
+    projected back: (out (B, T, D), what was kept).
+    """
+    q_in_BTD, k_in_BTD, v_in_BTD = h_BTDs
     with jax.named_scope("qkv"):
-        q_BTNH = linear("BTD,DNH->BTNH", h_BTD, w["wq"])
-        k_BTKH = linear("BTD,DKH->BTKH", h_BTD, w["wk"])
-        v_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", h_BTD, w["wv"]), "v")
+        q_BTNH = linear("BTD,DNH->BTNH", q_in_BTD, w["wq"])
+        k_BTKH = linear("BTD,DKH->BTKH", k_in_BTD, w["wk"])
+        v_BTKH = checkpoint_name(linear("BTD,DKH->BTKH", v_in_BTD, w["wv"]), "v")
 
     # every other layer: the token's own embedding, let in by a gate per head between 0 and 3
     if ve_BTKH is not None:
         with jax.named_scope("value_embed"):
-            gate_in_BTC = h_BTD[..., :VALUE_GATE_CHANNELS]
+            gate_in_BTC = v_in_BTD[..., :VALUE_GATE_CHANNELS]
             gate_BTK = 3 * jax.nn.sigmoid(jnp.einsum("BTC,CK->BTK", gate_in_BTC, w["value_gate"]))
             v_BTKH = v_BTKH + scaled(gate_BTK[..., None], ve_BTKH)
 

@@ -105,6 +105,11 @@ def _tensor_size() -> int:
     return 1 if share is None else share[0].size("tensor")
 
 
+def is_split() -> bool:
+    """Whether work splits over a tensor axis: where it does not, `enter` and `leave` do nothing."""
+    return _tensor_size() > 1
+
+
 @jax.custom_vjp
 def _enter(x):
     return x
@@ -121,12 +126,12 @@ _leave.defvjp(lambda x: (_leave(x), None), lambda _, g: (g,))
 
 def enter(x):
     """Where work on a replicated `x` splits over the tensor axis: its gradient is summed there."""
-    return _enter(x) if _tensor_size() > 1 else x
+    return _enter(x) if is_split() else x
 
 
 def leave(x):
     """Where partial results of split work are summed; the gradient passes as it is."""
-    return _leave(x) if _tensor_size() > 1 else x
+    return _leave(x) if is_split() else x
 
 
 def own_part(x, axis: int = 0):
