@@ -389,7 +389,7 @@ def continued(params, config: Config, tokens_BT, cache: Cache):
     real_BT = tokens_BT >= 0
     tokens_BT = jnp.maximum(tokens_BT, 0)
     with jax.named_scope("embed"):
-        x0_BTD = x_BTD = embed(params, config, tokens_BT, cache.last)
+        x_BTD = embed(params, config, tokens_BT, cache.last)
     params = params | {"blocks": cast_matrices(params["blocks"], config.dtype)}
     if not is_unstacked(params):
         params = unstack(params, config)
@@ -400,8 +400,19 @@ def continued(params, config: Config, tokens_BT, cache: Cache):
     position_BT = jnp.where(real_BT, position_BT, -1)
 
     ve = value_embeddings(params, tokens_BT, config)
-    keys, values, middle_BTD = [], [], None
-    for i, w in enumerate(params["blocks"]):
+    through = cached_blocks(x_BTD, params["blocks"], ve, config, rope, cache, position_BT)
+    x_BTD, middle_BTD, keys, values = through
+    cache = advance(cache, keys, values, tokens_BT, real_BT)
+    return final_norm(x_BTD, middle_BTD, params, config), cache
+
+
+def cached_blocks(x_BTD, blocks: list, ve: dict, config: Config, rope, cache: Cache, position_BT):
+    """All blocks over tokens that continue a cache, at positions that are negative for padding:
+    (the last one's output, the middle one's, the new rings of keys, those of values).
+    """
+    x0_BTD, middle_BTD = x_BTD, None
+    keys, values = [], []
+    for i, w in enumerate(blocks):
         # as one matrix: XLA:CPU would transpose the weight for every token
         if not isinstance(w["wo"], dict):
             w = w | {"wo": w["wo"].reshape(-1, w["wo"].shape[-1])}
@@ -414,8 +425,7 @@ def continued(params, config: Config, tokens_BT, cache: Cache):
         values.append(v)
         if i == config.n_layer // 2:
             middle_BTD = x_BTD
-    cache = advance(cache, keys, values, tokens_BT, real_BT)
-    return final_norm(x_BTD, middle_BTD, params, config), cache
+    return x_BTD, middle_BTD, keys, values
 
 
 def final_norm(x_BTD, middle_BTD, params, config: Config):
