@@ -5,6 +5,7 @@ else it ends a program with one line; and none is lost.
 import atexit
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,8 +15,9 @@ import types
 # when the main thread is woken after a signal, in seconds from one time to the next
 NUDGES = (0.02, 0.1, 0.3, 1.0)
 
-# what a shell expects of a program that Ctrl-C has ended
+# what a shell expects of a program that Ctrl-C has ended, and of one whose words nobody reads
 INTERRUPTED = 130
+UNREAD = 141
 STOPPED = "stopped: run it again to go on from what was saved"
 
 # seconds after which a Ctrl-C that was lost is given once more
@@ -121,6 +123,8 @@ def starting():
         sys.unraisablehook = _unraisable
         # what is registered first runs last
         atexit.register(_end)
+        if sys.excepthook is sys.__excepthook__:
+            sys.excepthook = _excepthook
 
 
 def started():
@@ -139,8 +143,39 @@ def stopped(code: int):
     ENDING.append(code)
 
 
+def left_unread(error: BaseException) -> bool:
+    """Whether an error says only that nobody reads any more what this program prints, as behind
+    `| head`; the program then leaves in silence.
+    """
+    if not isinstance(error, BrokenPipeError):
+        return False
+    # it may have come of another pipe
+    watch = select.poll()
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        watch.register(sys.stdout, 0)
+    unread = bool(watch.poll(0))
+    if unread:
+        stopped(UNREAD)
+    return unread
+
+
+def _excepthook(kind, error, trace):
+    """Show an error, as long as nothing else does."""
+    if not left_unread(error):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _end():
-    """Leave where `stopped` was said; the last of all exit handlers."""
+    """Leave where `stopped` was said, or nobody reads what is still to be said; the last of all
+    exit handlers.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        stopped(UNREAD)
+    except (OSError, ValueError, AttributeError):
+        # Python says so, if it is worth it
+        pass
     if ENDING:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

@@ -148,7 +148,7 @@ def _excepthook(kind, error, trace):
     elif interrupts.caused(error):
         print(f"\n{interrupts.STOPPED}", file=sys.stderr)
         code = interrupts.INTERRUPTED
-    else:
+    elif not interrupts.left_unread(error):
         sys.__excepthook__(kind, error, trace)
     # a program that has not got as far as importing it has nobody to take along
     if parallel := sys.modules.get("lib.parallel"):

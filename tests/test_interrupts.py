@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -137,3 +138,16 @@ def test_a_stopped_program_finishes_uploads_and_exit_handlers_and_is_not_torn_do
     """Threads of jax that still compute must not find Python gone."""
     done = programs.run("hear_ctrl_c", "ended")
     assert (done.returncode, done.stderr) == (130, "uploaded tidied ")
+
+
+@pytest.mark.parametrize(
+    "command", ["-m lib.preflight", "-m lib.chat", "-m lib.report", "02_train.py"]
+)
+def test_who_stops_reading_gets_no_traceback(command):
+    """As behind `| head`; nothing is read at all here, so that it is never too late."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, *command.split(), "--help"]
+    with open(writer, "wb") as nobody:
+        done = subprocess.run(arguments, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert (done.stderr, done.returncode) == ("", interrupts.UNREAD)
