@@ -8,7 +8,7 @@ from lib.config import Config
 from lib.files import choose
 from lib.parallel.layout import MESH_AXIS
 from lib.preflight import roofline
-from lib.preflight.memory import config_of_share, estimate_memory, working_bytes
+from lib.preflight.memory import config_of_share, estimate_memory, with_updates, working_bytes
 from lib.preflight.roofline import Bound, Split
 
 GIB = 2**30
@@ -125,14 +125,7 @@ def _memory_of_share(config: Config, split: Split, strategy: str) -> dict[str, i
         optimizer=one["optimizer"] // (split.fsdp * replicas),
         **working_bytes(share, split.fsdp, split.tensor),
     )
-
-    # zero gathers the updates beside its share of the gradients, but only when activations and
-    # whole gradients are gone: that is the peak only where both were small
-    if strategy == "zero":
-        backward = memory["gradients"] + memory["activations"]
-        update = one["parameters"] + one["parameters"] // replicas
-        memory["gradients"] += max(0, update - backward)
-    return memory
+    return with_updates(memory, replicas) if strategy == "zero" else memory
 
 
 def make_report(

@@ -34,11 +34,23 @@ def estimate_memory(config: Config, layout: Layout | None = None) -> dict[str, i
     state = state_template(config, layout)
     fsdp, tensor = layout.size("fsdp"), layout.size("tensor")
     share = config_of_share(config, layout.size(*BATCH), tensor)
-    return dict(
+    memory = dict(
         parameters=held_bytes(state.params),
         optimizer=held_bytes(state.opt_state),
         **working_bytes(share, fsdp, tensor),
     )
+    return with_updates(memory, layout.size("data")) if layout.strategy == "zero" else memory
+
+
+def with_updates(memory: dict[str, int], replicas: int) -> dict[str, int]:
+    """The parts of a device's memory where so many `replicas` share the optimizer (zero).
+
+    They gather the updates beside their share of the gradients, but only when activations and whole
+    gradients are gone: that is the peak only where both were small.
+    """
+    backward = memory["gradients"] + memory["activations"]
+    update = memory["parameters"] + memory["parameters"] // replicas
+    return memory | dict(gradients=memory["gradients"] + max(0, update - backward))
 
 
 def config_of_share(config: Config, rows: int, tensor: int) -> Config:

@@ -1,6 +1,7 @@
 """The estimate of a step's memory, and the choice of a layout that rests on it."""
 
 import types
+from typing import Any
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from lib.preflight import memory
 from lib.preflight.compile import for_tpu
 from lib.preflight.estimate import estimate
 from lib.preflight.memory import estimate_memory
-from lib.train.step import init_state
+from lib.train.step import init_state, state_template
 
 TINY = Config(
     vocab_size=100,
@@ -180,7 +181,7 @@ def test_the_estimate_is_within_a_tenth_of_what_was_compiled(
     assert report.peak == sum(report.memory.values())
 
 
-def test_zero_counts_gathered_updates_where_little_else_is_held():
+def test_zero_counts_gathered_updates_where_little_else_is_held(monkeypatch):
     """One row of 64 tokens: all updates beside the parameters are then the peak."""
     one_row = TINY.replace(microbatch=4, total_batch_size=256, vocab_size=50_000, loss_chunk=1)
     config = for_tpu(one_row, kernels=False)
@@ -190,3 +191,10 @@ def test_zero_counts_gathered_updates_where_little_else_is_held():
     held = zero.memory["gradients"] + zero.memory["activations"]
     assert held == parameters + parameters // 4
     assert held > parameters + zero.memory["activations"]
+
+    # and so does the choice between zero and fsdp, which asks with a layout
+    monkeypatch.setattr(memory, "state_template", lambda config, layout: state_template(config))
+    layout: Any = types.SimpleNamespace(
+        strategy="zero", size=lambda *axes: 4 if "data" in axes else 1
+    )
+    assert memory.estimate_memory(config, layout)["gradients"] == zero.memory["gradients"]
