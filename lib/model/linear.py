@@ -26,9 +26,16 @@ def linear(spec: str, x, w) -> Any:
         return _float_linear(spec, x, w)
     if "by_output" in w:
         return _by_output_linear(spec, x, w["by_output"])
+    return linear_in(spec, x, w, x.dtype)
+
+
+def linear_in(spec: str, x, w, dtype) -> Any:
+    """`linear` for a weight in int8 or one for few rows, with results in `dtype`."""
     if "few_rows" in w:
-        return _few_rows_linear(spec, x, w)
-    return _int8_linear(spec, x, w)
+        stored, y_MO = w["few_rows"], _few_rows_linear(x, w)
+    else:
+        stored, y_MO = w["int8"], _int8_linear(x, w)
+    return _in_shape(y_MO.astype(dtype), spec, x, list(stored.shape[:-1]))
 
 
 def merge_heads(o_BTNH, wo):
@@ -160,9 +167,9 @@ def _by_output_linear(spec: str, x, w):
     return _in_shape(y_MO, spec, x, outputs)
 
 
-def _few_rows_linear(spec: str, x, w):
+def _few_rows_linear(x, w):
     """The product with a weight as narrow as it is stored, in float32 whatever `x` is."""
-    *outputs, inputs = w["few_rows"].shape
+    inputs = w["few_rows"].shape[-1]
     x_MI = x.reshape(-1, inputs).astype(jnp.float32)
     w_OI = w["few_rows"].reshape(-1, inputs)
     if len(x_MI) <= few_rows.MOST_ROWS:
@@ -171,28 +178,27 @@ def _few_rows_linear(spec: str, x, w):
         y_MO = x_MI @ w_OI.astype(jnp.float32).T
     if "scale" in w:
         y_MO = y_MO * w["scale"].reshape(-1)
-    return _in_shape(y_MO.astype(x.dtype), spec, x, outputs)
+    return y_MO
 
 
-def _int8_linear(spec: str, x, w):
-    """The product with a weight that is widened as it is read; rows M, outputs O, inputs I."""
-    *outputs, inputs = w["int8"].shape
+def _int8_linear(x, w):
+    """The product with a weight that is widened as it is read, in float32; rows M, outputs O,
+    inputs I.
+    """
+    inputs = w["int8"].shape[-1]
     x_MI = x.reshape(-1, inputs)
     w_OI = w["int8"].reshape(-1, inputs)
     # the barrier keeps XLA from converting all weights once, before the decoding loop, and reading
     # them wide
     x_MI, w_OI = jax.lax.optimization_barrier((x_MI, w_OI))
-    w_OI = w_OI.astype(x.dtype)
-
     if len(x_MI) == 1:
         # one row as a sum: XLA:CPU converts on the fly there; before a product it writes the
         # converted weight out
-        y_O = (x_MI * w_OI).sum(-1, dtype=jnp.float32)
-        y_MO = y_O[None]
+        products_OI = x_MI.astype(jnp.float32) * w_OI.astype(jnp.float32)
+        y_MO = products_OI.sum(-1)[None]
     else:
-        y_MO = x_MI @ w_OI.T
-    y_MO = (y_MO * w["scale"]).astype(x.dtype)
-    return _in_shape(y_MO, spec, x, outputs)
+        y_MO = jnp.matmul(x_MI, w_OI.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    return y_MO * w["scale"]
 
 
 def _in_shape(y_MO, spec: str, x, outputs: list[int]):

@@ -210,6 +210,17 @@ def test_an_int8_row_is_summed_in_float32():
     np.testing.assert_allclose(float64(y), 4096)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_int8_head_writes_float32_logits(rows):
+    """As one in floats does: near a soft-cap of 15 bfloat16 has steps of a sixteenth."""
+    x = rounded(0, 1, rows, 32)
+    stored = decoding._int8(rounded(1, 32, CONFIG.vocab_size).astype(jnp.float32), 1)
+    logits = head.logits({"head": stored}, CONFIG, x)
+    want = float64(x) @ (float64(stored["int8"]) * float64(stored["scale"])[:, None]).T
+    assert logits.dtype == jnp.float32
+    assert relative(logits, want) < EXACT
+
+
 @pytest.mark.slow
 def test_the_mean_loss_and_its_gradients_are_float32():
     x = tokens(2, 64)
