@@ -183,8 +183,7 @@ class Config:
     # of it)
     remat: str = "none"
     loss_chunk: int = 2048  # tokens whose logits exist at one time
-    # tokens with a target come first, and chunks without any get no logits; fine-tuning on a CPU
-    # sets it
+    # tokens with a target come first, and chunks without any get no logits; set on a CPU
     skip_ignored: bool = False
     # one compiled body per group of equal layers; False unrolls: slower to compile
     scan_layers: bool = True

@@ -56,11 +56,13 @@ def suited_to(device: dict) -> dict[str, Any]:
     """Config fields that change no result, as this kind of device computes fastest (LOG.md).
 
     On a GPU the copies that a scan over layers makes cost a quarter of a step, and unrolled layers
-    compile as fast; larger chunks of logits are larger products.
+    compile as fast; larger chunks of logits are larger products. On a CPU fine-tuning leaves out
+    the logits of ignored tokens: pretraining, which has none, goes by the same program, so that it
+    is compiled once.
     """
     if device["platform"] == "gpu":
         return {"scan_layers": False, "loss_chunk": 8192}
-    return {}
+    return {"skip_ignored": True} if device["platform"] == "cpu" else {}
 
 
 class TokenizerText(NamedTuple):

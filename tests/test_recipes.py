@@ -6,6 +6,8 @@ from lib import recipes
 from lib.config import PRESETS, Config
 from lib.data import SOURCES
 from lib.train import changes
+from lib.train.finetune import phase_config
+from lib.train.optim import compile_key
 
 
 @pytest.mark.parametrize(
@@ -25,12 +27,16 @@ def test_every_device_gets_a_preset_and_a_reason(platform, kind, count, preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_suits_a_gpu_changes_no_result(preset):
+def test_what_suits_a_device_changes_no_result(preset):
     """Only fields with which a run may go on that began without them."""
-    fields = recipes.suited_to(dict(platform="gpu"))
-    assert Config.preset(preset, **fields).scan_layers is False
-    assert fields.keys() <= set(changes.HOW)
-    assert recipes.suited_to(dict(platform="tpu")) == {} == recipes.suited_to(dict(platform="cpu"))
+    gpu, cpu, tpu = (recipes.suited_to(dict(platform=name)) for name in ("gpu", "cpu", "tpu"))
+    assert Config.preset(preset, **gpu).scan_layers is False
+    assert gpu.keys() | cpu.keys() <= set(changes.HOW)
+    assert tpu == {}
+
+    # a CPU compiles one step for pretraining and fine-tuning
+    config = Config.preset(preset, **cpu)
+    assert compile_key(phase_config(config, 4, 0.5)) == compile_key(config)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -269,8 +269,7 @@ def validation(phase: Phase, run: TrainingRun, tokenizer: Tokenizer) -> Measurem
     """The loss on a phase's held-out conversations, at most VALIDATIONS times in its run, computed
     as steps are.
     """
-    # the program of pretraining's validations, which is compiled already
-    config = for_training(run.config).replace(skip_ignored=False)
+    config = for_training(run.config)
     rows = list(
         chat_batches(phase.held_out, tokenizer, config.microbatch, config.sequence_len, loop=False)
     )
@@ -322,7 +321,7 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
     return config.replace(
         num_steps=num_steps,
         warmup_steps=0 if warm else min(config.warmup_steps, num_steps // 10),
-        # a program of its own, which elsewhere takes minutes to compile
+        # where pretraining did not, a program of its own, which elsewhere takes minutes to compile
         skip_ignored=config.skip_ignored or jax.default_backend() == "cpu",
         **rates,
     )

@@ -500,7 +500,7 @@ def test_a_phase_is_saved_three_times_and_keeps_the_last():
     assert (saving.every, saving.keep, saving.metric) == (12, 1, "val_loss")
 
 
-def test_a_phase_has_a_program_of_its_own_on_a_cpu_alone(monkeypatch):
+def test_a_phase_skips_ignored_tokens_on_a_cpu_alone(monkeypatch):
     assert sft.phase_config(TINY, 4, 0.5).skip_ignored
     monkeypatch.setattr(sft.jax, "default_backend", lambda: "tpu")
     assert compile_key(sft.phase_config(TINY, 4, 0.5)) == compile_key(TINY)
@@ -599,7 +599,7 @@ def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
     read = []
     monkeypatch.setattr(sft, "validation_loss", lambda *given: read.append(given) or 2.5)
     for steps, every in ((31, 6), (6, 1), (20, 4)):
-        config = TINY.replace(num_steps=steps, skip_ignored=True)
+        config = TINY.replace(num_steps=steps)
         run = types.SimpleNamespace(config=config)
         measurement = sft.validation(phase, run, tokenizer)
         assert (measurement.every, measurement.gives, measurement.by_clock) == (
@@ -609,8 +609,7 @@ def test_a_validation_reads_what_is_held_out_once(tokenizer, monkeypatch):
         )
     assert measurement.measure("params") == {"val_loss": 2.5}
     [(params, config, rows)] = read
-    # by pretraining's program, which skips nothing
-    assert (params, config) == ("params", run.config.replace(skip_ignored=False))
+    assert (params, config) == ("params", run.config)
     own = list(data.chat_batches(MANY, tokenizer, 2, 64, loop=False))
     assert len(rows) == len(own)
     for (inputs, targets, *_), (want, want_targets, *_) in zip(rows, own):

@@ -114,6 +114,21 @@ def test_the_loss_without_the_logits_of_what_teaches_nothing(learnt):
     assert np.isnan(sums(whole, broken)[2]).any() == (unread.size > 0)
 
 
+def test_a_step_that_could_skip_but_need_not_is_the_same_step(batch):
+    """Bit by bit in all that it trains: pretraining on a CPU goes by fine-tuning's program."""
+    config = CONFIG.replace(compute_dtype="float32")
+    results = []
+    for skip in (False, True):
+        changed = config.replace(skip_ignored=skip)
+        step, state = train.make_train_step(changed), train.init_state(changed)
+        for _ in range(2):
+            state, metrics = step(state, *batch)
+        results.append((metrics["loss"], state))
+    (loss, state), (skipped_loss, skipped_state) = results
+    jax.tree.map(np.testing.assert_array_equal, skipped_state, state)
+    np.testing.assert_allclose(skipped_loss, loss, rtol=1e-6)
+
+
 def test_the_norm_of_the_gradient(batch):
     """From the moments after one step of AdamW, which are a share of the gradients."""
     config = CONFIG.replace(optimizer="adamw")
