@@ -1,7 +1,7 @@
 // One token of one row through all layers as one kernel: an experiment, for decoding on a GPU.
 //
-// A token reads every weight once, so memory's speed is the bound. As some hundred kernels it waits
-// for each of them to begin, and memory waits with it. Here each block of threads has its share of
+// A token reads every weight once, so memory's speed is the bound. As some 300 kernels it waits for
+// each of them to begin, and memory waits with it. Here each block of threads has its share of
 // every matrix's outputs, and asks for weights far ahead of the sums that it is at, also while it
 // waits for other blocks. The formulas are those of transformer.block, in float32 but for weights
 // and rings, and so are the letters. Called by one_kernel.py, which compiles this file.
@@ -165,7 +165,8 @@ struct Layer {
   // what blocks tell each other: see `receive`
   const float* read[kProducts];
   float* written[kProducts];
-  float *gates, *lses;  // of value embeddings (K), of attention's parts (N, splits)
+  float* gates;         // of value embeddings (K)
+  float *parts, *lses;  // attention by parts of a ring (N, splits, H), (N, splits)
 };
 
 template <class E>
@@ -207,13 +208,13 @@ constexpr int kSumsOfRow = kWarps + 1;  // one more, for banks of memory
 
 // shared memory behind the weights
 struct Room {
-  float* x;        // what a product reads
-  float* sums;     // of each row of this block and each warp; zeros between products
-  float* by_warp;  // a number of each warp
-  float* weights;  // of each head and part of its ring
-  Scales* scales;  // of each layer
-  Rows* rows;      // of each product
-  Share* shares;   // of each product, for this warp
+  float* x;             // what a product reads
+  float* sums;          // of each row of this block and each warp; zeros between products
+  float* by_warp;       // a number of each warp
+  float* part_weights;  // of each head and part of its ring
+  Scales* scales;       // of each layer
+  Rows* rows;           // of each product
+  Share* shares;        // of each product, for this warp
 };
 
 template <class E>
@@ -229,8 +230,8 @@ __device__ inline Room room_at(const Task<E>& t, char* memory) {
   room.x = (float*)memory;
   room.sums = room.x + t.most_read;
   room.by_warp = room.sums + t.most_rows * kSumsOfRow;
-  room.weights = room.by_warp + kWarps;
-  room.scales = (Scales*)(room.weights + t.heads * kMostSplits);
+  room.part_weights = room.by_warp + kWarps;
+  room.scales = (Scales*)(room.part_weights + t.heads * kMostSplits);
   room.rows = (Rows*)(room.scales + t.layers);
   room.shares = (Share*)(room.rows + kProducts);
 
@@ -271,7 +272,8 @@ class Queue {
     for (int i = 0; i < kDepth - 1; i++) ask();
   }
 
-  // a piece of each row, the oldest that was asked for; in its place the next one is
+  // a piece of each row, the oldest that was asked for; where the one before it was, the next is
+  // asked for
   __device__ void take(uint4* taken) {
     wait_for_copies<kDepth - 2>();
 #pragma unroll
@@ -343,7 +345,7 @@ class Queue {
 // Every number has a place of its own, which holds `kMissing` until it is written. Who needs it
 // looks there until it has come: that is half the way of a barrier, and holds up nothing else.
 
-constexpr uint32_t kMissing = 0xffffffff;  // no arithmetic makes this NaN
+constexpr uint32_t kMissing = 0xffffffff;  // no arithmetic here makes this NaN
 
 __device__ inline bool is_missing(float v) { return bits_of(v) == kMissing; }
 
@@ -388,7 +390,7 @@ __device__ inline void receive_merged(const Task<E>& t, const Layer<E>& l, Room 
       if (p < splits) sum += v[p] = __expf(v[p] - highest);
 #pragma unroll
     for (int p = 0; p < kMostSplits; p++)
-      if (p < splits) room.weights[n * kMostSplits + p] = v[p] / sum;
+      if (p < splits) room.part_weights[n * kMostSplits + p] = v[p] / sum;
   }
   __syncthreads();
 #pragma unroll 1
@@ -398,7 +400,7 @@ __device__ inline void receive_merged(const Task<E>& t, const Layer<E>& l, Room 
     receive<kMostSplits>(v, l.read[kAttentionOut] + n * splits * H, i % H, H, splits * H);
 #pragma unroll
     for (int p = 0; p < kMostSplits; p++)
-      if (p < splits) sum += room.weights[n * kMostSplits + p] * v[p];
+      if (p < splits) sum += room.part_weights[n * kMostSplits + p] * v[p];
     room.x[i] = sum;
   }
 }
@@ -542,9 +544,9 @@ constexpr int kKeysAhead = 4;
 
 // Query head n over a part of its ring.
 template <class E>
-__device__ inline void attend(const Task<E>& t, const Layer<E>& l, int n, int part, float* room) {
+__device__ inline void attend(const Task<E>& t, const Layer<E>& l, int n, int part, float* memory) {
   int H = t.head_width, group = t.heads / t.kv_heads, k = n / group;
-  float *q_new = room, *k_new = q_new + H, *v_new = k_new + H, *merged = v_new + H;
+  float *q_new = memory, *k_new = q_new + H, *v_new = k_new + H, *merged = v_new + H;
 
   // this block's slots of the ring; in each turn a few neighbouring lanes for each key
   int position = *t.length, slot_new = position % l.slots;
@@ -572,7 +574,7 @@ __device__ inline void attend(const Task<E>& t, const Layer<E>& l, int n, int pa
   // each
   for (int who = warp(); who < 3; who += kWarps) {
     int of_heads[] = {n, t.heads + k, t.heads + t.kv_heads + k};
-    float* head = room + who * H;
+    float* head = memory + who * H;
     float4 v[2];
     receive<2>(v, (const float4*)(l.written[kQkv] + of_heads[who] * H), lane(), 32, H / 4);
 #pragma unroll
@@ -597,15 +599,15 @@ __device__ inline void attend(const Task<E>& t, const Layer<E>& l, int n, int pa
 #pragma unroll 1
   for (int begin = first; begin < last; begin += kKeysAhead * teams) {
     if (begin > first) read(begin);
-    float scores[kKeysAhead], highest = fmaxf(top, -1e30f);  // less itself: a number in any case
+    float scores[kKeysAhead], highest = fmaxf(top, -1e30f);  // finite: -infinity less it is no NaN
 #pragma unroll
     for (int j = 0; j < kKeysAhead; j++) {
       int slot = begin + j * teams + team;
       float key[kWide<E>], score = 0;
       widen<E>(keys[j], key);
-      // in the ring it is not yet
 #pragma unroll
       for (int i = 0; i < kWide<E>; i++)
+        // the new one is not in the ring yet
         score += q[i] * (slot == slot_new ? k_new[column + i] : key[i]);
       scores[j] = score;
     }
@@ -662,8 +664,7 @@ __device__ inline void attend(const Task<E>& t, const Layer<E>& l, int n, int pa
       weighed += weight * team_outs[j * H + i];
     }
     // a part that sees nothing counts nothing
-    float* parts = l.written[kQkv] + t.rows[kQkv];
-    share_with_all(parts + (n * l.splits + part) * H + i, sum > 0 ? weighed / sum : 0);
+    share_with_all(l.parts + (n * l.splits + part) * H + i, sum > 0 ? weighed / sum : 0);
     if (i == 0) share_with_all(l.lses + n * l.splits + part, highest + logf(sum));
   }
 }
@@ -683,8 +684,8 @@ __device__ inline void open_gate(const Layer<E>& l, int k, float weight, Room ro
 
 // ---- where the time goes ------------------------------------------------------------------------
 
-// Cycles at `kStamps` places of some steps, by the first and the last warp of two blocks: the first
-// has a part in attention, the other has not.
+// Cycles at `kStamps` places of some steps, by the first and the last warp of two blocks. On a large
+// card the first has a part in attention, and the other has not.
 constexpr int kStamps = 8, kFirstStep = 40, kSteps = 8, kOtherBlock = 100;
 #ifdef CLOCKS
 __device__ long long stamps[2][2][kSteps][kStamps];
@@ -802,7 +803,13 @@ static ffi::Error run(cudaStream_t stream, const Settings& s, Floats x0, Floats 
   CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 
   int D = x0.element_count(), N = s.heads, K = s.kv_heads, H = s.head_width, F = s.mlp_width;
-  int gates = s.mlp == kSwiglu ? F : 0;
+  int gates = s.mlp == kSwiglu ? F : 0, lanes = H / kWide<E>;
+  bool is_broken = D % kWide<E> || F % kWide<E> || H % kWide<E>;
+  if (is_broken || lanes & (lanes - 1) || lanes > 32 || D < 32)
+    return ffi::Error::InvalidArgument(
+        "a lane reads 16 bytes at once: widths are multiples of that, the stream's at least 32, "
+        "and a head's is a power of two of them, 32 at most");
+
   Task<E> t{};
   t.layers = s.windows.size();
   t.width = D, t.heads = N, t.kv_heads = K, t.head_width = H, t.mlp_width = F;
@@ -821,7 +828,7 @@ static ffi::Error run(cudaStream_t stream, const Settings& s, Floats x0, Floats 
     t.most_rows = std::max(t.most_rows, (t.rows[p] + blocks - 1) / blocks);
   }
   // attention has its own there: three heads, and what each team found
-  int teams = kThreads / (H / kWide<E>);
+  int teams = kThreads / lanes;
   t.most_read = std::max({t.most_read, F + gates, 3 * H + teams * (H + 2)});
 
   // nothing is there yet
@@ -836,11 +843,11 @@ static ffi::Error run(cudaStream_t stream, const Settings& s, Floats x0, Floats 
     Layer<E>& l = t.layer[i];
     float *x = room_for(D), *x_between = room_for(D), *mlp_in = room_for(F + gates);
     float* qkv = room_for(t.rows[kQkv]);
-    float* parts = room_for(N * kMostSplits * H);
+    l.parts = room_for(N * kMostSplits * H);
     l.lses = room_for(N * kMostSplits);
     l.gates = room_for((K + 3) / 4 * 4);  // all begin at 16 bytes
     const float* x_before = i ? t.layer[i - 1].written[kMlpOut] : t.x0;
-    const float* read[] = {x_before, parts, x_between, mlp_in};
+    const float* read[] = {x_before, l.parts, x_between, mlp_in};
     float* written[] = {qkv, x_between, mlp_in, x};
     std::copy(read, read + kProducts, l.read);
     std::copy(written, written + kProducts, l.written);

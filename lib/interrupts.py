@@ -134,8 +134,8 @@ def started():
 
 
 def stopped(code: int):
-    """Let this program, which Ctrl-C has ended, leave with `code` once its uploads are through and
-    its exit handlers have run.
+    """Let this program, which Ctrl-C or a closed pipe has ended, leave with `code` once its uploads
+    are through and its exit handlers have run.
 
     Python would go on to take itself down, under the feet of threads of jax that still compute
     what was begun: now and then that ends in a crash (code -11) instead.
@@ -145,23 +145,21 @@ def stopped(code: int):
 
 def left_unread(error: BaseException) -> bool:
     """Whether an error says only that nobody reads any more what this program prints, as behind
-    `| head`; the program then leaves in silence.
+    `| head`, and not that another pipe is broken.
     """
     if not isinstance(error, BrokenPipeError):
         return False
-    # it may have come of another pipe
     watch = select.poll()
     with contextlib.suppress(OSError, ValueError, AttributeError):
         watch.register(sys.stdout, 0)
-    unread = bool(watch.poll(0))
-    if unread:
-        stopped(UNREAD)
-    return unread
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
 
 
 def _excepthook(kind, error, trace):
-    """Show an error, as long as nothing else does."""
-    if not left_unread(error):
+    """Python's own, but in silence where nobody reads; until `notebook.setup` sets another."""
+    if left_unread(error):
+        stopped(UNREAD)
+    else:
         sys.__excepthook__(kind, error, trace)
 
 
@@ -172,7 +170,8 @@ def _end():
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        stopped(UNREAD)
+        if not ENDING:
+            stopped(UNREAD)
     except (OSError, ValueError, AttributeError):
         # Python says so, if it is worth it
         pass

@@ -148,12 +148,14 @@ def _excepthook(kind, error, trace):
     elif interrupts.caused(error):
         print(f"\n{interrupts.STOPPED}", file=sys.stderr)
         code = interrupts.INTERRUPTED
-    elif not interrupts.left_unread(error):
+    elif interrupts.left_unread(error):
+        code = interrupts.UNREAD
+    else:
         sys.__excepthook__(kind, error, trace)
     # a program that has not got as far as importing it has nobody to take along
     if parallel := sys.modules.get("lib.parallel"):
         parallel.end_all(error)
-    if code == interrupts.INTERRUPTED:
+    if code in (interrupts.INTERRUPTED, interrupts.UNREAD):
         interrupts.stopped(code)
     if code is not None:
         raise SystemExit(code)

@@ -151,3 +151,11 @@ def test_who_stops_reading_gets_no_traceback(command):
     with open(writer, "wb") as nobody:
         done = subprocess.run(arguments, stdout=nobody, stderr=subprocess.PIPE, text=True)
     assert (done.stderr, done.returncode) == ("", interrupts.UNREAD)
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error():
+    broken = "import lib; raise BrokenPipeError('of a socket')"
+    # lib takes only its own programs, such as this one, for its own
+    program = f"import sys; sys.argv[0] = '-m'; {broken}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: of a socket\n")

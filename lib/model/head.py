@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lib.config import Config
-from lib.model.linear import linear_in, written_out
+from lib.model.linear import narrow_linear, written_out
 from lib.parallel.collectives import gather
 
 # exp of a logit this large, summed over any vocabulary, is far from float32's largest number
@@ -37,7 +37,7 @@ def _scores(x, head, config: Config, dtype):
     """The head's product over the padded vocabulary, in `dtype`."""
     if isinstance(head, dict):
         x_CD = x.reshape(-1, x.shape[-1])
-        scores_CV = linear_in("CD,DV->CV", x_CD, head, dtype)
+        scores_CV = narrow_linear("CD,DV->CV", x_CD, head, dtype)
         return scores_CV.reshape(*x.shape[:-1], -1)
     operands = x.astype(config.operand_dtype), head.astype(config.operand_dtype)
     return jnp.matmul(*operands, preferred_element_type=dtype)

@@ -26,10 +26,10 @@ def linear(spec: str, x, w) -> Any:
         return _float_linear(spec, x, w)
     if "by_output" in w:
         return _by_output_linear(spec, x, w["by_output"])
-    return linear_in(spec, x, w, x.dtype)
+    return narrow_linear(spec, x, w, x.dtype)
 
 
-def linear_in(spec: str, x, w, dtype) -> Any:
+def narrow_linear(spec: str, x, w, dtype) -> Any:
     """`linear` for a weight in int8 or one for few rows, with results in `dtype`."""
     if "few_rows" in w:
         stored, y_MO = w["few_rows"], _few_rows_linear(x, w)

@@ -321,7 +321,7 @@ def phase_config(config: Config, num_steps: int, lr: float, warm: bool = False) 
     return config.replace(
         num_steps=num_steps,
         warmup_steps=0 if warm else min(config.warmup_steps, num_steps // 10),
-        # where pretraining did not, a program of its own, which elsewhere takes minutes to compile
+        # behind a pretraining without it too; elsewhere another program takes minutes to compile
         skip_ignored=config.skip_ignored or jax.default_backend() == "cpu",
         **rates,
     )
