@@ -686,7 +686,7 @@ __device__ inline void open_gate(const Layer<E>& l, int k, float weight, Room ro
 
 // Cycles at `kStamps` places of some steps, by the first and the last warp of two blocks. On a large
 // card the first has a part in attention, and the other has not.
-constexpr int kStamps = 8, kFirstStep = 40, kSteps = 8, kOtherBlock = 100;
+constexpr int kStamps = 6, kFirstStep = 40, kSteps = 8, kOtherBlock = 100;
 #ifdef CLOCKS
 __device__ long long stamps[2][2][kSteps][kStamps];
 
@@ -726,14 +726,12 @@ __global__ void __launch_bounds__(kThreads) all_layers(const __grid_constant__ T
     read_inputs(t, l, product, scales, room);
     stamp(step, 2);
     __syncthreads();
-    stamp(step, 3);
     float scale = norm(t, product, room);
     if (product == kQkv && l.value_gate && k < t.kv_heads) open_gate(l, k, weight, room, scale);
-    stamp(step, 4);
+    stamp(step, 3);
     multiply(t.inputs[product], product, weights, room);
-    stamp(step, 5);
+    stamp(step, 4);
     __syncthreads();
-    stamp(step, 6);
 
 #pragma unroll 1
     for (int i = threadIdx.x; i < rows.count; i += kThreads) {
@@ -744,7 +742,7 @@ __global__ void __launch_bounds__(kThreads) all_layers(const __grid_constant__ T
       share_with_all(l.written[product] + rows.first + i, before + scale * total);
     }
 
-    stamp(step, 7);
+    stamp(step, 5);
     for (int i = blockIdx.x; i < t.heads * l.splits && product == kQkv; i += gridDim.x) {
       attend(t, l, i / l.splits, i % l.splits, room.x);
       __syncthreads();

@@ -35,7 +35,8 @@ VARIANTS = {
     "without both": ("-DWITHOUT_WAITS", "-DWITHOUT_COPIES"),
     "with clocks": ("-DCLOCKS",),
 }
-STAMPS = ("base", "inputs", "sync", "norm", "product", "sync", "write", "attention")
+# of a step, each with its wait for the other warps before it
+STAMPS = ("base", "inputs", "norm", "product", "write", "attention")
 
 # as one_kernel.cu has them
 MOST_SPLITS = 8
