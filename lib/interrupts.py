@@ -167,14 +167,13 @@ def _end():
     """Leave where `stopped` was said, or nobody reads what is still to be said; the last of all
     exit handlers.
     """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not ENDING:
-            stopped(UNREAD)
-    except (OSError, ValueError, AttributeError):
-        # Python says so, if it is worth it
-        pass
+    # of other troubles Python tells, if they are worth it
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            if not ENDING:
+                stopped(UNREAD)
     if ENDING:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

@@ -286,11 +286,12 @@ def parts_of_step(config: Config) -> list[Component]:
         return transformer.embed(params | {"embed": table}, config, tokens_BT)
 
     def attention(w, x_BTD, attend):
-        h_BTD = transformer.rms_norm(x_BTD, config.norm_eps)
-        return transformer.self_attention((h_BTD,) * 3, w, None, config, rope, attend)[0]
+        _, h_BTDs = transformer.summed_norm(x_BTD, None, config, readers=3)
+        return transformer.self_attention(h_BTDs, w, None, config, rope, attend)[0]
 
     def mlp(w, x_BTD):
-        return transformer.mlp(transformer.rms_norm(x_BTD, config.norm_eps), w, config)
+        _, (h_BTD,) = transformer.summed_norm(x_BTD, None, config, readers=1)
+        return transformer.mlp(h_BTD, w, config)
 
     parts = [Component("embedding", _both_ways(look_up), (x_BTD, params["embed"]), A)]
     for window in sorted(set(config.windows)):
