@@ -12,6 +12,8 @@ from pathlib import Path
 
 import tyro
 
+from lib.runtime import keep_memory
+
 # instead of this folder: its tokenize.py would hide Python's own
 sys.path[0] = str(Path(__file__).parents[1])
 
@@ -174,4 +176,5 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
 
 
 if __name__ == "__main__":
+    keep_memory()
     tyro.cli(main)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tyro
 
+from lib.runtime import keep_memory
+
 
 @dataclass
 class Args:
@@ -312,4 +314,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(tyro.cli(Args, description=__doc__))

@@ -29,6 +29,7 @@ from lib.files import write_json
 from lib.generate import engine
 from lib.model import forward, init_params
 from lib.runs import load_model
+from lib.runtime import keep_memory
 from lib.tasks import embedded
 
 
@@ -408,4 +409,5 @@ def main(
 if __name__ == "__main__":
     import tyro
 
+    keep_memory()
     tyro.cli(main)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import tyro
 
+from lib.runtime import keep_memory
+
 
 @dataclass
 class Args:
@@ -117,4 +119,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(tyro.cli(Args, description=__doc__))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import tyro
 
+from lib.runtime import keep_memory
+
 
 @dataclass
 class Args:
@@ -80,4 +82,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(tyro.cli(Args, description=__doc__))

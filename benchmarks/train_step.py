@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import tyro
 
+from lib.runtime import keep_memory
+
 CONFIGS = {  # name: Config.from_depth arguments
     # the shapes that peers were measured on: 4 layers, width 256, T 512, batch 8, vocabulary 4096
     "small": dict(
@@ -125,4 +127,5 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    keep_memory()
     main(tyro.cli(Args, description=__doc__))

@@ -33,18 +33,18 @@ def setup(*extras: str):
     """Make this kernel, or this script, ready. Once, first of all, before anything imports jax.
 
     In a notebook: install what is missing (extras: with these optional dependencies) and the libtpu
-    that the installed jax names. In a script of ours, for a CPU: memory that is kept. Everywhere:
-    keep compiled programs in .cache/jax, where the next run finds them, and show of a UserError
-    only its sentence (a script then exits with code 2), of Ctrl-C in a script one line (code 130).
+    that the installed jax names. Everywhere: keep memory where a CPU computes, and compiled
+    programs in .cache/jax, where the next run finds them, and show of a UserError only its sentence
+    (a script then exits with code 2), of Ctrl-C in a script one line (code 130).
     What is ready already takes no time.
     """
     _show_sentences()
-    runtime.keep_memory(ROOT)
     if in_notebook():
         runtime.install_missing(ROOT / "pyproject.toml", extras)
         if runtime.host() or runtime.tpu_attached():
             runtime.mend_pair()
     runtime.quiet()
+    runtime.keep_memory()
     _keep_scratch_apart()
     _keep_compiled()
 
@@ -418,7 +418,7 @@ def device_report() -> dict:
     flops = known.flops if known else None
     peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    is_huge = device.platform == "cpu" and "hugetlb" in runtime.environment(runtime.TUNABLES)
+    is_huge = device.platform == "cpu" and runtime.in_huge_pages()
     pages = " in huge pages" if is_huge else ""
     print(
         f"{jax.device_count()} x {device.device_kind} ({device.platform}{cores}), "

@@ -6,10 +6,12 @@ libtpu is the one that the installed jax names, whether there is a TPU at all, a
 Nothing here goes by a table of versions: the metadata of the installed packages decide.
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import mmap
 import operator
 import os
 import platform
@@ -27,13 +29,8 @@ from lib.files import UserError, first_line
 
 # where glibc finds settings for its memory when a process starts
 TUNABLES = "GLIBC_TUNABLES"
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-# what is freed stays for the next step, in one heap of all threads; not what is larger than this
-LARGEST_KEPT = 2**31
-KEPT_MEMORY = (
-    f"glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold={LARGEST_KEPT}"
-    f":glibc.malloc.trim_threshold={2 * LARGEST_KEPT}"
-)
+# its own names for settings of a process that runs (malloc.h)
+TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 # Hours that sessions last: free Colab and Pro 12, Pro+ 24; Kaggle's TPUs 9, its other machines 12.
 HOURS = {"colab": (12.0, 24.0), "kaggle": (9.0, 12.0)}
@@ -123,6 +120,11 @@ def _is_tpu(device: Path) -> bool:
     return vendor.strip() == "0x1ae0" and kind[:4] not in ("0x01", "0x02")
 
 
+def _has_gpu() -> bool:
+    """Whether a driver of NVIDIA's or AMD's is there."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 by itself, twice as fast as float32 or faster."""
     try:
@@ -132,32 +134,52 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in words or "amx_bf16" in words
 
 
-def keep_memory(folder: Path):
-    """Start a script of `folder` anew so that it keeps its memory, in huge pages, where a CPU
-    trains.
+def keep_memory():
+    """Where a CPU computes, let memory that is freed stay here, in huge pages if those are given
+    on request. Call it before jax looks for devices.
 
     A step's temporary arrays are allocated anew each time. Memory that went back to the system in
-    between comes in cleared pages of 4 KB, and clearing them takes a fifth of a step and more
-    (LOG.md). glibc reads these settings when a process starts, so a kernel can't be helped.
+    between comes in cleared pages of 4 KB, and clearing them takes a quarter of a step (LOG.md).
+    Of glibc's heaps only the main thread's can hold large blocks. So that is kept, and jax computes
+    in the thread that asks for it instead of one of its own.
     """
-    # what Python was started with; another program that runs a page, as tests do, is left alone
-    started = next((Path(word) for word in sys.orig_argv if word.endswith(".py")), Path())
-    running = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
-    is_started = running.is_file() and running.resolve() == started.resolve()
-    if not is_started or running.resolve().parent != folder:
+    # settings that a person chose stay as they are
+    if environment(TUNABLES) or platform.libc_ver()[0] != "glibc" or tpu_attached() or _has_gpu():
         return
-    # where a setting was chosen already, by this function or by a person, it stays
-    if environment(TUNABLES) or sys.gettrace():
-        return
-    if tpu_attached() or Path("/dev/nvidiactl").exists() or platform.libc_ver()[0] != "glibc":
-        return
-    os.environ[TUNABLES] = memory_settings()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    malloc = ctypes.CDLL(None)
+    # threads to come have no heap of their own, no block is too large, and -1 is without end
+    for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
+        malloc.mallopt(setting, value)
+    if _huge_pages_on_request():
+        _ask_for_huge_pages(malloc)
+
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def memory_settings() -> str:
-    """What GLIBC_TUNABLES is to say where a CPU trains."""
-    return f"{KEPT_MEMORY}:{HUGE_PAGES}" if _huge_pages_on_request() else KEPT_MEMORY
+def _ask_for_huge_pages(malloc: ctypes.CDLL):
+    """Let the heap grow by half of this machine's memory, and come in huge pages when it is used.
+
+    Only addresses are taken until then. Where they are rationed (`ulimit -v`), nothing is done.
+    """
+    import resource  # Windows has none
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
+    malloc.malloc.restype = ctypes.c_void_p
+    malloc.malloc.argtypes = [ctypes.c_size_t]
+    malloc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    malloc.free.argtypes = [ctypes.c_void_p]
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") // 2 * page
+    block = malloc.malloc(size)
+    if block is None:
+        return
+    first = -(-block // page) * page
+    malloc.madvise(first, block + size - first, mmap.MADV_HUGEPAGE)
+    malloc.free(block)
 
 
 def _huge_pages_on_request() -> bool:
@@ -168,14 +190,22 @@ def _huge_pages_on_request() -> bool:
         return False
 
 
+def in_huge_pages() -> bool:
+    """Whether any of this process's memory is in huge pages."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.startswith("AnonHugePages:") and " 0 kB" not in line for line in lines)
+
+
 def quiet():
     """Where libtpu is installed and there is neither TPU nor GPU, tell jax to take the CPU.
 
     Else libtpu prints six lines of INVALID_ARGUMENT at every start. A JAX_PLATFORMS that is set
     stays. Call it before jax looks for devices.
     """
-    gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-    if os.environ.get("JAX_PLATFORMS") or version("libtpu") is None or gpu or tpu_attached():
+    if os.environ.get("JAX_PLATFORMS") or version("libtpu") is None or _has_gpu() or tpu_attached():
         return
     os.environ["JAX_PLATFORMS"] = "cpu"
     # jax read the variable when it was imported

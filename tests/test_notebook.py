@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib import notebook
+from lib import notebook, runtime
 from lib.config import Config
 from lib.files import UserError
 from tests.helpers import ROOT, programs
@@ -116,12 +116,12 @@ def test_chips_are_found_by_jax_names(kind, name):
 
 
 def test_device_report(capsys, monkeypatch):
-    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setattr(runtime, "in_huge_pages", lambda: False)
     device = notebook.device_report()
     assert device["platform"] == "cpu" and device["flops"] is None and device["memory"] > 2**28
     said = capsys.readouterr().out
     assert "no MFU" in said and "huge pages" not in said
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    monkeypatch.setattr(runtime, "in_huge_pages", lambda: True)
     notebook.device_report()
     assert " GiB in huge pages, " in capsys.readouterr().out
 

@@ -1,7 +1,6 @@
 """Set-up before jax is there: missing packages, the libtpu that jax names, devices, sessions."""
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
@@ -17,118 +16,127 @@ from lib.files import UserError
 ROOT = Path(__file__).parents[1]
 
 
-SCRIPT = """
-import os, sys
-from pathlib import Path
-from lib import runtime
+# ---- memory --------------------------------------------------------------------------------------
 
-runtime._huge_pages_on_request = lambda: True
-runtime.tpu_attached = lambda: False
-runtime.keep_memory(Path(sys.argv[1]).resolve())
-print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.dont_write_bytecode)
-"""
+# Computes with a temporary array of 64 MiB. In a "kernel" threads have heaps of their own when
+# set-up comes; a "thread" computes as engines of ours do. Prints the pages that the system had to
+# give each time, behind two that warm up, and whether memory is in huge pages.
+COMPUTES = """
+import ctypes, resource, sys, threading
 
-
-@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
-def test_a_script_starts_anew_to_keep_its_memory(tmp_path):
-    """With its own arguments and those of Python; once, and only a script of the folder."""
-    script = tmp_path / "page.py"
-    script.write_text(SCRIPT)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-
-    def said(folder, options=("-B", "page.py"), **variables):
-        env = {"PYTHONPATH": str(ROOT), "PATH": "", **variables}
-        command = [sys.executable, *options, str(folder), "a b"]
-        return subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-        ).stdout
-
-    arguments = f"{[str(tmp_path), 'a b']} True\n"
-    assert said(tmp_path) == f"{runtime.KEPT_MEMORY}:{runtime.HUGE_PAGES} {arguments}"
-    chosen = "glibc.malloc.check=0"
-    assert said(tmp_path, GLIBC_TUNABLES=chosen) == f"{chosen} {arguments}"
-    assert said(elsewhere).startswith("None ")
-
-    # another program that runs the page does not become the page
-    run = "import runpy, sys; print('begun'); runpy.run_path('page.py', run_name='__main__')"
-    assert said(tmp_path, ("-B", "-c", run)) == f"begun\nNone {arguments}"
-    (tmp_path / "other.py").write_text(run)
-    assert said(tmp_path, ("-B", "other.py")) == f"begun\nNone {arguments}"
-
-
-def test_nothing_starts_anew_where_that_brings_nothing(monkeypatch):
-    started = []
-    monkeypatch.setattr(runtime.os, "execv", lambda *_: started.append(1))
-    script = str(ROOT / "02_train.py")
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
-    monkeypatch.setenv(runtime.TUNABLES, "")
-    monkeypatch.setattr(runtime.sys, "gettrace", lambda: None)
-    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
-    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
-    # run by another program, as here by the tests
-    runtime.keep_memory(ROOT)
-    monkeypatch.setattr(runtime.sys, "orig_argv", [sys.executable, script])
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "tpu_attached", lambda: True)
-        runtime.keep_memory(ROOT)
-    with monkeypatch.context() as patch:
-        # a Mac, or another C library
-        patch.setattr(runtime.platform, "libc_ver", lambda: ("", ""))
-        runtime.keep_memory(ROOT)
-    with monkeypatch.context() as patch:
-        # under a debugger
-        patch.setattr(runtime.sys, "gettrace", lambda: print)
-        runtime.keep_memory(ROOT)
-    assert not started
-
-    # none of these: each of them was what kept it
-    if not Path("/dev/nvidiactl").exists():
-        runtime.keep_memory(ROOT)
-        assert started == [1]
-
-
-def test_huge_pages_are_asked_for_where_the_system_waits_for_that(monkeypatch):
-    # where all memory is in huge pages anyway, or none may be, they are left out
-    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: False)
-    assert "hugetlb" not in runtime.memory_settings()
-    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: True)
-    assert "hugetlb" in runtime.memory_settings()
-
-
-# frees a block larger than those that glibc gives back by itself, and counts what stays
-KEPT = """
-import ctypes
-import threading
-
+where, how = sys.argv[1:]
 malloc = ctypes.CDLL(None)
 malloc.malloc.restype = ctypes.c_void_p
-malloc.free.argtypes = [ctypes.c_void_p]
+has_heap, may_end = threading.Barrier(5), threading.Event()
 
-def allocate():
-    block = malloc.malloc(2**28)
-    ctypes.memset(block, 1, 2**28)
-    malloc.free(block)
+def wait():
+    malloc.malloc(1000)
+    has_heap.wait()
+    may_end.wait()
 
-thread = threading.Thread(target=allocate)
-thread.start()
-thread.join()
-print(next(int(line.split()[1]) for line in open("/proc/self/status") if "VmRSS" in line))
+if where == "kernel":
+    for _ in range(4):
+        threading.Thread(target=wait, daemon=True).start()
+    has_heap.wait()
+
+from lib import runtime
+if how == "kept":
+    runtime.keep_memory()
+
+import jax
+import jax.numpy as jnp
+
+given = []
+
+def compute():
+    program = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x[:256])))
+    x = jnp.ones((2**16, 256))
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        program(x).block_until_ready()
+        given.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if where == "kernel":
+    compute()
+else:
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+print(max(given[2:]), runtime.in_huge_pages())
 """
+
+
+def computing(where: str, how: str, **variables: str) -> tuple[int, bool]:
+    """Pages that the system gives while jax computes, at most, and whether any are huge."""
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu", **variables}
+    command = [sys.executable, "-c", COMPUTES, where, how]
+    told = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    pages, huge = told.stdout.split()
+    return int(pages), huge == "True"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_what_is_freed_stays():
-    """Of 256 MiB that a thread freed: all of it with our settings, nothing without."""
+@pytest.mark.skipif(runtime._has_gpu(), reason="this machine has a GPU")
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["kernel", "thread"])
+def test_what_jax_frees_stays(where):
+    """Settings that a person chose stay as they are."""
+    given, huge = computing(where, "kept")
+    assert given < 1_000
+    if runtime._huge_pages_on_request():
+        assert huge
 
-    def resident(settings):
-        env = {**os.environ, runtime.TUNABLES: settings}
-        told = subprocess.run(
-            [sys.executable, "-c", KEPT], env=env, capture_output=True, text=True, check=True
-        )
-        return int(told.stdout) * 1024
+    assert computing(where, "as it is")[0] > 10_000
+    assert computing(where, "kept", GLIBC_TUNABLES="glibc.malloc.check=0")[0] > 10_000
 
-    assert resident(runtime.memory_settings()) > 2**28 > resident("")
+
+def test_memory_is_kept_where_that_brings_something(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, setting, value):
+            asked.append(setting)
+
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: Library())
+    monkeypatch.setattr(runtime, "_huge_pages_on_request", lambda: False)
+    monkeypatch.setattr("jax.config.update", lambda *_: asked.append(_[0]))
+    monkeypatch.setenv(runtime.TUNABLES, "")
+    monkeypatch.setattr(runtime, "tpu_attached", lambda: False)
+    monkeypatch.setattr(runtime, "_has_gpu", lambda: False)
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
+
+    kept_from = [
+        (runtime, "tpu_attached", lambda: True),
+        (runtime, "_has_gpu", lambda: True),
+        # a Mac, or another C library
+        (runtime.platform, "libc_ver", lambda: ("", "")),
+    ]
+    for place, name, value in kept_from:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            runtime.keep_memory()
+    assert not asked
+
+    # none of these: each of them was what kept it
+    runtime.keep_memory()
+    assert asked == [
+        runtime.ARENA_MAX,
+        runtime.MMAP_MAX,
+        runtime.TRIM_THRESHOLD,
+        "jax_cpu_enable_async_dispatch",
+    ]
+
+
+def test_a_rationed_address_space_is_left_alone(monkeypatch):
+    """Half the machine's memory in addresses could be more than `ulimit -v` leaves for the rest."""
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**34, resource.RLIM_INFINITY))
+    # it has no functions: none may be called
+    runtime._ask_for_huge_pages(object())
+
+
+# ---- packages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

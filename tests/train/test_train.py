@@ -5,6 +5,7 @@ stops the run.
 import json
 import signal
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -73,17 +74,41 @@ def test_it_learns_and_yields_every_step_in_order():
     assert steps[0].metrics["lr"] == pytest.approx(0.25) and steps[-1].metrics["lr"] < 0.2
 
 
-def test_metrics_are_read_after_the_next_step_was_sent():
-    calls = []
-    step_fn = train.make_train_step(TINY)
+class Number:
+    """A number of a step's that is there when the step was sent, or is not."""
 
-    def spy(*args):
-        calls.append("dispatch")
-        return step_fn(*args)
+    def __init__(self, value: float, is_ready: bool):
+        self.value, self.ready = value, is_ready
 
-    for s in train.steps(spy, train.init_state(TINY), batches(), TINY, pause=lambda n: n == 3):
+    def is_ready(self):
+        return self.ready
+
+    def __float__(self):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "is_ready, wanted",
+    [
+        (False, ["sent", "sent", 1, "sent", 2, 3, "sent", "sent", 4]),
+        (True, ["sent", 1, "sent", 2, "sent", 3, "sent", 4, "sent"]),
+    ],
+)
+def test_metrics_are_read_after_the_next_step_was_sent(is_ready, wanted):
+    """But where a step is over when it was sent, at once: else the time of one were another's."""
+    seconds, calls, state = 0.01, [], train.init_state(TINY)
+
+    def step_fn(*_):
+        calls.append("sent")
+        if is_ready:
+            time.sleep(seconds)
+        return state, {name: Number(1.0, is_ready) for name in ("loss", "grad_norm")}
+
+    for s in train.steps(step_fn, state, batches(), TINY, pause=lambda n: n == 3):
         calls.append(s.step)
-    assert calls[:8] == ["dispatch", "dispatch", 1, "dispatch", 2, 3, "dispatch", "dispatch"]
+        if is_ready:
+            assert s.metrics["step_time"] >= seconds
+    assert calls[:9] == wanted
 
 
 @pytest.mark.slow
