@@ -12,10 +12,10 @@ from pathlib import Path
 
 import tyro
 
-from lib.runtime import keep_memory
-
 # instead of this folder: its tokenize.py would hide Python's own
 sys.path[0] = str(Path(__file__).parents[1])
+
+from lib import runtime  # noqa: E402
 
 MIB = 2**20
 
@@ -52,6 +52,8 @@ def main(
             TPU_ACCELERATOR_TYPE="v6e-1",
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         )
+    else:
+        runtime.keep_memory()
     import jax
 
     from lib.files import write_json
@@ -176,5 +178,4 @@ def measure(device, deviceless, on_cpu, shape, window, repeats) -> list[dict]:
 
 
 if __name__ == "__main__":
-    keep_memory()
     tyro.cli(main)

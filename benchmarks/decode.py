@@ -314,5 +314,6 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
     keep_memory()
-    main(tyro.cli(Args, description=__doc__))
+    main(args)

@@ -58,6 +58,8 @@ def main(args: Args):
         from lib.preflight.compile import compile_step, tpu_device
 
         device = tpu_device(args.tpu)
+    else:
+        keep_memory()
     import jax
     import numpy as np
 
@@ -127,5 +129,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    keep_memory()
     main(tyro.cli(Args, description=__doc__))

@@ -6,6 +6,7 @@ libtpu is the one that the installed jax names, whether there is a TPU at all, a
 Nothing here goes by a table of versions: the metadata of the installed packages decide.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -29,7 +30,9 @@ from lib.files import UserError, first_line
 
 # where glibc finds settings for its memory when a process starts
 TUNABLES = "GLIBC_TUNABLES"
-# its own names for settings of a process that runs (malloc.h)
+# beginnings of variables by which a person has chosen how memory is kept, or where jax computes
+CHOSEN = (TUNABLES, "MALLOC_", "JAX_CPU_ENABLE_ASYNC_DISPATCH")
+# glibc's own names for settings of a process that runs (malloc.h)
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 # Hours that sessions last: free Colab and Pro 12, Pro+ 24; Kaggle's TPUs 9, its other machines 12.
@@ -134,20 +137,40 @@ def multiplies_bfloat16() -> bool:
     return "avx512_bf16" in words or "amx_bf16" in words
 
 
+def quiet():
+    """Where libtpu is installed and there is neither TPU nor GPU, tell jax to take the CPU.
+
+    Else libtpu prints six lines of INVALID_ARGUMENT at every start. A JAX_PLATFORMS that is set
+    stays. Call it before jax looks for devices.
+    """
+    if os.environ.get("JAX_PLATFORMS") or version("libtpu") is None or _has_gpu() or tpu_attached():
+        return
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # jax read the variable when it was imported
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
 def keep_memory():
     """Where a CPU computes, let memory that is freed stay here, in huge pages if those are given
     on request. Call it before jax looks for devices.
 
     A step's temporary arrays are allocated anew each time. Memory that went back to the system in
     between comes in cleared pages of 4 KB, and clearing them takes a quarter of a step (LOG.md).
-    Of glibc's heaps only the main thread's can hold large blocks. So that is kept, and jax computes
-    in the thread that asks for it instead of one of its own.
+    Of glibc's heaps only the main thread's can hold large blocks. So that is kept, and jax runs a
+    program of one device in the thread that asks for it, not in one of its own.
     """
     # settings that a person chose stay as they are
-    if environment(TUNABLES) or platform.libc_ver()[0] != "glibc" or tpu_attached() or _has_gpu():
+    if any(os.environ[name] for name in os.environ if name.startswith(CHOSEN)):
         return
-    malloc = ctypes.CDLL(None)
-    # threads to come have no heap of their own, no block is too large, and -1 is without end
+    elsewhere = environment("JAX_PLATFORMS") != "cpu" and (tpu_attached() or _has_gpu())
+    malloc = None if elsewhere else _glibc()
+    if malloc is None:
+        return
+    # threads to come share the heaps that are there, no block is too large, and -1 is without end
     for setting, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
         malloc.mallopt(setting, value)
     if _huge_pages_on_request():
@@ -155,17 +178,28 @@ def keep_memory():
 
     import jax
 
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # a later jax may not have it any more
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where memory is really allocated by glibc: not on a Mac, nor where another
+    allocator was loaded before it, as Colab does with tcmalloc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    everything, glibc = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
+    places = [ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (everything, glibc)]
+    return glibc if places[0] == places[1] else None
 
 
 def _ask_for_huge_pages(malloc: ctypes.CDLL):
     """Let the heap grow by half of this machine's memory, and come in huge pages when it is used.
 
-    Only addresses are taken until then. Where they are rationed (`ulimit -v`), nothing is done.
+    Only addresses are taken until then. Where they are rationed, nothing is done.
     """
-    import resource  # Windows has none
-
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+    if _addresses_are_rationed():
         return
     malloc.malloc.restype = ctypes.c_void_p
     malloc.malloc.argtypes = [ctypes.c_size_t]
@@ -180,6 +214,21 @@ def _ask_for_huge_pages(malloc: ctypes.CDLL):
     first = -(-block // page) * page
     malloc.madvise(first, block + size - first, mmap.MADV_HUGEPAGE)
     malloc.free(block)
+
+
+def _addresses_are_rationed() -> bool:
+    """Whether memory counts before it is used: under `ulimit -v` or `-d`, or where the system
+    promises no more than it has.
+    """
+    import resource  # Windows has none
+
+    limits = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
 
 
 def _huge_pages_on_request() -> bool:
@@ -197,20 +246,6 @@ def in_huge_pages() -> bool:
     except OSError:
         return False
     return any(line.startswith("AnonHugePages:") and " 0 kB" not in line for line in lines)
-
-
-def quiet():
-    """Where libtpu is installed and there is neither TPU nor GPU, tell jax to take the CPU.
-
-    Else libtpu prints six lines of INVALID_ARGUMENT at every start. A JAX_PLATFORMS that is set
-    stays. Call it before jax looks for devices.
-    """
-    if os.environ.get("JAX_PLATFORMS") or version("libtpu") is None or _has_gpu() or tpu_attached():
-        return
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # jax read the variable when it was imported
-    if "jax" in sys.modules:
-        sys.modules["jax"].config.update("jax_platforms", "cpu")
 
 
 # ---- packages ------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ ADVICE = {
 def seconds_of(fn: Callable, *args, at_least: float = 0.2) -> float:
     """Seconds of a compiled function's call: of three batches of calls, the fastest's mean.
 
-    A batch is queued at once and waited for once, which hides what it costs to send a call.
+    A batch is queued at once and waited for once, which hides what it costs to send a call; not
+    where a CPU computes a call while it is asked for it.
     """
     jax.block_until_ready(fn(*args))
     begun = time.perf_counter()

@@ -1,4 +1,7 @@
-"""The loop: dispatch a step, read the one before, look whether training still goes well."""
+"""The loop: dispatch a step, read the one before, look whether training still goes well.
+
+A CPU that computes a step while it is asked for it has its numbers at once: they are read then.
+"""
 
 import math
 import time
@@ -74,7 +77,7 @@ def steps(
     explode: float = EXPLODE,
 ) -> Generator[Step, None, None]:
     """Train to config.num_steps, yielding each step's metrics one step late so that the device
-    never waits, or at once where it computes a step while it is asked for it.
+    never waits, or at once where they are there.
 
     batches: yields (inputs_BT, targets_BT, cursor after this batch). pause(n): whether the caller
     wants the state after n steps (to evaluate, sample or save); that step is waited for. Metrics:

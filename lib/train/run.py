@@ -315,7 +315,7 @@ class TrainingRun:
         stop: Callable[[], bool] = lambda: False,
         signals: bool = True,
     ) -> Generator[loop.Step, None, None]:
-        """Train to the last step, yielding each, one step late; call it again to go on.
+        """Train to the last step, yielding each as `loop.steps` does; call it again to go on.
 
         A step that something was due at comes with its state. Whatever the caller adds to `notes`
         before it asks for the next step is in that step's checkpoint. Ctrl-C, SIGTERM or stop()
