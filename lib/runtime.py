@@ -28,10 +28,8 @@ from typing import Any, NamedTuple
 
 from lib.files import UserError, first_line
 
-# where glibc finds settings for its memory when a process starts
-TUNABLES = "GLIBC_TUNABLES"
 # beginnings of variables by which a person has chosen how memory is kept, or where jax computes
-CHOSEN = (TUNABLES, "MALLOC_", "JAX_CPU_ENABLE_ASYNC_DISPATCH")
+CHOSEN = ("GLIBC_TUNABLES", "MALLOC_", "JAX_CPU_ENABLE_ASYNC_DISPATCH")
 # glibc's own names for settings of a process that runs (malloc.h)
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
@@ -245,7 +243,7 @@ def in_huge_pages() -> bool:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
         return False
-    return any(line.startswith("AnonHugePages:") and " 0 kB" not in line for line in lines)
+    return any(line.startswith("AnonHugePages:") and int(line.split()[1]) for line in lines)
 
 
 # ---- packages ------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ print(max(given[2:]), int(runtime.in_huge_pages()), int(at_once))
 """
 
 
-def computing(where: str, how: str, **variables: str) -> list[int]:
+def computing(where: str, how: str) -> list[int]:
     """Pages that the system gives while jax computes, at most; whether any are huge; whether a
     program is over as soon as it was sent.
     """
-    env = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu", **variables}
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", COMPUTES, where, how]
     told = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     return [int(word) for word in told.stdout.split()]
@@ -100,7 +100,7 @@ def test_what_jax_frees_stays(where):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_another_allocator_is_left_alone(tmp_path, monkeypatch):
+def test_another_allocator_is_left_alone(monkeypatch):
     """One that was loaded before glibc's, as Colab does."""
     assert runtime._glibc() is not None
 
@@ -171,6 +171,17 @@ def test_rationed_addresses_are_left_alone(monkeypatch, which):
     monkeypatch.setattr(resource, "getrlimit", limits)
     # it has no functions: none may be called
     runtime._ask_for_huge_pages(object())
+
+
+@pytest.mark.parametrize("promises, wanted", [("0\n", False), ("1\n", False), ("2\n", True)])
+def test_a_system_that_promises_no_more_than_it_has_rations_addresses(
+    monkeypatch, promises, wanted
+):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
+    monkeypatch.setattr(runtime.Path, "read_text", lambda _: promises)
+    assert runtime._addresses_are_rationed() is wanted
 
 
 # ---- packages ------------------------------------------------------------------------------------
