@@ -87,7 +87,7 @@ if preset == "auto":
     preset, why = recipes.pick_preset(device)
     print(f"preset {preset}: {why}")
 config = Config.preset(preset, **recipes.suited_to(device) | parse_overrides(overrides, Config))
-config = config.replace(attention=config.attention_name, compute_dtype=config.dtype.name)
+training = speed.as_trained(config)
 
 # %% [markdown]
 # ## The first ceiling: products
@@ -95,10 +95,11 @@ config = config.replace(attention=config.attention_name, compute_dtype=config.dt
 # Nearly all arithmetic of a transformer is matrix products. A product of an $m \times k$ and a
 # $k \times n$ matrix takes $2mkn$ FLOPs. **Guess before you run it:** how much faster is bfloat16
 # than float32 here (as training has it: a GPU may take shortcuts), and does the largest square come
-# first?
+# first? A CPU that multiplies bfloat16 trains in the *mixed* mode, which is measured there as well:
+# bfloat16 times bfloat16, with sums in float32.
 
 # %%
-products = speed.products(config)
+products = speed.products(training)
 show(pictures.product_speeds(products), folder / "plots" / "products.png")
 
 # %% [markdown]
@@ -109,11 +110,11 @@ show(pictures.product_speeds(products), folder / "plots" / "products.png")
 
 # %%
 bandwidth = speed.read_bandwidth(speed.LARGE)
-ceiling = speed.measured_chip(products, bandwidth, config.dtype.name)
+ceiling = speed.measured_chip(products, bandwidth, training.compute_dtype)
 sheet = chip(jax.devices()[0].device_kind)
 print(f"products {ceiling.flops / 1e12:.4g} TFLOP/s, memory {bandwidth / 1e9:.4g} GB/s")
 print(f"both bind at {ceiling.flops / bandwidth:.0f} FLOPs per byte")
-if sheet and config.dtype.name == "bfloat16":
+if sheet and training.compute_dtype == "bfloat16":
     products_share, memory_share = ceiling.flops / sheet.flops, bandwidth / sheet.bandwidth
     print(f"of the data sheet: {products_share:.0%} of the products, {memory_share:.0%} of memory")
 
@@ -124,7 +125,7 @@ if sheet and config.dtype.name == "bfloat16":
 # block. What the compiler refuses is listed with its reason.
 
 # %%
-attentions = speed.attentions(config)
+attentions = speed.attentions(training)
 print(f"{'attention':10}{'block':>7}{'window':>8}{'ms':>10}")
 for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
     time_or_why = f"{1e3 * a.seconds:10.3f}" if a.seconds else f"  {a.why[:70]}"
@@ -137,12 +138,11 @@ for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
 # time that its FLOPs and bytes need under the two ceilings above, as preflight counts them from
 # shapes. More than 100 % means that it was counted dearer than it is: bytes came from a cache,
 # attention left out what the mask hides, or `remat` recomputes in the step (then "other" has it).
-# *Last* is what was measured on this kind of chip before, where the repository has it. On a CPU all
-# is measured in float32, also where training would multiply bfloat16 by itself.
+# *Last* is what was measured on this kind of chip before, where the repository has it.
 
 # %%
-reached = speed.components(config, ceiling, seconds)
-print(speed.components_table(reached, speed.last_figures(config)))
+reached = speed.components(training, ceiling, seconds)
+print(speed.components_table(reached, speed.last_figures(training)))
 step = reached[-1]
 tokens_per_second = config.total_batch_size / step.seconds
 print(f"\n{tokens_per_second:,.0f} tokens/s", end="")
@@ -183,7 +183,7 @@ for d in decoded:
 # %%
 path = folder / speed.file_name(jax.devices()[0].device_kind)
 figures = dict(products=products, attentions=attentions, components=reached, decoded=decoded)
-write_json(path, speed.to_dict(ceiling, config, **figures))
+write_json(path, speed.to_dict(ceiling, training, **figures))
 mirror.wait()
 print(f"written: {path}")
 

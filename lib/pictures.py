@@ -516,7 +516,7 @@ def product_speeds(products):
     for i, dtype in enumerate(dtypes):
         speeds = [p.flops / 1e12 for p in products if p.dtype == dtype]
         places = [k + (i - (len(dtypes) - 1) / 2) * height for k in range(len(shapes))]
-        bars = axis.barh(places, speeds, height, color=(BLUE, ORANGE)[i % 2], label=dtype)
+        bars = axis.barh(places, speeds, height, color=(BLUE, ORANGE, DARK_GREY)[i], label=dtype)
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axis.set_yticks(range(len(shapes)), shapes)
     axis.invert_yaxis()

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from lib.config import Config
 from lib.files import UserError, first_line, read_json
 from lib.generate import Engine, Sampling
 from lib.model import transformer
-from lib.model.attention import ATTENTION
 from lib.model.head import head_matrix, summed_loss
 from lib.model.kernels import BLOCKS
 from lib.preflight import roofline
@@ -79,7 +79,10 @@ def seconds_of(fn: Callable, *args, at_least: float = 0.2) -> float:
 
 
 class MeasuredProduct(NamedTuple):
-    """A measured matrix product, (m, k) times (k, n)."""
+    """A measured matrix product, (m, k) times (k, n).
+
+    dtype: of what is multiplied and of the result, or "mixed".
+    """
 
     what: str
     dtype: str
@@ -107,17 +110,30 @@ def product_shapes(config: Config) -> dict[str, tuple[int, int, int]]:
     return shapes
 
 
-def products(
-    config: Config, dtypes: Sequence[str] = ("bfloat16", "float32")
-) -> list[MeasuredProduct]:
-    """Each of `product_shapes` in each dtype, on random numbers."""
-    multiply = jax.jit(jnp.matmul)
+def as_trained(config: Config) -> Config:
+    """A config with what `auto` means in a training step here: attention and compute dtype."""
+    computed = train.for_training(config).compute_dtype
+    if computed == "auto":
+        computed = config.dtype.name
+    return config.replace(attention=config.attention_name, compute_dtype=computed)
+
+
+def products(config: Config) -> list[MeasuredProduct]:
+    """Each of `product_shapes` in bfloat16 and float32, on random numbers; in a config's mixed mode
+    also that one: of bfloat16, with results in float32.
+    """
+    results = {"bfloat16": "bfloat16", "float32": "float32"}
+    if config.compute_dtype == "mixed":
+        results["mixed"] = "float32"
+
     measured = []
-    for dtype in dtypes:
+    for dtype, result in results.items():
+        operands = "bfloat16" if dtype == "mixed" else dtype
+        multiply = jax.jit(partial(jnp.matmul, preferred_element_type=result))
         for what, (m, k, n) in product_shapes(config).items():
             keys = jax.random.split(jax.random.key(0))
-            a = jax.random.normal(keys[0], (m, k), dtype)
-            b = jax.random.normal(keys[1], (k, n), dtype)
+            a = jax.random.normal(keys[0], (m, k), operands)
+            b = jax.random.normal(keys[1], (k, n), operands)
             measured.append(MeasuredProduct(what, dtype, (m, k, n), seconds_of(multiply, a, b)))
     return measured
 
@@ -220,19 +236,23 @@ def attentions(config: Config) -> list[Attended]:
         for name, block in attention_choices():
             if block > T:
                 continue
-            options = {"block": block} if block else {}
-
-            def attend(q, k, v, name=name, window=window, options=options):
-                return ATTENTION[name](q, k, v, window, **options)
 
             # NotImplementedError is jax's own word for a shape that this chip's kernels lack
             try:
-                took = seconds_of(_both_ways(attend), q_BTNH, q_BTNH, k_BSKH, v_BSKH)
+                choice = config.replace(attention=name, attention_block=block)
+                attend = _both_ways(_attention_alone(choice, window))
+                took = seconds_of(attend, q_BTNH, q_BTNH, k_BSKH, v_BSKH)
             except (UserError, jax.errors.JaxRuntimeError, NotImplementedError) as e:
                 measured.append(Attended(name, block, window, None, first_line(e)))
             else:
                 measured.append(Attended(name, block, window, took))
     return measured
+
+
+def _attention_alone(config: Config, window: int) -> Callable:
+    """(q, k, v) -> o, as a layer of this config attends."""
+    attend = transformer.full_attention(config, window)
+    return lambda q_BTNH, k_BSKH, v_BSKH: attend(q_BTNH, k_BSKH, v_BSKH)[0]
 
 
 def _both_ways(fn: Callable) -> Callable:
@@ -279,9 +299,8 @@ def parts_of_step(config: Config) -> list[Component]:
     rope = transformer.rope_tables(jnp.arange(T), config)
 
     # the first layer's weights, as a layer sees them
-    w = {}
-    for name, stack in params["blocks"].items():
-        w[name] = stack[0].astype(config.dtype) if stack.ndim > 2 else stack[0]
+    stacks = transformer.cast_matrices(params["blocks"], config.operand_dtype)
+    w = {name: stack[0] for name, stack in stacks.items()}
 
     def look_up(table):
         return transformer.embed(params | {"embed": table}, config, tokens_BT)
@@ -471,6 +490,6 @@ def to_dict(ceiling: Chip, config: Config, **measured: Sequence[Any]) -> dict:
     """What runs/speed/CHIP.json holds: ceilings, what they were measured with, every figure."""
     known = {name: [m._asdict() for m in rows] for name, rows in measured.items()}
     device = jax.devices()[0].device_kind
-    about = dict(device=device, jax=jax.__version__, dtype=config.dtype.name)
+    about = dict(device=device, jax=jax.__version__, dtype=config.compute_dtype)
     about |= dict(config=config.to_dict())
     return about | dict(flops=ceiling.flops, bandwidth=ceiling.bandwidth) | known

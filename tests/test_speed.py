@@ -1,6 +1,7 @@
 """lib/speed.py: counts and bounds by hand; the times themselves are nobody's to test."""
 
 import math
+import re
 
 import jax
 import pytest
@@ -9,6 +10,7 @@ from lib import speed
 from lib.chips import V6E, Chip
 from lib.config import Config
 from lib.files import UserError
+from lib.model.attention import ATTENTION
 from lib.speed import Attended, MeasuredProduct, Reached
 
 TINY = Config(
@@ -41,6 +43,47 @@ def test_the_measured_chip_has_the_best_product_of_its_own_dtype():
     ]
     ceiling = speed.measured_chip(products, 7.0, "bfloat16")
     assert (ceiling.flops, ceiling.bandwidth) == (4000.0, 7.0)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "float32", "bfloat16"])
+def test_products_are_of_what_training_multiplies(mode, monkeypatch):
+    """The mixed mode's are there in it, and only there: of bfloat16, summed in float32."""
+    monkeypatch.setattr(speed, "product_shapes", lambda config: {"small": (8, 8, 8)})
+    multiplied = {}
+
+    def seconds_of(fn, a, b):
+        multiplied[len(multiplied)] = (str(a.dtype), str(b.dtype), str(fn(a, b).dtype))
+        return 1.0
+
+    monkeypatch.setattr(speed, "seconds_of", seconds_of)
+    config = TINY.replace(compute_dtype=mode)
+    measured = [product.dtype for product in speed.products(config)]
+    triples = dict(zip(measured, multiplied.values()))
+    assert triples["bfloat16"] == ("bfloat16",) * 3 and triples["float32"] == ("float32",) * 3
+    assert triples.get("mixed") == (
+        ("bfloat16", "bfloat16", "float32") if mode == "mixed" else None
+    )
+    assert speed.measured_chip(speed.products(config), 1.0, mode).flops == 2 * 8**3
+
+
+def test_auto_is_measured_as_it_is_trained(monkeypatch):
+    auto = TINY.replace(compute_dtype="auto", attention="auto")
+    monkeypatch.setattr(speed.train, "for_training", lambda c: c.replace(compute_dtype="mixed"))
+    mixed = speed.as_trained(auto)
+    assert (mixed.compute_dtype, mixed.attention) == ("mixed", "einsum")
+    monkeypatch.setattr(speed.train, "for_training", lambda c: c)
+    assert speed.as_trained(auto).compute_dtype == "float32"
+
+
+def test_each_part_multiplies_what_the_mixed_mode_does():
+    for part in speed.parts_of_step(TINY.replace(compute_dtype="mixed")):
+        if part.component not in ("attention", "mlp", "head+loss"):
+            continue
+        text = part.fn.lower(*part.args).as_text()
+        operands = re.findall(r"dot_general .*: \(tensor<[\dx]*(\w+)>", text)
+        of_bfloat16 = operands.count("bf16")
+        # attention sums its gradient's rows in float32
+        assert of_bfloat16 >= 3 and operands.count("f32") <= (part.component == "attention")
 
 
 def test_parts_are_the_step_s_own():
@@ -98,7 +141,7 @@ def test_attention_that_the_compiler_refuses_is_listed_with_its_reason(monkeypat
     def refuse(*args, **kwargs):
         raise UserError("too large\nfor this chip")
 
-    monkeypatch.setitem(speed.ATTENTION, "jax", refuse)
+    monkeypatch.setitem(ATTENTION, "jax", refuse)
     choices = [("einsum", 0), ("jax", 0), ("einsum", 64)]
     monkeypatch.setattr(speed, "attention_choices", lambda: choices)
     measured = speed.attentions(TINY)
