@@ -109,8 +109,8 @@ join = ""  # @param {type:"string"}
 overrides = ""  # @param {type:"string"}
 # @markdown Folder where workers meet, such as one on a mounted Drive; empty for runs/NAME/sweeps
 store = ""  # @param {type:"string"}
-# @markdown Project on wandb that a new sweep goes to, PROJECT or ENTITY/PROJECT
-project = "rawchat"  # @param {type:"string"}
+# @markdown Project on wandb that a new sweep goes to, PROJECT or ENTITY/PROJECT; empty: what a YAML says, else rawchat
+project = ""  # @param {type:"string"}
 # @markdown Trials of equal shape that train at once as one program, with driver local; pays where a small model leaves the chip idle
 population = 1  # @param {type:"integer"}
 # @markdown Training shards to download of a source from the Hub (0: what the sweep itself says, else 8)
@@ -185,8 +185,7 @@ if count >= 0:
 
 # %%
 if driver == "wandb":
-    entity, name = ["", *project.split("/")][-2:]
-    path = server.parse_path(join) if join else server.create_sweep(site, spec, entity, name)
+    path = server.parse_path(join) if join else server.create_sweep(site, spec, project)
     sweep_id, here = "/".join(path), place / f"wandb-{'-'.join(path)}"
     print(f"page        {site.page(path)}")
 else:
@@ -287,12 +286,14 @@ else:
 # %% [markdown]
 # ## Laws
 #
-# Sweeps over sizes at equal compute give one parabola per budget and, through their minima, how
-# size and tokens should grow; a loss in size and tokens is fitted to all runs at once; and the
-# largest budget is predicted from the smaller ones. Brackets are 95 % intervals of a bootstrap.
+# At equal compute, loss over size is a parabola, one per budget. Its minimum is the best size, and
+# the minima together say how size and tokens should grow. A formula for the loss from size and
+# tokens is fitted to all runs, and the largest budget is predicted from the smaller ones. Where
+# rates vary too, the best trial of each size, budget and seed counts. Brackets are 95 % intervals
+# of a bootstrap.
 
 # %%
-runs = scaling.runs_of(everyone)
+runs = scaling.best_of_each(scaling.runs_of(everyone))
 fits, lines = laws.fit_laws(spec, runs)
 print("\n\n".join(lines))
 if "isoflop" in fits:

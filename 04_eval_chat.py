@@ -67,6 +67,7 @@ from lib.notebook import device_report, flags, secret, show_page
 from lib.params import count_params
 from lib.pictures import show
 from lib.puzzles import check
+from lib.report.words import with_error
 from lib.runs import STAGES, enter_trained, load_model, results_table, start_afresh
 from lib.train import checkpoint, finetune, state_template
 from lib.train.metrics import parse_writers, read_jsonl
@@ -214,7 +215,8 @@ score = evals.bits_per_byte(params, config, batches, tokenizer.token_bytes)
 packers = data.baselines(texts)
 print(f"{score.bytes:,} bytes of {source} in {time.perf_counter() - clock:.1f} s")
 print(f"{'':9}bits per byte")
-print(f"model    {score.bpb:.4f} ± {score.stderr:.4f} (standard error over rows)")
+measured = with_error(score.bpb, score.stderr, spec=".4f")
+print(f"model    {measured} (standard error over rows)")
 print(f"gzip -9  {packers['gzip_bpb']:.4f}\nxz -9    {packers['xz_bpb']:.4f}")
 
 # %% [markdown]

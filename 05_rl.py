@@ -226,7 +226,7 @@ print(reinforce.shares(rows))
 params = trained.state.params
 after = exam.answers(params, greedy=True)
 print(reinforce.passes_told(exam.passes(params)))
-earlier = records.read(folder / "evals" / f"{start.stage}.json")
+earlier = records.read_of(folder, start.stage, start.path)
 after["tasks"] |= exam.once_more(params, earlier)
 reinforce.keep(folder, start.stage, start.path, seed, before)
 reinforce.keep(folder, "rl", trained.past.path, seed, after)

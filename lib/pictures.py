@@ -389,7 +389,7 @@ def bits_by_kind(by_stage: dict[str, dict]):
         axis.errorbar(
             [entry["bpb"] for _, entry in entries],
             [k + shift for k, _ in entries],
-            xerr=[2 * entry["stderr"] for _, entry in entries],
+            xerr=[2 * (entry["stderr"] or 0) for _, entry in entries],
             fmt="o",
             markersize=4,
             elinewidth=1.2,

@@ -52,6 +52,9 @@ def check(name: str, solution: Callable) -> bool:
 
 
 def _same(answer, right) -> bool:
+    # a number of numpy or jax is as good as Python's
+    if getattr(answer, "ndim", None) == 0:
+        answer = answer.item()
     if isinstance(right, float):
         return isinstance(answer, int | float) and math.isclose(answer, right, rel_tol=1e-6)
     return type(answer) is type(right) and answer == right

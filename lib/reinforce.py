@@ -11,7 +11,6 @@ from lib.data.tokenizer import Tokenizer
 from lib.evals import questions, records, stats
 from lib.evals.questions import Questions
 from lib.parallel.layout import Layout, whole
-from lib.runs import STAGES
 from lib.tasks import tasks as lib_tasks
 from lib.tasks import to_reinforce
 from lib.train import checkpoint
@@ -50,8 +49,11 @@ class Examination:
 
     @property
     def name(self) -> str:
-        """What the task is called in records: a user's file without its folder and ending."""
-        return self.task.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
+        """What the task is called in records: a user's file without its folder and ending, unless
+        a known task is called so.
+        """
+        name = self.task.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
+        return self.task if name in lib_tasks() else name
 
     def answers(self, params, greedy: bool) -> dict:
         """An evaluation record: the likeliest answers, or several drawn at temperature 1."""
@@ -149,10 +151,9 @@ def keep(folder: Path, stage: str, path, seed: int, record: dict):
 
     A record of a stage before is kept only where there is one of the very same checkpoint.
     """
-    place = f"{STAGES[stage]}/{Path(path).name}"
+    place = records.place_of(folder, path)
     step = checkpoint.read_meta(path)["step"]
-    known = records.read(folder / "evals" / f"{stage}.json")
-    if stage == "rl" or known.get("checkpoint") == place:
+    if stage == "rl" or records.read_of(folder, stage, path):
         records.write(folder, stage, dict(step=step, checkpoint=place, seed=seed) | record)
 
 

@@ -22,6 +22,7 @@ from lib.evals import contamination, core, questions, records, stats
 from lib.files import UserError, update_json
 from lib.generate import Engine, Sampling
 from lib.generate.engine import PREFILL
+from lib.report.words import with_error
 from lib.runs import STAGES, Model
 from lib.sandbox import calculator
 from lib.tasks import tasks as known_tasks
@@ -184,17 +185,13 @@ class Examiner:
         self.marks[stage] = {
             name: entry for name, entry in answers["tasks"].items() if entry["kind"] != "core"
         }
-        record = self.about(stage, path) | answers | dict(bpb={self.source: self.bits[stage]})
+        record = self.about(path) | answers | dict(bpb={self.source: self.bits[stage]})
         self.records[stage] = records.write(self.folder, stage, record)
 
-    def about(self, stage: str, path) -> dict:
-        """What says whose measurements a record holds: a checkpoint in the run's folder by its name
-        there, any other by its address.
-        """
+    def about(self, path) -> dict:
+        """What says whose measurements a record holds."""
         step = checkpoint.read_meta(path)["step"]
-        place = f"{STAGES[stage]}/step_{step:08d}"
-        if not str(path).endswith(place):
-            place = str(path)
+        place = records.place_of(self.folder, path)
         return dict(step=step, checkpoint=place, seed=self.settings.seed)
 
     @property
@@ -212,7 +209,8 @@ def kinds_table(bits: dict) -> str:
     kinds = sorted(bits["kinds"].items(), key=lambda entry: -entry[1]["bytes"])
     for name, entry in kinds:
         share = entry["bytes"] / bits["bytes"]
-        lines.append(f"{name:14} {share:6.1%}  {entry['bpb']:.3f} ± {entry['stderr']:.3f}")
+        measured = with_error(entry["bpb"], entry["stderr"], spec=".3f")
+        lines.append(f"{name:14} {share:6.1%}  {measured}")
     return "\n".join(lines)
 
 
@@ -335,5 +333,5 @@ class Conversation:
 
 def keep_samples(examiner: Examiner, stage: str, path, conversation: Conversation):
     """Put what was said into the stage's record."""
-    record = examiner.about(stage, path) | dict(samples=conversation.samples)
+    record = examiner.about(path) | dict(samples=conversation.samples)
     records.write(examiner.folder, stage, record)

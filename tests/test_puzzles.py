@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lib.puzzles import PUZZLES, check
@@ -29,6 +31,18 @@ def bits(losses, sizes):
 
 
 SOLUTIONS = {"merge": merge, "mask": mask, "bits": bits}
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    def bits_of_jax(losses, sizes):
+        return jnp.float32(bits(losses, sizes))
+
+    def mask_of_numpy(t, s, window):
+        return np.bool_(mask(t, s, window))
+
+    assert check("bits", bits_of_jax) and check("mask", mask_of_numpy)
+    assert not check("bits", lambda losses, sizes: jnp.zeros(2))
+    assert not check("mask", lambda t, s, window: np.int64(mask(t, s, window)))
 
 
 @pytest.mark.parametrize("name", PUZZLES)

@@ -2,6 +2,7 @@
 kept of it in the run.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -121,6 +122,26 @@ def test_a_record_of_another_checkpoint_is_left_as_it_is(run):
     path = run / "sft" / "step_00000006"
     reinforce.keep(run, "sft", path, 4, dict(tasks=dict(spelling=entry(0.25))))
     assert kept(run, "sft") == before
+
+
+def test_another_run_s_checkpoint_of_the_same_step_is_another(run, tmp_path_factory):
+    """Its own record is neither added to nor read for it."""
+    before, elsewhere = kept(run, "sft"), tmp_path_factory.mktemp("other")
+    path = checkpoint.save(elsewhere / "sft", 5, dict(weight=jax.numpy.zeros(2)))
+    assert records.read_of(run, "sft", run / "sft" / "step_00000005") == before
+    assert records.read_of(run, "sft", path) == {}
+    reinforce.keep(run, "sft", path, 4, dict(tasks=dict(spelling=entry(0.25))))
+    assert kept(run, "sft") == before
+    assert records.place_of(run, path) == str(path)
+
+
+def test_a_file_called_like_a_known_task_is_not_taken_for_it():
+    def name_of(task):
+        return dataclasses.replace(exam, task=task).name
+
+    exam = Examination(TINY, Tokenizer.train(["plain bytes"], 265), "spelling", 4, 2, max_tokens=8)
+    assert name_of("mine/sums.jsonl.gz") == "sums" and name_of("spelling") == "spelling"
+    assert name_of("mine/spelling.jsonl") == "mine/spelling.jsonl"
 
 
 def test_no_record_is_begun_for_a_stage_that_was_never_measured(run):

@@ -22,10 +22,12 @@ token_losses = jax.jit(_token_losses, static_argnames="config")
 
 
 class Bits(NamedTuple):
-    """How well a text was foreseen. stderr: of bpb; loss: nats per target that stands for text."""
+    """How well a text was foreseen. stderr: of bpb, None where fewer than two rows hold text; loss:
+    nats per target that stands for text.
+    """
 
     bpb: float
-    stderr: float
+    stderr: float | None
     nats: float
     bytes: int
     loss: float
@@ -85,10 +87,13 @@ def bits_per_byte(
     return Bits(bpb, stderr, total, int(sizes.sum()), total / max(tokens, 1))
 
 
-def ratio_bits(nats, sizes) -> tuple[float, float]:
-    """(bits per byte, its standard error) from nats and bytes of rows, which are independent."""
+def ratio_bits(nats, sizes) -> tuple[float, float | None]:
+    """(bits per byte, its standard error) from nats and bytes of rows, which are independent.
+
+    The error is None where fewer than two rows have bytes.
+    """
     if not np.sum(sizes):
-        return math.inf, math.inf
+        return math.inf, None
     bits = np.asarray(nats, np.float64) / math.log(2)
     return stats.ratio(bits, sizes)
 
@@ -242,7 +247,7 @@ def bits_by_kind(
 
     kinds: one of KINDS or a function like them; what no span covers is white space. Each document
     is read from bos on, in windows of the model's context; documents are the independent draws of
-    the standard errors. options: of `likelihood.rolling`. "items" lets `stats.compare` test two
+    the standard errors, which are None for what occurs in one alone. options: of `likelihood.rolling`. "items" lets `stats.compare` test two
     checkpoints on the same documents.
     """
     spans_of = KINDS[kinds] if isinstance(kinds, str) else kinds

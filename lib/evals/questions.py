@@ -297,7 +297,7 @@ def _perplexity_of(nats, units) -> tuple[float, float | None]:
     """(perplexity per unit, its standard error, None for a single item) of independent items."""
     mean, error = stats.ratio(nats, units)
     perplexity = math.exp(min(mean, LARGEST))
-    if len(nats) < 2:
+    if error is None:
         return perplexity, None
     # an error of the mean becomes a factor
     return perplexity, perplexity * error

@@ -20,6 +20,21 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
+def place_of(folder, path) -> str:
+    """How a record calls a checkpoint: by its name in the run's folder, any other by its
+    address.
+    """
+    if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        return Path(path).resolve().relative_to(Path(folder).resolve()).as_posix()
+    return str(path)
+
+
+def read_of(folder, stage: str, path) -> dict:
+    """What folder/evals/STAGE.json holds of this very checkpoint, {} where it is of another."""
+    known = read(Path(folder, "evals", f"{stage}.json"))
+    return known if known.get("checkpoint") == place_of(folder, path) else {}
+
+
 def read(path) -> dict:
     """A record, {} where there is none; UserError if it is damaged."""
     if not Path(path).exists():

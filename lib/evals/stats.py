@@ -41,20 +41,23 @@ def proportion(correct: Sequence[float]) -> tuple[float, float]:
     return mean, float(values.std() / math.sqrt(n))
 
 
-def ratio(totals, sizes) -> tuple[float, float]:
+def ratio(totals, sizes) -> tuple[float, float | None]:
     """(sum of totals / sum of sizes, its standard error), items being independent draws.
 
-    The delta method for a ratio of means: a long item weighs more than a short one.
+    The delta method for a ratio of means: a long item weighs more than a short one. The error is
+    None where fewer than two items have a size, for one draw shows no spread.
     """
     totals = np.asarray(totals, np.float64)
     sizes = np.asarray(sizes, np.float64)
-    n = len(totals)
+    n = np.count_nonzero(sizes)
     size = sizes.sum()
+    if n < 2:
+        return float(totals.sum() / size), None
     # what an item has more than its size makes one expect
     mean = totals.sum() / size
     residual = totals - mean * sizes
     squares = (residual**2).sum()
-    variance = squares * n / max(n - 1, 1)
+    variance = squares * n / (n - 1)
     error = math.sqrt(variance) / size
     return float(mean), float(error)
 
@@ -298,14 +301,14 @@ def above_guessing(tasks: dict[str, dict]) -> dict[str, float]:
 class Comparison:
     """A difference between two records, b - a, and how sure it is.
 
-    n: pairs of items. better: whether a "higher" or "lower" score is. wins, losses: of items that
+    stderr: None where one item says nothing of it. n: pairs of items. better: whether a "higher" or "lower" score is. wins, losses: of items that
     are right or wrong, how many b and a alone have right. p_adjusted: counts all comparisons made
     at once. tasks: how many a mean is made of.
     """
 
     label: str
     delta: float
-    stderr: float
+    stderr: float | None
     p: float
     n: int
     test: str
@@ -328,8 +331,10 @@ class Comparison:
         return self.delta != 0 and (self.delta > 0) == (self.better == "higher")
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The range that holds the true difference 19 times in 20."""
+    def interval(self) -> tuple[float, float] | None:
+        """The range that holds the true difference 19 times in 20, where its error is known."""
+        if self.stderr is None:
+            return None
         margin = SURE * self.stderr
         return self.delta - margin, self.delta + margin
 
@@ -531,11 +536,10 @@ def _compare_bits(label: str, a: dict, b: dict) -> Comparison | None:
     if paired:
         return paired
     delta = b["bpb"] - a["bpb"]
-    stderr = math.hypot(a["stderr"], b["stderr"])
-    if stderr:
-        p = normal_test(delta / stderr)
-    else:
-        p = float(delta == 0)
+    # an error of 0 was written where one text had none
+    known = bool(a["stderr"] and b["stderr"])
+    stderr = math.hypot(a["stderr"], b["stderr"]) if known else None
+    p = normal_test(delta / stderr) if stderr else 1.0
     return Comparison(
         label=label,
         delta=delta,
@@ -589,10 +593,10 @@ def _sentence(c: Comparison, names: tuple[str, str], compared: int) -> str:
     if c.delta == 0:
         return f"{c.label}: no difference{basis}."
     word = "better" if c.improved else "worse"
-    head = (
-        f"{c.label}: {names[1]} is {word} by {_amount(abs(c.delta), c.unit)} "
-        f"(standard error {_amount(c.stderr, c.unit)}, {_chance(c.p)}{basis})"
-    )
+    change = f"{c.label}: {names[1]} is {word} by {_amount(abs(c.delta), c.unit)}"
+    if c.stderr is None:
+        return f"{change}: too few texts to tell whether that is more than chance."
+    head = f"{change} (standard error {_amount(c.stderr, c.unit)}, {_chance(c.p)}{basis})"
     if c.real:
         return f"{head}: the difference is real."
     if c.p < CONFIDENT:

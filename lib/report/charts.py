@@ -369,7 +369,8 @@ def _intervals(compared: list[Comparison], unit: str, names: tuple[str, str]) ->
     scale = 100 if unit == "points" else 1
     ends = []
     for comparison in compared:
-        ends += [abs(scale * end) for end in comparison.interval]
+        interval = comparison.interval or (comparison.delta,)
+        ends += [abs(scale * end) for end in interval]
     reach = max(ends) * 1.08 or 1
     tall = DIFFERENCE_ROW * len(compared)
 
@@ -406,9 +407,8 @@ def _interval(c: Comparison, y: float, scale: float, x) -> list[str]:
     kind = "better" if c.improved else "worse"
     if not c.real:
         title, kind = f"{title} (may be chance)", "chance"
-    low, high = (x(scale * end) for end in c.interval)
-    return [
-        _text(0, y - 11, title, "start", "value"),
-        _line(kind, low, high, y, y, ' stroke-width="2.5" opacity=".6"'),
-        _circle(kind, x(scale * c.delta), y, 4.5),
-    ]
+    parts = [_text(0, y - 11, title, "start", "value")]
+    if c.interval:
+        low, high = (x(scale * end) for end in c.interval)
+        parts.append(_line(kind, low, high, y, y, ' stroke-width="2.5" opacity=".6"'))
+    return [*parts, _circle(kind, x(scale * c.delta), y, 4.5)]

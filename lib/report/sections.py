@@ -197,14 +197,17 @@ def _told(ordered: list[Comparison]) -> list[str]:
 def _difference_row(c: Comparison) -> list[str]:
     """A difference as a row of `differences_section`'s table."""
     scale, spec = (100, "+.1f") if c.unit == "points" else (1, "+.4f")
-    low, high = (scale * end for end in c.interval)
+    interval = words.UNKNOWN
+    if c.interval:
+        low, high = (scale * end for end in c.interval)
+        interval = f"{low:{spec}} to {high:{spec}}"
     delta = f"{scale * c.delta:{spec}}"
     if c.unit in SHORT_UNITS:
         delta += f" {c.unit}"
     return [
         words.comparison_label(c.label),
         delta,
-        f"{low:{spec}} to {high:{spec}}",
+        interval,
         f"{c.p_adjusted:.2g}" if c.p_adjusted >= 1e-4 else "< 0.0001",
         value(c.n or None),
         "yes" if c.real else "may be chance",

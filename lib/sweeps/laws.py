@@ -47,12 +47,12 @@ def ablations(spec: dict, trials) -> tuple[list[dict], str]:
         return [], why
     rows = scaling.paired(trials)
     if len(rows) < 2:
-        why = "No pair yet: the whole model and one without a part must finish with one seed."
+        why = "No pair yet: the whole model and one without a part must finish with all else the same."
         return [], why
     return rows, (
-        "delta: without the part minus the whole model of the same seed "
+        "delta: without the part minus the whole model with all else the same "
         "(positive: the part helps)\n"
-        "low, high: 95 % interval, Student's t over seeds"
+        "low, high: 95 % interval, Student's t over pairs"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.files import UserError
+from lib.sweeps.space import key
 
 # of the bootstrap
 DRAWS = 400
@@ -36,6 +37,19 @@ def runs_of(trials) -> list[dict]:
         )
         runs.append(run)
     return runs
+
+
+def best_of_each(runs: list[dict]) -> list[dict]:
+    """Of runs of one size, budget and seed the one with the lowest loss: a law is about what can be
+    reached, not about the rates that a sweep tried on the way.
+    """
+    best: dict[tuple, dict] = {}
+    for run in runs:
+        budget = run.get("target_flops", run["D"])
+        alike = (run["N"], budget, run.get("seed"))
+        if alike not in best or run["L"] < best[alike]["L"]:
+            best[alike] = run
+    return list(best.values())
 
 
 def interval(draws, level: float = LEVEL) -> tuple[float, float]:
@@ -487,15 +501,20 @@ def _by_size(runs) -> dict:
 # ---- ablations -----------------------------------------------------------------------------------
 
 
-def paired(trials, by: str = "without", base="", over: str = "seed") -> list[dict]:
-    """What leaving out each part costs: the difference to the whole model with the same seed,
-    averaged over seeds.
+def paired(trials, by: str = "without", base="") -> list[dict]:
+    """What leaving out each part costs: the difference to the whole model of the same seed, and of
+    the same size, rate and whatever else the sweep varies, averaged over these pairs.
 
     Rows sorted by the difference: part, delta, low, high (Student's t over the pairs), pairs, mean
     (of the metric), steps, seconds. The interval is nan with a single pair. Ten parts at 95 % mean
     that one in two such tables has an interval that misses.
     """
-    # trials by the part that they do without, and the whole model's result for each seed
+
+    def partner(t) -> str:
+        """What a trial and its partner have in common."""
+        return key({name: value for name, value in t.assignment.items() if name != by})
+
+    # trials by the part that they do without, and the whole models' results
     groups, whole = {}, {}
     for t in trials:
         if not t.scored or by not in t.assignment:
@@ -503,16 +522,12 @@ def paired(trials, by: str = "without", base="", over: str = "seed") -> list[dic
         part = t.assignment[by]
         groups.setdefault(part, []).append(t)
         if part == base:
-            whole[t.assignment.get(over)] = t.value
+            whole[partner(t)] = t.value
 
     rows = []
     for part, members in groups.items():
-        # only what has a partner of its own seed is compared
-        deltas = []
-        for t in members:
-            seed = t.assignment.get(over)
-            if seed in whole:
-                deltas.append(t.value - whole[seed])
+        # only what has a partner is compared
+        deltas = [t.value - whole[partner(t)] for t in members if partner(t) in whole]
         if not deltas:
             continue
         delta, half = _mean_and_half(deltas)

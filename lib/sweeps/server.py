@@ -16,6 +16,9 @@ from lib.files import UserError, first_line
 from lib.sweeps import space
 from lib.sweeps.journal import Trial
 
+# where a sweep goes that names no project
+PROJECT = "rawchat"
+
 
 class SweepServer:
     """The five GraphQL calls that a sweep needs: no threads, nothing that outlives a call."""
@@ -112,10 +115,15 @@ query SweepRuns($entity: String, $project: String, $sweep: String!, $after: Stri
       pageInfo { hasNextPage endCursor } } } } }"""
 
 
-def create_sweep(
-    server: SweepServer, spec: dict, entity: str | None, project: str
-) -> tuple[str, str, str]:
-    """Make `spec` a sweep on the server; returns (entity, project, id)."""
+def create_sweep(server: SweepServer, spec: dict, owner: str = "") -> tuple[str, str, str]:
+    """Make `spec` a sweep on the server; returns (entity, project, id).
+
+    owner: PROJECT or ENTITY/PROJECT; empty: what the sweep's own YAML says, else PROJECT.
+    """
+    entity, project = spec.get("entity"), spec.get("project", PROJECT)
+    if owner:
+        entity, project = ["", *owner.split("/")][-2:]
+
     # where it belongs is said beside the sweep, not in it
     config = {k: v for k, v in spec.items() if k not in ("entity", "project")}
     answer = server(
@@ -126,8 +134,8 @@ def create_sweep(
         projectName=project,
     )
     sweep = answer["upsertSweep"]["sweep"]
-    owner = sweep["project"]
-    return owner["entity"]["name"], owner["name"], sweep["name"]
+    home = sweep["project"]
+    return home["entity"]["name"], home["name"], sweep["name"]
 
 
 def parse_path(text: str) -> tuple[str, str, str]:

@@ -2,7 +2,7 @@
 them.
 
 A sweep is a plain dict with the keys of a wandb sweep YAML: method (bayes, random, grid), metric
-{name, goal}, parameters {name: {value | values | min, max, distribution …}}, early_terminate {type:
+{name, goal, target}, parameters {name: {value | values | min, max, distribution …}}, early_terminate {type:
 hyperband, …}, run_cap, name, description. A parameter is a field of Config, an argument of
 Config.from_depth (DIALS), "without" (a key of PARTS), or one of SETTINGS. An assignment is a dict
 with a value for each parameter.
@@ -256,6 +256,11 @@ def _check_metric(metric):
         )
     choose("metric", metric["name"], METRICS)
     choose("goal of the metric", metric.setdefault("goal", "minimize"), ("minimize", "maximize"))
+    if "target" in metric and not _is_number(metric["target"]):
+        raise UserError(
+            f"the metric's target {metric['target']!r} is no number: a sweep begins no further "
+            "trial when one has reached it"
+        )
 
 
 def _is_int(x) -> bool:

@@ -17,12 +17,14 @@ SUGGESTIONS = 3  # how often of these the estimator is asked
 
 def ask(spec: dict, trials, seed: int) -> dict | None:
     """An assignment (varied parameters only) that none of `trials` has, or None when there is no
-    further one.
+    further one, or a trial has reached the metric's target.
 
     grid: the next in order. random: independent draws. bayes: Optuna's tree-structured Parzen
     estimator (wandb's own server uses a Gaussian process), told also of what is being trained right
     now. `seed` makes the draw.
     """
+    if _target_is_reached(spec["metric"], trials):
+        return None
     known = {key(t.assignment) for t in trials}
     if spec["method"] == "grid":
         return next((a for a in grid(spec) if key(a) not in known), None)
@@ -49,6 +51,14 @@ def ask(spec: dict, trials, seed: int) -> dict | None:
         "the sweep found no new assignment in twenty draws: "
         "its ranges are too narrow, widen them or set run_cap"
     )
+
+
+def _target_is_reached(metric: dict, trials) -> bool:
+    """Whether a finished trial is as good as the sweep asks for, behind which wandb begins none."""
+    if "target" not in metric:
+        return False
+    sign = 1 if metric["goal"] == "minimize" else -1
+    return any(sign * t.value <= sign * metric["target"] for t in trials if t.scored)
 
 
 def _suggested(spec: dict, study, space: dict) -> dict:

@@ -56,11 +56,26 @@ def number(text: str) -> Decimal | None:
 
 
 def numbers(text: str) -> list[Decimal | None]:
-    """All numbers in a text, None for what looks like one; what is a part of a word (x2) or of
+    """All numbers in a text, None for what looks like one; what is a part of a word (x2, x_2) or of
     another number is none.
     """
-    matches = re.finditer(r"(?<![A-Za-z0-9_.])" + _SIGNED, _latin_digits(text))
-    return [_value(match) for match in matches]
+    return [_value(match) for match in _matches(text)]
+
+
+def _matches(text: str) -> list[re.Match]:
+    """Where numbers stand in a text. An underscore before one may be emphasis, as in _12_."""
+    begins = r"(?<![A-Za-z0-9.])(?<![A-Za-z0-9]_)"
+    return list(re.finditer(begins + _SIGNED, _latin_digits(text)))
+
+
+def sole_number(text: str) -> Decimal | None:
+    """The number that a text is, None where it holds several, as 1/2 and 10:30 do, or begins with
+    words.
+    """
+    matches = _matches(text)
+    if len(matches) != 1 or any(char.isdecimal() for char in text[matches[0].end() :]):
+        return None
+    return number(text)
 
 
 def last_number(text: str) -> Decimal | None:
@@ -109,10 +124,21 @@ def contains(given: str, wanted: str) -> bool:
         # "art" does not stand in "start", nor in "arts"
         glued_before = _spaced(before) and _spaced(wanted[0])
         glued_behind = _spaced(behind) and _spaced(wanted[-1])
-        if not glued_before and not glued_behind:
+        glued = glued_before or glued_behind
+        if not glued and not _cuts_a_number(given, start, end):
             return True
         start = given.find(wanted, start + 1)
     return False
+
+
+def _cuts_a_number(given: str, start: int, end: int) -> bool:
+    """Whether given[start:end] is a part of a longer number there: 15 of 15.5, 7 of -7, 3 of
+    3,000.
+    """
+    first, last = given[start], given[end - 1]
+    before = first.isdecimal() and re.search(r"(\d[.,]|(?<!\w)[-−])$", given[:start])
+    behind = last.isdecimal() and re.match(r"\.\d|,\d{3}(?!\d)", given[end:])
+    return bool(before or behind)
 
 
 def same_number(given: str, wanted: str) -> bool:

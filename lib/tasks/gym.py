@@ -16,7 +16,7 @@ from lib.tasks.items import Task
 from lib.tasks.rewards import only_this_number
 
 PREFIX = "gym:"
-NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 # as in lib.tasks.embedded
 TRAIN_ITEMS, TEST_ITEMS = 4_000, 500
 # the seeds of both splits: item i is drawn by seed + i, so they are far apart

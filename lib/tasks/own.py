@@ -9,7 +9,7 @@ from string import ascii_uppercase
 from lib.data.chats import messages_of
 from lib.data.readers import json_lines
 from lib.files import UserError, local_path
-from lib.tasks.answers import MATCH, number, number_after_mark, said
+from lib.tasks.answers import MATCH, number_after_mark, said, sole_number
 from lib.tasks.code import grade_humaneval, humaneval
 from lib.tasks.embedded import held_out
 from lib.tasks.items import Task, choice_item
@@ -150,7 +150,7 @@ def _gold(answer, options: list[str]) -> int:
     gold = answer
     if answer in options:
         gold = options.index(answer)
-    elif isinstance(answer, str) and answer:
+    elif isinstance(answer, str) and len(answer) == 1:
         gold = ascii_uppercase[:count].find(answer)
 
     # True is an int, too
@@ -171,11 +171,15 @@ def _question(record: dict) -> dict:
     # a solution with its result behind ####, as GSM8K has it
     results = [number_after_mark(answer) for answer in answers]
     if "match" not in record and None not in results:
-        answers, match = [str(result) for result in results], "number"
+        answers = [answer.partition("####")[2].strip() for answer in answers]
+        match = "number"
     if match not in MATCH:
         raise ValueError(f"match {match!r} is none of {', '.join(MATCH)}")
-    if match == "number" and any(number(answer) is None for answer in answers):
-        raise ValueError(f"answer {record['answer']!r} is no number")
+    for answer in answers:
+        if match == "number" and sole_number(answer) is None:
+            raise ValueError(
+                f'answer {answer!r} is no single number: give it alone, with "match": "exact"'
+            )
 
     # asked in a chat, or alone
     if record.get("messages"):

@@ -217,10 +217,10 @@ def test_bits_of_texts_that_differ_are_compared_by_their_errors():
     assert compared.p == pytest.approx(math.erfc(2 / math.sqrt(2)), rel=1e-6)
     assert compared.unit == "bits per byte" and compared.improved
     assert compared.interval == pytest.approx((-1 - 0.98, -1 + 0.98))
-    # where neither has an error, only what is equal may be chance
-    for other, p in ((2.0, 1.0), (1.0, 0.0)):
-        certain = stats._compare_bits("t", dict(bpb=2.0, stderr=0), dict(bpb=other, stderr=0))
-        assert (certain.p, certain.stderr) == (p, 0.0)
+    # where one has no error (0 in older records), nothing tells whether it is chance
+    for a, b in ((None, None), (0.1, None), (0, 0)):
+        unknown = stats._compare_bits("t", dict(bpb=2.0, stderr=a), dict(bpb=1.0, stderr=b))
+        assert (unknown.p, unknown.stderr, unknown.interval) == (1.0, None, None)
 
 
 def test_a_mean_is_compared_by_its_own_tasks():
@@ -255,4 +255,5 @@ def test_errors_by_hand():
     mean, error = stats.ratio([2.0, 4.0], [1.0, 3.0])
     # residuals 2 - 1.5 and 4 - 4.5, of two items
     assert (mean, error) == (1.5, pytest.approx(math.sqrt(0.5 * 2 / 1) / 4))
-    assert stats.ratio([3.0], [2.0]) == (1.5, 0.0)
+    # one draw has no spread, and an item without size is no draw
+    assert stats.ratio([3.0], [2.0]) == stats.ratio([3.0, 0.0], [2.0, 0.0]) == (1.5, None)

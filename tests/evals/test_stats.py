@@ -205,7 +205,20 @@ def test_ratio_of_means_by_hand():
     # 6 of 12; residuals 1 - 0.5 * 4 = -1, 2 - 0.5 * 4 = 0, 3 - 0.5 * 4 = 1
     mean, error = stats.ratio([1, 2, 3], [4, 4, 4])
     assert mean == 0.5 and error == pytest.approx(math.sqrt(2 * 3 / 2) / 12)
-    assert stats.ratio([3], [2]) == (1.5, 0.0)
+
+
+def test_one_text_tells_no_error_and_no_difference():
+    """Whatever two models differ by on a single text, nobody says that it is sure."""
+    a, b = (
+        {"bpb": {"book": dict(bpb=bits, stderr=None, items=texts([bits], bytes=[1]))}}
+        for bits in (2.0, 1.0)
+    )
+    entry = stats.compare(a, b, ("base", "sft"))["bpb/book"]
+    assert (entry.stderr, entry.interval, entry.real) == (None, None, False)
+    assert entry.sentence == (
+        "bpb/book: sft is better by 1.4427 bits per byte: "
+        "too few texts to tell whether that is more than chance."
+    )
 
 
 @pytest.mark.parametrize(

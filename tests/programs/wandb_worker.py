@@ -11,7 +11,7 @@ from lib.sweeps.server import create_sweep, fetch_runs, wandb_login
 folder = sys.argv[1]
 spec = space.check(dict(method="grid", parameters={"depth": {"values": [1, 2]}}))
 server = wandb_login()
-path = create_sweep(server, spec, None, "proj")
+path = create_sweep(server, spec, "proj")
 journal.create(folder, spec)
 with journal.Journal(folder) as book:
     boss = drivers.Wandb(book, spec, server, path, drivers.wandb_runs(path), poll=0.05)

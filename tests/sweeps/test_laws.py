@@ -1,5 +1,6 @@
 """Scaling laws recover known constants; paired differences see through the spread of seeds."""
 
+import itertools
 import math
 
 import numpy as np
@@ -82,6 +83,27 @@ def test_paired_differences_see_through_the_spread_of_seeds():
     assert math.isnan(
         scaling.paired([t for t in ablation_trials() if t.assignment["seed"] == 1])[1]["low"]
     )
+
+
+def test_pairs_have_all_else_the_same():
+    """Sizes and rates that a sweep varies beside the part make no difference to what it costs."""
+    trials = []
+    for depth, rate, part, seed in itertools.product((4, 2), (0.1, 0.2), ("", "smear"), (1, 2)):
+        assignment = dict(without=part, depth=depth, matrix_lr=rate, seed=seed)
+        value = depth + 10 * rate + 0.3 * seed + (0.01 if part else 0.0)
+        trials.append(Trial(str(len(trials)), len(trials), assignment, "done", value=value))
+    rows = {row["part"]: row for row in scaling.paired(trials)}
+    assert rows["smear"]["delta"] == pytest.approx(0.01) and rows["smear"]["pairs"] == 8
+    assert rows["smear"]["low"] == pytest.approx(0.01)
+
+
+def test_a_law_is_about_the_best_of_each_size():
+    """Of trials that differ in a rate only the best one counts; budgets and seeds stay apart."""
+    good = [run | dict(seed=seed) for run in synthetic() for seed in (1, 2)]
+    bad = [run | dict(L=run["L"] + 1 / run["N"]) for run in good]
+    assert scaling.best_of_each([*bad, *good]) == good
+    growing = [dict(N=n, D=d, C=n * d, L=3.0) for n in (1, 2) for d in (5, 6)]
+    assert scaling.best_of_each(growing) == growing
 
 
 def test_a_minimum_and_students_interval_by_hand():

@@ -74,6 +74,20 @@ def test_a_wrong_sweep_is_refused_in_one_sentence(spec, said):
         space.check(spec)
 
 
+@pytest.mark.parametrize("goal, target, over", [("minimize", 0.5, 3), ("maximize", 0.3, 1)])
+def test_no_trial_begins_behind_one_that_reached_the_target(goal, target, over):
+    metric = dict(name="val_bpb", goal=goal, target=target)
+    parameters = dict(depth=dict(values=[1, 2, 3, 4, 5]))
+    spec = space.check(dict(method="grid", metric=metric, parameters=parameters))
+    found = []
+    while (assignment := suggest.ask(spec, found, seed=0)) is not None:
+        value = 0.9 - 0.2 * len(found)
+        found.append(Trial(str(len(found)), len(found), assignment, "done", value=value))
+    assert len(found) == over
+    with pytest.raises(UserError, match="target 'low' is no number"):
+        space.check(spec | dict(metric=dict(name="val_bpb", target="low")))
+
+
 def test_draws_stay_within_what_was_asked():
     parameters = {
         "matrix_lr": LR,

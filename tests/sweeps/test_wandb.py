@@ -3,7 +3,7 @@
 import pytest
 
 from lib.files import UserError
-from lib.sweeps import drivers, journal
+from lib.sweeps import drivers, journal, space
 from lib.sweeps import server as server_module
 from lib.sweeps.journal import Journal
 from tests.helpers import programs
@@ -32,13 +32,28 @@ def quiet_run(started):
     return start_run
 
 
+def test_a_sweep_goes_to_the_project_of_its_yaml_unless_told_otherwise(standin):
+    server = server_module.SweepServer(standin.url, "key", pause=0.01)
+    spec = space.check(sweep() | dict(project="theirs", entity="team"))
+
+    def project(spec, owner=""):
+        return server_module.create_sweep(server, spec, owner)[1]
+
+    assert [project(spec), project(spec, "mine"), project(spec, "us/ours")] == [
+        "theirs",
+        "mine",
+        "ours",
+    ]
+    assert project(sweep()) == server_module.PROJECT
+
+
 def test_the_sweep_protocol(standin, tmp_path):
     """Created, joined by id, trials given out, one stopped, one given back and resumed, none
     trained twice, exit.
     """
     spec, started = sweep(), {}
     server = server_module.SweepServer(standin.url, "key", pause=0.01)
-    path = server_module.create_sweep(server, spec, None, "proj")
+    path = server_module.create_sweep(server, spec, "proj")
     assert path == ("team", "proj", "swp1") and server_module.read_sweep(server, path) == spec
     journal.create(tmp_path, spec)
     worker = lambda book: drivers.Wandb(

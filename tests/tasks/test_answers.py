@@ -49,6 +49,9 @@ def test_numbers(text, value):
         ("答案是18。", "18"),
         ("x2", None),
         ("12-3", "3"),
+        ("it is _12_", "12"),
+        ("it is __-12__", "-12"),
+        ("x_2", None),
         ("in 2023 he had 1e6 coins", "1e6"),
     ],
 )
@@ -74,6 +77,14 @@ def test_last_numbers(text, value):
         ("contains", "is", "this", False),
         ("contains", "is", "this is", True),
         ("contains", "...", "anything", False),
+        ("contains", "15", "it is 15.5", False),
+        ("contains", "15", "it is 15.", True),
+        ("contains", "7", "it is -7", False),
+        ("contains", "7", "from 3-7", True),
+        ("contains", "3", "3,000 eggs", False),
+        ("contains", "3", "1, 2, 3,", True),
+        ("contains", "500", "3,500 eggs", False),
+        ("contains", "2", "1,2,3", True),
         ("exact", "é", "e\u0301", True),
         ("exact", "Straße", "STRASSE", True),
         ("exact", "北京", "北京。", True),
@@ -87,3 +98,21 @@ def test_last_numbers(text, value):
 )
 def test_texts_are_compared_in_any_script(match, wanted, given, right):
     assert answers.MATCH[match](given, wanted) is right
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("$1,234.50", "1234.50"),
+        ("-3 %", "-3"),
+        ("**18** eggs", "18"),
+        ("1/2", None),
+        ("10:30", None),
+        ("3 of 4", None),
+        ("x2", None),
+        ("about 5", None),
+        ("", None),
+    ],
+)
+def test_a_text_that_is_one_number(text, value):
+    assert answers.sole_number(text) == (value and Decimal(value))

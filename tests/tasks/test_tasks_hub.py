@@ -400,6 +400,7 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
         ('{"question": "a", "choices": ["x", "y"], "answer": -1}', "answer -1 is none"),
         ('{"question": "a", "choices": ["x", "y"], "answer": true}', "answer True is none"),
         ('{"question": "a", "choices": ["x", "y"], "answer": "z"}', "answer 'z' is none"),
+        ('{"question": "a", "choices": ["x", "y"], "answer": "AB"}', "answer 'AB' is none"),
         ('{"question": "a", "choices": ["x"], "answer": 0}', "2 to 26"),
         ('{"question": "a", "choices": [], "answer": 0}', "choices must be text"),
         ('{"question": "a", "choices": ["x", 1], "answer": 0}', "choices must be text"),
@@ -409,7 +410,9 @@ def test_own_answers_are_compared_as_asked(tmp_path, match, wanted, said, right)
             '{"question": "a", "answer": "5", "match": "fuzzy"}',
             "match 'fuzzy' is none of exact, contains, number",
         ),
-        ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no number"),
+        ('{"question": "a", "answer": "five", "match": "number"}', "'five' is no single number"),
+        ('{"question": "a", "answer": "1/2", "match": "number"}', "'1/2' is no single number"),
+        ('{"question": "a", "answer": "half. #### 1/2"}', "'1/2' is no single number"),
         (
             '{"messages": [{"role": "user", "content": "a"}, '
             '{"role": "assistant", "content": "b"}],'
