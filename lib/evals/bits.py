@@ -247,8 +247,8 @@ def bits_by_kind(
 
     kinds: one of KINDS or a function like them; what no span covers is white space. Each document
     is read from bos on, in windows of the model's context; documents are the independent draws of
-    the standard errors, which are None for what occurs in one alone. options: of `likelihood.rolling`. "items" lets `stats.compare` test two
-    checkpoints on the same documents.
+    the standard errors, which are None for what occurs in one alone. options: of
+    `likelihood.rolling`. "items" lets `stats.compare` test two checkpoints on the same documents.
     """
     spans_of = KINDS[kinds] if isinstance(kinds, str) else kinds
     # as bytes would have it: half a character becomes a question mark

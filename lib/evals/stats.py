@@ -301,9 +301,9 @@ def above_guessing(tasks: dict[str, dict]) -> dict[str, float]:
 class Comparison:
     """A difference between two records, b - a, and how sure it is.
 
-    stderr: None where one item says nothing of it. n: pairs of items. better: whether a "higher" or "lower" score is. wins, losses: of items that
-    are right or wrong, how many b and a alone have right. p_adjusted: counts all comparisons made
-    at once. tasks: how many a mean is made of.
+    stderr: None where one item says nothing of it. n: pairs of items. better: whether a "higher" or
+    "lower" score is. wins, losses: of items that are right or wrong, how many b and a alone have
+    right. p_adjusted: counts all comparisons made at once. tasks: how many a mean is made of.
     """
 
     label: str

@@ -47,7 +47,7 @@ def ablations(spec: dict, trials) -> tuple[list[dict], str]:
         return [], why
     rows = scaling.paired(trials)
     if len(rows) < 2:
-        why = "No pair yet: the whole model and one without a part must finish with all else the same."
+        why = "No pair yet: the whole model and one without a part must finish, all else the same."
         return [], why
     return rows, (
         "delta: without the part minus the whole model with all else the same "

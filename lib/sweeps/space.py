@@ -2,10 +2,10 @@
 them.
 
 A sweep is a plain dict with the keys of a wandb sweep YAML: method (bayes, random, grid), metric
-{name, goal, target}, parameters {name: {value | values | min, max, distribution …}}, early_terminate {type:
-hyperband, …}, run_cap, name, description. A parameter is a field of Config, an argument of
-Config.from_depth (DIALS), "without" (a key of PARTS), or one of SETTINGS. An assignment is a dict
-with a value for each parameter.
+{name, goal, target}, parameters {name: {value | values | min, max, distribution …}},
+early_terminate {type: hyperband, …}, run_cap, name, description, project, entity. A parameter is a
+field of Config, an argument of Config.from_depth (DIALS), "without" (a key of PARTS), or one of
+SETTINGS. An assignment is a dict with a value for each parameter.
 """
 
 import dataclasses

@@ -135,10 +135,14 @@ def _cuts_a_number(given: str, start: int, end: int) -> bool:
     """Whether given[start:end] is a part of a longer number there: 15 of 15.5, 7 of -7, 3 of
     3,000.
     """
-    first, last = given[start], given[end - 1]
-    before = first.isdecimal() and re.search(r"(\d[.,]|(?<!\w)[-−])$", given[:start])
-    behind = last.isdecimal() and re.match(r"\.\d|,\d{3}(?!\d)", given[end:])
-    return bool(before or behind)
+    before, behind = given[:start], given[end:]
+    if given[start].isdecimal():
+        # behind a comma only three digits go on with a number
+        is_thousand = re.match(r"\d{3}(?!\d)", given[start:]) and re.search(r"\d,$", before)
+        if is_thousand or re.search(r"(\d\.|(?<!\w)[-−])$", before):
+            return True
+    ends_in_digit = given[end - 1].isdecimal()
+    return ends_in_digit and bool(re.match(r"\.\d|,\d{3}(?!\d)", behind))
 
 
 def same_number(given: str, wanted: str) -> bool:
