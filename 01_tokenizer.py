@@ -127,8 +127,9 @@ print(validation[len(validation) // 2][:600])
 # %% [markdown]
 # ## The whole algorithm
 #
-# First the text is cut into *words*: letters, one or two digits, punctuation, blanks. No merge
-# crosses these borders, so that "dog." and "dog!" share a token. Then count the pairs of
+# First the text is cut into *words*: letters with the one blank or sign before them, one or two
+# digits, other signs, blanks. No merge crosses these borders, so that "dog." and "dog!" share a
+# token. Then count the pairs of
 # neighbours, merge the most frequent one everywhere, and begin again.
 #
 # **Guess before you run it:** which pair comes first in this text? And how many bytes will the
@@ -210,7 +211,7 @@ print("  ".join(f"{name} {i}" for name, i in tokenizer.special.items()))
 # Bytes per token: the more bytes one token stands for, the more text fits into the context and the
 # less computing a text costs. GPT-2's and GPT-4's tokenizers, fetched once, are the yardstick; they
 # have 50,257 and 100,277 ids and were trained on web text. **Look at** the kinds that your corpus
-# had none of: bytes per token near 1 means that the model will read them letter by letter.
+# had none of: bytes per token near 1 means that the model will read them byte by byte.
 
 # %%
 held_out = f"{plan.source} (validation)"
@@ -294,7 +295,7 @@ print(f"{results['bytes_per_token']:.2f} bytes per token on the validation split
 # 1. Why does training begin with bytes and not with letters? What would happen to `東` otherwise?
 # 2. The vocabulary doubles. What happens to the number of tokens of a text, and to the parameters
 #    of the model?
-# 3. Why may no merge cross the border between letters and punctuation?
+# 3. Why may no merge cross the border between letters and the punctuation behind them?
 # 4. Which numbers become one token here, and what does that mean for a model that is to add them?
 # 5. Two tokenizers give a text 1,000 and 800 tokens. Whose model has the lower loss per token, and
 #    why is that no comparison? (04 measures bits per byte instead.)

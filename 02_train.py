@@ -24,10 +24,10 @@
 # the first step to the last, and you can say where in the model each FLOP goes.
 #
 # **Hardware and time.** The preset follows the device. Two CPU cores: about five minutes, to about
-# 1.25 bits per byte of Python code (`xz -9`: 1.8). A free Colab v5e-1: `colab_free_v5e`, planned at
-# twenty minutes to an hour. A v6e-1 (*Runtime > Change runtime type*, paid): `colab_v6e`, a larger
-# model, three hours or more. TPU figures are the compiler's and not measured on a chip; the plan
-# below says what to expect on yours.
+# 1.25 bits per byte of Python code (on more of it, in 04, 1.30; `xz -9` there 1.84). A free Colab
+# v5e-1: `colab_free_v5e`, planned at twenty minutes to an hour. A v6e-1 (*Runtime > Change runtime
+# type*, paid): `colab_v6e`, a larger model, three hours or more. TPU figures are the compiler's and
+# not measured on a chip; the plan below says what to expect on yours.
 
 # %% [markdown]
 # ## Set-up
@@ -195,8 +195,8 @@ source = source or read_by(tokenizer)
 # many), **H** head width, **F** width of the MLP, **V** vocabulary.
 #
 # - **norm**: $x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, so that no layer drowns another
-#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights; $\epsilon$ is float32's smallest
-#   step, as PyTorch's). Queries and keys are normed too
+#   ([RMSNorm](https://arxiv.org/abs/1910.07467), without weights; $\epsilon$ is float32's machine
+#   epsilon, as in PyTorch). Queries and keys are normed too
 #   ([QK norm](https://arxiv.org/abs/2010.04245)), so that no score explodes.
 # - **rotary**: channel $i$ and channel $i + H/2$ are a pair, turned by minus an angle that grows
 #   with the position, each pair at its own speed; a query times a key then knows how far apart they
@@ -292,8 +292,8 @@ print(f"largest difference of the logits: {difference:.1e}", "ok" if difference 
 # - **softcap** bends the logits, $15 \tanh(x / 15)$, and **qk_scale** makes the scores of normed
 #   queries and keys larger
 #
-# On one device `grad_barrier`, `gather`, `enter` and `leave` do nothing: they say where several
-# devices talk.
+# On one device `gather`, `enter` and `leave` do nothing: they say where several devices talk.
+# `grad_barrier` changes no number: it only orders the backward pass, to save memory.
 
 # %%
 show_source(model.transformer.block, model.transformer.self_attention)

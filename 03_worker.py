@@ -16,10 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/rawchat/rawchat/blob/main/03_worker.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/rawchat/rawchat/blob/main/03_worker.ipynb)
 #
-# Makes this runtime a worker of a hyper-parameter search: it takes a trial, trains it exactly as
-# `02_train` would, reports, takes the next. Start as many workers as you like, on one machine or on
-# many; any of them may vanish at any time, and its trial is taken up by another. The same for
-# scaling laws (`miniseries`, `isoflop`) and for what each part of the model is worth (`ablate`).
+# Makes this runtime a worker of a hyper-parameter search: it takes a *trial* (settings drawn near
+# those that did well so far), trains it exactly as `02_train` would, reports, takes the next. Start
+# as many workers as you like, on one machine or on many; any of them may vanish at any time, and
+# its trial is taken up by another. The same for scaling laws (`miniseries`, `isoflop`) and for what
+# each part of the model is worth (`ablate`).
 #
 # **At the end you have** a table of all trials, who was best and why, fitted scaling laws or
 # ablations with intervals, as pictures and as CSV.
@@ -253,8 +254,9 @@ print(f"tables: {here / 'trials.csv'}, {here / 'curves.csv'}")
 # %% [markdown]
 # ## Pictures
 #
-# Best so far and learning curves (pruned runs in grey); where something is searched, every trial as
-# a line through its parameters, and what decided.
+# The best so far and the learning curves (*pruned* trials, ended early because they lagged behind,
+# in grey); for a search also each trial as a line through its parameters, and which parameter
+# mattered most.
 
 # %%
 best = tables.best_of(everyone, goal)

@@ -106,7 +106,8 @@ show(pictures.product_speeds(products), folder / "plots" / "products.png")
 # ## The second ceiling: memory
 #
 # Reading a weight costs the same whether one token needs it or thousands do. *FLOPs per byte* says
-# which ceiling a part of a program lies under; the corner where both bind is the chip's own number.
+# which ceiling limits a part of a program: below the chip's own number, at which both bind, memory
+# does, above it products do.
 
 # %%
 bandwidth = speed.read_bandwidth(speed.LARGE)
@@ -136,8 +137,8 @@ for a in sorted(attentions, key=lambda a: (a.window, a.seconds or 1e9)):
 #
 # Each part alone, forward and backward, multiplied by how often a step does it. *At least* is the
 # time that its FLOPs and bytes need under the two ceilings above, as preflight counts them from
-# shapes. More than 100 % means that it was counted dearer than it is: bytes came from a cache,
-# attention left out what the mask hides, or `remat` recomputes in the step (then "other" has it).
+# shapes. More than 100 % means that the count was too high: bytes came from a cache, attention left
+# out what the mask hides, or it counts what `remat` recomputes, which only the whole step does.
 # *Last* is what was measured on this kind of chip before, where the repository has it.
 
 # %%

@@ -1,5 +1,8 @@
 """lib/notebook.py: flags, the run folder, errors, results, plots, secrets, devices."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lib import notebook, runtime
@@ -198,3 +201,14 @@ def test_ranges_of_steps():
     for bad in ("abc", "12:10", "0:3", "5", "-1:2"):
         with pytest.raises(UserError, match="first:last"):
             notebook.parse_steps(bad)
+
+
+@pytest.mark.parametrize("command", [["02_train.py", "--help"], ["-m", "lib.chat"]])
+def test_a_python_without_packages_is_told_where_they_are(command):
+    """-S leaves out what is installed, as a terminal does where nobody activated .venv."""
+    done = subprocess.run(
+        [sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"Error: {sys.executable} has no jax")
+    assert "source .venv/bin/activate" in done.stderr and done.stderr.count("\n") == 1

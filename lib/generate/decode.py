@@ -1,4 +1,7 @@
-"""What runs on the device: prompts into the cache, and many tokens in one dispatch."""
+"""What runs on the device: prompts into the cache, and many tokens in one dispatch.
+
+B counts the rows of the cache and b those that are picked out of it, C the tokens of a dispatch.
+"""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -76,8 +79,9 @@ def prefill(params, config: Config, cache: Cache, rows_b, tokens_bT, fresh) -> C
 def decode(params, config: Config, cache: Cache, rows, forced_BC, count, *, pause: int):
     """Up to `count` tokens for every row that is alive; over early when no row can go on.
 
-    forced_BC: ids that a row must take at step i instead of its own choice, or -1. A row that
-    writes the token `pause` waits for the next call. Returns (cache, rows, Chunk).
+    rows: their state, as `sampling.empty_rows` has it. forced_BC: ids that a row must take at step
+    i instead of its own choice, or -1. A row that writes the token `pause` waits for the next call.
+    Returns (cache, rows, Chunk).
     """
     B, C = forced_BC.shape
 

@@ -32,9 +32,9 @@ from lib.model.tables import token_embedding, value_embeddings
 from lib.parallel.collectives import enter, gather, is_split, leave, own_part
 from lib.params import unstack
 
-# what remat="dots" keeps beside each layer's input (q and k are turned): backward recomputes norms,
-# activations and the attention's output projection (3 % of a step for a tenth of the memory), but
-# no wide matrix product and no attention (but attention=jax where cuDNN cannot do it)
+# what remat="dots" keeps beside each layer's input (q and k normed and rotated): backward recomputes
+# norms, activations and the attention's output projection (3 % of a step for a tenth of the
+# memory), no wide matrix product, and attention only for attention=jax without cuDNN
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
@@ -94,8 +94,8 @@ def turned(x_BTNH, rope, config: Config, name: str):
 def normed_rotation(x_BTNH, cos, sin, scale: float, eps: float, name: str) -> Any:
     """Heads rotated, then divided by their root mean square and multiplied by `scale`.
 
-    Its gradient is written out, from what goes out, which attention's own gradient needs as well,
-    and a factor a head: nothing that came in is kept, and backward only rotates the gradient back.
+    Its gradient is computed from the output, which is kept for attention's gradient anyway, and one
+    factor a head: the input is not kept, and backward only rotates the gradient back.
     """
     return _normed_rotation_forward(x_BTNH, cos, sin, scale, eps, name)[0]
 
@@ -288,6 +288,7 @@ def layers(x_BTD, params, tokens_BT, config: Config, rope):
         ve = value_embeddings(params, tokens_BT, config)
 
     def layer(x_BTD, w, ve_BTKH, window, pick=None):
+        # with `pick`, w and ve_BTKH are a whole group's, from which it takes this layer's
         attend = full_attention(config, window)
 
         def run(x_BTD, x0_BTD, w, ve_BTKH):

@@ -97,25 +97,26 @@ def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):
     def microbatch(total, batch):
         inputs_BT, targets_BT = batch
         loss_sum, count_sum, sums = total
-        # tables that are only looked up give lines, and so their gradients are lines too
+        # in place of tables that are only looked up stand the lines that these tokens need
+        # (`tables.Lines`), so that their gradients are lines too
         with_lines = tables.looked_up(weights, turned, inputs_BT, config)
         (loss, count), grads = grad(with_lines, config, inputs_BT, targets_BT)
         sums = tables.add_gradients(sums, grads, inputs_BT)
         return (loss_sum + loss, count_sum + count, sums), None
 
-    # the loop carries one sum of each in float32, as the parameters are
+    # the loop carries one sum of each in float32, as the parameters are; `_apart` only takes them
+    # apart, so its gradient puts together
     whole, put_together = jax.vjp(lambda params: _apart(params, config), params)
     zeros = tables.by_token(jax.tree.map(jnp.zeros_like, whole))
     zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
     loss, count, sums = jax.lax.scan(microbatch, zero, (inputs_ABT, targets_ABT))[0]
-    # the gradient of what was taken apart is put together
     (grads,) = put_together(tables.by_layer(sums, whole))
     return loss, count, tables.as_held(grads)
 
 
 def _apart(params, config: Config):
-    """The parameters, those of layers that are not scanned taken apart: out of the stacks each
-    microbatch would copy its weights, and its gradients into such.
+    """The parameters, layer by layer where layers are not scanned: of stacks, each microbatch would
+    copy every layer's weights out and its gradients in.
 
     Not where each device holds a part of every weight.
     """
