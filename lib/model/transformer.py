@@ -32,9 +32,9 @@ from lib.model.tables import token_embedding, value_embeddings
 from lib.parallel.collectives import enter, gather, is_split, leave, own_part
 from lib.params import unstack
 
-# what remat="dots" keeps beside each layer's input (q and k normed and rotated): backward recomputes
-# norms, activations and the attention's output projection (3 % of a step for a tenth of the
-# memory), no wide matrix product, and attention only for attention=jax without cuDNN
+# what remat="dots" keeps beside each layer's input (q and k normed and rotated): backward
+# recomputes norms, activations and the attention's output projection (3 % of a step for a tenth of
+# the memory), no wide matrix product, and attention only for attention=jax without cuDNN
 SAVED = ("q", "k", "v", RESIDUAL_NAME, "mlp_in", "mlp_gate")
 
 
