@@ -16,7 +16,7 @@ find_python() {
 
 # sets $device to tpu, gpu or cpu; TPUs show as PCI devices of Google (0x1ae0) with these ids
 find_device() {
-    local pci why
+    local pci why gpus
     device=cpu why="no TPU on the PCI bus, no GPU listed by nvidia-smi"
     for pci in /sys/bus/pci/devices/*; do
         case $(cat "$pci/vendor" "$pci/device" 2>/dev/null | tr '\n' ' ') in
@@ -25,8 +25,10 @@ find_device() {
                 device=tpu why="a TPU is on the PCI bus" ;;
         esac
     done
-    if [ $device = cpu ] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
-        device=gpu why="nvidia-smi lists $(nvidia-smi -L | grep -c GPU) of them"
+    # all of the list is read: who leaves at its first line ends nvidia-smi, and then pipefail finds no GPU
+    gpus=$(nvidia-smi -L 2>/dev/null | grep -c GPU || true)
+    if [ $device = cpu ] && [ "$gpus" -gt 0 ]; then
+        device=gpu why="nvidia-smi lists $gpus of them"
     fi
     echo "device: $device ($why)"
 }
@@ -60,5 +62,7 @@ setup() {
             && fail "the package index cannot be reached: connect this machine to a network, then run this again"
         fail "the installation failed, $log has all of it: mend what it names, or delete .venv, then run this again"
     }
-    echo "$wanted" >> .venv/rawchat-installed
+    # extras add up, but not those of another pyproject.toml
+    { grep -sF "${wanted%%[*}" .venv/rawchat-installed || true; echo "$wanted"; } > .venv/rawchat-installed.new
+    mv .venv/rawchat-installed.new .venv/rawchat-installed
 }

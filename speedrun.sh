@@ -62,6 +62,9 @@ print(name, Config.preset(name).vocab_size, why)
 echo "preset: $preset ($why)"
 
 if [ -n "$fresh" ] && [ -e "$folder" ]; then
+    # a process that still trains there would go on writing into the new folder
+    $python -c 'import sys; from lib import locks, notebook; notebook.setup(); locks.check_free(sys.argv[1])' "$folder" ||
+        exit 2
     n=1
     while [ -e "$folder.old-$n" ]; do n=$((n + 1)); done
     mv "$folder" "$folder.old-$n"

@@ -10,10 +10,10 @@ from lib.files import UserError, choose
 
 
 class Chip(NamedTuple):
-    """Published figures of one chip: dense bfloat16 FLOP/s (T4: float16), memory bytes/s, memory
-    bytes, rows that its matrix unit multiplies at once (1: narrow ones cost nothing extra), bytes/s
-    that it can send to its neighbours; what libtpu lets a program use; and how many of it make what
-    is sold as one chip.
+    """Published figures of one chip: dense FLOP/s in `dtype`, memory bytes/s, memory bytes, rows
+    that its matrix unit multiplies at once (1: narrow ones cost nothing extra), bytes/s that it can
+    send to its neighbours; what libtpu lets a program use; and how many of it make what is sold as
+    one chip.
     """
 
     name: str
@@ -24,6 +24,8 @@ class Chip(NamedTuple):
     network: float = 0.0
     usable: float = 0.0
     devices: int = 1
+    # what `auto` computes in there
+    dtype: str = "bfloat16"
 
     @property
     def is_tpu(self) -> bool:
@@ -53,7 +55,8 @@ L4 = Chip("L4", 121e12, 300e9, 24e9, 1, 32e9)  # l4-datasheet: 242 sparse; PCIe 
 # Colab's and Google's G4: rtx-pro-6000-blackwell-server-edition; PCIe gen 5. No sheet prints its
 # dense bfloat16: 4 PFLOP/s of sparse FP4, rounded, over eight would be 500.
 RTX_PRO_6000 = Chip("RTX PRO 6000", 480e12, 1597e9, 96e9, 1, 64e9)
-T4 = Chip("T4", 65e12, 320e9, 16e9, 1, 16e9)  # t4-datasheet: float16; PCIe gen 3
+# t4-datasheet: it has no bfloat16, and its 65 TFLOP/s of float16 are of no use here; PCIe gen 3
+T4 = Chip("T4", 8.1e12, 320e9, 16e9, 1, 16e9, dtype="float32")
 
 CHIPS = {  # by a part of jax's device_kind, the first that matches
     "v6 lite": V6E,

@@ -404,8 +404,8 @@ SECRETS = {"colab": _colab_secret, "kaggle": _kaggle_secret}
 def device_report() -> dict:
     """Print what this runs on and return it.
 
-    platform, kind, count, memory (bytes per device, or of the machine), and flops (peak bfloat16
-    FLOP/s per device, None when unknown).
+    platform, kind, count, memory (bytes per device, or of the machine), and flops (peak FLOP/s per
+    device in the chip's dtype, None when unknown).
     """
     import jax
 
@@ -415,8 +415,9 @@ def device_report() -> dict:
     memory = (device.memory_stats() or {}).get("bytes_limit") or (
         known.memory if known else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
-    flops = known.flops if known else None
-    peak = f"{flops / 1e12:.0f} bf16 TFLOP/s each" if flops else "peak FLOP/s not known, so no MFU"
+    flops, peak = None, "peak FLOP/s not known, so no MFU"
+    if known:
+        flops, peak = known.flops, f"{known.flops / 1e12:.0f} {known.dtype} TFLOP/s each"
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     is_huge = device.platform == "cpu" and runtime.in_huge_pages()
     pages = " in huge pages" if is_huge else ""

@@ -133,6 +133,31 @@ def test_speedrun_fresh_keeps_the_old_run_beside(house):
         ).exists()
 
 
+def test_speedrun_fresh_leaves_a_run_alone_that_still_trains(house):
+    (house / "runs" / "speedrun").mkdir(parents=True)
+    (house / "FAIL").write_text("check_free\nError: runs/speedrun is being written by process 7\n")
+    done = run(house, "speedrun.sh", "--fresh")
+    assert done.returncode == 2 and "is being written by process 7" in done.stdout
+    assert [path.name for path in (house / "runs").iterdir()] == ["speedrun"]
+    assert any(c.endswith("runs/speedrun") for c in done.calls if "check_free" in c)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8])
+def test_gpus_are_counted_however_slowly_they_are_listed(house, count):
+    tool = house / "bin" / "nvidia-smi"
+    tool.write_text(
+        f'#!/bin/bash\nfor i in $(seq {count}); do echo "GPU $i: one" || exit 1; sleep 0.02; done\n'
+    )
+    tool.chmod(0o755)
+    for name in ("seq", "sleep"):
+        (house / "bin" / name).symlink_to(shutil.which(name))
+    said = run(house, "speedrun.sh").stdout
+    if count:
+        assert f"device: gpu (nvidia-smi lists {count} of them)" in said
+    else:
+        assert "device: cpu" in said
+
+
 def test_speedrun_stops_where_a_notebook_fails(house):
     (house / "FAIL").write_text("02_train.py\nError: no data\n")
     done = run(house, "speedrun.sh")
@@ -187,6 +212,18 @@ def test_setup_installs_again_when_pyproject_changed(house):
     with open(house / "pyproject.toml", "a") as f:
         f.write("# changed\n")
     assert any("install" in c for c in run(house, "run_tests.sh", "--setup-only").calls)
+
+
+def test_setup_installs_again_when_pyproject_changed_back(house):
+    """Extras add up, but what an earlier pyproject.toml asked for is gone by then."""
+    project = house / "pyproject.toml"
+    first = project.read_text()
+    run(house, "run_tests.sh", "--setup-only")
+    assert any("install" in c for c in run(house, "speedrun.sh").calls)
+    for text in (first + "# changed\n", first):
+        project.write_text(text)
+        assert any("install" in c for c in run(house, "run_tests.sh", "--setup-only").calls)
+        assert not any("install" in c for c in run(house, "run_tests.sh", "--setup-only").calls)
 
 
 def test_update_notebooks_refuses_unknown_arguments():

@@ -6,6 +6,7 @@ devices then talk is in `collectives`.
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -50,11 +51,7 @@ class Layout:
 
     def partition(self, spec: Spec) -> P:
         """How a parameter is split."""
-        split: list[str | None] = [None] * len(spec.shape)
-        for axis, over in RULES[self.strategy].items():
-            if axis in spec.axes and over not in split and self.size(over) > 1:
-                split[spec.axes.index(axis)] = over
-        return P(*split)
+        return partition(self.strategy, self.mesh.shape, spec)
 
     def state_partition(self, spec: Spec, shape: tuple[int, ...]) -> P:
         """How an array of optimizer state is split.
@@ -82,6 +79,15 @@ class Layout:
         return self.sharding(BATCH)
 
 
+def partition(strategy: str, sizes: Mapping[str, int], spec: Spec) -> P:
+    """How a strategy splits a parameter over mesh axes of these sizes."""
+    split: list[str | None] = [None] * len(spec.shape)
+    for axis, over in RULES[strategy].items():
+        if axis in spec.axes and over not in split and sizes.get(over, 1) > 1:
+            split[spec.axes.index(axis)] = over
+    return P(*split)
+
+
 # ---- making one ----------------------------------------------------------------------------------
 
 
@@ -93,13 +99,9 @@ def make_layout(
     mesh: devices per mesh axis, e.g. {"data": 2, "tensor": 4}; without it all go to the strategy's
     own axis. UserError says what does not divide.
     """
-    choose("sharding strategy", strategy, RULES)
     devices = np.asarray(jax.devices() if devices is None else devices)
-    sizes = {MESH_AXIS[strategy]: devices.size} if mesh is None else mesh
-    _check_mesh(strategy, sizes, devices.size)
-
+    sizes = check_layout(strategy, config, devices.size, mesh)
     layout = Layout(_mesh(devices, [sizes.get(axis, 1) for axis in AXES]), strategy)
-    _check_config(layout, config)
     if jax.process_count() > 1 and devices.flat[0].platform == "cpu":
         _introduce(layout)
     return layout
@@ -112,6 +114,19 @@ def _mesh(devices, shape: list[int]) -> Mesh:
         # this one knows the chips' neighbours
         return jax.make_mesh(shape, AXES, axis_types=kinds)
     return Mesh(devices.reshape(shape), AXES, axis_types=kinds)
+
+
+def check_layout(
+    strategy: str, config: Config, count: int, mesh: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Sizes of the mesh axes of `make_layout` on so many devices; UserError says what does not
+    divide. Needs no device.
+    """
+    choose("sharding strategy", strategy, RULES)
+    sizes = {MESH_AXIS[strategy]: count} if mesh is None else mesh
+    _check_mesh(strategy, sizes, count)
+    _check_config(strategy, sizes, config)
+    return sizes
 
 
 def _check_mesh(strategy: str, sizes: dict[str, int], count: int):
@@ -133,9 +148,10 @@ def _check_mesh(strategy: str, sizes: dict[str, int], count: int):
             )
 
 
-def _check_config(layout: Layout, config: Config):
+def _check_config(strategy: str, sizes: dict[str, int], config: Config):
     """UserError where the devices do not divide the config's rows, heads, or a parameter's axis."""
-    ways, tensor = layout.size(*BATCH), layout.size("tensor")
+    ways = math.prod(sizes.get(axis, 1) for axis in BATCH)
+    tensor = sizes.get("tensor", 1)
     if config.microbatch % ways:
         change = divisible_batch(config, ways)
         cure = " and ".join(f"{name}={value}" for name, value in change.items())
@@ -150,11 +166,11 @@ def _check_config(layout: Layout, config: Config):
             "use a smaller tensor axis, or more key/value heads"
         )
     for name, spec in named_specs(config):
-        for axis, n, over in zip(spec.axes, spec.shape, layout.partition(spec)):
-            if over and n % layout.size(over):
+        for axis, n, over in zip(spec.axes, spec.shape, partition(strategy, sizes, spec)):
+            if over and n % sizes[over]:
                 raise UserError(
                     f"axis {axis} of {name} has {n} entries, which the {over} axis of "
-                    f"{layout.size(over)} devices does not divide: "
+                    f"{sizes[over]} devices does not divide: "
                     "use another mesh, or a size that it divides"
                 )
 

@@ -188,10 +188,9 @@ def main(args: Args):
 
     if args.ask.dashboard and args != Args(ask=Ask(dashboard=True, to=args.ask.to)):
         raise UserError("the dashboard shows every model and chip: ask for it alone, with --to")
+    check_ask(args)
     if args.ask.dashboard:
         print(f"written: {write_dashboard(args.ask.to or 'dashboard.html')}, open it in a browser")
-    elif args.ask.launch and (args.ask.rl or args.ask.table or args.ask.published):
-        raise UserError("--launch is of a training: leave --rl, --table and --published out")
     elif args.ask.rl:
         reinforce(args)
     elif args.ask.table:
@@ -202,9 +201,48 @@ def main(args: Args):
         answer(args)
 
 
+def check_ask(args: Args):
+    """UserError for options that would change nothing beside the others."""
+    from lib.files import UserError
+
+    ask = args.ask
+    if ask.rl or ask.table or ask.published:
+        for name in ("launch", "search", "decode", "calibrate"):
+            if getattr(ask, name):
+                raise UserError(
+                    f"--{name} is of a training: leave --rl, --table and --published out"
+                )
+    if ask.table and args.json:
+        raise UserError("--table prints Markdown: leave --json out")
+    if ask.table and (args.which != WhichShape() or (not ask.rl and args.where != Where())):
+        raise UserError("--table shows models and chips of its own: leave out what names others")
+    if ask.map and not ask.search:
+        raise UserError("--map draws what a search finds: add --search")
+    if ask.to and not (ask.launch or ask.dashboard):
+        raise UserError("--to says where --launch or --dashboard writes: add one of them")
+    if ask.int8 and not ask.decode:
+        raise UserError("--int8 is of a decode step: add --decode ROWS")
+    if ask.decode < 0:
+        raise UserError(f"--decode {ask.decode}: how many rows, 1 or more")
+    if ask.decode and ask.estimate:
+        raise UserError("--decode is compiled, and --estimate compiles nothing: leave one out")
+
+
+def check_decode(where):
+    """UserError where no decode step can be compiled."""
+    from lib.files import UserError
+    from lib.preflight.cache import has_libtpu
+
+    if not where.chip.is_tpu or where.chips > 1:
+        raise UserError(f"--decode is compiled for one TPU chip, and {where.name} is not: v6e-1 is")
+    if not has_libtpu():
+        raise UserError("--decode needs TPU's compiler: pip install libtpu (Linux x86-64)")
+
+
 def answer(args: Args):
     """Print the report of a step and the plan of a run, after a search where one is asked for."""
     from lib.chips import rented
+    from lib.files import UserError
     from lib.preflight.calibrate import calibrated, recalibrate
     from lib.preflight.compile import as_compiled, for_chip, inspect
     from lib.preflight.estimate import estimate, report_text
@@ -221,14 +259,17 @@ def answer(args: Args):
     # what cannot be rented, and a file that cannot be used, are told before anything is compiled
     if args.ask.launch:
         check_launch(where, args.cost.pay)
+    if args.ask.decode:
+        check_decode(where)
     measured = calibrated(where.chip, args.ask.calibrate) if args.ask.calibrate else None
     if args.ask.estimate or not where.chip.is_tpu:
         config = for_chip(config, where.chip)
     else:
         config = as_compiled(config)
+    found = {}
     if args.ask.search:
         before = config.to_dict()
-        config = search_first(args, config, where, mesh)
+        config, found = search_first(args, config, where, mesh)
         best = {name: value for name, value in config.to_dict().items() if value != before[name]}
         wanted = wanted.replace(**best)
 
@@ -244,10 +285,15 @@ def answer(args: Args):
     planned = plan(config, where.chip, where.chips, cost.mfu, pay, report.peak)
 
     if args.json:
-        print(json.dumps(report.to_dict() | dict(plan=planned.to_dict())))
+        print(json.dumps(found | report.to_dict() | dict(plan=planned.to_dict())))
     else:
         print(report_text(report))
         print(plan_text(planned))
+    if args.ask.launch and not report.fits:
+        raise UserError(
+            f"nothing is written for --launch, as this does not fit on {where.name}: "
+            "--search finds what does, and so do more chips"
+        )
     if args.ask.launch:
         launch(args, wanted, where, planned)
 
@@ -289,7 +335,10 @@ def reinforce(args: Args):
 
 
 def search_first(args: Args, config, where, mesh):
-    """The fastest config that a search finds; UserError where none fits."""
+    """(the fastest config that a search finds, the search as JSON); UserError where none fits.
+
+    Prints it, unless JSON is wanted.
+    """
     from lib.files import UserError, local_path
     from lib.pictures import check_format, show
     from lib.preflight.cache import has_libtpu
@@ -307,18 +356,21 @@ def search_first(args: Args, config, where, mesh):
 
     compiling = has_libtpu() and where.chip.is_tpu and not args.ask.estimate
     result = search(config, where, args.where.strategy, mesh, verify if compiling else None)
-    print(json.dumps(result.to_dict()) if args.json else search_text(result))
+    if not args.json:
+        print(search_text(result))
     available = available_bytes(where.chip)
     if where.chip.is_tpu and not args.json:
         for row in undecided(result, available):
             print(undecided_text(row, available, compile_command(args, row.fields)))
     if args.ask.map:
-        show(heat_map(result), local_path(args.ask.map))
+        # standard output is the answer's alone where a program reads it
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            show(heat_map(result), local_path(args.ask.map))
     if result.best is None:
         raise UserError(
             f"nothing that was searched fits on {where.name}: take fewer parameters, or more chips"
         )
-    return config.replace(**result.best)
+    return config.replace(**result.best), dict(search=result.to_dict())
 
 
 def compile_command(args: Args, fields: dict) -> str:

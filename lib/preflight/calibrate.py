@@ -14,7 +14,7 @@ from lib.preflight.hlo import Work
 def calibrated(known: Chip, path: str | Path) -> Chip:
     """A chip with the ceilings that a file of 06_speed measured on one of its kind.
 
-    UserError where the file is of another kind of chip, of float32, or no such file.
+    UserError where the file is of another kind of chip or dtype, or no such file.
     """
     path = local_path(path)
     fields = read_json(path, cure="write one with 06_speed")
@@ -27,10 +27,10 @@ def calibrated(known: Chip, path: str | Path) -> Chip:
         raise UserError(
             f"{path} was measured on {device}, not on {known.name}: run 06_speed on one of those"
         )
-    if (dtype := fields.get("dtype", "bfloat16")) != "bfloat16":
+    if (dtype := fields.get("dtype", known.dtype)) != known.dtype:
         raise UserError(
-            f"{path} was measured in {dtype}, and preflight plans in bfloat16: "
-            "run 06_speed with --overrides compute_dtype=bfloat16"
+            f"{path} was measured in {dtype}, and preflight plans in {known.dtype} there: "
+            f"run 06_speed with --overrides compute_dtype={known.dtype}"
         )
     return known._replace(name=f"{known.name}, measured", flops=flops, bandwidth=bandwidth)
 

@@ -116,9 +116,7 @@ def for_chip(config: Config, chip: Chip) -> Config:
     """`config` with what "auto" means on a chip named: a TPU's kernels, or what a GPU has."""
     if chip.is_tpu:
         return for_tpu(config)
-    # all of the table's GPUs have bfloat16 but the T4
-    dtype = "float32" if chip == chips.T4 else "bfloat16"
-    meaning = dict(attention="jax", compute_dtype=dtype)
+    meaning = dict(attention="jax", compute_dtype=chip.dtype)
     named = {name: value for name, value in meaning.items() if getattr(config, name) == "auto"}
     return config.replace(**named)
 
@@ -356,7 +354,7 @@ def question(
     config: Config, where: Slice, strategy: str, mesh: dict[str, int] | None = None
 ) -> list:
     """What `inspect` asks of a step, as the key under which its answer is kept."""
-    split = make_split(where, strategy, mesh)
+    split = make_split(config, where, strategy, mesh)
     return ["inspect", config.to_dict(), where.topology, strategy, split._asdict()]
 
 

@@ -93,7 +93,7 @@ def _chip_fields(chip: Chip) -> dict[str, Any]:
     if auto.compute_dtype == "float32":
         note = (
             f"a {chip.name} has no bfloat16, so this code computes in float32, "
-            f"for which {chip.flops / 1e12:.0f} TFLOP/s (float16) is far too much"
+            f"of which it does {chip.flops / 1e12:.1f} TFLOP/s"
         )
     return dict(
         name=chip.name,

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from lib.chips import V6E
+from lib.config import Config
 from lib.files import UserError
 from lib.preflight import __main__ as command
 from lib.preflight.cache import has_libtpu
@@ -64,6 +65,23 @@ def test_an_unknown_chip_is_one_sentence_with_the_names(name):
         (["--depth", "2", "--price", "-1"], "price must be"),
         (["--depth", "2", "--search", "--map", "map.nosuch"], "cannot draw map.nosuch"),
         (["--depth", "2", "--dashboard"], "ask for it alone"),
+        (["--depth", "2", "--map", "map.png"], "add --search"),
+        (["--depth", "2", "--to", "x.yaml"], "add one of them"),
+        (["--depth", "2", "--int8"], "add --decode"),
+        (["--depth", "2", "--decode", "1"], "leave one out"),
+        (["--depth", "2", "--decode", "-1"], "1 or more"),
+        (["--table", "--json"], "leave --json out"),
+        (["--table", "--chip", "v6e-8"], "chips of its own"),
+        (["--rl", "--table", "--depth", "3"], "models and chips of its own"),
+        (["--rl", "--depth", "3", "--search"], "--search is of a training"),
+        (["--published", "--launch"], "--launch is of a training"),
+        # as training says it
+        (["--depth", "20", "--chip", "h100-8", "--strategy", "zero"], "use microbatch=8"),
+        (["--depth", "20", "--mesh", "data=4"], "needs 4 devices, and there are 1"),
+        (["--depth", "20", "--chip", "v6e-8", "--mesh", "data=0"], "needs 0 devices"),
+        (["--depth", "20", "--chip", "h100-8", "--strategy", "tp"], "must divide n_kv_head=10"),
+        # nobody rents what is too small
+        (["--depth", "32", "--chip", "v6e-1", "--launch"], "does not fit on v6e-1"),
     ],
 )
 def test_bad_questions(arguments, message):
@@ -77,6 +95,40 @@ def test_json(capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["chips"] == 4 and answer["plan"]["cost"] > 0
     assert math.isfinite(answer["mfu"]) and answer["bound"]["step"]["seconds"] > 0
+
+
+def test_a_search_is_part_of_one_answer(tmp_path, capsys):
+    ask(
+        *["--depth", "4", "--chip", "v6e-1", "--estimate", "--search", "--json"],
+        *["--map", str(tmp_path / "map.png")],
+    )
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["search"]["best"] and answer["plan"]["steps"] > 0 and answer["fits"]
+    assert (tmp_path / "map.png").exists()
+
+
+@pytest.mark.parametrize("chip, needs", [("h100-1", "for one TPU chip"), ("v6e-1", "pip install")])
+def test_a_decode_step_that_cannot_be_compiled_is_refused(chip, needs, monkeypatch):
+    monkeypatch.setattr("lib.preflight.cache.has_libtpu", lambda: False)
+    with pytest.raises(UserError, match=needs):
+        ask("--depth", "4", "--chip", chip, "--decode", "1")
+
+
+def test_a_t4_is_planned_in_what_it_computes(tmp_path, capsys):
+    """An hour at 40 %, as its preset means it; and a file that was measured so is taken."""
+    ask("--preset", "colab_free_t4", "--chip", "t4-1", "--estimate", "--json")
+    answer = json.loads(capsys.readouterr().out)
+    config = Config.preset("colab_free_t4")
+    flops = config.flops_per_token * config.num_steps * config.total_batch_size
+    assert answer["plan"]["hours"] == pytest.approx(flops / 0.4 / 8.1e12 / 3600)
+    assert 0.3 < answer["plan"]["hours"] < 1
+
+    path = tmp_path / "Tesla_T4.json"
+    path.write_text(
+        json.dumps(dict(device="Tesla T4", flops=4e12, bandwidth=2e11, dtype="float32"))
+    )
+    ask("--depth", "4", "--chip", "t4-1", "--estimate", "--calibrate", str(path))
+    assert "4 TFLOP/s, 200 GB/s measured" in capsys.readouterr().out
 
 
 def test_a_published_measurement_stays_below_its_bound(capsys):
@@ -116,6 +168,10 @@ def test_measured_ceilings_take_the_place_of_the_data_sheets(tmp_path, capsys):
         (
             dict(device="TPU v6 lite", flops=1.0, bandwidth=1.0, dtype="float32"),
             "measured in float32, .*compute_dtype=bfloat16",
+        ),
+        (
+            dict(device="TPU v6 lite", flops=1.0, bandwidth=1.0, dtype="mixed"),
+            "measured in mixed, .*compute_dtype=bfloat16",
         ),
         (dict(device="TPU v6 lite", flops=1.0), "was not written by 06_speed"),
         (dict(device="TPU v6 lite", flops="1", bandwidth=1.0), "was not written by 06_speed"),

@@ -8,6 +8,7 @@ import pytest
 
 from lib import chips
 from lib.config import Config
+from lib.files import UserError
 from lib.params import count_params
 from lib.preflight import cache
 from lib.preflight.compile import for_chip, question
@@ -85,7 +86,8 @@ SAID = """([points, mfu]) => points.map(([depth, overrides, kind, name, strategy
   const {fits, ...report} = estimate(config, where, strategy);
   const {flops: run_flops, ...planned} = plan(config, where, mfu);
   for (const how in planned.cost) planned.cost[how] ??= 0;
-  return {parameters: count_params(config), ...report, run_flops, ...planned};
+  const reason = why_not(config, where.chips, strategy);
+  return {parameters: count_params(config), ...report, run_flops, ...planned, why_not: reason};
 })"""
 
 
@@ -138,10 +140,19 @@ def page(tmp_path_factory):
 def test_its_numbers_are_those_of_the_estimate(page):
     points = grid()
     said = page.evaluate(SAID, [points, MFU])
+    possible = 0
     for point, answer in zip(points, said):
+        # what the page says is not possible, the estimate refuses
+        if why_not := answer.pop("why_not"):
+            with pytest.raises(UserError, match="must divide|cannot be split|not divide"):
+                expected(*point)
+            assert "do not divide" in why_not
+            continue
+        possible += 1
         wanted = expected(*point)
         for name, value in wanted.items():
             assert answer[name] == pytest.approx(value, rel=1e-9), (point, name)
+    assert possible > 0.8 * len(points)
 
 
 @pytest.mark.slow

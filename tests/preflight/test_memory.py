@@ -134,7 +134,7 @@ COMPILED = [
 
 def test_what_is_brought_together_is_counted_where_parts_are_held():
     """By four devices with a row each: a table, a layer and its gradient, but none turned."""
-    many = TINY.replace(vocab_size=1024)
+    many = TINY.replace(vocab_size=1024, microbatch=4, total_batch_size=512)
     fsdp, zero = (estimate(many, rented("v6e-4"), strategy).memory for strategy in ("fsdp", "zero"))
     assert fsdp["gradients"] == zero["gradients"] // 4
     turned, blocks = (4 * count_params(many)[part] for part in ("value_embeds", "blocks"))

@@ -238,7 +238,7 @@ def test_a_report_survives_json_and_unknown_axes_are_named():
     report = estimate(config, where, "fsdp")
     assert Report.from_dict(report.to_dict()) == report
     assert report.to_dict()["fits"] is True
-    assert make_split(where, "dp", dict(data=2, tensor=2)) == Split(2, 1, 2)
+    assert make_split(config, where, "fsdp", dict(data=2, fsdp=2)) == Split(2, 2, 1)
     with pytest.raises(UserError, match="mesh axis 'rows': choose one of data, fsdp, tensor"):
         estimate(config, where, "dp", dict(rows=4))
 

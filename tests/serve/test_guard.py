@@ -4,9 +4,11 @@ hand, without a server.
 
 import asyncio
 import json
+import re
 import types
 
 import pytest
+import yaml
 
 from lib.files import UserError
 from lib.serve import connections, counters, guard, server
@@ -15,6 +17,7 @@ from lib.serve.connections import ConnectionWatch, room_for
 from lib.serve.counters import Counters
 from lib.serve.guard import guarded, read_json
 from lib.serve.settings import ServeSettings
+from tests.helpers import ROOT
 
 HOSTS = ("localhost", "chat.test", "::1")
 CHATS = "/v1/chat/completions"
@@ -110,6 +113,19 @@ def test_tokens(given, status):
     # a foreign name is told first, whatever the token
     assert answered(settings=settings, host="evil.test", **headers)[0] == 403
     assert answered(hosts=None, settings=settings, host="evil.test", **headers)[0] == status
+
+
+def test_prometheus_has_the_token_that_its_page_gives_the_server():
+    folder = ROOT / "docs" / "observability"
+    [command] = re.findall(r"python -m lib\.serve (.*?)  ", (folder / "README.md").read_text())
+    arguments = dict(zip(*[iter(command.split())] * 2))
+    settings = ServeSettings(host=arguments["--host"], token=arguments["--token"])
+    settings.check_token()
+    [job] = yaml.safe_load((folder / "prometheus.yaml").read_text())["scrape_configs"]
+    given = f"Bearer {job['authorization']['credentials']}"
+    [target] = job["static_configs"][0]["targets"]
+    answer = answered("/metrics", settings=settings, hosts=None, host=target, authorization=given)
+    assert answer[0] == 200
 
 
 def test_every_answer_is_safe_and_counted(monkeypatch):
