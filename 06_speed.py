@@ -81,6 +81,7 @@ seconds = 0.5  # @param {type:"number"}
 
 # %%
 globals().update(flags(globals()))
+counts = speed.parse_asked(rows, seconds)
 folder, mirror = enter(home, run, secret=secret)
 device = device_report()
 if preset == "auto":
@@ -167,7 +168,7 @@ print("\n".join(speed.advice(reached)))
 # and cost next to nothing until products take longer than that.
 
 # %%
-decoded = speed.decoding(config, [int(word) for word in rows.split()])
+decoded = speed.decoding(config, counts)
 print(f"{'rows':>5}{'tokens/s':>12}{'ms/step':>10}{'at least':>10}{'reached':>9}")
 for d in decoded:
     least = d.bytes / bandwidth

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -233,6 +234,10 @@ def main(args: Args):
         return serve(args)
     from lib.chips import chip
     from lib.files import write_json
+
+    with_torch = [name for name in args.contestants if name.rpartition("@")[2].startswith("torch")]
+    if with_torch and not find_spec("torch"):
+        raise SystemExit(f"{with_torch[0]} is PyTorch's: pip install torch, or name --contestants")
 
     # one at a time, for compilers time what they choose between
     contestants = []

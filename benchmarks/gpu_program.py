@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import tyro
@@ -78,6 +79,8 @@ def pretend():
     from lib.model import attention, norm_gpu, rotary_gpu
 
     where = dict(topology="1x1x1", target_config=H200)
+    if not find_spec("jax_plugins"):
+        raise SystemExit('jax has no compiler for GPUs here: pip install "jax[cuda13]"')
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", **where)
     jax.devices()  # the CPU is there before another is pretended
     jax.default_backend = lambda: "gpu"

@@ -8,6 +8,7 @@ that goes, and a token's time in decoding, both ways.
 
 import ctypes
 import math
+import shutil
 import subprocess
 import tempfile
 import time
@@ -245,6 +246,10 @@ def print_clocks(library: ctypes.CDLL):
 def main(args: Args):
     from lib import speed
 
+    if jax.default_backend() != "gpu" or not shutil.which(args.nvcc):
+        raise SystemExit(
+            f"this needs an NVIDIA GPU that jax sees, and {args.nvcc} to compile for it"
+        )
     config = Config.from_depth(depth=args.depth, compute_dtype="bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         libraries = built(args, Path(folder))

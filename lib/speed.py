@@ -5,6 +5,7 @@ decoding, each beside the least time that preflight's roofline gives it under th
 Compiling is never in a time, and neither is the first call.
 """
 
+import math
 import os
 import re
 import threading
@@ -47,6 +48,18 @@ ADVICE = {
     "other": "This is what stands between the parts: `remat` recomputes, a larger microbatch "
     "makes fewer of everything.",
 }
+
+
+def parse_asked(rows: str, seconds: float) -> list[int]:
+    """The numbers in "1 8 64", rows that are decoded together; UserError where they, or the seconds
+    for which each part is run, can't be.
+    """
+    words = rows.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and int(word) for word in words):
+        raise UserError(f"rows={rows!r} must be numbers from 1 on, like 1 8 64")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds={seconds} must be above 0: for so long each part is run")
+    return [int(word) for word in words]
 
 
 # ---- clocks --------------------------------------------------------------------------------------

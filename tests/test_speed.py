@@ -31,6 +31,16 @@ TINY = Config(
 )
 
 
+def test_what_was_asked_is_read_before_anything_is_measured():
+    assert speed.parse_asked("1 8 64", 0.5) == speed.parse_asked("1,8, 64", 9) == [1, 8, 64]
+    for rows in ("", "1 x", "0", "-1", "1.5"):
+        with pytest.raises(UserError, match="numbers from 1 on"):
+            speed.parse_asked(rows, 0.5)
+    for seconds in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="above 0"):
+            speed.parse_asked("1", seconds)
+
+
 def test_a_product_counts_two_flops_a_pair():
     assert MeasuredProduct("", "float32", (10, 20, 30), 0.5).flops == 2 * 10 * 20 * 30 / 0.5
 
