@@ -184,8 +184,10 @@ class Talk:
                 )
             return ids
 
+        # two messages without an answer between them are one, as where a saved chat ended with one
+        chat = in_turns(self.messages)
         # a chat that has grown too long loses its oldest turns
-        ids, dropped = fit(tokenizer, self.messages, self.context, self.settings.max_tokens)
+        ids, dropped = fit(tokenizer, chat, self.context, self.settings.max_tokens)
         if dropped:
             self.note(
                 f"(the oldest {dropped} messages don't fit into the model's {self.context} tokens "
@@ -288,14 +290,21 @@ class Talk:
         """/regen: another answer to the last message."""
         if not self.messages or self.messages[-1]["role"] == "system":
             raise UserError("there is no message to answer yet: write one")
+        before = list(self.messages)
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        self.answer()
+        try:
+            self.answer()
+        except UserError:
+            self.messages = before
+            raise
 
     def save(self, path: str):
         """/save: write the conversation into a file."""
         if not path:
             raise UserError("/save needs the name of a file to write, such as /save chat.json")
+        if not any(message["role"] == "user" for message in self.messages):
+            raise UserError("nothing was said yet, so there is nothing to save")
         try:
             write_json(local_path(path), {"messages": self.messages})
         except (OSError, ValueError) as e:

@@ -308,6 +308,14 @@ class Tokenizer:
             ) from None
         return ids
 
+    def encode_bytes(self, raw: bytes) -> list[int]:
+        """Ids of bytes that may begin or end within a character."""
+        try:
+            return self.encode(raw.decode())
+        except UnicodeDecodeError:
+            # every vocabulary has the single bytes
+            return [self.encoding.encode_single_token(bytes([byte])) for byte in raw]
+
     def encode_batch(
         self, texts: Iterable[str], bos: bool = False, threads: int | None = None
     ) -> list[list[int]]:

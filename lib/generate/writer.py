@@ -132,5 +132,5 @@ class Writer:
             end -= len(first)
         if split and end:
             # a stop string begins inside a token: what is before it becomes tokens of its own
-            before = self.tokenizer.encode(first[:end].decode("utf-8", "ignore"))
+            before = self.tokenizer.encode_bytes(first[:end])
             self.ready += [self.held[0]._replace(id=id, top=[]) for id in before]

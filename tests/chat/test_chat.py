@@ -176,6 +176,30 @@ def test_a_message_may_begin_with_a_slash(capsys):
     assert "no command /dance" in capsys.readouterr().err
 
 
+def test_a_chat_that_ends_with_a_question_goes_on(tmp_path, capsys):
+    """As a saved one may, or one whose last question was interrupted."""
+    talk = terminal.Talk(model(), terminal.ChatSettings(temperature=0, max_tokens=3))
+    with pytest.raises(UserError, match="nothing to save"):
+        talk.command(f"/save {tmp_path / 'empty.json'}")
+    path = tmp_path / "open.json"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    talk.command(f"/load {path}")
+    talk.ask("What is 37 plus 85?")
+    assert [m["role"] for m in talk.messages] == ["user", "user", "assistant"]
+    talk.command("/regen")
+    talk.command(f"/save {path}")
+    talk.command(f"/load {path}")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    talk.ask("and now?")
+
+    # an answer that cannot be had again is not lost
+    long = [{"role": "user", "content": "word " * 2000}, {"role": "assistant", "content": "yes"}]
+    talk.messages = list(long)
+    with pytest.raises(UserError, match="shorten it"):
+        talk.command("/regen")
+    assert talk.messages == long
+
+
 def test_a_base_model_is_greeted_as_one(capsys):
     for stage, chatty in (("sft", True), ("base", False)):
         talk = terminal.Talk(model()._replace(stage=stage), terminal.ChatSettings())

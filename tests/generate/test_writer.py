@@ -28,6 +28,19 @@ def writer_of(max_tokens=99, tool=None, **settings):
     return Writer(Sampling(max_tokens, **settings), TOKENIZER, tool)
 
 
+def test_a_stop_string_inside_a_token_leaves_the_character_before_it_whole():
+    """A token may end a character whose first byte was let out already."""
+    letters = tuple(bytes([byte]) for byte in range(256))
+    tokenizer = Tokenizer(TOKENIZER.pattern, (*letters, b"\x84nder"))
+    writer = Writer(Sampling(99, stop_strings=("nd",)), tokenizer)
+    for id in (*b"wird ", 0xC3, 256, *b"ung"):
+        writer.push(Token(id, -1.0))
+        if writer.finish:
+            break
+    assert writer.finish == "stop"
+    assert tokenizer.decode([token.id for token in writer.ready]) == "wird Ä"
+
+
 # ---- ends ----------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,45 @@ def test_editing_a_message_goes_on_from_there(page):
     assert questions(page) == [SUM] and len(answers(page)) == 1 and "122" in answers(page)[0]
 
 
+@pytest.mark.parametrize("leave", ["+ New conversation", "hello", "Delete “Count to 120.”"])
+def test_who_leaves_while_an_answer_is_written_can_send(page, leave):
+    """To a new conversation, to another of the list, or by deleting this one."""
+    send(page, "hello")
+    finished(page)
+    page.get_by_role("button", name="+ New conversation").click()
+    page.on("dialog", lambda dialog: dialog.accept())
+    send(page, COUNT)
+    until(page, "document.querySelector('.message.assistant .body')?.innerText.length > 5")
+    page.get_by_role("button", name=leave, exact=True).click()
+    finished(page)
+    assert page.evaluate("running") is None
+    assert not page.get_by_role("button", name="Stop", exact=True).is_visible()
+
+
+def test_what_is_typed_into_a_message_survives_the_end_of_an_answer(page):
+    send(page, COUNT)
+    until(page, "document.querySelector('.message.assistant .body')?.innerText.length > 5")
+    first = page.locator(".message.user").first
+    first.hover()
+    first.get_by_role("button", name="Edit").click()
+    box = page.get_by_label("Edit message")
+    box.fill("hello")
+    page.evaluate("stop()")
+    until(page, "running === null")
+    page.get_by_role("button", name="Token probabilities").click()
+    assert box.input_value() == "hello"
+    # and it can be sent or left, as ever
+    box.press("Escape")
+    assert questions(page) == [COUNT]
+    first.hover()
+    first.get_by_role("button", name="Edit").click()
+    page.get_by_label("Edit message").press("Enter")
+    until(page, "document.querySelector('.editing') === null")
+    page.evaluate("stop()")
+    finished(page)
+    assert questions(page) == [COUNT]
+
+
 def test_markdown_becomes_elements(page):
     send(page, MARKDOWN)
     finished(page)
@@ -513,6 +552,20 @@ def test_probabilities_on_hover(page):
     )
 
 
+def test_probabilities_of_other_scripts_by_keyboard(page):
+    """Pieces of a character are shown as the character, and Tab leads to the first token."""
+    page.get_by_role("button", name="Token probabilities").click()
+    send(page, "Say it in other scripts.")
+    finished(page)
+    shown = page.locator(".body > .tokens span")
+    assert "".join(shown.all_inner_texts()) == "Grüße aus 東京, naïve 🙂 café."
+    assert page.locator(".body > .tokens span[tabindex='0']").count() == 1
+    shown.first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#tip tr.taken td").first.inner_text() == shown.nth(2).inner_text()
+
+
 def test_settings_reach_the_server_and_survive_a_reload(page, context):
     bodies = []
     context.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
@@ -698,7 +751,12 @@ def test_the_token_is_asked_for_once(browser):
         page.goto("/")
         page.get_by_label("Token", exact=True).fill("wrong")
         page.keyboard.press("Enter")
-        page.get_by_role("heading", name="asks for its token").wait_for()
+        page.get_by_text("That token is wrong.").wait_for()
+        # who leaves is told how to come back, and not asked again at once
+        page.keyboard.press("Escape")
+        page.get_by_text("asks for its token: reload").wait_for()
+        assert not page.get_by_role("dialog").is_visible()
+        page.reload()
         page.get_by_label("Token", exact=True).fill("s3cret")
         page.keyboard.press("Enter")
         page.get_by_text("context of 768 tokens").wait_for()
