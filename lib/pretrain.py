@@ -17,7 +17,7 @@ from lib import data, evals, parallel, report, train
 from lib.config import Config
 from lib.data.sources import MANIFEST
 from lib.data.tokenizer import Tokenizer, load_tokenizer
-from lib.data.vocabulary import read_by
+from lib.data.vocabulary import read_by, trained_on
 from lib.evals import core
 from lib.files import UserError, is_remote, read_json, update_json
 from lib.generate import Sampling, generate
@@ -79,8 +79,9 @@ def open_tokenizer(folder: Path, wishes: Wishes, source: str, device: dict) -> T
         lambda: tokenizer_of(folder, wishes.preset, source, device, bool(host())).fingerprint,
     )
     tokenizer = load_tokenizer(folder)
-    if source and source != read_by(tokenizer):
-        print(f"note: the tokenizer read {read_by(tokenizer)}, and training will read {source}")
+    was_read = trained_on(tokenizer)
+    if source and was_read and source not in (was_read, read_by(tokenizer)):
+        print(f"note: the tokenizer read {was_read}, and training will read {source}")
     return tokenizer
 
 

@@ -12,7 +12,7 @@ from lib.config import Config
 from lib.data.corpus import corpus_of, is_records, tokenizer_in
 from lib.data.packing import MOST_EPOCHS
 from lib.data.tokenizer import FILE, Tokenizer, load_tokenizer
-from lib.data.vocabulary import Vocabulary, make_tokenizer
+from lib.data.vocabulary import Vocabulary, make_tokenizer, save_with_text
 
 # the text of a preset, where the network reaches the Hub
 TEXTS = {
@@ -150,7 +150,7 @@ def tokenizer_of(run: Path, preset: str, source: str, device: dict, hosted: bool
     if is_records(source):
         print(f"{run} has no tokenizer yet: it takes that of {source}")
         tokenizer = tokenizer_in(corpus_of(source))
-        tokenizer.save(run / FILE)
+        save_with_text(tokenizer, run / FILE, source)
         return tokenizer
     text = for_tokenizer(preset, source, 0, device, hosted)
     print(f"{run} has no tokenizer yet: making one as 01 does, {text.why}")

@@ -115,7 +115,14 @@ def write_texts(texts: Iterable[str], to: str, tokenizer: Tokenizer, task: int, 
     plan = record_files.begin(to, "texts of another engine", tokenizer, parts)
 
     if record_files.missing(to, [parts[task]]):
-        shard = _tokens(filter(None, texts), tokenizer)
+        # half a character becomes a question mark, as in files that are read here
+        sound = (text.encode("utf-8", "replace").decode() for text in texts if text)
+        shard = _tokens(sound, tokenizer)
+        if not shard.ids.size and parts[task].split == "val":
+            raise UserError(
+                f"the last of {tasks} tasks, whose text validates, has none: take no more tasks "
+                "than there are files, and another place to write to"
+            )
         part = parts[task]._replace(identity=hashlib.sha256(shard.ids.tobytes()).hexdigest())
         record_files.write_shard(to, part, shard, tokenizer)
     record_files.finish(to, plan, parts)

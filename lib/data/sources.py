@@ -12,6 +12,7 @@ import os
 import sys
 import sysconfig
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -169,6 +170,7 @@ class Corpus(NamedTuple):
     digests: list[str]
     cache_dir: str | Path
     named: bool  # one of SOURCES, not files of the user's own
+    unread: list[Path]  # files beside them that no reader knows
 
     def looks(self, cut: bool) -> list[Look]:
         """A look at every file, with a bar when that takes long, be it a single large text."""
@@ -213,7 +215,8 @@ def _corpus(paths: list[Path], where: str, cache_dir, named: bool = False) -> Co
     digests = _digests(files, where)
     pairs = sorted(zip(digests, files))
     names, digests = [path for _, path in pairs], [digest for digest, _ in pairs]
-    return Corpus(where, names, digests, cache_dir, named)
+    unread = [path for path in paths if path.suffix.lower() not in READERS]
+    return Corpus(where, names, digests, cache_dir, named, unread)
 
 
 def _digests(files: list[Path], where: str) -> list[str]:
@@ -274,6 +277,8 @@ def _local(split: str, corpus: Corpus) -> list[Shard]:
     skipped = sum(look.skipped for look in looks)
     if skipped and split == "train" and not corpus.named:
         tell(f"{corpus.where}: {skipped:,} documents without text are left out")
+    if corpus.unread and split == "train" and not corpus.named:
+        tell(_unread_text(corpus))
 
     longest, last_hash = _held_out(looks, corpus.where)
     side = Shard("", "", (), split, longest, last_hash, cut)
@@ -284,6 +289,18 @@ def _local(split: str, corpus: Corpus) -> list[Shard]:
         identity = digest_of(json.dumps(content))
         shards.append(replace(side, name=name, identity=identity, files=files, part=part))
     return shards
+
+
+def _unread_text(corpus: Corpus) -> str:
+    """How many files are left out, by their endings, and what is read."""
+    endings = Counter((path.suffix or path.name).lower() for path in corpus.unread)
+    most = sorted(endings.items(), key=lambda entry: (-entry[1], entry[0]))[:5]
+    counted = ", ".join(f"{count:,} {ending}" for ending, count in most)
+    more = ", ..." if len(endings) > 5 else ""
+    return (
+        f"{corpus.where}: {len(corpus.files):,} files are read, {len(corpus.unread):,} are left "
+        f"out ({counted}{more}), for readable endings are {', '.join(READERS)}"
+    )
 
 
 def _parts(corpus: Corpus, looks: list[Look]) -> Iterator[tuple[list, tuple, tuple | None]]:

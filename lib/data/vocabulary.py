@@ -52,19 +52,35 @@ def make_tokenizer(
     if path.exists() and if_exists == "continue":
         tokenizer = Tokenizer.load(path)
         _check_settings(path, tokenizer.meta.get("settings", {}), vocabulary.settings())
+        # a pretrained one may be looked at on another text than before
+        if read_by(tokenizer) != vocabulary.source:
+            save_with_text(tokenizer, path, vocabulary.source)
         return tokenizer, False
 
     tokenizer = _make(vocabulary)
     tokenizer.meta["settings"] = vocabulary.settings()
-    tokenizer.save(path)
+    save_with_text(tokenizer, path, vocabulary.source)
     if (Path(run) / "checkpoints").exists():
         print(f"note: the checkpoints in {run} belong to the tokenizer that was there before")
     return tokenizer, True
 
 
+def save_with_text(tokenizer: Tokenizer, path: Path, source: str):
+    """Save a run's tokenizer with the text that the run is about, whatever it was trained on."""
+    tokenizer.meta["text"] = source
+    tokenizer.save(path)
+
+
 def read_by(tokenizer: Tokenizer) -> str:
-    """The source that a tokenizer was trained on; the embedded one where it does not say."""
-    return tokenizer.meta.get("settings", {}).get("source") or "stdlib"
+    """The text of a tokenizer's run: what it was trained on, or was made for; the embedded one
+    where it does not say.
+    """
+    return tokenizer.meta.get("text") or trained_on(tokenizer) or "stdlib"
+
+
+def trained_on(tokenizer: Tokenizer) -> str:
+    """The source that a tokenizer was trained on, empty where it came from elsewhere."""
+    return tokenizer.meta.get("settings", {}).get("source", "")
 
 
 def _check_settings(path: Path, before: dict, now: dict):

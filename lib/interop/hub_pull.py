@@ -7,6 +7,7 @@ their place when all of them are there and bear the checksums of their list.
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def _settle(staging: Path, contents: Contents, run: Path, target: Path):
     """Give what came its place, by one renaming."""
     # notes of the Hub's client on what it has fetched
     shutil.rmtree(staging / ".cache", ignore_errors=True)
+    _leave_only(staging, contents.files)
     if contents.kind == "tokenizer":
         Tokenizer.load(staging / FILE)
         run.mkdir(parents=True, exist_ok=True)
@@ -149,6 +151,16 @@ def _settle(staging: Path, contents: Contents, run: Path, target: Path):
         _as_run(staging, contents)
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(staging, target)
+
+
+def _leave_only(folder: Path, names: Collection[str]):
+    """Remove all other files, which a pull of something else has left, and folders without any."""
+    # what lies deeper first, so that folders are empty when their turn comes
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and path.relative_to(folder).as_posix() not in names:
+            path.unlink()
 
 
 def _as_run(folder: Path, contents: Contents):

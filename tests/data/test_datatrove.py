@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 from tests.helpers.programs import environment
 
 pytest.importorskip("datatrove", reason="no datatrove: pip install 'datatrove[io]'")
-pytest.importorskip("array_record", reason="no array_record: pip install 'rawchat[grain]'")
+pytest.importorskip("array_record", reason="no array_record: pip install -e '.[grain]'")
 pytestmark = pytest.mark.slow
 
 

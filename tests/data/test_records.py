@@ -18,8 +18,8 @@ from tests.helpers import buckets
 # servers of buckets
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("grain", reason="no grain: pip install 'rawchat[grain]'")
-pytest.importorskip("array_record", reason="no array_record: pip install 'rawchat[grain]'")
+pytest.importorskip("grain", reason="no grain: pip install -e '.[grain]'")
+pytest.importorskip("array_record", reason="no array_record: pip install -e '.[grain]'")
 
 
 @pytest.fixture(scope="module", params=["folder", "gs", "s3"])
@@ -217,3 +217,13 @@ def test_tasks_of_another_engine(tmp_path, tokenizer):
     records.check(to)
     with pytest.raises(UserError, match="task 3 of 3 is out of range"):
         records.write_texts([], to, tokenizer, 3, 3)
+
+
+def test_a_task_that_validates_needs_a_text_and_half_a_character_is_one(tmp_path, tokenizer):
+    to = str(tmp_path)
+    records.write_texts(["half \ud83d of one"], to, tokenizer, 0, 2)
+    with pytest.raises(UserError, match="the last of 2 tasks, whose text validates, has none"):
+        records.write_texts([""], to, tokenizer, 1, 2)
+    records.write_texts(["sat"], to, tokenizer, 1, 2)
+    assert list(data.documents(f"records:{to}", "train")) == ["half ? of one"]
+    assert sum(entry.bytes for entry in records.read_corpus(to).entries) == len("half ? of one") + 3

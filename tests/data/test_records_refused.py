@@ -17,8 +17,8 @@ from tests.helpers import buckets
 # servers of buckets
 pytestmark = pytest.mark.slow
 
-pytest.importorskip("grain", reason="no grain: pip install 'rawchat[grain]'")
-pytest.importorskip("array_record", reason="no array_record: pip install 'rawchat[grain]'")
+pytest.importorskip("grain", reason="no grain: pip install -e '.[grain]'")
+pytest.importorskip("array_record", reason="no array_record: pip install -e '.[grain]'")
 
 
 @pytest.fixture(scope="module")

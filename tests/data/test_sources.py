@@ -76,6 +76,23 @@ def test_one_document_that_is_most_of_the_text_is_not_what_is_held_out(tmp_path)
         assert share_of_val(source, tmp_path / "cache") < 0.06
 
 
+def test_files_that_no_reader_knows_are_told(tmp_path, capsys):
+    """As where a data set lies packed beside the page about it."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "README.md").write_text("About it.\n\nAnd more about it.\n")
+    (folder / "more.txt").write_text("Something else.\n")
+    list(data.documents(str(folder), "train", cache_dir=tmp_path / "cache"))
+    assert "left out" not in capsys.readouterr().err
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.html", "LICENSE"):
+        (folder / name).write_text("packed")
+    for split in ("train", "val"):
+        list(data.documents(str(folder), split, cache_dir=tmp_path / "cache"))
+    said = capsys.readouterr().err
+    assert "2 files are read, 4 are left out (2 .gz, 1 .html, 1 license)" in said
+    assert said.count("left out") == 1
+
+
 def test_copies_of_a_text_are_on_one_side(tmp_path):
     texts = ["said by everybody"] * 400 + [f"said once, {i}" for i in range(200)]
     source = write_corpus(tmp_path / "texts", "jsonl", texts)

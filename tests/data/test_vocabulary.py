@@ -4,7 +4,7 @@ import pytest
 
 from lib.data import vocabulary as rules
 from lib.data.tokenizer import FILE, PATTERN, Tokenizer
-from lib.data.vocabulary import Vocabulary, make_tokenizer, read_by
+from lib.data.vocabulary import Vocabulary, make_tokenizer, read_by, trained_on
 from lib.files import UserError
 
 
@@ -43,6 +43,20 @@ def test_a_tokenizer_of_elsewhere_is_taken_as_it_is(tmp_path, vocabulary):
     tokenizer, made = make_tokenizer(tmp_path / "other", taken)
     assert made and tokenizer.fingerprint == first.fingerprint
     assert tokenizer.meta["settings"] == {"pretrained": taken.pretrained}
+
+
+def test_a_run_reads_the_text_that_its_tokenizer_was_taken_for(tmp_path, vocabulary):
+    """Not the one it was trained on, and not the embedded one."""
+    make_tokenizer(tmp_path / "first", vocabulary)
+    mine = Vocabulary(source="mine/*.md", pretrained=str(tmp_path / "first" / FILE))
+    run = tmp_path / "run"
+    assert read_by(make_tokenizer(run, mine)[0]) == "mine/*.md"
+    assert trained_on(Tokenizer.load(run / FILE)) == ""
+    # looked at on another text, which is then the run's
+    make_tokenizer(run, mine._replace(source="other/*.md"))
+    assert read_by(Tokenizer.load(run / FILE)) == "other/*.md"
+    # as older files have it
+    assert read_by(Tokenizer(PATTERN, tuple(bytes([b]) for b in range(256)))) == "stdlib"
 
 
 # ---- looking at one

@@ -71,8 +71,8 @@ def asked_at(gs: str | None = None, s3: str | None = None):
     """The clients of buckets ask a server of ours, with a login that it takes, and know nothing of
     what they asked before.
     """
-    gcsfs = pytest.importorskip("gcsfs", reason="no gcsfs: pip install 'rawchat[cloud]'")
-    s3fs = pytest.importorskip("s3fs", reason="no s3fs: pip install 'rawchat[cloud]'")
+    gcsfs = pytest.importorskip("gcsfs", reason="no gcsfs: pip install -e '.[cloud]'")
+    s3fs = pytest.importorskip("s3fs", reason="no s3fs: pip install -e '.[cloud]'")
 
     def forget():
         gcsfs.GCSFileSystem.clear_instance_cache()

@@ -4,6 +4,7 @@ stand-in that breaks off, asks for patience and refuses.
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -242,6 +243,25 @@ def test_a_pull_that_breaks_off_goes_on(run, model_hub, tmp_path):
     files = json.loads(model_hub.repos[REPO][MANIFEST])["files"]
     assert before > 1 and len(fetched) <= len(files) + 2
     assert stages(back) == ["base", "sft"]
+
+
+def test_a_pull_takes_nothing_of_one_that_broke_off_before(run, model_hub, tmp_path):
+    """Of another repository, under the same name: its stages are not this one's."""
+    push(run, "me/first", "run", token=TOKEN)
+    for stage in ("sft", "evals"):
+        shutil.rmtree(run / stage)
+    push(run, "me/second", "run", token=TOKEN)
+    back = tmp_path / "runs" / "back"
+    model_hub.faults = [None] * 20 + [403]
+    with pytest.raises(UserError):
+        pull("me/first", back, TOKEN)
+    model_hub.faults = []
+    assert list(back.with_name(".back.pull").rglob("sft/*")), "it broke off behind the other stage"
+
+    pull("me/second", back, TOKEN)
+    listed = set(json.loads(model_hub.repos["me/second"][MANIFEST])["files"])
+    there = {path.relative_to(back).as_posix() for path in back.rglob("*") if path.is_file()}
+    assert there == listed | {"pulled.json"} and not (back / "sft").exists()
 
 
 def test_what_is_not_as_listed_is_not_kept(run, model_hub, tmp_path):
