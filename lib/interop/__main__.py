@@ -28,7 +28,7 @@ def export(
             stablehlo_inside, which has the weights in its files
         stage: base, mid, sft or rl; empty for the furthest that the run has
         ckpt: best, or a checkpoint's path; empty for the newest
-        out: where to write; empty for exports/FORMAT in the run folder
+        out: the folder to write, new or empty; none for exports/FORMAT in the run folder
         runs_dir: folder that holds the runs
     """
     folder = local_path(runs_dir) / run if run else newest_run(local_path(runs_dir))
