@@ -156,7 +156,8 @@ join_timeout = 300.0  # @param {type:"number"}
 globals().update(flags(globals()))
 # of several processes this one writes and prints
 first = join_hosts(coordinator, host_count, host_index, join_timeout)
-writing = parse_writers(writers)
+writing, tracing = parse_writers(writers), parse_steps(trace)
+pretrain.check_leaving(keep, session_hours)
 folder, mirror = enter(home, run, needs=FILE, default="default", secret=secret)
 wishes = pretrain.Wishes(preset, depth, num_steps, overrides, microbatch, strategy, mesh)
 
@@ -472,7 +473,7 @@ for step in training.steps(
     measurements,
     saving,
     writers=writing,
-    trace=parse_steps(trace),
+    trace=tracing,
     stop=lambda: ends_within(300, session_hours),
 ):
     if "samples" in step.metrics and first:

@@ -40,6 +40,20 @@ COUNTS = (
     "total_batch_size",
     "num_steps",
 )
+# real numbers that make no sense below 0
+NOT_NEGATIVE = (
+    "softcap",
+    "matrix_lr",
+    "embedding_lr",
+    "unembedding_lr",
+    "scalar_lr",
+    "adamw_lr",
+    "weight_decay",
+    "reference_tokens",
+    "warmup_steps",
+    "warmdown_ratio",
+    "final_lr_frac",
+)
 REFERENCE_BATCH = 2**19  # tokens per step at which the base learning rates were tuned (depth 12)
 
 
@@ -212,7 +226,7 @@ class Config:
         _check_types(self)
         _check_choices(self)
         _check_counts(self)
-        _check_norms(self)
+        _check_ranges(self)
         _check_heads(self)
         _check_windows(self)
         _check_gates(self)
@@ -331,6 +345,7 @@ class Config:
         """
         if depth < 1:
             raise UserError(f"depth must be at least 1, got {depth}")
+        _check_given(overrides)
         # one row a step, so that nothing but the shape can be wrong yet
         shape = _shape(depth, aspect_ratio, **_known(overrides))
         one_row: dict[str, Any] = dict(
@@ -449,16 +464,39 @@ def _check_choices(config: Config):
 
 def _check_counts(config: Config):
     for name in COUNTS:
-        count = getattr(config, name)
-        if count < 1:
-            raise UserError(f"config field {name} must be at least 1, got {count}")
+        _check_count(name, getattr(config, name))
     if config.n_layer > MAX_LAYERS:
         raise UserError(f"n_layer={config.n_layer} is more than {MAX_LAYERS}: use fewer layers")
 
 
-def _check_norms(config: Config):
+def _check_count(name: str, count: int):
+    if count < 1:
+        raise UserError(f"config field {name} must be at least 1, got {count}")
+
+
+def _check_ranges(config: Config):
     if config.norm_eps <= 0:
         raise UserError(f"norm_eps={config.norm_eps} must be above 0: use 1e-6 or 1e-5")
+    for name in ("rope_base", "qk_scale", "tokens_per_param"):
+        _check_above_0(name, getattr(config, name))
+    for name in NOT_NEGATIVE:
+        value = getattr(config, name)
+        if value < 0:
+            raise UserError(f"config field {name} must be 0 or more, got {value}")
+
+
+def _check_above_0(name: str, value: float):
+    if value <= 0:
+        raise UserError(f"config field {name} must be above 0, got {value}")
+
+
+def _check_given(overrides: dict):
+    """UserError for what the scaling rules would divide by, before they do."""
+    for name, value in overrides.items():
+        if name in COUNTS and isinstance(value, int):
+            _check_count(name, value)
+        if name == "tokens_per_param" and isinstance(value, int | float):
+            _check_above_0(name, value)
 
 
 def _check_heads(config: Config):

@@ -37,7 +37,7 @@ from lib.recipes import (
     tokenizer_of,
 )
 from lib.runs import start_afresh
-from lib.runtime import host
+from lib.runtime import host, seconds_left
 from lib.train import checkpoint
 from lib.train.due import SAMPLED_STEPS
 from lib.train.metrics import column, read_jsonl
@@ -91,8 +91,13 @@ def choose_model(wishes: Wishes, device: dict, tokenizer: Tokenizer) -> Config:
     if chosen == "auto":
         chosen, why = pick_preset(device)
     print(f"preset      {chosen}: {why}")
-    fields = suited_to(device) | wishes.fields
-    return Config.preset(chosen, vocab_size=tokenizer.vocab_size, **fields)
+    fields = dict(vocab_size=tokenizer.vocab_size) | suited_to(device) | wishes.fields
+    if fields["vocab_size"] != tokenizer.vocab_size:
+        raise UserError(
+            f"vocab_size={fields['vocab_size']}, but the run's tokenizer has "
+            f"{tokenizer.vocab_size}: make one of that size with 01 --vocab-size"
+        )
+    return Config.preset(chosen, **fields)
 
 
 # ---- the text ------------------------------------------------------------------------------------
@@ -343,6 +348,15 @@ def core_measurement(
             lambda params: measure(parallel.whole(layout, params, config.dtype)), every
         )
     ]
+
+
+def check_leaving(keep: int, session_hours: float):
+    """UserError for what a training would else say only when it first saves, or looks whether its
+    session ends: after minutes of compiling.
+    """
+    if keep < 1:
+        raise UserError(f"keep={keep} checkpoints would keep none: use 1 or more")
+    seconds_left(session_hours)
 
 
 # ---- where checkpoints go ------------------------------------------------------------------------

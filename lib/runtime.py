@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import mmap
 import operator
 import os
@@ -35,6 +36,7 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 # Hours that sessions last: free Colab and Pro 12, Pro+ 24; Kaggle's TPUs 9, its other machines 12.
 HOURS = {"colab": (12.0, 24.0), "kaggle": (9.0, 12.0)}
+BEGAN = time.monotonic()  # this process, nearly
 CAREFUL_WITH = re.compile(r"jax|libtpu|numpy|ml[-_.]dtypes")  # packages that pip must leave alone
 
 
@@ -475,10 +477,17 @@ def seconds_left(hours: float = 0.0) -> float | None:
     """Seconds until this session ends, None where nobody ends it or it has lasted longer already.
 
     hours: how long a session lasts (0: as long as the host's do, the shortest of HOURS that is not
-    over). It began when the first process of the machine did.
+    over; UserError below 0). It began when the first process of the machine did; but where that is
+    longer ago than the hours that were asked for, when this process did.
     """
-    known = (hours,) if hours else HOURS.get(host(), ())
-    ahead = [length * 3600 - _age() for length in known]
+    if not 0 <= hours < math.inf:
+        raise UserError(f"session_hours={hours} must be 0 (not known) or more")
+    if hours:
+        here = time.monotonic() - BEGAN
+        before = _age() - here
+        age = here if before >= hours * 3600 else before + here
+        return hours * 3600 - age
+    ahead = [length * 3600 - _age() for length in HOURS.get(host(), ())]
     return min((left for left in ahead if left > 0), default=None)
 
 

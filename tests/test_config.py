@@ -144,6 +144,17 @@ BAD = {
         lambda: Config(attention="pallas", sequence_len=16500, total_batch_size=66000),
         "multiple of 128.*use sequence_len=16384",
     ),
+    "heads of no width": (lambda: Config.from_depth(2, head_dim=0), "head_dim must be at least 1"),
+    "no rows": (lambda: Config.preset("nanochat_d12", microbatch=0), "microbatch must be at"),
+    "no batch": (lambda: Config.from_depth(2, total_batch_size=0), "total_batch_size must be at"),
+    "no horizon": (
+        lambda: Config.preset("nanochat_d12", tokens_per_param=0),
+        "tokens_per_param must be above 0",
+    ),
+    "positions that do not turn": (lambda: Config(rope_base=0.0), "rope_base must be above 0"),
+    "scores of nothing": (lambda: Config(qk_scale=0.0), "qk_scale must be above 0"),
+    "rates that go up the loss": (lambda: Config(final_lr_frac=-1.0), "final_lr_frac must be 0 or"),
+    "weights that grow": (lambda: Config(weight_decay=-1.0), "weight_decay must be 0 or more"),
     "no depth": (lambda: Config.from_depth(0), "depth must be at least 1"),
     "no heads": (lambda: Config.from_heads(0), "n_head must be at least 1"),
 }

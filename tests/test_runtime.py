@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -403,6 +404,7 @@ def test_tpus_are_told_from_googles_other_devices(tmp_path):
     [
         ("", 1, 0, None),  # nobody ends a machine of one's own
         ("", 1, 8, 7),
+        ("", 100, 8, 8),  # of a machine that has been up for longer, this process's
         ("colab", 1, 0, 11),
         ("colab", 13, 0, 11),  # it lasts longer than 12 hours, so it is one of 24
         ("colab", 25, 0, None),
@@ -412,11 +414,17 @@ def test_tpus_are_told_from_googles_other_devices(tmp_path):
 )
 def test_a_session_ends_some_hours_after_the_machine_began(monkeypatch, host, age, hours, left):
     monkeypatch.setattr(runtime, "host", lambda: host)
-    monkeypatch.setattr(runtime, "_age", lambda: age * 3600)
+    clock = [1000.0]
+    monkeypatch.setattr(runtime, "BEGAN", clock[0])
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runtime, "_age", lambda: age * 3600 + clock[0] - 1000)
     assert runtime.seconds_left(hours) == (None if left is None else left * 3600)
     assert not runtime.ends_within(300, hours)
-    monkeypatch.setattr(runtime, "_age", lambda: (age + (left or 0)) * 3600 - 240)
+    clock[0] += (left or 0) * 3600 - 240
     assert runtime.ends_within(300, hours) == (left is not None)
+    for impossible in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="must be 0 .not known. or more"):
+            runtime.seconds_left(impossible)
 
 
 def test_the_age_of_the_machine_is_known():

@@ -18,7 +18,9 @@ def head_matrix(params, config: Config):
     """The head (D, V), or its int8 form; a tied one is the embedding, turned."""
     # int8 gives a tied model a head of its own
     if config.tied_head and "head" not in params:
-        return gather("embed", params["embed"]).T
+        head = gather("embed", params["embed"]).T
+        # XLA:CPU has no product of bfloat16 with float32 results that turns an operand
+        return written_out(head) if config.operand_dtype != config.dtype else head
     return gather("head", params["head"])
 
 

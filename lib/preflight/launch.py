@@ -174,8 +174,8 @@ def overrides(config: Config) -> str:
 
 def trained_by(depth: int, vocab_size: int, changes: str) -> Config:
     """The config that 02 makes of these flags and a tokenizer."""
-    fields = parse_overrides(changes, Config)
-    return Config.preset(PLAIN, vocab_size=vocab_size, depth=depth, **fields)
+    fields = dict(vocab_size=vocab_size, depth=depth) | parse_overrides(changes, Config)
+    return Config.preset(PLAIN, **fields)
 
 
 def _words(fields: dict[str, Any]) -> str:

@@ -63,7 +63,8 @@ def lr_multiplier(step, num_steps, warmup_steps, warmdown_ratio, final_lr_frac):
     """
     xp = _library(step, num_steps, warmup_steps, warmdown_ratio, final_lr_frac)
     up = (step + 1) / xp.maximum(warmup_steps, 1)
-    left = _left(xp, step, num_steps, warmdown_ratio)
+    # whatever comes behind the end goes on as it, and never up the loss
+    left = xp.maximum(_left(xp, step, num_steps, warmdown_ratio), 0)
     down = left + (1 - left) * final_lr_frac
     after = xp.where(left >= 1, 1.0, down)
     return xp.where(step < warmup_steps, up, after)

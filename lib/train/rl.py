@@ -37,7 +37,7 @@ from lib.tasks import to_reinforce
 from lib.tasks.rewards import Reward, reward_of
 from lib.train import finetune, policy
 from lib.train.finetune import Base
-from lib.train.optim import compile_key, make_optimizer
+from lib.train.optim import compile_key, hyper, make_optimizer
 from lib.train.policy import PRESETS, Policy
 from lib.train.rollouts import (
     Question,
@@ -52,7 +52,7 @@ from lib.train.rollouts import (
     roll_out,
 )
 from lib.train.run import Measurement, TrainingRun, find_past
-from lib.train.step import TrainState, state_template
+from lib.train.step import TrainState, state_template, with_hyper
 
 # steps in a row in which no group teaches anything, until it is given up
 PATIENCE = 20
@@ -129,12 +129,15 @@ def first_state(params, config: Config, settings: Reinforcing) -> TrainState:
     """The state that a run begins with: trained parameters, and rates that are all scaled, those
     which have no field in the config among them.
     """
-    state = finetune.start(params, config)
-    hyper = dict(state.opt_state.hyper)
-    hyper["lr"] = hyper["lr"] | dict(smear=hyper["lr"]["smear"] * settings.lr)
+    return with_rl_rates(finetune.start(params, config), config, settings)
+
+
+def with_rl_rates(state: TrainState, config: Config, settings: Reinforcing) -> TrainState:
+    """The state with the rates and the horizon of a run, whatever it had before."""
     # the optimizer counts updates, of which a step has several
-    hyper["num_steps"] = hyper["num_steps"] * settings.updates
-    return state._replace(opt_state=state.opt_state._replace(hyper=hyper))
+    now = hyper(config, config.num_steps * settings.updates)
+    now["lr"]["smear"] *= settings.lr
+    return with_hyper(state, now)
 
 
 # ---- the learner's step --------------------------------------------------------------------------
@@ -326,6 +329,7 @@ class Reinforcement:
             past=past,
             layout=layout,
             begin=self.begin,
+            rates=lambda state, config: with_rl_rates(state, config, settings),
             make_step=lambda config, layout: self.step,
             watch_state=True,
         )

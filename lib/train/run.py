@@ -216,12 +216,12 @@ class TrainingRun:
 
     feed(cursor): a generator of (*arrays of a batch, cursor after it), from where `cursor` (None:
     the beginning) says. folder: for metrics and trace. store: for checkpoints, local or remote;
-    None makes none.
-    identity: what a checkpoint remembers besides the config, {"tokenizer": fingerprint, setting:
-    value, ...}; `find_past` compares it. begin: makes the first state, where it isn't the random
-    one of config.seed. make_step: as lib.train.step.make_train_step. peak_flops: of all devices,
-    for mfu. watch_state: every step comes with its state, for a feed that looks at it. notes:
-    JSON-able, kept in checkpoints for the caller.
+    None makes none. identity: what a checkpoint remembers besides the config, {"tokenizer":
+    fingerprint, setting: value, ...}; `find_past` compares it. begin: makes the first state, where
+    it isn't the random one of config.seed. rates: puts a config's own into a state that had others.
+    make_step: as lib.train.step.make_train_step. peak_flops: of all devices, for mfu. watch_state:
+    every step comes with its state, for a feed that looks at it. notes: JSON-able, kept in
+    checkpoints for the caller.
     """
 
     config: Config
@@ -232,6 +232,7 @@ class TrainingRun:
     past: Past | None = None
     layout: Layout | None = None
     begin: Callable[[], TrainState] | None = None
+    rates: Callable[[TrainState, Config], TrainState] = with_rates
     make_step: Callable[[Config, Layout | None], Callable] = make_train_step
     peak_flops: float | None = None
     watch_state: bool = False
@@ -282,7 +283,7 @@ class TrainingRun:
             return self.begin() if self.begin else init_state(self.config, self.layout)
         state: Any
         state, _ = checkpoint.restore(self.past.path, self.template)
-        return with_rates(state, self.config) if self.past.new_rates else state
+        return self.rates(state, self.config) if self.past.new_rates else state
 
     @property
     def done(self) -> int:

@@ -72,11 +72,14 @@ def with_rates(state: TrainState, config: Config) -> TrainState:
     earlier = int(state.opt_state.step) - int(state.step)
     total = earlier + config.num_steps
     moved = config.replace(warmdown_ratio=config.warmdown_ratio * config.num_steps / total)
+    return with_hyper(state, hyper(moved, total))
+
+
+def with_hyper(state: TrainState, now: dict) -> TrainState:
+    """The state with these rates, placed as those before them are."""
     before = state.opt_state.hyper
-    now = jax.tree.map(
-        lambda new, old: jax.device_put(new, old.sharding), hyper(moved, total), before
-    )
-    return state._replace(opt_state=state.opt_state._replace(hyper=now))
+    placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), now, before)
+    return state._replace(opt_state=state.opt_state._replace(hyper=placed))
 
 
 def summed_gradients(params, inputs_ABT, targets_ABT, config: Config):

@@ -161,6 +161,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path):
         train(base, tmp_path / "parts", samples=5)
 
 
+@pytest.mark.slow
+def test_a_longer_run_goes_on_with_the_rates_of_a_run(base, tmp_path):
+    """As if it had been planned so long: each update's rate counts, and none goes below 0."""
+    train(base, tmp_path, num_steps=1, updates=2)
+    longer, _ = train(base, tmp_path, num_steps=3, updates=2)
+    planned = rl.first_state(base.params, longer.config, longer.settings).opt_state.hyper
+    for a, b in zip(jax.tree.leaves(longer.run.state.opt_state.hyper), jax.tree.leaves(planned)):
+        assert float(a) == float(b)
+    assert float(planned["num_steps"]) == int(longer.run.state.opt_state.step) == 6
+
+
 def test_numbers_of_a_step(base, tmp_path):
     training, _ = train(base, tmp_path, num_steps=2, preset="grpo", updates=2)
     numbers = training.measure()

@@ -3,14 +3,17 @@
 import math
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lib.generate import Sampling, Token
-from lib.train import policy, rl, rollouts
+from lib.params import init_params
+from lib.train import optim, policy, rl, rollouts
 from lib.train.policy import Policy
 from lib.train.rollouts import Question, Rollout, Rows, Seconds, Signal
+from tests.train.test_rl_rollouts import TINY
 
 
 def tokens(*ids, forced=()):
@@ -411,7 +414,7 @@ def test_settings_of_a_policy_at_their_ends():
             Policy(**bad)
 
 
-def test_the_config_and_the_first_state_of_a_run(monkeypatch):
+def test_the_config_and_the_first_state_of_a_run():
     base = rl.Config(num_steps=900, warmup_steps=9, warmdown_ratio=0.5, weight_decay=0.2, seed=1)
     settings = rl.Reinforcing(
         "spelling", num_steps=40, lr=0.5, optimizer="adamw", seed=6, updates=3
@@ -421,22 +424,12 @@ def test_the_config_and_the_first_state_of_a_run(monkeypatch):
     assert (config.warmup_steps, config.warmdown_ratio, config.final_lr_frac) == (0, 1.0, 0.0)
     assert config.weight_decay == 0.0 and config.matrix_lr == 0.5 * base.matrix_lr
     # smear has no field in the config, and a step makes several updates
-    hyper = dict(lr=dict(smear=0.2, head=0.4), num_steps=40.0, warmup_steps=0.0)
-    opt_state = policy_state(hyper=hyper)
-    begun = rl.TrainState("params", opt_state, 0)
-    monkeypatch.setattr(rl.finetune, "start", lambda *given: begun if given == (1, 2) else None)
-    state = rl.first_state(1, 2, settings)
-    assert state.params == "params" and state.opt_state.hyper == dict(
-        lr=dict(smear=0.1, head=0.4), num_steps=120.0, warmup_steps=0.0
+    state = rl.first_state(
+        init_params(jax.random.key(0), TINY), rl.rl_config(TINY, settings), settings
     )
-    assert hyper["lr"]["smear"] == 0.2 and hyper["num_steps"] == 40.0
-
-
-def policy_state(hyper):
-    """An optimizer's state that has nothing but its rates."""
-    from lib.train.optim import OptState
-
-    return OptState(0, hyper, {}, {})
+    rates = state.opt_state.hyper
+    assert float(rates["lr"]["smear"]) == pytest.approx(0.5 * optim.group_lrs(TINY)["smear"])
+    assert float(rates["num_steps"]) == 3 * 40 and float(rates["warmup_steps"]) == 0
 
 
 # ---- a step --------------------------------------------------------------------------------------
