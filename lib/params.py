@@ -65,9 +65,10 @@ def param_specs(c: Config) -> dict:
             ("uniform", 0.0, 0.02),
             "matrix",
         )
-    # a tied table is a head first: what it embeds is normed at once, so its scale and rate can be
-    # the head's
-    embed = (("normal", 0.02), "head") if c.tied_head else (("normal", 0.8), "embed")
+    # a tied table is a head first: what it embeds is normed at once, so its rate can be the head's.
+    # New layers add nothing, so at first a token's own logit is D times this scale: so small that
+    # nothing is foreseen yet (LOG.md)
+    embed = (("normal", 2.5 / D), "head") if c.tied_head else (("normal", 0.8), "embed")
     specs = {"embed": Spec((V, D), ("vocab", "embed"), *embed), "blocks": blocks}
     if not c.tied_head:
         specs["head"] = Spec((D, V), ("embed", "vocab"), ("normal", 0.001), "head")

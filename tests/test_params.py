@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from lib.config import Config
+from lib.model.transformer import loss_fn
 from lib.params import count_params, init_params, named_specs, templates
 
 SMALL = dict(
@@ -50,7 +51,8 @@ def test_growing_deeper_or_dropping_parts_keeps_the_rest():
     )
     assert set(bare) == {"embed", "blocks"} and "x0_scale" not in bare["blocks"]
     # one key, a tied table's scale
-    np.testing.assert_allclose(bare["embed"] / 0.02, small["embed"] / 0.8, rtol=1e-6)
+    scale = 2.5 / bare["embed"].shape[1]
+    np.testing.assert_allclose(bare["embed"] / scale, small["embed"] / 0.8, rtol=1e-6)
     other = init_params(1, Config(**SMALL))
     assert not np.array_equal(other["embed"], small["embed"])
     assert not np.array_equal(small["blocks"]["wq"][0], small["blocks"]["wq"][1])
@@ -74,3 +76,20 @@ def test_counts_and_templates_say_what_init_makes(parts):
         jax.tree_util.keystr(p, simple=True, separator=".")
         for p, _ in jax.tree_util.tree_leaves_with_path(made)
     ]
+
+
+@pytest.mark.parametrize("width", [128, 768])
+def test_a_new_model_foresees_nothing_with_a_tied_head_either(width):
+    config = Config.preset(
+        "gpt2_like",
+        n_layer=1,
+        n_embd=width,
+        n_head=2,
+        vocab_size=512,
+        sequence_len=32,
+        compute_dtype="float32",
+        attention="einsum",
+    )
+    x = jax.random.randint(jax.random.key(1), (2, 32), 0, 512)
+    loss, _ = loss_fn(init_params(jax.random.key(0), config), config, x, x[:, ::-1])
+    assert config.tied_head and abs(float(loss) - np.log(512)) < 0.1
