@@ -119,3 +119,19 @@ def test_a_disk_that_fills_while_a_model_goes_out(run, monkeypatch):
         export_run(run, "stablehlo")
     assert (old / "forward.stablehlo").read_bytes() == b"old"
     assert [path.name for path in (run / "exports").iterdir()] == ["stablehlo"]
+
+
+def test_nothing_of_the_user_s_gives_way_to_an_export(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "theirs.gguf").write_text("precious")
+    for out in (tmp_path / "models", tmp_path / "models" / "theirs.gguf", run):
+        with pytest.raises(UserError, match="is there already: name a folder that is new"):
+            export_run(run, "stablehlo", out=str(out))
+    assert (tmp_path / "models" / "theirs.gguf").read_text() == "precious"
+    assert (run / "checkpoints").is_dir()
+    # a new folder, or an empty one, is taken: what is missing here is told by the export itself
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "new", tmp_path / "empty"):
+        with pytest.raises(UserError, match="is not installed"):
+            export_run(run, "stablehlo", out=str(out))

@@ -172,16 +172,6 @@ def test_a_trained_run_leaves_by_the_command(run):
     assert theirs.decode(written[0, ids.shape[1] :], skip_special_tokens=True) == answer
 
 
-def test_nothing_of_the_user_s_gives_way_to_an_export(run, tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "theirs.gguf").write_text("precious")
-    for out in (tmp_path / "models", tmp_path / "models" / "theirs.gguf", run):
-        with pytest.raises(UserError, match="is there already: name a folder that is new"):
-            export_run(run, "transformers", out=str(out))
-    assert (tmp_path / "models" / "theirs.gguf").read_text() == "precious"
-    assert (run / "checkpoints").is_dir()
-
-
 def test_other_formats_and_stages_are_one_sentence(run):
     with pytest.raises(UserError, match="unknown export format 'word': choose one of"):
         export_run(run, "word")
