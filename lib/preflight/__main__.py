@@ -206,26 +206,38 @@ def check_ask(args: Args):
     from lib.files import UserError
 
     ask = args.ask
-    if ask.rl or ask.table or ask.published:
-        for name in ("launch", "search", "decode", "calibrate"):
-            if getattr(ask, name):
-                raise UserError(
-                    f"--{name} is of a training: leave --rl, --table and --published out"
-                )
-    if ask.table and args.json:
-        raise UserError("--table prints Markdown: leave --json out")
-    if ask.table and (args.which != WhichShape() or (not ask.rl and args.where != Where())):
-        raise UserError("--table shows models and chips of its own: leave out what names others")
-    if ask.map and not ask.search:
-        raise UserError("--map draws what a search finds: add --search")
-    if ask.to and not (ask.launch or ask.dashboard):
-        raise UserError("--to says where --launch or --dashboard writes: add one of them")
-    if ask.int8 and not ask.decode:
-        raise UserError("--int8 is of a decode step: add --decode ROWS")
-    if ask.decode < 0:
-        raise UserError(f"--decode {ask.decode}: how many rows, 1 or more")
-    if ask.decode and ask.estimate:
-        raise UserError("--decode is compiled, and --estimate compiles nothing: leave one out")
+    check_instead(ask)
+    # a table of reinforcement is of one chip, any other of chips of its own
+    names_others = args.which != WhichShape() or (not ask.rl and args.where != Where())
+    sentences = {
+        "--table prints Markdown: leave --json out": ask.table and args.json,
+        "--table shows models and chips of its own: leave out what names others": (
+            ask.table and names_others
+        ),
+        "--map draws what a search finds: add --search": ask.map and not ask.search,
+        "--to says where --launch or --dashboard writes: add one of them": (
+            ask.to and not (ask.launch or ask.dashboard)
+        ),
+        "--int8 is of a decode step: add --decode ROWS": ask.int8 and not ask.decode,
+        f"--decode {ask.decode}: how many rows, 1 or more": ask.decode < 0,
+        "--decode is compiled, and --estimate compiles nothing: leave one out": (
+            ask.decode and ask.estimate
+        ),
+    }
+    for sentence, holds in sentences.items():
+        if holds:
+            raise UserError(sentence)
+
+
+def check_instead(ask: Ask):
+    """UserError for options of a training's step where something else is answered."""
+    from lib.files import UserError
+
+    if not (ask.rl or ask.table or ask.published):
+        return
+    for name in ("launch", "search", "decode", "calibrate"):
+        if getattr(ask, name):
+            raise UserError(f"--{name} is of a training: leave --rl, --table and --published out")
 
 
 def check_decode(where):
